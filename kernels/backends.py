@@ -1,0 +1,118 @@
+"""Which implementation serves a call: ``triton``, ``fallback`` or ``reference``.
+
+The word is resolved inside the registered operator, at each call and from the tensor's device, never while a
+graph is traced.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any
+
+import torch
+
+NAMES = ("auto", "triton", "fallback", "reference")
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda too
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: unknown backend {name!r}; expected one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+_chosen: ContextVar[str] = ContextVar(
+    "gradkernels_backend",
+    default=_checked(os.environ.get("GRADKERNELS_BACKEND") or "auto", "GRADKERNELS_BACKEND"),
+)
+
+
+class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.no_grad)
+    """Choose the implementation for the calls inside a ``with`` block.
+
+    Args:
+        name: ``"auto"`` (Triton where the device has it, else the fallback), ``"triton"``, ``"fallback"`` or
+            ``"reference"``.
+
+    An op's backward, double backward and jvp run under the choice that its forward ran under, in any thread
+    and after the block has ended. The environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and
+    is read once, at import.
+
+    Raises:
+        ValueError: ``name`` is none of the four.
+
+    Example:
+        >>> with use_backend("fallback"):
+        ...     loss = mse_loss(input, target)
+    """
+
+    __slots__ = ("_name", "_tokens")
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name, "use_backend")
+        self._tokens: list[Token[str]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_chosen.set(self._name))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _chosen.reset(self._tokens.pop())
+
+
+def current() -> str:
+    """The word in force: one of ``NAMES``."""
+    return _chosen.get()
+
+
+@functools.cache
+def _triton_problem(device_type: str) -> str | None:
+    """Why Triton cannot serve tensors of this device type, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return (
+            "the triton package is not installed (pip install triton on Linux, triton-windows on Windows; "
+            "torch's CUDA, ROCm and XPU wheels bring their own)"
+        )
+    if device_type in TRITON_DEVICES:
+        return None
+    if device_type != "cpu":
+        return f"Triton has no {device_type} support"
+    import triton
+
+    if isinstance(triton.language.sum, triton.runtime.JITFunction):
+        return (
+            "on CPU tensors Triton runs only under its interpreter: set the environment variable "
+            "TRITON_INTERPRET=1 before triton is first imported"
+            + (" (it is set now, but was not then)" if os.environ.get("TRITON_INTERPRET") == "1" else "")
+        )
+    return None
+
+
+def backend_for(tensor: torch.Tensor) -> str:
+    """The backend that serves ``tensor`` now: ``"triton"``, ``"fallback"`` or ``"reference"``.
+
+    Raises:
+        RuntimeError: the chosen backend cannot serve the tensor's device; the message says why.
+    """
+    name = _chosen.get()
+    if name == "auto":
+        device_type = tensor.device.type
+        return "triton" if device_type in TRITON_DEVICES and _triton_problem(device_type) is None else "fallback"
+    if name == "triton" and (problem := _triton_problem(tensor.device.type)) is not None:
+        raise RuntimeError(f"backend 'triton' cannot serve a tensor on {tensor.device}: {problem}")
+    return name
+
+
+@functools.cache
+def _module(backend: str, op: str) -> Any:
+    return importlib.import_module(f".{backend}.{op}", __package__)
+
+
+def implementation(op: str, tensor: torch.Tensor) -> Any:
+    """The module whose launchers (``<op>_<direction>``) serve ``tensor``."""
+    return _module(backend_for(tensor), op)

@@ -1,0 +1,1 @@
+"""Checks for gradients and kernels that need no GPU."""

@@ -1,0 +1,9 @@
+from setuptools import find_packages, setup
+
+setup(
+    packages=[
+        "gradkernels",
+        *("gradkernels." + package for package in find_packages("kernels")),
+        "gradkernels.bench",
+    ]
+)

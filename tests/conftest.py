@@ -1,0 +1,51 @@
+"""Without a GPU the Triton kernels run under the interpreter; with one they run on it.
+
+``backend`` and ``device`` parametrise a test over the implementations: the fallback on the CPU, and the Triton
+kernels interpreted on the CPU or, marked ``gpu``, on the device that is there.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+from gradkernels import use_backend  # noqa: E402
+
+DEVICES = {"fallback": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if GPU and callspec is not None and callspec.params.get("backend") == "triton":
+            item.add_marker(pytest.mark.gpu)
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA or ROCm device"))
+
+
+@pytest.fixture(params=["fallback", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The implementation in force during the test."""
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """Where the tensors of ``backend`` live."""
+    return torch.device(DEVICES[backend])
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned() -> Iterator[None]:
+    """The same random numbers in every run, and NaN in every tensor that torch.empty hands out."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
