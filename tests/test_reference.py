@@ -1,0 +1,362 @@
+"""The NumPy references against two oracles that share no formula with them.
+
+``reference.scalar`` computes each output by loops over numbers and its gradients by walking the graph;
+centered finite differences need no derivative at all. torch's float64 result sets the budget of the first.
+"""
+
+import ast
+import doctest
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gradkernels
+import numpy as np
+import pytest
+import torch
+from gradkernels.reference import linear_mse, matmul, mse
+from gradkernels.reference.scalar import Value
+
+from .helpers import assert_matches
+
+REDUCTIONS = ("mean", "sum", "none")
+MATMUL_SHAPES = [  # input, other
+    ((3,), (3,)),
+    ((1,), (1,)),
+    ((3,), (3, 4)),
+    ((2, 3), (3,)),
+    ((2, 3), (3, 4)),
+    ((1, 1), (1, 1)),
+    ((5, 1), (1, 3)),
+    ((3,), (2, 3, 4)),
+    ((2, 4, 3), (3,)),
+    ((2, 4, 3), (3, 2)),
+    ((4, 3), (2, 3, 2)),
+    ((2, 2, 3), (2, 3, 4)),
+    ((2, 1, 2, 3), (3, 3, 2)),
+    ((1, 2, 3), (4, 3, 2)),
+    ((4, 2, 3), (1, 1, 3, 2)),
+    ((2, 0), (0, 3)),
+    ((0, 2), (2, 3)),
+    ((0, 2, 3), (1, 3, 2)),
+]
+LINEAR_SHAPES = [  # input, weight, target, shapes that sample_weight may have
+    ((4, 3), (2, 3), (4, 2), [(4,), (4, 2)]),
+    ((2, 3, 3), (2, 3), (2, 3, 2), [(2, 3), (2, 3, 2)]),
+    ((2, 2, 3), (2, 3), (2, 2, 2), [(2, 2), (2, 2, 2)]),
+    ((3,), (2, 3), (2,), [(), (2,)]),
+    ((4, 3), (1, 3), (4, 1), [(4,), (4, 1)]),
+    ((4, 3), (3,), (4,), [(4,)]),
+    ((2, 2, 3), (3,), (2, 2), [(2, 2)]),
+    ((3,), (3,), (), [()]),
+]
+
+
+def random(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Normal numbers that nothing can write to: a reference that writes into its inputs fails."""
+    array = np.asarray(rng.standard_normal(shape))
+    array.flags.writeable = False
+    return array
+
+
+def weights(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    array = np.asarray(rng.uniform(0.5, 2.0, shape))
+    array.flags.writeable = False
+    return array
+
+
+def scalar_matmul(input: np.ndarray, other: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    rows = input if input.ndim > 1 else input[None, :]
+    columns = other if other.ndim > 1 else other[:, None]
+    batch = np.broadcast_shapes(rows.shape[:-2], columns.shape[:-2])
+    rows = np.broadcast_to(rows, batch + rows.shape[-2:])
+    columns = np.broadcast_to(columns, batch + columns.shape[-2:])
+    output = np.empty((*batch, rows.shape[-2], columns.shape[-1]), dtype=object)
+    for *b, m, n in np.ndindex(output.shape):
+        output[(*b, m, n)] = Value(0.0) if bias is None else bias.flat[n] * 1.0
+        for k in range(rows.shape[-1]):
+            output[(*b, m, n)] += rows[(*b, m, k)] * columns[(*b, k, n)]
+    squeezed = tuple(axis for axis, operand in ((-2, input), (-1, other)) if operand.ndim == 1)
+    return output.squeeze(squeezed)
+
+
+def scalar_mse(
+    input: np.ndarray, target: np.ndarray, weight: np.ndarray | None = None, *, reduction: str
+) -> np.ndarray:
+    loss = np.empty(input.shape, dtype=object)
+    total_weight = Value(0.0)
+    for i in np.ndindex(input.shape):
+        one = Value(1.0) if weight is None else weight[i]
+        loss[i] = one * (input[i] - target[i]) ** 2
+        total_weight += one
+    if reduction == "none":
+        return loss
+    total = sum(loss.flat, Value(0.0))
+    return np.array(total / total_weight if reduction == "mean" else total, dtype=object)
+
+
+def scalar_linear_mse(
+    input: np.ndarray,
+    weight: np.ndarray,
+    target: np.ndarray,
+    bias: np.ndarray | None = None,
+    sample_weight: np.ndarray | None = None,
+    *,
+    reduction: str,
+) -> np.ndarray:
+    prediction = scalar_matmul(input, weight.T, bias)
+    if sample_weight is not None and sample_weight.ndim < prediction.ndim:
+        sample_weight = np.broadcast_to(sample_weight[..., None], prediction.shape)
+    return scalar_mse(prediction, target, sample_weight, reduction=reduction)
+
+
+def torch_mse(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, *, reduction: str
+) -> torch.Tensor:
+    return torch.nn.functional.mse_loss(input, target, weight=weight, reduction=reduction)
+
+
+def torch_matmul(input: torch.Tensor, other: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    output = torch.matmul(input, other)
+    return output if bias is None else output + (bias.squeeze() if other.ndim == 1 else bias)
+
+
+def torch_linear_mse(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    sample_weight: torch.Tensor | None = None,
+    *,
+    reduction: str,
+) -> torch.Tensor:
+    prediction = torch_matmul(input, weight.t(), bias)
+    if sample_weight is not None and sample_weight.ndim < prediction.ndim:
+        sample_weight = sample_weight[..., None].expand_as(prediction)
+    return torch_mse(prediction, target, sample_weight, reduction=reduction)
+
+
+def check(
+    module: object,
+    scalar: Callable,
+    theirs: Callable,
+    rng: np.random.Generator,
+    *arrays: np.ndarray | None,
+    **options: str,
+) -> None:
+    """Forward and backward of a reference against the scalar engine and against finite differences."""
+    output = module.forward(*arrays, **options)
+    grad_output = random(rng, *output.shape)
+    grads = module.backward(grad_output, *arrays, **options)
+    assert [grad is None for grad in grads] == [array is None for array in arrays[: len(grads)]]
+
+    leaves = [
+        None if array is None else np.array(np.vectorize(Value, otypes=[object])(array)) for array in arrays
+    ]
+    nodes = scalar(*leaves, **options)
+    sum((g * node for g, node in zip(grad_output.flat, nodes.flat, strict=True)), Value(0.0)).backward()
+
+    tensors = [None if array is None else torch.tensor(array, requires_grad=True) for array in arrays]
+    torch_output = theirs(*tensors, **options)
+    torch_output.backward(torch.tensor(grad_output))
+
+    assert_matches(torch.from_numpy(output), torch_output, numbers(nodes, "data"), "forward")
+    for i, (grad, leaf, tensor) in enumerate(zip(grads, leaves, tensors, strict=True)):
+        if grad is not None:
+            assert_matches(
+                torch.from_numpy(grad), tensor.grad, numbers(leaf, "grad"), f"gradient of argument {i}"
+            )
+
+    def objective(*values: np.ndarray | None) -> float:
+        return float((grad_output * module.forward(*values, **options)).sum())
+
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            slope = finite_differences(lambda x, i=i: objective(*arrays[:i], x, *arrays[i + 1 :]), arrays[i])
+            np.testing.assert_allclose(grad, slope, rtol=1e-3, atol=1e-5, err_msg=f"gradient of argument {i}")
+
+
+def numbers(nodes: np.ndarray, name: str) -> np.ndarray:
+    return np.vectorize(lambda node: getattr(node, name), otypes=[float])(nodes)
+
+
+def finite_differences(
+    function: Callable[[np.ndarray], float], at: np.ndarray, eps: float = 1e-6
+) -> np.ndarray:
+    """Centered differences, with the step and the tolerances of torch.autograd.gradcheck."""
+    slope = np.empty(at.shape)
+    for index in np.ndindex(at.shape):
+        step = np.zeros(at.shape)
+        step[index] = eps
+        slope[index] = (function(at + step) - function(at - step)) / (2 * eps)
+    return slope
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("input_shape", "other_shape"), MATMUL_SHAPES, ids=str)
+def test_matmul(input_shape: tuple[int, ...], other_shape: tuple[int, ...], with_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    columns = other_shape[-1] if len(other_shape) > 1 else 1
+    bias = random(rng, columns) if with_bias else None
+    check(
+        matmul, scalar_matmul, torch_matmul, rng, random(rng, *input_shape), random(rng, *other_shape), bias
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 4), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_mse(shape: tuple[int, ...], reduction: str, weighted: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight = weights(rng, *shape) if weighted else None
+    if 0 in shape and reduction == "mean":
+        assert np.isnan(mse.forward(random(rng, *shape), random(rng, *shape), weight))
+        for grad in mse.backward(1.0, random(rng, *shape), random(rng, *shape), weight):
+            assert grad is None or grad.shape == shape
+        return
+    check(
+        mse, scalar_mse, torch_mse, rng, random(rng, *shape), random(rng, *shape), weight, reduction=reduction
+    )
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shapes", LINEAR_SHAPES, ids=str)
+def test_linear_mse(shapes: tuple, reduction: str, with_bias: bool) -> None:
+    rng = np.random.default_rng(0)
+    input_shape, weight_shape, target_shape, sample_weight_shapes = shapes
+    arrays = [random(rng, *input_shape), random(rng, *weight_shape), random(rng, *target_shape)]
+    bias = random(rng, weight_shape[0] if len(weight_shape) > 1 else 1) if with_bias else None
+    for sample_weight in (None, *(weights(rng, *shape) for shape in sample_weight_shapes)):
+        check(
+            linear_mse,
+            scalar_linear_mse,
+            torch_linear_mse,
+            rng,
+            *arrays,
+            bias,
+            sample_weight,
+            reduction=reduction,
+        )
+
+
+def test_results_are_float64_whatever_comes() -> None:
+    half = np.array([[1, 2], [3, 4]], dtype=np.float16)
+    results = [
+        matmul.forward(half, half),
+        *matmul.backward(half, half, half, half[0]),
+        mse.forward(half, half),
+        *mse.backward(1, half, half, half),
+        linear_mse.forward(half, half, half),
+        *linear_mse.backward(1, half, half, half, half[0], half[0]),
+    ]
+    assert {result.dtype for result in results} == {np.dtype(np.float64)}
+
+
+def test_mismatched_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"target must have input's shape \(3, 1\), got \(3,\)"):
+        mse.forward(np.ones((3, 1)), np.ones(3))
+    with pytest.raises(ValueError, match=r"weight must have input's shape \(3,\), got \(\)"):
+        mse.backward(1.0, np.ones(3), np.ones(3), 1.0)
+    with pytest.raises(ValueError, match=r"target must have input's shape \(4, 1\), got \(4,\)"):
+        linear_mse.forward(np.ones((4, 3)), np.ones((1, 3)), np.ones(4))
+    with pytest.raises(ValueError, match="weight must have input's shape"):
+        linear_mse.forward(np.ones((4, 3)), np.ones(3), np.ones(4), sample_weight=1.0)
+    with pytest.raises(ValueError, match="matmul"):
+        matmul.forward(np.ones((2, 3)), np.ones((2, 3)))
+    with pytest.raises(ValueError, match="reshape"):
+        matmul.forward(np.ones((2, 3)), np.ones((3, 4)), np.ones(1))
+
+
+def test_unknown_reduction_is_refused() -> None:
+    with pytest.raises(ValueError, match="median is not a valid value for reduction"):
+        mse.forward([1.0], [1.0], reduction="median")
+
+
+def test_nonfinite_numbers_travel_without_a_warning() -> None:
+    infinite = [[np.inf, 1.0]]
+    assert np.isnan(mse.forward(infinite, infinite))
+    assert np.isnan(matmul.forward(infinite, [[0.0], [1.0]])).all()
+    assert np.isnan(mse.forward([1.0], [2.0], [0.0]))
+    assert np.isposinf(linear_mse.forward(infinite, [[1.0, 1.0]], [[0.0]]))
+
+
+OPERATIONS = [
+    lambda a, b: a + b,
+    lambda a, b: a - b,
+    lambda a, b: a * b,
+    lambda a, b: a / b,
+    lambda a, b: a**3 - b**-1.5,
+    lambda a, b: -a * b,
+    lambda a, b: 2 + a * (3 - b),
+    lambda a, b: 2 * a + 1 / b,
+    lambda a, b: (a * b + a) * (a * b - b) / (a + b) ** 2,
+    lambda a, b: a * a * a + b * 0 + a**0,
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_scalar_engine_agrees_with_torch(operation: Callable) -> None:
+    a, b = Value(1.25), Value(0.7)
+    result = operation(a, b)
+    result.backward()
+    x, y = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (1.25, 0.7))
+    expected = operation(x, y)
+    expected.backward()
+    assert (result.data, a.grad, b.grad) == pytest.approx(
+        (expected.item(), x.grad.item(), y.grad.item()), rel=1e-14
+    )
+
+
+def test_scalar_engine_adds_up_over_paths_and_calls() -> None:
+    a = Value(3)
+    square = a * a
+    total = square + square * a
+    total.backward()
+    assert (total.data, a.grad, square.grad) == (36.0, 33.0, 4.0)
+    total.backward()
+    assert (a.grad, square.grad, total.grad) == (66.0, 8.0, 2.0)
+    a.grad = 0.0
+    total.backward()
+    assert a.grad == 33.0
+
+
+def test_scalar_engine_follows_long_chains() -> None:
+    a = total = Value(1.0)
+    for _ in range(20_000):
+        total = total + a
+    total.backward()
+    assert a.grad == 20_001.0
+
+
+def test_scalar_engine_refuses_what_it_cannot_differentiate() -> None:
+    with pytest.raises(TypeError, match="exponent must be a number, not Value"):
+        Value(2.0) ** Value(3.0)
+
+
+def test_scalar_engine_power_at_zero() -> None:
+    zero = Value(0.0)
+    (zero**0 + zero**1 + zero**2).backward()
+    assert zero.grad == 1.0
+
+
+REFERENCES = Path(gradkernels.__file__).parent / "reference"
+
+
+@pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.py")), ids=lambda path: path.stem)
+def test_references_import_numpy_only(path: Path) -> None:
+    allowed = {"numpy", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module]
+        assert {name.partition(".")[0] for name in names} <= allowed, names
+        assert not isinstance(node, ast.ImportFrom) or node.level <= 1
+
+
+@pytest.mark.parametrize("name", ["linear_mse", "matmul", "mse", "scalar"])
+def test_docstring_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"gradkernels.reference.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
