@@ -9,9 +9,15 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 3, 63, 65, 1000, 1023)
 
 
-def assert_matches(ours: Tensor, theirs: Tensor, reference: np.ndarray, what: str = "result") -> None:
+def assert_matches(
+    ours: Tensor,
+    theirs: Tensor,
+    reference: np.ndarray,
+    what: str = "result",
+    scale: np.ndarray | None = None,
+) -> None:
     """Assert that ``ours`` is within the tolerance policy (gradkernels.verify.tolerance)."""
-    comparison = compare(ours, theirs, reference)
+    comparison = compare(ours, theirs, reference, scale)
     assert comparison.passed, f"{what}: {comparison}"
 
 

@@ -1,7 +1,8 @@
 """Adam and AdamW, one step of one parameter, in NumPy float64.
 
 Kingma and Ba, "Adam: A Method for Stochastic Optimization" (2015); Loshchilov and Hutter, "Decoupled Weight
-Decay Regularization" (2019); for amsgrad, Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (2018).
+Decay Regularization" (2019); for amsgrad, Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond"
+(2018).
 
 Conventions that differ between libraries, and what torch (hence this file) does:
 

@@ -2,8 +2,9 @@
 
     err(ours) <= 2 * err(torch, same dtype and flags) + 4 * eps(dtype) * max |reference|
 
-Both errors are taken in the max norm against the float64 reference. Where torch's result is not finite, ours
-must equal it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
+Both errors are taken in the max norm against the float64 reference. Given a ``scale``, everything is divided
+by it first, so that each element counts on its own scale. Where torch's result is not finite, ours must equal
+it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
 """
 
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class Comparison:
 
     def __str__(self) -> str:
         verdict = "within" if self.passed else "OVER"
-        text = f"error {self.error:.3e}, torch's {self.torch_error:.3e}: {verdict} the budget {self.budget:.3e}"
+        text = (
+            f"error {self.error:.3e}, torch's {self.torch_error:.3e}: {verdict} the budget {self.budget:.3e}"
+        )
         return f"{text}; {self.note}" if self.note else text
 
 
@@ -41,13 +44,17 @@ def _float64(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()
 
 
-def compare(ours: Tensor, theirs: Tensor, reference: np.ndarray) -> Comparison:
+def compare(
+    ours: Tensor, theirs: Tensor, reference: np.ndarray, scale: np.ndarray | None = None
+) -> Comparison:
     """Hold ``ours`` against the float64 ``reference``, with the error of torch's own result as the yardstick.
 
     Args:
         ours: the result under test, in the dtype whose machine epsilon counts.
         theirs: torch's result by its plain path, in the same dtype and under the same flags.
         reference: the NumPy float64 result, of the same shape.
+        scale: what each element is measured in, of the same shape. Below the dtype's smallest normal number
+            precision is absolute, and the scale ends there.
     """
     reference = np.asarray(reference, dtype=np.float64)
     for name, tensor in (("torch's", theirs), ("reference's", reference)):
@@ -55,14 +62,21 @@ def compare(ours: Tensor, theirs: Tensor, reference: np.ndarray) -> Comparison:
             note = f"shape {tuple(ours.shape)}, {name} is {tuple(tensor.shape)}"
             return Comparison(float("nan"), float("nan"), 0.0, False, note)
     if ours.dtype != theirs.dtype:
-        return Comparison(float("nan"), float("nan"), 0.0, False, f"dtype {ours.dtype}, torch's {theirs.dtype}")
+        return Comparison(
+            float("nan"), float("nan"), 0.0, False, f"dtype {ours.dtype}, torch's {theirs.dtype}"
+        )
     mine, other = _float64(ours), _float64(theirs)
+    if scale is not None:
+        unit = np.maximum(scale, torch.finfo(ours.dtype).smallest_normal)
+        mine, other, reference = mine / unit, other / unit, reference / unit
     finite = np.isfinite(other) & np.isfinite(reference)
-    note = "" if np.array_equal(mine[~finite], other[~finite], equal_nan=True) else "non-finite elements differ"
+    note = (
+        "" if np.array_equal(mine[~finite], other[~finite], equal_nan=True) else "non-finite elements differ"
+    )
     if not finite.any():
         return Comparison(0.0, 0.0, 0.0, not note, note)
     error = float(np.abs(mine - reference)[finite].max())
     torch_error = float(np.abs(other - reference)[finite].max())
-    scale = float(np.abs(reference[finite]).max())
-    budget = 2 * torch_error + 4 * torch.finfo(ours.dtype).eps * scale
+    size = float(np.abs(reference[finite]).max())
+    budget = 2 * torch_error + 4 * torch.finfo(ours.dtype).eps * size
     return Comparison(error, torch_error, budget, error <= budget and not note, note)
