@@ -1,0 +1,217 @@
+"""The function under a gradient check, as a map from a flat list of values to one float64 slope."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SHAPE = re.compile(r"\[([\d, ]*)\]")  # in torch's message
+Gradient = Callable[..., Any] | Sequence[Any]
+
+
+def is_real(value: Any) -> bool:
+    """Whether ``value`` is a tensor of floating-point numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
+    """The values with every floating-point tensor in ``dtype`` (None leaves them), detached."""
+    return [value.detach().to(dtype or value.dtype) if is_real(value) else value for value in values]
+
+
+class ShapeError(Exception):
+    """An analytic gradient of shape ``got`` for an input of shape ``wanted``."""
+
+    def __init__(self, message: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+        super().__init__(message)
+        self.got, self.wanted = tuple(got), tuple(wanted)
+
+
+class Function:
+    """``fn`` over a flat list of values: its arguments and, for a module, its parameters after them.
+
+    Args:
+        fn: a torch function or a module.
+        inputs: its positional arguments.
+        gradient: None for autograd; a callable of the same arguments that returns one gradient per checked
+            input; or those gradients themselves.
+        names: names of ``inputs``; None takes them from the signature.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        inputs: Sequence[Any],
+        gradient: Gradient | None,
+        names: Sequence[str] | None,
+    ) -> None:
+        self.fn, self.gradient = fn, gradient
+        self.name = getattr(fn, "__name__", type(fn).__name__)
+        self.arguments = len(inputs)
+        self.parameters: list[str] = []
+        self.values = list(inputs)
+        self.names = list(names) if names is not None else _argument_names(fn, len(inputs))
+        if len(self.names) != len(inputs):
+            raise ValueError(f"names: expected {len(inputs)} names, one per input, got {len(self.names)}")
+        if isinstance(fn, torch.nn.Module):
+            self.parameters = [name for name, _ in fn.named_parameters()]
+            self.names += self.parameters
+            self.values += [parameter for _, parameter in fn.named_parameters()]
+        real = [i for i, value in enumerate(self.values) if is_real(value)]
+        wanted = [i for i in real if self.values[i].requires_grad]
+        arguments = [i for i in wanted if i < self.arguments] or [i for i in real if i < self.arguments]
+        self.checked = arguments + [i for i in wanted if i >= self.arguments]
+        if not self.checked:
+            raise ValueError("inputs: none is a floating-point tensor, so there is no gradient to check")
+
+    @property
+    def can_move(self) -> bool:
+        """Whether the analytic gradient can be had at other points than the given one."""
+        return self.gradient is None or callable(self.gradient)
+
+    def outputs(self, values: Sequence[Any]) -> list[Tensor]:
+        """The floating-point outputs at ``values``."""
+        arguments = values[: self.arguments]
+        if isinstance(self.fn, torch.nn.Module):
+            state = dict(zip(self.parameters, values[self.arguments :], strict=True))
+            dtype = next((value.dtype for value in values if is_real(value)), None)
+            for name, buffer in self.fn.named_buffers():
+                state[name] = buffer.detach().to(dtype if buffer.is_floating_point() else None, copy=True)
+            result = torch.func.functional_call(self.fn, state, tuple(arguments))
+        else:
+            result = self.fn(*arguments)
+        items = list(result.values()) if isinstance(result, dict) else result
+        outputs = (
+            [items] if isinstance(items, Tensor) else list(items) if isinstance(items, (list, tuple)) else []
+        )
+        outputs = [output for output in outputs if is_real(output)]
+        if not outputs:
+            raise TypeError(f"{self.name} must return real tensors, got {type(result).__name__}")
+        return outputs
+
+    def flat(self, values: Sequence[Any]) -> Tensor:
+        """All outputs at ``values`` in one float64 vector, without a graph."""
+        with torch.no_grad():
+            return torch.cat([output.detach().double().reshape(-1) for output in self.outputs(values)])
+
+    def analytic(self, values: Sequence[Any], cotangents: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """The gradients of the checked inputs, up to three times: twice on one graph, once afresh."""
+        if self.gradient is not None:
+            given = self.gradient
+            return [self._given(given(*values) if callable(given) else given, values) for _ in range(2)]
+        rounds: list[list[Tensor | None]] = []
+        for repeats in (2, 1):
+            leaves = [
+                value.detach().requires_grad_() if i in self.checked else value
+                for i, value in enumerate(values)
+            ]
+            with torch.enable_grad():
+                outputs = self.outputs(leaves)
+                pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+            for repeat in range(repeats):
+                rounds.append(
+                    [None] * len(self.checked) if not pairs else self._autograd(pairs, leaves, repeat)
+                )
+                if rounds[-1] == []:
+                    rounds.pop()
+        return rounds
+
+    def _autograd(
+        self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], repeat: int
+    ) -> list[Tensor | None]:
+        outputs, cotangents = zip(*pairs, strict=True)
+        try:
+            found = torch.autograd.grad(
+                outputs,
+                [leaves[i] for i in self.checked],
+                cotangents,
+                retain_graph=repeat == 0,
+                allow_unused=True,
+            )
+        except RuntimeError as error:
+            if "invalid gradient" in str(error) and "shape" in str(error):
+                shapes = [
+                    [int(size) for size in re.findall(r"\d+", text)] for text in _SHAPE.findall(str(error))
+                ]
+                raise ShapeError(str(error), *(shapes if len(shapes) == 2 else [(), ()])) from error
+            if repeat == 0:
+                raise
+            return []  # the function does without a second backward; that is no fault of its gradient
+        return [None if g is None else g.detach().clone() for g in found]
+
+    def _given(self, gradients: Any, values: Sequence[Any]) -> list[Tensor | None]:
+        if isinstance(gradients, (Tensor, np.ndarray, float, int)):
+            gradients = [gradients]
+        gradients = list(gradients)
+        if len(gradients) != len(self.checked):
+            raise ValueError(
+                f"gradient: expected {len(self.checked)} gradients, one per checked input "
+                f"({', '.join(self.names[i] for i in self.checked)}), got {len(gradients)}"
+            )
+        result: list[Tensor | None] = []
+        for i, gradient in zip(self.checked, gradients, strict=True):
+            if gradient is None:
+                result.append(None)
+                continue
+            tensor = torch.as_tensor(gradient).detach().to(values[i].device).clone()
+            if tensor.shape != values[i].shape:
+                got, wanted = tuple(tensor.shape), tuple(values[i].shape)
+                raise ShapeError(
+                    f"the gradient of {self.names[i]} has shape {got}, the input {wanted}", got, wanted
+                )
+            result.append(tensor)
+        return result
+
+
+def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    target = fn.forward if isinstance(fn, torch.nn.Module) else fn
+    try:
+        parameters = list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [parameter.name for parameter in parameters if parameter.kind in kinds][:count]
+    return names + [f"input[{i}]" for i in range(len(names), count)]
+
+
+def slopes(
+    function: Function,
+    values: Sequence[Any],
+    index: int,
+    elements: np.ndarray,
+    weight: Tensor,
+    step: float,
+    one_sided: int = 0,
+) -> tuple[np.ndarray, float]:
+    """First differences of ``weight . outputs`` for chosen elements of one input; the largest second one.
+
+    Args:
+        function, values: the function and where to take the slope.
+        index: which value is moved.
+        elements: flat indices into it.
+        weight: float64 vector over all outputs.
+        step: relative to max(1, |x|).
+        one_sided: 0 for centered differences, +1 or -1 for a forward or backward one.
+    """
+    base = values[index]
+    result, bend = np.empty(len(elements)), 0.0
+    centre_output = function.flat(values)
+    moved = list(values)
+    for k, element in enumerate(elements):
+        where = tuple(int(c) for c in np.unravel_index(element, base.shape))
+        centre = float(base[where])
+        h = step * max(1.0, abs(centre))
+        ends = []
+        for sign in (1, -1):
+            moved[index] = base.clone()
+            if one_sided in (0, sign):
+                moved[index][where] = centre + sign * h
+            ends.append((float(moved[index][where]), function.flat(moved)))
+        (high, above), (low, below) = ends
+        result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
+        bend = max(bend, abs(float(weight @ (above + below - 2 * centre_output))) / h**2)
+    return result, bend

@@ -1,0 +1,305 @@
+"""A gradient check that says what is wrong: centered differences, then the known patterns."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .diagnosis import Suspect, diagnose, diagnose_update, weight_of
+from .function import Function, Gradient, ShapeError, cast, is_real, slopes
+from .report import Diagnosis, GradientReport, InputReport
+
+
+def gradcheck(
+    fn: Callable[..., Any],
+    inputs: Any,
+    *,
+    gradient: Gradient | None = None,
+    names: Sequence[str] | None = None,
+    step: float | None = None,
+    tolerance: float | None = None,
+    lr: float | None = None,
+    max_elements: int = 256,
+    seed: int = 0,
+    raise_exception: bool = False,
+) -> GradientReport:
+    """Compare a gradient with centered differences, and name the fault if they disagree.
+
+    For each checked element ``x_i`` the slope ``(f(x + h e_i) - f(x - h e_i)) / 2h`` is taken in float64, on
+    float64 copies of the inputs where ``fn`` accepts them, and held against the analytic gradient, which is
+    computed in the inputs' own dtypes. An output that is no scalar is weighted with seeded random numbers.
+    The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where
+    ``rounding`` is what the dtype's ``eps`` does to the function's value and, through its curvature, to the
+    gradient.
+
+    Args:
+        fn: a torch function or a module; a module's parameters are checked as well. It returns a real tensor
+            or a tuple, list or dict of them.
+        inputs: its positional arguments, one tensor or a sequence. Those with ``requires_grad`` are checked;
+            if none has it, every floating-point tensor is. Tensors that are not checked still serve the
+            diagnosis: a feature that ``fn`` only captures cannot be named.
+        gradient: a hand-written gradient to check instead of autograd's: a callable of the same inputs that
+            returns one gradient per checked input (tensors, NumPy arrays or numbers), or those gradients.
+            ``fn`` must then return a scalar.
+        names: names of the inputs for the report; by default those in the signature of ``fn``.
+        step: difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that
+            ``fn`` computes in (6e-6 for float64).
+        tolerance: relative error allowed; by default the square root of the gradient's ``eps``, at least
+        1e-6. lr: a learning rate; one step of gradient descent is then tried too (scalar ``fn``).
+        max_elements: elements differenced per input, chosen at random (seeded) where there are more.
+        seed: of the random weights and of that choice.
+        raise_exception: raise instead of returning a report that failed.
+
+    Returns:
+        A ``GradientReport``: true if the check passed; ``print`` it, or take ``to_json()``. The patterns it
+        knows are the table in ``gradkernels.verify.diagnosis``.
+
+    Raises:
+        GradientError: the check failed and ``raise_exception`` is set.
+        ValueError, TypeError: there is nothing to check, or the arguments do not fit together.
+
+    Example:
+        >>> w = torch.tensor([1.3, 1.1], dtype=torch.float64, requires_grad=True)
+        >>> report = gradcheck(lambda w, x, y: (x @ w - y).square().mean(), (w, x, y))
+        >>> print(report)
+    """
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
+        inputs = (inputs,)
+    function = Function(fn, inputs, gradient, names)
+    report = _Check(function, step, tolerance, lr, max_elements, seed).run()
+    if raise_exception:
+        report.raise_if_failed()
+    return report
+
+
+class _Check:
+    """One run of ``gradcheck``: the state that its stages share."""
+
+    def __init__(
+        self,
+        function: Function,
+        step: float | None,
+        tolerance: float | None,
+        lr: float | None,
+        max_elements: int,
+        seed: int,
+    ) -> None:
+        self.function, self.lr, self.max_elements, self.seed = function, lr, max_elements, seed
+        self.tolerance = tolerance
+        self.tried: list[str] = []
+        self.native = cast(function.values, None)
+        self.values, self.dtype = self._widened()
+        eps = torch.finfo(self.dtype).eps
+        self.step = eps ** (1 / 3) if step is None else step
+        self.best_step = eps ** (1 / 3)
+        self.tried.append(
+            f"centered differences in {_name(self.dtype)}, step {self.step:.1e} x max(1, |x|), "
+            f"{'torch autograd' if function.gradient is None else 'the given gradient'} as the analytic side"
+        )
+
+    def _widened(self) -> tuple[list[Any], torch.dtype]:
+        """The values to difference at, and the dtype the function computes in there."""
+        native = {value.dtype for value in self.native if is_real(value)}
+        if native != {torch.float64}:
+            narrow = ", ".join(sorted(_name(dtype) for dtype in native if dtype != torch.float64))
+            try:
+                double = cast(self.native, torch.float64)
+                outputs = self.function.outputs(double)
+            except Exception as error:  # a kernel or a closure that wants the given dtype
+                self.tried.append(
+                    f"{narrow} inputs: the function does not run on float64 copies "
+                    f"({type(error).__name__}), so the "
+                    f"differences carry {narrow} noise; float64 inputs would see more"
+                )
+            else:
+                lowest = max((output.dtype for output in outputs), key=lambda dtype: torch.finfo(dtype).eps)
+                self.tried.append(
+                    f"{narrow} inputs: the differences were taken on float64 copies"
+                    + ("" if lowest == torch.float64 else f", but the function computes in {_name(lowest)}")
+                )
+                return double, lowest
+        outputs = self.function.outputs(self.native)
+        dtypes = {output.dtype for output in outputs} | {self.native[i].dtype for i in self.function.checked}
+        return list(self.native), max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def run(self) -> GradientReport:
+        function = self.function
+        with torch.no_grad():
+            outputs = function.outputs(self.native)
+        self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
+        if not self.scalar and (function.gradient is not None or self.lr is not None):
+            raise ValueError(
+                f"gradient= and lr= need a scalar function; {function.name} returned shapes "
+                f"{[tuple(output.shape) for output in outputs]}"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        self.cotangents = [
+            torch.ones_like(o) if self.scalar else torch.randn(o.shape, generator=generator).to(o)
+            for o in outputs
+        ]
+        self.weight = weight_of(self.cotangents)
+        if (random := self._unrepeatable()) is not None:
+            return self._report([], [random])
+        self.level = float((self.weight * function.flat(self.values)).norm())
+        if not math.isfinite(self.level):
+            return self._report(
+                [], [Diagnosis("non-finite", "the function returns NaN or infinity at this point")]
+            )
+        try:
+            rounds = function.analytic(self.native, self.cotangents)
+        except ShapeError as error:
+            turned = "; it looks transposed" if len(error.got) > 1 and error.got == error.wanted[::-1] else ""
+            return self._report([], [Diagnosis("wrong shape", f"{error}{turned}")])
+        reports = [self._input(position, rounds) for position in range(len(function.checked))]
+        found = []
+        if self.lr is not None:
+            gradients = {i: g for i, g in zip(function.checked, rounds[0], strict=True) if g is not None}
+            found = [diagnose_update(lambda v: float(function.flat(v)), self.values, gradients, self.lr)]
+            self.tried.append(f"one step of gradient descent, lr {self.lr:g}")
+        return self._report(reports, [diagnosis for diagnosis in found if diagnosis is not None])
+
+    def _report(self, reports: list[InputReport], found: list[Diagnosis]) -> GradientReport:
+        passed = not found and all(report.passed for report in reports)
+        return GradientReport(self.function.name, passed, tuple(reports), tuple(found), tuple(self.tried))
+
+    def _unrepeatable(self) -> Diagnosis | None:
+        first, second = (self.function.flat(self.values) for _ in range(2))
+        self.tried.append("two calls with the same inputs")
+        if torch.equal(first, second) or (first.isnan().any() and torch.equal(first.isnan(), second.isnan())):
+            return None
+        gap = float((first - second).abs().max())
+        if gap <= 64 * torch.finfo(self.dtype).eps * float(first.abs().max()):
+            self.tried.append(f"the two calls differ by {gap:.1e}, in the last bits only")
+            return None
+        return Diagnosis(
+            "non-deterministic",
+            f"two calls with the same inputs differ by {gap:.3g}: no difference means anything then; "
+            f"switch dropout "
+            "off (module.eval()), seed inside the function, or reset the state it keeps",
+        )
+
+    def _input(self, position: int, rounds: list[list[Tensor | None]]) -> InputReport:
+        index = self.function.checked[position]
+        value = self.native[index]
+        first = rounds[0][position]
+        count = value.numel()
+        gradient = np.zeros(tuple(value.shape)) if first is None else first.double().cpu().numpy()
+        elements = np.arange(count)
+        if count > self.max_elements:
+            chosen = np.random.default_rng(self.seed).choice(count, self.max_elements, replace=False)
+            elements = np.sort(chosen)
+        if not count:
+            return self._entry(index, elements, gradient.reshape(-1), gradient.reshape(-1), 0.0, True, ())
+        analytic = gradient.reshape(-1)[elements]
+        numerical, bend = slopes(self.function, self.values, index, elements, self.weight, self.step)
+        scale = max(float(np.abs(analytic).max()), float(np.abs(numerical).max()))
+        eps = torch.finfo(max(value.dtype, self.dtype, key=lambda dtype: torch.finfo(dtype).eps)).eps
+        relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
+        rounding = 4 * torch.finfo(self.dtype).eps * self.level / self.best_step
+        rounding += 4 * eps * bend * max(1.0, float(value.abs().max()))
+        allowed = relative * scale + rounding
+        passed = bool((np.abs(analytic - numerical) <= allowed).all())
+        found: list[Diagnosis] = []
+        if (stale := _stale(rounds, position, relative)) is not None:
+            found.append(stale)
+        if not passed:
+            slack = max(1e-3, 4 * relative)
+            suspect = Suspect(
+                self.function,
+                position,
+                self.values,
+                self.native,
+                gradient,
+                elements,
+                analytic,
+                numerical,
+                self.cotangents,
+                self.step,
+                allowed,
+                slack,
+            )
+            found.append(diagnose(suspect))
+        elif self.scalar and self.level > 0 and (analytic == 0).any():
+            found.append(_silent(analytic, elements, tuple(value.shape), self.level))
+        elif rounding > 0.05 * scale:
+            self.tried.append(
+                f"{self.function.names[index]}: rounding in {_name(self.dtype)} hides slopes below "
+                f"{rounding:.1e}"
+            )
+        return self._entry(
+            index, elements, analytic, numerical, allowed, passed and stale is None, tuple(found)
+        )
+
+    def _entry(
+        self,
+        index: int,
+        elements: np.ndarray,
+        analytic: np.ndarray,
+        numerical: np.ndarray,
+        allowed: float,
+        passed: bool,
+        found: tuple[Diagnosis, ...],
+    ) -> InputReport:
+        value = self.native[index]
+        errors = np.abs(analytic - numerical)
+        worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors))) if len(errors) else -1
+        place = np.unravel_index(elements[worst], value.shape) if len(errors) else ()
+        return InputReport(
+            name=self.function.names[index],
+            shape=tuple(value.shape),
+            dtype=_name(value.dtype),
+            elements=value.numel(),
+            checked=len(elements),
+            passed=passed,
+            error=float(errors[worst]) if len(errors) else 0.0,
+            tolerance=allowed,
+            step=self.step,
+            worst=tuple(int(c) for c in place),
+            analytic=float(analytic[worst]) if len(errors) else 0.0,
+            numerical=float(numerical[worst]) if len(errors) else 0.0,
+            diagnoses=found,
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) -> Diagnosis | None:
+    """Whether a later backward gives another gradient than the first."""
+    first = rounds[0][position]
+    for later in (r[position] for r in rounds[1:]):
+        if first is None or later is None:
+            continue
+        one, two = first.double(), later.double()
+        scale = float(one.abs().max()) if one.numel() else 0.0
+        gap = float((two - one).abs().max()) if one.numel() else 0.0
+        if not gap > relative * scale:
+            continue
+        if float((two - 2 * one).abs().max()) <= relative * scale:
+            return Diagnosis(
+                "stale gradient",
+                "the second backward gives twice the first: a gradient is added to what the last one "
+                "left; clear "
+                "it (zero_grad), and never write into saved tensors",
+            )
+        return Diagnosis(
+            "stale gradient",
+            f"the second backward differs from the first by {gap:.3g}: it sees what the first left",
+        )
+    return None
+
+
+def _silent(analytic: np.ndarray, elements: np.ndarray, shape: tuple[int, ...], level: float) -> Diagnosis:
+    silent = elements[analytic == 0]
+    shown = [str([int(c) for c in np.unravel_index(element, shape)]) for element in silent[:4]]
+    more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
+    return Diagnosis(
+        "no signal",
+        f"{', '.join(shown)}{more}: the slope is exactly zero while the loss is {level:.4g}, so these "
+        f"entries learn "
+        "nothing here (a dead unit, a feature that is always zero, an unused weight)",
+    )

@@ -1,0 +1,389 @@
+"""Each fault planted in a gradient gets its own name, and a right gradient gets none."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from gradkernels.verify import GradientError, gradcheck
+from torch import Tensor
+
+F64 = torch.float64
+
+
+def problem(rows: int = 7, features: int = 3, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, rows and targets; no size is 2, so that a factor 2 is never a size."""
+    generator = torch.Generator().manual_seed(5)
+    return tuple(
+        torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+        for shape in ((features,), (rows, features), (rows,))
+    )
+
+
+def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return (x @ w - y).square().mean()
+
+
+def by_hand(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return 2 / len(x) * x.T @ (x @ w - y)
+
+
+def check_w(gradient, fn=loss, inputs=None, **options):
+    """Check a hand-written gradient of the first input only."""
+    w, *rest = problem() if inputs is None else inputs
+    return gradcheck(fn, (w.clone().requires_grad_(), *rest), gradient=gradient, **options)
+
+
+def test_right_gradients_pass_without_a_diagnosis():
+    assert check_w(by_hand).names == ()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    inputs = torch.randn(7, 3, dtype=F64)
+    report = gradcheck(model, inputs)
+    assert report.passed
+    assert report.names == ()
+    assert [entry.name for entry in report.inputs] == ["input", "0.weight", "0.bias", "2.weight", "2.bias"]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        report = gradcheck(loss, problem(dtype=dtype))
+        assert report, report
+        assert any("differences were taken on float64 copies" in sentence for sentence in report.tried)
+
+
+def test_an_optimum_passes():
+    w, x, _ = problem()
+    assert gradcheck(loss, (w, x, x @ w + 0))
+
+
+@pytest.mark.parametrize(
+    ("factor", "name", "words"),
+    [
+        (-1, "sign flipped", "uphill"),
+        (2, "constant factor", "2 (a chain-rule factor twice"),
+        (0.5, "constant factor", "1/2 (the 2 of the square"),
+        (7, "constant factor", "7 = x.shape[0] times the slope: a sum where a mean belongs"),
+        (1 / 7, "constant factor", "1/7 of the slope"),
+        (-2, "constant factor", "minus 2"),
+        (1.37, "constant factor", "1.37 times the slope, everywhere"),
+    ],
+)
+def test_constant_factors(factor, name, words):
+    report = check_w(lambda w, x, y: factor * by_hand(w, x, y))
+    assert not report
+    assert report.names == (name,)
+    assert words in str(report)
+
+
+class Scaled(torch.autograd.Function):
+    """x * w, with a backward that leaves out w."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _ = ctx.saved_tensors
+        return grad, grad * x
+
+
+def test_missing_feature_one_row():
+    def left_out(w, x, y):
+        return 2 * (w * x - y)
+
+    report = gradcheck(
+        lambda w, x, y: (w * x - y).square(),
+        (
+            torch.tensor(3.0, dtype=F64, requires_grad=True),
+            torch.tensor(2.0, dtype=F64),
+            torch.tensor(5.0, dtype=F64),
+        ),
+        gradient=left_out,
+        names=("w", "x", "y"),
+    )
+    assert report.names == ("missing feature",)
+    assert "times x" in str(report)
+
+
+def test_missing_feature_in_a_batch():
+    report = check_w(lambda w, x, y: (2 / len(x) * (x @ w - y).sum()).expand_as(w))
+    assert report.names == ("missing feature",)
+    assert "times x" in str(report)
+
+
+def test_missing_feature_in_a_function():
+    report = gradcheck(Scaled.apply, (torch.randn(4, dtype=F64), torch.randn(4, dtype=F64)), names=("x", "w"))
+    assert [entry.passed for entry in report.inputs] == [False, True]
+    assert report.names == ("missing feature",)
+    assert "times w" in str(report)
+
+
+def test_feature_once_too_often():
+    report = check_w(lambda w, x, y: w * by_hand(w, x, y))
+    assert report.names == ("missing feature",)
+    assert "once too often" in str(report)
+
+
+class Product(torch.autograd.Function):
+    """x @ w with one operand of the backward transposed."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, x.T @ grad
+
+
+def test_transposed_operand_also_under_a_loss():
+    x, w, y = torch.randn(5, 3, dtype=F64), torch.randn(3, 3, dtype=F64), torch.randn(5, 3, dtype=F64)
+    for fn in (
+        lambda x, w, y: Product.apply(x, w),
+        lambda x, w, y: (Product.apply(x, w) - y).square().mean(),
+    ):
+        report = gradcheck(fn, (x.clone().requires_grad_(), w, y))
+        assert report.names == ("transposed",)
+        assert "operand w stands transposed on the right" in str(report)
+
+
+def test_transposed_operand_from_the_left():
+    class Left(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, x):
+            ctx.save_for_backward(a)
+            return a @ x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, ctx.saved_tensors[0] @ grad
+
+    inputs = torch.randn(3, 3, dtype=F64), torch.randn(3, 5, dtype=F64, requires_grad=True)
+    report = gradcheck(lambda a, x: Left.apply(a, x), inputs)
+    assert report.names == ("transposed",)
+    assert "operand a stands transposed on the left" in str(report)
+
+
+def test_transposed_gradient():
+    w, x, y = torch.randn(3, 3, dtype=F64), torch.randn(7, 3, dtype=F64), torch.randn(7, 3, dtype=F64)
+    report = check_w(lambda w, x, y: (2 / 21 * x.T @ (x @ w - y)).T, inputs=(w, x, y))
+    assert report.names == ("transposed",)
+
+
+def test_one_path_overwritten():
+    """Lesson A.5: one shared weight scales both features; the paths give 4 and 2, the gradient is 6."""
+    w = torch.tensor([2.0, 0.5, 1.0], dtype=F64, requires_grad=True)
+    x = torch.tensor([[2.0, 1.0, 3.0], [1.0, 4.0, -1.0]], dtype=F64)
+
+    def fn(w, x):
+        return (w * x[0]).sum() + (w * x[1]).sin().sum()
+
+    report = gradcheck(fn, (w, x), gradient=lambda w, x: x[1] * torch.cos(w * x[1]))
+    assert report.names == ("path overwritten",)
+    assert "used 2 times" in str(report)
+    assert gradcheck(fn, (w, x), gradient=lambda w, x: x[0] + x[1] * torch.cos(w * x[1]))
+
+
+def test_one_path_overwritten_inside_a_function():
+    class Shared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w, x):
+            ctx.save_for_backward(w, x)
+            return (w * x).sum() + (w.exp() * x).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            w, x = ctx.saved_tensors
+            grad_w = grad * x
+            grad_w = grad * w.exp() * x  # should be +=
+            return grad_w, None
+
+    w = torch.randn(4, dtype=F64, requires_grad=True)
+    report = gradcheck(lambda w, x: Shared.apply(w, x), (w, torch.randn(4, dtype=F64)))
+    assert report.names == ("path overwritten",)
+    assert "came through exp but not through mul" in str(report)
+
+
+def test_stale_gradient_of_a_hand_written_loop():
+    """Lesson A.8: backward twice without clearing."""
+    left = torch.zeros(3, dtype=F64)
+
+    def accumulating(w, x, y):
+        left.add_(by_hand(w, x, y))
+        return left
+
+    report = check_w(accumulating)
+    assert report.names == ("stale gradient",)
+    assert "twice the first" in str(report)
+
+
+def test_stale_gradient_of_a_function_that_scales_what_it_saved():
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.grad = 2 * x
+            return x.square().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            ctx.grad.mul_(3 * grad)
+            return ctx.grad / 3
+
+    report = gradcheck(lambda x: InPlace.apply(x), torch.randn(4, dtype=F64))
+    assert report.names == ("stale gradient",)
+
+
+def test_no_signal_is_named_beside_a_pass():
+    """Lesson C.5: a feature that is always zero."""
+    w, x, y = problem()
+    x[:, 1] = 0
+    report = check_w(None, inputs=(w, x, y))
+    assert report.passed
+    assert report.names == ("no signal",)
+    assert "[1]: the slope is exactly zero while the loss is" in str(report)
+
+
+def test_no_signal_where_there_should_be_one_fails():
+    report = check_w(None, fn=lambda w, x, y: loss(w.detach() + 0 * w, x, y))
+    assert not report
+    assert report.names == ("no signal",)
+    w, x, y = problem()
+    w.requires_grad_()
+    report = gradcheck(lambda w, x, y: loss(w.detach(), x, y) + w[0], (w, x, y))
+    assert not report
+
+
+def test_wrong_shape():
+    report = check_w(lambda w, x, y: by_hand(w, x, y)[:, None])
+    assert report.names == ("wrong shape",)
+    assert "(3, 1), the input (3,)" in str(report)
+
+    class Turned(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.square().sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.ones(4, 3, dtype=F64) * grad
+
+    report = gradcheck(lambda x: Turned.apply(x), torch.randn(3, 4, dtype=F64))
+    assert report.names == ("wrong shape",)
+    assert "transposed" in str(report)
+
+
+def test_dtype_noise_suggests_a_step_that_works():
+    w, x, y = (value.float() for value in problem())
+
+    def narrow(w, x, y):
+        return loss(w.float(), x.float(), y.float())
+
+    assert gradcheck(narrow, (w, x, y))
+    report = gradcheck(narrow, (w, x, y), step=1e-7)
+    assert not report
+    assert report.names == ("dtype noise",)
+    step = float(str(report).rpartition("use step=")[2].partition(",")[0])
+    assert gradcheck(narrow, (w, x, y), step=step)
+
+
+def test_step_too_large_for_the_curvature():
+    report = gradcheck(lambda x: (3 * x).sin().sum(), torch.tensor([0.3, 0.9], dtype=F64), step=0.05)
+    assert report.names == ("difference step too large",)
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [(0.0, "left and from the right differ"), (2e-6, "a kink lies within")],
+    ids=["at", "near"],
+)
+def test_non_differentiable_point(at, words):
+    x = torch.tensor([at, 1.0, -1.0], dtype=F64)
+    report = gradcheck(lambda x: torch.relu(x).sum(), x)
+    assert report.names[-1] == "non-differentiable"
+    assert words in str(report)
+    assert gradcheck(lambda x: torch.relu(x).sum(), torch.tensor([0.5, 1.0, -1.0], dtype=F64))
+
+
+def test_non_deterministic():
+    report = gradcheck(torch.nn.Dropout(0.5), torch.ones(8, dtype=F64))
+    assert report.names == ("non-deterministic",)
+    assert gradcheck(torch.nn.Dropout(0.5).eval(), torch.ones(8, dtype=F64))
+
+
+def test_update_uphill_and_step_too_large():
+    """Lesson A.3: the gradient 4 is right; lr 0.1 goes down to 0.04, lr 1 up to 49."""
+    inputs = [torch.tensor(v, dtype=F64) for v in (3.0, 2.0, 5.0)]
+    inputs[0].requires_grad_()
+
+    def fn(w, x, y):
+        return (w * x - y).square()
+
+    assert gradcheck(fn, inputs, lr=0.1).names == ()
+    report = gradcheck(fn, inputs, lr=1.0)
+    assert report.names == ("step too large",)
+    assert "up to 49" in str(report)
+    report = gradcheck(fn, inputs, gradient=lambda w, x, y: -2 * x * (w * x - y), lr=0.1)
+    assert report.names == ("uphill", "sign flipped")
+
+
+def test_unknown_says_what_was_looked_for():
+    report = check_w(lambda w, x, y: by_hand(w, x, y) + torch.tensor([0.3, -0.2, 0.9], dtype=F64))
+    assert report.names == ("unknown",)
+    assert "one path of several" in str(report)
+
+
+def test_only_one_wrong_element_of_many_is_found_and_shown():
+    w, x, y = problem(features=40)
+
+    def wrong(w, x, y):
+        gradient = by_hand(w, x, y)
+        gradient[17] *= 1.01
+        return gradient
+
+    report = check_w(wrong, inputs=(w, x, y))
+    assert not report
+    assert report.inputs[0].worst == (17,)
+
+
+def test_sampled_elements_are_said():
+    w, x, y = problem(features=40)
+    report = check_w(by_hand, inputs=(w, x, y), max_elements=10)
+    assert report
+    assert (report.inputs[0].checked, report.inputs[0].elements) == (10, 40)
+    assert "10 of 40 elements" in str(report)
+
+
+def test_report_as_json_and_as_exception():
+    report = check_w(lambda w, x, y: -by_hand(w, x, y))
+    entry = json.loads(report.to_json())["inputs"][0]
+    assert entry["diagnoses"][0]["name"] == "sign flipped"
+    assert math.isclose(entry["analytic"], -entry["numerical"], rel_tol=1e-6)
+    with pytest.raises(GradientError, match="sign flipped"):
+        check_w(lambda w, x, y: -by_hand(w, x, y), raise_exception=True)
+    assert check_w(by_hand, raise_exception=True)
+
+
+def test_numpy_gradients_and_strided_inputs():
+    w, x, y = problem(rows=8, features=6)
+    w, x = torch.randn(12, dtype=F64)[::2], x.T.contiguous().T
+    report = check_w(lambda w, x, y: by_hand(w, x, y).numpy(), inputs=(w, x, y))
+    assert report, report
+    assert isinstance(by_hand(w, x, y).numpy(), np.ndarray)
+
+
+def test_bad_arguments():
+    w, x, y = problem()
+    with pytest.raises(ValueError, match="none is a floating-point tensor"):
+        gradcheck(lambda i: i, torch.arange(3))
+    with pytest.raises(ValueError, match="expected 3 gradients"):
+        gradcheck(loss, (w, x, y), gradient=by_hand)
+    with pytest.raises(ValueError, match="need a scalar function"):
+        gradcheck(lambda x: x * 2, w, lr=0.1)
+    with pytest.raises(TypeError, match="must return real tensors"):
+        gradcheck(lambda x: 3.0, w)
+
+
+def test_nan_is_named():
+    assert gradcheck(lambda x: (x - 2).log().sum(), torch.ones(2, dtype=F64)).names == ("non-finite",)
