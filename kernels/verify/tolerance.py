@@ -2,9 +2,9 @@
 
     err(ours) <= 2 * err(torch, same dtype and flags) + 4 * eps(dtype) * max |reference|
 
-Both errors are taken in the max norm against the float64 reference. Given a ``scale``, everything is divided
-by it first, so that each element counts on its own scale. Where torch's result is not finite, ours must equal
-it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
+Both errors are taken in the max norm against the float64 reference. Given a ``scale``, they are divided by it
+element by element, and ``max |reference|`` is 1: each element counts on its own scale. Where torch's result is
+not finite, ours must equal it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
 """
 
 from dataclasses import dataclass
@@ -77,6 +77,6 @@ def compare(
         return Comparison(0.0, 0.0, 0.0, not note, note)
     error = float(np.abs(mine - reference)[finite].max())
     torch_error = float(np.abs(other - reference)[finite].max())
-    size = float(np.abs(reference[finite]).max())
+    size = 1.0 if scale is not None else float(np.abs(reference[finite]).max())
     budget = 2 * torch_error + 4 * torch.finfo(ours.dtype).eps * size
     return Comparison(error, torch_error, budget, error <= budget and not note, note)
