@@ -1,7 +1,24 @@
 """The gradient steps of training as fused Triton kernels, each with a NumPy reference and a gradient check."""
 
+from . import nn as nn
 from .backends import backend_for as backend_for
 from .backends import use_backend as use_backend
+from .linear_mse import linear_mse_loss as linear_mse_loss
+from .linear_mse import linear_mse_loss_and_grad as linear_mse_loss_and_grad
+from .matmul import linear as linear
+from .matmul import matmul as matmul
+from .mse import mse_loss as mse_loss
+from .mse import mse_loss_and_grad as mse_loss_and_grad
 
 __version__ = "0.1.0"
-__all__ = ["backend_for", "use_backend"]
+__all__ = [
+    "backend_for",
+    "linear",
+    "linear_mse_loss",
+    "linear_mse_loss_and_grad",
+    "matmul",
+    "mse_loss",
+    "mse_loss_and_grad",
+    "nn",
+    "use_backend",
+]

@@ -1,0 +1,50 @@
+"""Checks of arguments: exceptions of torch's types that name the argument and show what came."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+    """ValueError unless ``value`` is one of the ``allowed`` reductions."""
+    if value not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"{op}: {value!r} is not a valid value for reduction; expected one of {expected}")
+
+
+def tensors(op: str, arguments: Mapping[str, Tensor | None]) -> None:
+    """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are on one device.
+
+    Under autocast dtypes may differ: the op casts, as torch's does.
+    """
+    first_name, first = None, None
+    for name, tensor in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served")
+        if tensor.layout is not torch.strided:
+            raise RuntimeError(f"{op}: {name} has layout {tensor.layout}; only dense (strided) tensors are served")
+        if first is None:
+            first_name, first = name, tensor
+            continue
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}; all tensors must be on one device"
+            )
+        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            raise TypeError(
+                f"{op}: {first_name} has dtype {first.dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
+            )
+
+
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """ValueError unless ``tensor`` has the ``expected`` shape."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} {why}")

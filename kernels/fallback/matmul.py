@@ -1,0 +1,39 @@
+"""Matrix products in plain torch."""
+
+import torch
+from torch import Tensor
+
+
+def matmul_forward(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> Tensor:
+    """``(input @ other).sum(sum_dims, keepdim=True) + addend``; see kernels/triton/matmul.py."""
+    if sum_dims:
+        result = _summed_product(input, other, sum_dims)
+    elif addend is not None and addend.dim() == 1 and other.dim() == 2 and dtype == addend.dtype == input.dtype:
+        return torch.nn.functional.linear(input, other.mT, addend)
+    else:
+        result = torch.matmul(_wide(input, dtype), _wide(other, dtype))
+    if addend is not None:
+        result = result.add_(addend) if result.shape == torch.broadcast_shapes(result.shape, addend.shape) else result + addend
+    return result.to(dtype)
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The operand itself, or a wider copy where the result is to be wider than the operands."""
+    return tensor if tensor.dtype == dtype else tensor.to(torch.promote_types(tensor.dtype, dtype))
+
+
+def _summed_product(input: Tensor, other: Tensor, sum_dims: list[int]) -> Tensor:
+    """The batch dimensions to be summed join the inner dimension: one product instead of a sum of products."""
+    batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
+    kept = [dim for dim in range(len(batch)) if dim not in sum_dims]
+    rows, columns = len(batch), len(batch) + 1
+    left = input.expand(*batch, *input.shape[-2:]).permute(*kept, rows, *sum_dims, columns)
+    right = other.expand(*batch, *other.shape[-2:]).permute(*kept, *sum_dims, rows, columns)
+    left = left.flatten(len(kept) + 1)
+    right = right.flatten(len(kept), -2)
+    result = torch.matmul(left, right)
+    for dim in sum_dims:
+        result = result.unsqueeze(dim)
+    return result

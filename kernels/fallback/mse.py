@@ -1,0 +1,123 @@
+"""Mean squared error in plain torch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+_REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
+
+
+def _accumulator(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _scale(input: Tensor, reduction: str, kept: int) -> float:
+    return 1.0 / max(1, math.prod(input.shape[kept:])) if reduction == "mean" else 1.0
+
+
+def _reduce(values: Tensor, reduction: str, kept: int) -> Tensor:
+    if reduction == "none" or kept == values.dim():
+        return values
+    dims = list(range(kept, values.dim()))
+    return values.mean(dims) if reduction == "mean" else values.sum(dims)
+
+
+def _spread(grad: Tensor | None, input: Tensor, reduction: str, kept: int) -> Tensor | None:
+    if grad is None or reduction == "none":
+        return grad
+    return grad.reshape(*grad.shape, *(1,) * (input.dim() - kept))
+
+
+def mse_forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+) -> Tensor:
+    """``c * sum(w e^2)``; see kernels/triton/mse.py."""
+    if weight is None and input.dtype == target.dtype == dtype and (kept == 0 or reduction == "none"):
+        return torch.nn.functional.mse_loss(input, target, reduction=reduction)
+    wide = _accumulator(input, target, weight)
+    error = input.to(wide) - target.to(wide)
+    squares = error.square_() if weight is None else error.square_().mul_(weight)
+    return _reduce(squares, reduction, kept).to(dtype)
+
+
+def mse_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
+    if weight is None and kept == 0 and input.dtype == target.dtype == grad_output.dtype and needs[0] != needs[1]:
+        first, second = (input, target) if needs[0] else (target, input)
+        return [torch.ops.aten.mse_loss_backward(grad_output, first, second, _REDUCTIONS.index(reduction))]
+    wide = _accumulator(grad_output, input, target, weight)
+    grad = _spread(grad_output.to(wide), input, reduction, kept) * _scale(input, reduction, kept)
+    error = input.to(wide) - target.to(wide)
+    results = []
+    if needs[0] or needs[1]:
+        slope = error * (2 * grad)
+        if weight is not None:
+            slope *= weight
+        if needs[0]:
+            results.append(slope.to(input.dtype))
+        if needs[1]:
+            results.append((-slope).to(target.dtype))
+    if needs[2] and weight is not None:
+        results.append(error.square_().mul_(grad).to(weight.dtype))
+    return results
+
+
+def mse_hvp(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
+    tensors = (grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
+    wide = _accumulator(*tensors)
+    zero = torch.zeros((), dtype=wide, device=input.device)
+    grad, d_grad = (
+        zero if tensor is None else _spread(tensor.to(wide), input, reduction, kept) for tensor in (grad_output, d_grad)
+    )
+    error = input.to(wide) - target.to(wide)
+    d_error = (zero if d_input is None else d_input.to(wide)) - (zero if d_target is None else d_target.to(wide))
+    w = zero + 1 if weight is None else weight.to(wide)
+    dw = zero if d_weight is None else d_weight.to(wide)
+    scale = _scale(input, reduction, kept)
+    results = []
+    if needs[0]:
+        tangent = (dw * error + 2 * w * d_error) * error
+        dtype = input.dtype if grad_output is None else grad_output.dtype
+        results.append(_reduce(tangent, reduction, kept).to(dtype))
+    if needs[1] or needs[2]:
+        slope = (((d_grad * w + grad * dw) * error + grad * w * d_error) * (2 * scale)).expand(input.shape)
+        if needs[1]:
+            results.append(slope.to(input.dtype))
+        if needs[2]:
+            results.append((-slope).to(target.dtype))
+    if needs[3] and weight is not None:
+        results.append(((d_grad * error + 2 * grad * d_error) * error * scale).to(weight.dtype))
+    return results
+
+
+def mse_forward_backward(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, needs: list[bool], dtype: torch.dtype
+) -> list[Tensor]:
+    """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
+    one = torch.ones((), dtype=_accumulator(input, target, weight), device=input.device)
+    loss = mse_forward(input, target, weight, reduction, 0, dtype)
+    return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]

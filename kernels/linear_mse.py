@@ -1,0 +1,547 @@
+"""Linear model and mean squared error in one op: ``linear_mse_loss`` and ``linear_mse_loss_and_grad``.
+
+The predictions are never stored. When a gradient may be asked for, the operator ``linear_mse`` returns beside
+the loss what one pass over the data gives away: the weighted errors E and the gradients of weight and bias.
+These are outputs like any other, differentiable themselves, so a backward only scales them, and a second
+derivative starts from them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .matmul import check_linear, linear, product, scale_and_add, sum_to
+from .mse import mse, mse_backward, mse_hvp, mse_loss, wanted_gradients
+from .registration import Operator, autocast_cast, autocast_float32, needs_derivative
+
+
+def linear_mse_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``mse_loss(linear(input, weight, bias), target)`` without the predictions ever being stored.
+
+        e[n, k] = sum_d input[n, d] * weight[k, d] + bias[k] - target[n, k]
+
+        mean: sum(s e^2) / (N K), or sum(s e^2) / sum(s) where sample weights s are given;
+        sum: sum(s e^2);  none: s e^2
+
+    With one output (K = 1) the data are read once for the loss and every gradient. Differentiable to any order
+    in all tensors, in reverse and forward mode. ``reduction="none"`` is the composition above: its result has
+    as many elements as the predictions.
+
+    Shapes:
+        input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
+        bias ``(K,)``, or one element; sample_weight ``(*)``, one per sample, or target's shape.
+        Loss: ``()``, or target's shape for none.
+
+    Args:
+        input: float64, float32, float16 or bfloat16, any strides.
+        weight: of the same dtype and device.
+        target: of the same dtype and device.
+        bias: of the same dtype and device.
+        sample_weight: of the same dtype and device.
+        reduction: ``"mean"`` (over all elements of target), ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in the tensors' dtype, accumulated in float32 (float64 for float64). Under autocast input, weight
+        and bias are taken in the autocast dtype; target, predictions and loss are float32.
+
+    Raises:
+        ValueError: ``target``, ``bias`` or ``sample_weight`` has the wrong shape, or ``reduction`` is unknown.
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ, or input and weight do not fit.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8)
+        >>> w = torch.zeros(3, requires_grad=True)
+        >>> linear_mse_loss(x, w, y).backward()
+    """
+    _check("linear_mse_loss", input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
+    samples = _sample_weights(sample_weight, weight, target)
+    if reduction == "none":
+        predictions = linear(input, weight, bias)
+        return mse_loss(predictions, target, weight=samples, reduction="none")
+    matrices = _normal_form(input, weight, target, bias, samples)
+    dtype = _loss_dtype(target)
+    if samples is None or reduction == "sum":
+        return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
+    wide = autocast_float32(input, target)
+    total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
+    return (total / _total_weight(samples, wide)).to(dtype)
+
+
+def linear_mse_loss_and_grad(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    wrt: Sequence[str] = ("weight", "bias"),
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss and its gradients in one pass over the data, without autograd.
+
+        E = input @ weight^T + bias - target,  c = 2 / (N K) for mean, 2 for sum
+        grad_weight = c E^T @ input,  grad_bias = c sum_n E,  grad_input = c E @ weight,  grad_target = -c E
+
+    Shapes:
+        input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
+        bias ``(K,)``, or one element. Loss ``()``, each gradient as its argument.
+
+    Args:
+        input: float64, float32, float16 or bfloat16, any strides.
+        weight: of the same dtype and device.
+        target: of the same dtype and device.
+        bias: of the same dtype and device.
+        reduction: ``"mean"`` or ``"sum"``.
+        wrt: which gradients are wanted: any of ``"input"``, ``"weight"``, ``"target"``, ``"bias"``.
+            ``requires_grad`` plays no part.
+
+    Returns:
+        ``(loss, (grad_input, grad_weight, grad_target, grad_bias))`` with None for what is not in ``wrt`` or was
+        not given.
+
+    Raises:
+        ValueError: ``target`` or ``bias`` has the wrong shape, ``reduction`` is ``"none"`` or unknown, or ``wrt``
+            has an unknown name.
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ, or input and weight do not fit.
+
+    Example:
+        >>> x, y, w = torch.randn(8, 3), torch.randn(8), torch.zeros(3)
+        >>> loss, (_, grad_weight, _, _) = linear_mse_loss_and_grad(x, w, y)
+        >>> w -= 0.1 * grad_weight
+    """
+    op = "linear_mse_loss_and_grad"
+    _check(op, input, weight, target, bias, ("mean", "sum"), reduction)
+    arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
+    want_input, want_weight, want_target, want_bias = wanted_gradients(op, wrt, arguments)
+    x, w, y, b, _ = _normal_form(input, weight, target, bias, None)
+    with torch.no_grad():
+        needs = [want_input or want_target, want_weight, want_bias]
+        loss, error, grad_weight, grad_bias = _outputs(
+            _linear_mse(x, w, y, b, None, reduction, needs, _loss_dtype(target)), needs
+        )
+        grad_input = grad_target = None
+        if error is not None:
+            grad_input, grad_target = _backward(loss.new_ones(()), error, w, _slope(y, reduction), (want_input, want_target))
+    return loss, (
+        None if grad_input is None else grad_input.to(input.dtype).reshape(input.shape),
+        None if grad_weight is None else grad_weight.to(weight.dtype).reshape(weight.shape),
+        None if grad_target is None else grad_target.to(target.dtype).reshape(target.shape),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype).reshape(bias.shape),
+    )
+
+
+def _check(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    reductions: tuple[str, ...],
+    reduction: str,
+    sample_weight: Tensor | None = None,
+) -> None:
+    checks.reduction(op, reduction, reductions)
+    tensors = {"input": input, "weight": weight, "target": target, "bias": bias, "sample_weight": sample_weight}
+    checks.tensors(op, tensors)
+    check_linear(op, input, weight, bias)
+    why = f"for input of shape {tuple(input.shape)} and weight of shape {tuple(weight.shape)} (nothing is broadcast)"
+    checks.shape(op, "target", target, (*input.shape[:-1], *weight.shape[:-1]), why)
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        why = f"(one per sample) or {tuple(target.shape)} (target's shape)"
+        checks.shape(op, "sample_weight", sample_weight, tuple(input.shape[:-1]), why)
+
+
+def _sample_weights(sample_weight: Tensor | None, weight: Tensor, target: Tensor) -> Tensor | None:
+    """One weight per element of target, by a view."""
+    if sample_weight is None or sample_weight.shape == target.shape:
+        return sample_weight
+    return sample_weight.unsqueeze(-1).expand(target.shape)
+
+
+def _normal_form(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Matrices: input (N, D), weight (K, D), target and samples (N, K); bias (K,)."""
+    outputs, features = (weight.shape[0] if weight.dim() == 2 else 1), weight.shape[-1]
+    rows = math.prod(input.shape[:-1])
+    return (
+        input.reshape(rows, features),
+        weight.reshape(outputs, features),
+        target.reshape(rows, outputs),
+        None if bias is None else bias.reshape(outputs),
+        None if samples is None else samples.reshape(rows, outputs),
+    )
+
+
+def _total_weight(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    zero = samples.new_zeros(())
+    return mse((zero + 1).expand_as(samples), zero.expand_as(samples), samples, "sum", dtype=dtype)
+
+
+def _loss_dtype(target: Tensor) -> torch.dtype:
+    return autocast_float32(target) if torch.is_autocast_enabled(target.device.type) else target.dtype
+
+
+def _slope(target: Tensor, reduction: str) -> float:
+    """2c: what a sum over E must be multiplied by to become a gradient."""
+    return 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
+
+
+def _outputs(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """(loss, E, grad_weight, grad_bias) with None for what was not asked for."""
+    loss, *rest = results
+    given = iter(rest)
+    return [loss, *(next(given) if need else None for need in needs)]
+
+
+def _backward(
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    if not any(needs):
+        return [None, None]
+    given = iter(_linear_mse_backward(grad_output, error, weight, factor, list(needs)))
+    return [next(given) if need else None for need in needs]
+
+
+def _times(samples: Tensor | None, values: Tensor) -> Tensor:
+    """``samples * values`` elementwise: half the gradient of ``sum(samples * values^2)``."""
+    if samples is None:
+        return values
+    half = values.new_full((), 0.5)
+    (result, _, _) = mse_backward(half, values, values.new_zeros(()).expand_as(values), samples, "sum", 0, (True, False, False))
+    assert result is not None
+    return result
+
+
+class LinearMseFunction(torch.autograd.Function):
+    """Derivatives of (loss, E, grad_weight, grad_bias), with P = X W^T + b and q = 2c:
+
+        E = s (P - y);  loss = c sum(s (P - y)^2);  grad_weight = q E^T X;  grad_bias = q sum_n E
+
+    The loss alone has a short backward, made of the other outputs. The general one, for second derivatives,
+    takes cotangents (l, V, Z, u) of the four: with Q = V + q (X Z^T + u) for E and R = s Q + q l E for P,
+
+        grad_X = R W + q E Z,  grad_W = R^T X,  grad_y = -R,  grad_b = sum_n R,  grad_s = (P - y) Q + c l (P - y)^2.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.reduction, ctx.needs, ctx.dtype = inputs
+        _, error, grad_weight, grad_bias = _outputs(output, ctx.needs)
+        ctx.save_for_backward(*tensors, error, grad_weight, grad_bias)
+        ctx.save_for_forward(*tensors, error)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, weight, target, bias, samples, error, grad_weight, grad_bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        d_loss, d_error, d_grad_weight, d_grad_bias = _outputs(cotangents, ctx.needs)
+        q = _slope(target, ctx.reduction)
+        if needs[4] or any(d is not None for d in (d_error, d_grad_weight, d_grad_bias)):
+            tensors = (input, weight, target, bias, samples, error)
+            grads = _general_backward(tensors, (d_loss, d_error, d_grad_weight, d_grad_bias), q, needs)
+        else:
+            assert d_loss is not None
+            grad_input, grad_target = _backward(d_loss, error, weight, q, (needs[0], needs[2])) if error is not None else (None, None)
+            grads = [
+                grad_input,
+                (d_loss * grad_weight).to(weight.dtype) if needs[1] else None,
+                grad_target,
+                (d_loss * grad_bias).to(bias.dtype) if needs[3] else None,
+                None,
+            ]
+        return (*grads, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        input, weight, target, bias, samples, error = ctx.saved_tensors
+        d_input, d_weight, d_target, d_bias, d_samples = tangents[:5]
+        q = _slope(target, ctx.reduction)
+        predictions = product(input, weight.mT, bias, dtype=ctx.dtype)
+        d_predictions = d_bias if d_bias is None else d_bias.expand_as(target)
+        if d_input is not None:
+            d_predictions = product(d_input, weight.mT, d_predictions, dtype=ctx.dtype)
+        if d_weight is not None:
+            d_predictions = product(input, d_weight.mT, d_predictions, dtype=ctx.dtype)
+        directions = (None, d_predictions, d_target, d_samples)
+        results = mse_hvp((None, predictions, target, samples), directions, ctx.reduction, 0, (True, False, False, False))
+        d_outputs: list[Tensor | None] = [results[0].to(ctx.dtype)]
+        if any(ctx.needs):
+            # E = s (P - y) is half the gradient of sum(s (P - y)^2), and its tangent half that gradient's.
+            half = target.new_full((), 0.5)
+            error = _error(input, weight, target, bias, samples, error, predictions)
+            d_error = mse_hvp((half, predictions, target, samples), directions, "sum", 0, (False, True, False, False))[1]
+            d_grad_weight = d_grad_bias = None
+            if ctx.needs[1]:
+                d_grad_weight = product(d_error.mT.to(input.dtype), input, None, (), _wide(input))
+                if d_input is not None:
+                    d_grad_weight = product(error.mT.to(input.dtype), d_input, d_grad_weight, (), _wide(input))
+                d_grad_weight = q * d_grad_weight
+            if ctx.needs[2]:
+                d_grad_bias = q * sum_to(d_error.to(_wide(input)), (target.shape[1],))
+            d_outputs += [d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need]
+        return tuple(d_outputs)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _error(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    samples: Tensor | None,
+    error: Tensor | None,
+    predictions: Tensor | None = None,
+) -> Tensor:
+    """E, recomputed if it was not saved: half the gradient of ``sum(s (P - y)^2)``."""
+    if error is not None:
+        return error
+    if predictions is None:
+        predictions = product(input, weight.mT, bias, dtype=target.dtype)
+    half = target.new_full((), 0.5)
+    result = mse_backward(half, predictions, target, samples, "sum", 0, (True, False, False))[0]
+    assert result is not None
+    return result
+
+
+def _general_backward(
+    tensors: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...], q: float, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The formula of LinearMseFunction's docstring."""
+    input, weight, target, bias, samples, saved_error = tensors
+    d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
+    error = _error(input, weight, target, bias, samples, saved_error)
+    Q = d_error
+    if d_grad_bias is not None:
+        bias_part = (q * d_grad_bias).to(error.dtype).expand_as(error)
+        Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part)
+    if d_grad_weight is not None:
+        Q = product(input, (q * d_grad_weight).to(input.dtype).mT, Q, dtype=error.dtype)
+    R = None if Q is None else _times(samples, Q)
+    if d_loss is not None:
+        R = scale_and_add(q * d_loss, error, R)
+    assert R is not None
+    grad_input = grad_samples = None
+    narrow = R.to(weight.dtype)
+    if needs[0]:
+        grad_input = product(narrow, weight)
+        if d_grad_weight is not None:
+            grad_input = product(error.to(weight.dtype), (q * d_grad_weight).to(weight.dtype), grad_input)
+    if needs[4]:
+        predictions = product(input, weight.mT, bias, dtype=error.dtype)
+        if d_loss is not None:
+            half_q = 0.5 * q * d_loss
+            grad_samples = mse_backward(half_q, predictions, target, samples, "sum", 0, (False, False, True))[2]
+        if Q is not None:
+            half = target.new_full((), 0.5)
+            residual = mse_backward(half, predictions, target, None, "sum", 0, (True, False, False))[0]
+            part = _times(Q, residual)
+            grad_samples = part if grad_samples is None else scale_and_add(part.new_ones(()), part, grad_samples)
+    return [
+        grad_input,
+        product(narrow.mT, input) if needs[1] else None,
+        scale_and_add(R.new_full((), -1), R).to(target.dtype) if needs[2] else None,
+        sum_to(R, (R.shape[1],)).to(bias.dtype) if needs[3] else None,
+        grad_samples,
+    ]
+
+
+class LinearMseBackwardFunction(torch.autograd.Function):
+    """Derivatives of ``grad_input = g q E W`` and ``grad_target = -g q E``."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        grad_output, error, weight, ctx.factor, ctx.needs = inputs
+        ctx.save_for_backward(grad_output, error, weight)
+        ctx.save_for_forward(grad_output, error, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_output, error, weight = ctx.saved_tensors
+        given = iter(cotangents)
+        d_grad_input, d_grad_target = (next(given) if need else None for need in ctx.needs)
+        slope = ctx.factor * grad_output
+        d_grad = d_error = d_weight = None
+        narrow = error.to(weight.dtype)
+        if d_grad_input is not None:
+            # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
+            projected = product(d_grad_input, weight.mT, dtype=error.dtype)
+            if ctx.needs_input_grad[2]:
+                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), _wide(weight))).to(weight.dtype)
+        else:
+            projected = None
+        if d_grad_target is not None:
+            minus = error.new_full((), -1)
+            projected = scale_and_add(minus, d_grad_target, projected)
+        if projected is not None:
+            if ctx.needs_input_grad[1]:
+                d_error = scale_and_add(slope, projected)
+            if ctx.needs_input_grad[0]:
+                d_grad = ctx.factor * _dot(projected, error).to(grad_output.dtype)
+        return d_grad, d_error, d_weight, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, d_grad: Tensor | None, d_error: Tensor | None, d_weight: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        grad_output, error, weight = ctx.saved_tensors
+        slope = ctx.factor * grad_output
+        tangent = None if d_grad is None else scale_and_add(ctx.factor * d_grad, error)
+        if d_error is not None:
+            tangent = scale_and_add(slope, d_error, tangent)
+        results = []
+        if ctx.needs[0]:
+            d_input = None if tangent is None else product(tangent.to(weight.dtype), weight)
+            if d_weight is not None:
+                d_input = product(error.to(weight.dtype), (slope * d_weight).to(weight.dtype), d_input)
+            results.append(d_input)
+        if ctx.needs[1]:
+            results.append(None if tangent is None else scale_and_add(tangent.new_full((), -1), tangent))
+        return tuple(results)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return product(a.reshape(1, -1), b.reshape(-1, 1), None, (), _wide(a)).reshape(())
+
+
+def _prepare(*args: Any) -> tuple[Any, ...]:
+    """Ask the forward for what the backward of this call will need."""
+    input, weight, target, bias, samples, reduction, needs, dtype = args
+
+    def may_need(tensor: Tensor | None) -> bool:
+        return tensor is not None and needs_derivative((tensor,))
+
+    needs = [
+        needs[0] or may_need(input) or may_need(target),
+        needs[1] or may_need(weight),
+        needs[2] or may_need(bias),
+    ]
+    return input, weight, target, bias, samples, reduction, needs, dtype
+
+
+def _launch(input: Tensor, *args: Any) -> list[Tensor]:
+    return backends.implementation("linear_mse", input).linear_mse_forward(input, *args)
+
+
+def _launch_backward(grad_output: Tensor, error: Tensor, *args: Any) -> list[Tensor]:
+    return backends.implementation("linear_mse", error).linear_mse_backward(grad_output, error, *args)
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    samples: Tensor | None,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    shapes = ((target.shape, dtype), (weight.shape, _wide(input)), (target.shape[1:], _wide(input)))
+    rest = [input.new_empty(shape, dtype=dt) for (shape, dt), need in zip(shapes, needs, strict=True) if need]
+    return [input.new_empty((), dtype=dtype), *rest]
+
+
+def _fake_backward(
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
+) -> list[Tensor]:
+    grad_input = weight.new_empty((error.shape[0], weight.shape[1]))
+    return [result for result, need in zip((grad_input, error.new_empty(error.shape)), needs, strict=True) if need]
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    """The composition on batched matrices: one product and one loss for the whole batch."""
+    *tensors, reduction, needs, dtype = args
+    input, weight, target, bias, samples = (
+        tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, in_dims[:5], strict=True)
+    )
+    if bias is not None and bias.dim() == 2:
+        bias = bias.unsqueeze(1)
+    predictions = product(input, weight.mT, bias, dtype=dtype)
+    shape = (info.batch_size, *predictions.shape[-2:])
+    predictions, target = predictions.expand(shape), target.expand(shape)
+    samples = None if samples is None else samples.expand(shape)
+    results = [mse(predictions, target, samples, reduction, 1, dtype)]
+    if any(needs):
+        # As in _error: half the gradient of sum(s (P - y)^2).
+        half = target.new_full((), 0.5).expand(info.batch_size)
+        error = mse_backward(half, predictions, target, samples, "sum", 1, (True, False, False))[0]
+        assert error is not None
+        q = 2.0 / max(1, math.prod(shape[1:])) if reduction == "mean" else 2.0
+        wide = _wide(input)
+        if needs[0]:
+            results.append(error)
+        if needs[1]:
+            results.append(q * product(error.mT.to(input.dtype), input, dtype=wide))
+        if needs[2]:
+            results.append(q * sum_to(error.to(wide), (info.batch_size, 1, shape[2])).squeeze(1))
+    return results, [0] * len(results)
+
+
+def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    grad_output, error, weight, factor, needs = args
+    if in_dims[0] is None:
+        grad_output = grad_output.expand(info.batch_size)
+    error = error if in_dims[1] is None else error.movedim(in_dims[1], 0)
+    weight = weight if in_dims[2] is None else weight.movedim(in_dims[2], 0)
+    wide = _wide(error)
+    slope = (factor * grad_output).reshape(-1, 1, 1).to(wide)
+    rows, outputs = error.shape[-2:]
+    scaled = product(error.reshape(-1, rows * outputs, 1).to(wide), slope, dtype=error.dtype).reshape(-1, rows, outputs)
+    results = []
+    if needs[0]:
+        results.append(product(scaled.to(weight.dtype), weight))
+    if needs[1]:
+        minus = scaled.new_full((1, 1), -1)
+        results.append(product(scaled.reshape(-1, rows * outputs, 1), minus).reshape(scaled.shape))
+    return results, [0] * len(results)
+
+
+def _autocast(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    samples: Tensor | None,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    input, weight, bias = (autocast_cast(tensor) for tensor in (input, weight, bias))
+    return input, weight, target, bias, samples, reduction, needs, autocast_float32(target, samples)
+
+
+_linear_mse = Operator(
+    "linear_mse(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? samples, str reduction, "
+    "bool[] needs, ScalarType dtype) -> Tensor[]",
+    launch=_launch,
+    fake=_fake,
+    vmap=_vmap,
+    derivative=LinearMseFunction,
+    prepare=_prepare,
+    autocast=_autocast,
+)
+_linear_mse_backward = Operator(
+    "linear_mse_backward(Tensor grad_output, Tensor error, Tensor weight, float factor, bool[] needs) -> Tensor[]",
+    launch=_launch_backward,
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+    derivative=LinearMseBackwardFunction,
+)

@@ -1,0 +1,275 @@
+"""Matrix products: ``matmul`` and ``linear``.
+
+Both are one registered operator on matrices with batch dimensions,
+
+    result = (input @ other).sum(sum_dims, keepdim=True) + addend,
+
+chosen so that it is closed under differentiation: the gradients of a product are products of the same form (a
+sum over broadcast batch dimensions included), the gradient of a bias is a product with ones, and a tangent is
+a product that adds another. So every derivative of any order, and vmap, is again this one operator.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .registration import Operator, autocast_cast
+
+
+def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Matrix product, with a bias added before the result is stored.
+
+        result[..., m, n] = sum_k input[..., m, k] * other[..., k, n] + bias[n]
+
+    Accumulates in float32 (float64 for float64). float32 products follow
+    ``torch.backends.cuda.matmul.fp32_precision``. Differentiable to any order, in reverse and forward mode.
+
+    Shapes:
+        input ``(*, M, K)`` or ``(K,)``; other ``(*, K, N)`` or ``(K,)``; bias ``(N,)``, or one element where
+        ``other`` is 1-D; result as ``torch.matmul``: batch dimensions broadcast, a 1-D operand's is dropped.
+
+    Args:
+        input: float64, float32, float16 or bfloat16, any strides.
+        other: of the same dtype and device.
+        bias: of the same dtype and device.
+
+    Returns:
+        A new tensor of the operands' dtype (under autocast, of the autocast dtype).
+
+    Raises:
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ, or the shapes do not fit.
+        ValueError: ``bias`` has the wrong shape.
+
+    Example:
+        >>> matmul(torch.randn(8, 3, 4), torch.randn(4, 5), torch.zeros(5)).shape
+        torch.Size([8, 3, 5])
+    """
+    checks.tensors("matmul", {"input": input, "other": other, "bias": bias})
+    if input.dim() == 0 or other.dim() == 0:
+        raise RuntimeError(
+            f"matmul: both arguments need at least one dimension, got input {tuple(input.shape)}, "
+            f"other {tuple(other.shape)}"
+        )
+    left = input if input.dim() > 1 else input.unsqueeze(0)
+    right = other if other.dim() > 1 else other.unsqueeze(1)
+    if left.shape[-1] != right.shape[-2]:
+        raise RuntimeError(
+            f"matmul: input has shape {tuple(input.shape)} and other {tuple(other.shape)}; "
+            f"the inner sizes {left.shape[-1]} and {right.shape[-2]} must be equal"
+        )
+    if bias is not None:
+        why = f"for other of shape {tuple(other.shape)}"
+        bias = _one_bias_per_column("matmul", bias, right.shape[-1], scalar=other.dim() == 1, why=why)
+    result = product(left, right, bias)
+    if other.dim() == 1:
+        result = result.squeeze(-1)
+    if input.dim() == 1:
+        result = result.squeeze(-2 if other.dim() > 1 else -1)
+    return result
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The affine map of ``torch.nn.functional.linear``.
+
+        result[..., k] = sum_d input[..., d] * weight[k, d] + bias[k]
+
+    Shapes:
+        input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; bias ``(K,)``, or one element where weight is
+        ``(D,)``; result ``(*, K)``, or ``(*)`` where weight is ``(D,)``.
+
+    Args:
+        input: float64, float32, float16 or bfloat16, any strides.
+        weight: of the same dtype and device.
+        bias: of the same dtype and device.
+
+    Returns:
+        A new tensor of the operands' dtype (under autocast, of the autocast dtype).
+
+    Raises:
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ, or the shapes do not fit.
+        ValueError: ``bias`` has the wrong shape.
+
+    Example:
+        >>> linear(torch.randn(8, 4), torch.randn(5, 4), torch.zeros(5)).shape
+        torch.Size([8, 5])
+    """
+    checks.tensors("linear", {"input": input, "weight": weight, "bias": bias})
+    check_linear("linear", input, weight, bias)
+    matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
+    left = input if input.dim() > 1 else input.unsqueeze(0)
+    result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
+    if weight.dim() == 1:
+        result = result.squeeze(-1)
+    return result.squeeze(0) if input.dim() == 1 else result
+
+
+def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """RuntimeError or ValueError unless the shapes are those of a linear map."""
+    if input.dim() == 0 or weight.dim() not in (1, 2) or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"{op}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; expected input (*, D) "
+            f"and weight (K, D) or (D,)"
+        )
+    if bias is not None:
+        why = f"for weight of shape {tuple(weight.shape)}"
+        _one_bias_per_column(op, bias, weight.shape[0] if weight.dim() == 2 else 1, weight.dim() == 1, why)
+
+
+def _one_bias_per_column(op: str, bias: Tensor, columns: int, scalar: bool, why: str) -> Tensor:
+    if scalar and bias.numel() == 1:
+        return bias.reshape(1)
+    checks.shape(op, "bias", bias, (columns,), why)
+    return bias
+
+
+def scale_and_add(factor: Tensor, tensor: Tensor, addend: Tensor | None = None) -> Tensor:
+    """``factor * tensor + addend`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix.
+
+    A 16-bit tensor is widened first: the factor may lie outside its range.
+    """
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    flat = None if addend is None else addend.reshape(-1, 1)
+    column, matrix = tensor.to(wide).reshape(-1, 1), factor.to(wide).reshape(1, 1)
+    return product(column, matrix, flat, dtype=tensor.dtype).reshape(tensor.shape)
+
+
+def product(
+    input: Tensor,
+    other: Tensor,
+    addend: Tensor | None = None,
+    sum_dims: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The registered operator with its defaults: operands of at least two dimensions, no checks.
+
+    Args:
+        input: ``(*A, M, K)``.
+        other: ``(*B, K, N)``, of the same dtype.
+        addend: broadcastable to the result.
+        sum_dims: which of the broadcast batch dimensions are summed (and kept with size 1).
+        dtype: of the result; the operands' if None.
+    """
+    return _operator(input, other, addend, list(sum_dims), input.dtype if dtype is None else dtype)
+
+
+def _batch_shape(input: Tensor, other: Tensor) -> list[int]:
+    return list(torch.broadcast_shapes(input.shape[:-2], other.shape[:-2]))
+
+
+def _result_shape(input: Tensor, other: Tensor, sum_dims: Sequence[int]) -> list[int]:
+    batch = _batch_shape(input, other)
+    for dim in sum_dims:
+        batch[dim] = 1
+    return [*batch, input.shape[-2], other.shape[-1]]
+
+
+def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
+    """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
+    batch = _batch_shape(input, other)
+    target = [1] * (len(batch) - (like.dim() - 2)) + list(like.shape[:-2])
+    sum_dims = [dim for dim, (size, want) in enumerate(zip(batch, target, strict=True)) if want == 1 and size != 1]
+    result = product(input.to(like.dtype), other.to(like.dtype), None, sum_dims)
+    return result.reshape(result.shape[result.dim() - like.dim() :]).expand(like.shape)
+
+
+def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Sum ``tensor`` (at least 2-D) to a ``shape`` that broadcasts to its own, by products with ones."""
+    padded = [1] * (tensor.dim() - len(shape)) + list(shape)
+    summed = [dim for dim, (size, want) in enumerate(zip(tensor.shape, padded, strict=True)) if want != size]
+    if not summed:
+        return tensor.reshape(shape)
+    batch_dims = [dim for dim in summed if dim < tensor.dim() - 2]
+    ones = tensor.new_ones(())
+    if tensor.dim() - 2 in summed:
+        tensor = product(ones.expand(1, tensor.shape[-2]), tensor, None, batch_dims)
+    elif tensor.dim() - 1 not in summed:
+        flat = tensor.reshape(*tensor.shape[:-2], -1, 1)
+        tensor = product(flat, ones.expand(1, 1), None, batch_dims)
+        return tensor.reshape(shape)
+    if tensor.shape[-1] != padded[-1]:
+        tensor = product(tensor, ones.expand(tensor.shape[-1], 1), None, batch_dims if tensor.dim() - 2 not in summed else [])
+    return tensor.reshape(shape)
+
+
+class MatmulFunction(torch.autograd.Function):
+    """Derivatives of ``(input @ other).sum(sum_dims) + addend``, each one or two calls of the operator."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, other, addend, ctx.sum_dims, ctx.dtype = inputs
+        ctx.addend_shape = None if addend is None else addend.shape
+        ctx.save_for_backward(input, other)
+        ctx.save_for_forward(input, other)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, other = ctx.saved_tensors
+        needs_input, needs_other, needs_addend = ctx.needs_input_grad[:3]
+        return (
+            _product_like(grad, other.mT, input) if needs_input else None,
+            _product_like(input.mT, grad, other) if needs_other else None,
+            sum_to(grad, ctx.addend_shape) if needs_addend else None,
+            None,
+            None,
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_addend: Tensor | None, *_: None) -> Tensor | None:
+        input, other = ctx.saved_tensors
+        tangent = d_addend
+        if d_input is not None:
+            tangent = product(d_input, other, tangent, ctx.sum_dims, ctx.dtype)
+        if d_other is not None:
+            tangent = product(input, d_other, tangent, ctx.sum_dims, ctx.dtype)
+        if tangent is d_addend and tangent is not None:
+            tangent = product(input[..., :0], other[..., :0, :], tangent, ctx.sum_dims, ctx.dtype)
+        return tangent
+
+
+def _launch(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> Tensor:
+    return backends.implementation("matmul", input).matmul_forward(input, other, addend, sum_dims, dtype)
+
+
+def _fake(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> Tensor:
+    return input.new_empty(_result_shape(input, other, sum_dims), dtype=dtype)
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    input, other, addend, sum_dims, dtype = args
+    plain = [
+        None if tensor is None else tensor.dim() - (dim is not None)
+        for tensor, dim in zip(args[:3], in_dims[:3], strict=True)
+    ]
+    rank = max(plain[0], plain[1])
+
+    def front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        """The mapped dimension first, then ones up to the rank of the result."""
+        if tensor is None or dim is None:
+            return tensor
+        tensor = tensor.movedim(dim, 0)
+        return tensor.reshape(tensor.shape[0], *(1,) * (rank - (tensor.dim() - 1)), *tensor.shape[1:])
+
+    operands = [front(tensor, dim) for tensor, dim in zip(args[:3], in_dims[:3], strict=True)]
+    if in_dims[0] is None and in_dims[1] is None:
+        operands[0] = input.expand(info.batch_size, *(1,) * (rank - input.dim()), *input.shape)
+    return _operator(*operands, [dim + 1 for dim in sum_dims], dtype), 0
+
+
+def _autocast(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> tuple[Any, ...]:
+    input, other, addend = (autocast_cast(tensor) for tensor in (input, other, addend))
+    return input, other, addend, sum_dims, input.dtype
+
+
+_operator = Operator(
+    "matmul(Tensor input, Tensor other, Tensor? addend, int[] sum_dims, ScalarType dtype) -> Tensor",
+    launch=_launch,
+    fake=_fake,
+    vmap=_vmap,
+    derivative=MatmulFunction,
+    autocast=_autocast,
+)

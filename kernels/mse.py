@@ -1,0 +1,401 @@
+"""Mean squared error: ``mse_loss`` and ``mse_loss_and_grad``.
+
+With e = input - target and g the gradient of the loss, all of its derivatives are those of one cubic form,
+
+    C(g, w, e) = c * sum(g * w * e^2):
+
+the backward is C's gradient, and the tangent of the loss, the tangent of the backward and the double backward
+are all C's Hessian times a vector. Hence three registered operators: ``mse``, ``mse_backward``, ``mse_hvp``.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from .registration import Operator, autocast_float32
+
+
+def mse_loss(input: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """Squared error of ``input`` against ``target``, averaged, summed or per element.
+
+        l_i = w_i * (input_i - target_i)^2
+
+        mean: sum(l) / n, or sum(l) / sum(w) where weights are given;  sum: sum(l);  none: l
+
+    Differentiable to any order in all three tensors, in reverse and forward mode.
+
+    Shapes:
+        input, target, weight: one shape ``(*)``; nothing is broadcast. Loss: ``()``, or ``(*)`` for none.
+
+    Args:
+        input: predictions; float64, float32, float16 or bfloat16, any strides.
+        target: of the same dtype and device.
+        weight: of the same dtype and device.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+
+    Returns:
+        The loss in the inputs' dtype (float32 under autocast), accumulated in float32 (float64 for float64).
+        The mean of no elements is nan, their sum 0.
+
+    Raises:
+        ValueError: shapes differ, or ``reduction`` is not one of the three.
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ.
+
+    Example:
+        >>> mse_loss(torch.tensor([6.0]), torch.tensor([5.0]))
+        tensor(1.)
+    """
+    _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
+    if weight is None or reduction != "mean":
+        return mse(input, target, weight, reduction)
+    total, weights = _weighted_sums(input, target, weight)
+    return (total / weights).to(_loss_dtype(input))
+
+
+def mse_loss_and_grad(
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    wrt: Sequence[str] = ("input",),
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss and its gradients in one pass over the data, without autograd.
+
+        loss as ``mse_loss``;  grad_input = 2 c w e,  grad_target = -grad_input,
+        grad_weight = c e^2  (mean: c (e^2 - loss)),  with e = input - target and c = 1, 1/n or 1/sum(w)
+
+    Moves 3 elements per element without weights: reads input and target, writes grad_input.
+
+    Shapes:
+        input, target, weight and each gradient: one shape ``(*)``; loss ``()``.
+
+    Args:
+        input: predictions; float64, float32, float16 or bfloat16, any strides.
+        target: of the same dtype and device.
+        weight: of the same dtype and device.
+        reduction: ``"mean"`` or ``"sum"``.
+        wrt: which gradients are wanted: any of ``"input"``, ``"target"``, ``"weight"``. ``requires_grad`` plays
+            no part.
+
+    Returns:
+        ``(loss, (grad_input, grad_target, grad_weight))`` with None for what is not in ``wrt`` or was not given.
+
+    Raises:
+        ValueError: shapes differ, ``reduction`` is ``"none"`` or unknown, or ``wrt`` has an unknown name.
+        TypeError: dtypes differ or are not served.
+        RuntimeError: devices differ.
+
+    Example:
+        >>> loss, (grad, _, _) = mse_loss_and_grad(torch.tensor([6.0]), torch.tensor([5.0]))
+        >>> loss, grad
+        (tensor(1.), tensor([2.]))
+    """
+    _check("mse_loss_and_grad", input, target, weight, reduction, ("mean", "sum"))
+    wanted = wanted_gradients("mse_loss_and_grad", wrt, {"input": input, "target": target, "weight": weight})
+    dtype = _loss_dtype(input)
+    with torch.no_grad():
+        if weight is not None and reduction == "mean":
+            return _weighted_mean_and_grad(input, target, weight, wanted, dtype)
+        loss, *grads = _mse_forward_backward(input, target, weight, reduction, wanted, dtype)
+    gradients = iter(grads)
+    grad_input, grad_target, grad_weight = (next(gradients) if want else None for want in wanted)
+    return loss, (grad_input, grad_target, grad_weight)
+
+
+def _weighted_mean_and_grad(
+    input: Tensor, target: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    total, weights = _weighted_sums(input, target, weight)
+    loss = total / weights
+    grad_input, grad_target, grad_weight = mse_backward(1 / weights, input, target, weight, "sum", 0, wanted)
+    if grad_weight is not None:
+        grad_weight -= loss / weights
+    return loss.to(dtype), (grad_input, grad_target, grad_weight)
+
+
+def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
+    wide = autocast_float32(input, target, weight)
+    zero = weight.new_zeros(())
+    total = mse(input, target, weight, "sum", dtype=wide)
+    return total, mse((zero + 1).expand_as(weight), zero.expand_as(weight), weight, "sum", dtype=wide)
+
+
+def wanted_gradients(op: str, wrt: Sequence[str], arguments: dict[str, Tensor | None]) -> list[bool]:
+    """Which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in arguments:
+            expected = ", ".join(map(repr, arguments))
+            raise ValueError(f"{op}: wrt names {name!r}; expected any of {expected}")
+    return [name in names and tensor is not None for name, tensor in arguments.items()]
+
+
+def _check(
+    op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, allowed: tuple[str, ...]
+) -> None:
+    checks.reduction(op, reduction, allowed)
+    checks.tensors(op, {"input": input, "target": target, "weight": weight})
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.shape != input.shape:
+            raise ValueError(
+                f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
+                f"they must be equal (nothing is broadcast)"
+            )
+
+
+def _loss_dtype(input: Tensor) -> torch.dtype:
+    return autocast_float32(input) if torch.is_autocast_enabled(input.device.type) else input.dtype
+
+
+def mse(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    kept: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The registered operator: no checks, no weighted mean; leading ``kept`` dimensions survive a reduction."""
+    return _mse(input, target, weight, reduction, kept, input.dtype if dtype is None else dtype)
+
+
+def mse_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of ``mse`` for input, target and weight; None where ``needs`` says no."""
+    results = iter(_mse_backward(grad_output, input, target, weight, reduction, kept, list(needs)))
+    return [next(results) if need else None for need in needs]
+
+
+def mse_hvp(
+    primals: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
+    tangents: Sequence[Tensor | None],
+    reduction: str,
+    kept: int,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The Hessian of C at ``primals`` times ``tangents``, both (grad_output, input, target, weight)."""
+    if not any(needs):
+        return [None] * 4
+    results = iter(_mse_hvp(*primals, *tangents, reduction, kept, list(needs)))
+    return [next(results) if need else None for need in needs]
+
+
+class MseFunction(torch.autograd.Function):
+    """Derivatives of the loss."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.reduction, ctx.kept, ctx.dtype = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:3]
+        return (*mse_backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.kept, needs), None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        primals, tangents = (None, *ctx.saved_tensors), (None, *tangents[:3])
+        tangent = mse_hvp(primals, tangents, ctx.reduction, ctx.kept, (True, False, False, False))[0]
+        return None if tangent is None else tangent.to(ctx.dtype)
+
+
+class MseBackwardFunction(torch.autograd.Function):
+    """Derivatives of the gradients: C's Hessian times the cotangents, or times the tangents."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.reduction, ctx.kept, ctx.needs = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = iter(cotangents)
+        directions = [None, *(next(given) if need else None for need in ctx.needs)]
+        needs = ctx.needs_input_grad[:4]
+        return (*mse_hvp(ctx.saved_tensors, directions, ctx.reduction, ctx.kept, needs), None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        results = mse_hvp(ctx.saved_tensors, tangents[:4], ctx.reduction, ctx.kept, (False, *ctx.needs))
+        return tuple(result for result, need in zip(results[1:], ctx.needs, strict=True) if need)
+
+
+def _hvp_formula(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
+    scale = _scale(input, reduction, kept)
+    zero = input.new_zeros(())
+
+    def spread(grad: Tensor | None) -> Tensor:
+        if grad is None or reduction == "none":
+            return zero if grad is None else grad
+        return grad.reshape(*grad.shape, *(1,) * (input.dim() - kept))
+
+    error = input - target
+    d_error = (zero if d_input is None else d_input) - (zero if d_target is None else d_target)
+    w = zero + 1 if weight is None else weight
+    dw = zero if d_weight is None else d_weight
+    g, dg = spread(grad_output), spread(d_grad)
+    results = []
+    if needs[0]:
+        tangent = scale * (dw * error**2 + 2 * w * error * d_error)
+        if reduction != "none" and kept < input.dim():
+            tangent = tangent.sum(list(range(kept, input.dim())))
+        results.append(tangent)
+    if needs[1] or needs[2]:
+        out = 2 * scale * (dg * w * error + g * dw * error + g * w * d_error)
+        results += [out] * needs[1] + [-out] * needs[2]
+    if needs[3]:
+        results.append(scale * (dg * error**2 + 2 * g * error * d_error))
+    return results
+
+
+def _scale(input: Tensor, reduction: str, kept: int) -> float:
+    return 1.0 / math.prod(input.shape[kept:]) if reduction == "mean" and input.numel() else 1.0
+
+
+def _loss_fake(input: Tensor, reduction: str, kept: int, dtype: torch.dtype) -> Tensor:
+    return input.new_empty(input.shape if reduction == "none" else input.shape[:kept], dtype=dtype)
+
+
+def _mse_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+) -> Tensor:
+    return _loss_fake(input, reduction, kept, dtype)
+
+
+def _backward_fake(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    tensors = zip((input, target, weight), needs, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, need in tensors if need and tensor is not None]
+
+
+def _hvp_fake(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    dtype = input.dtype if grad_output is None else grad_output.dtype
+    results = [_loss_fake(input, reduction, kept, dtype)] if needs[0] else []
+    return results + _backward_fake(input, input, target, weight, reduction, kept, needs[1:])
+
+
+def _launch_forward(input: Tensor, *args: Any) -> Tensor:
+    return backends.implementation("mse", input).mse_forward(input, *args)
+
+
+def _launch_backward(grad_output: Tensor, input: Tensor, *args: Any) -> list[Tensor]:
+    return backends.implementation("mse", input).mse_backward(grad_output, input, *args)
+
+
+def _launch_hvp(grad_output: Tensor | None, input: Tensor, *args: Any) -> list[Tensor]:
+    return backends.implementation("mse", input).mse_hvp(grad_output, input, *args)
+
+
+def _mse_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
+    return backends.implementation("mse", input).mse_forward_backward(input, *args)
+
+
+def _mapped_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
+    return [
+        tensor
+        if tensor is None
+        else tensor.expand(info.batch_size, *tensor.shape)
+        if dim is None
+        else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+
+
+def _mse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    *tensors, reduction, kept, dtype = args
+    return _mse(*_mapped_first(info, in_dims[:3], tensors), reduction, kept + 1, dtype), 0
+
+
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    *tensors, reduction, kept, needs = args
+    results = _mse_backward(*_mapped_first(info, in_dims[:4], tensors), reduction, kept + 1, needs)
+    return results, [0] * len(results)
+
+
+def _hvp_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    *tensors, reduction, kept, needs = args
+    results = _mse_hvp(*_mapped_first(info, in_dims[:8], tensors), reduction, kept + 1, needs)
+    return results, [0] * len(results)
+
+
+def _autocast(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """As it is, but with the loss in float32: the kernels convert each element as they load it."""
+    return input, target, weight, reduction, kept, autocast_float32(input, target, weight)
+
+
+_mse = Operator(
+    "mse(Tensor input, Tensor target, Tensor? weight, str reduction, int kept, ScalarType dtype) -> Tensor",
+    launch=_launch_forward,
+    fake=_mse_fake,
+    vmap=_mse_vmap,
+    derivative=MseFunction,
+    autocast=_autocast,
+)
+_mse_backward = Operator(
+    "mse_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, str reduction, int kept, "
+    "bool[] needs) -> Tensor[]",
+    launch=_launch_backward,
+    fake=_backward_fake,
+    vmap=_backward_vmap,
+    derivative=MseBackwardFunction,
+)
+_mse_hvp = Operator(
+    "mse_hvp(Tensor? grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? d_grad, Tensor? d_input, "
+    "Tensor? d_target, Tensor? d_weight, str reduction, int kept, bool[] needs) -> Tensor[]",
+    launch=_launch_hvp,
+    fake=_hvp_fake,
+    vmap=_hvp_vmap,
+    derivative=_hvp_formula,
+)

@@ -1,0 +1,212 @@
+"""How an op becomes a torch.library operator with derivatives, vmap, a meta implementation and autocast.
+
+Every op is registered in one form. Its **Autograd key** holds a Python implementation that applies an
+``autograd.Function`` whose forward calls the same operator below autograd. So dispatch below the Function, be
+it to functorch, FakeTensor, a tracer or the launcher, is the dispatcher's business, and each transform meets
+the operator at its own level. Of the documented ways, ``custom_op.register_autograd`` returns forward-mode
+tangents that are silently zero, and a plain Function cannot be traced with one.
+
+This is the only module of the ops that leans on private parts of torch:
+
+* ``torch._C._FunctionBase.apply``: ``Function.apply`` without its Python layer, which would hand functorch the
+  whole Function where only the current level is due, and costs 9 us a call.
+* ``torch._C._functorch.set_single_level_autograd_function_allowed`` allows that apply at a functorch level.
+  Where torch no longer has it, ``Function.apply`` serves instead: right in eager mode and in torch.func, but
+  not traceable with a jvp.
+* The dispatch key ``Batched``, ``torch._remove_batch_dim`` and ``_add_batch_dim``: the older vmap, by which
+  ``autograd.grad(is_grads_batched=True)`` and gradcheck's batched checks work. It has no register_vmap.
+* ``torch._C._AutoDispatchBelowAutograd``, ``_are_functorch_transforms_active``: what C++ kernels use.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends
+
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function as _single_level
+except ImportError:
+    _single_level = None
+
+_NAMESPACE = __name__.partition(".")[0]
+_DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_transforms_active = torch._C._are_functorch_transforms_active
+
+OPERATORS: list["Operator"] = []
+
+
+class Operator:
+    """A registered operator: call it with tensors, get tensors, under any transform.
+
+    Args:
+        schema: the operator's name and signature in torch's schema language.
+        launch: what runs below autograd on real tensors.
+        fake: the same signature on fake or meta tensors: output shapes, dtypes and strides only.
+        vmap: ``(info, in_dims, *args) -> (outputs, out_dims)``: one call of the operators for the whole batch.
+        derivative: an ``autograd.Function`` with ``setup_context``, ``backward`` and ``jvp`` (its forward is
+            provided here), or a function of the same arguments in ops that have derivatives.
+        prepare: maps the arguments to those to use when a derivative may be asked for.
+        autocast: maps the arguments to those to use where autocast is on.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        launch: Callable[..., Any],
+        fake: Callable[..., Any],
+        vmap: Callable[..., Any],
+        derivative: type[torch.autograd.Function] | Callable[..., Any],
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        autocast: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self._prepare = prepare
+        self._returns_list = schema.endswith("[]")
+        qualified = f"{_NAMESPACE}::{self.name}"
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for key in _DEVICE_KEYS:
+            _library.impl(self.name, launch, key)
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_vmap(qualified, vmap, lib=_library)
+        _library.impl(self.name, _legacy_vmap(vmap), "Batched")
+        self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
+        self._derivative = derivative
+        if isinstance(derivative, type):
+            self._derivative = _apply_of(_bind(derivative, self.overload))
+        _library.impl(self.name, self._autograd, "Autograd")
+        if autocast is not None:
+            for key in _DEVICE_KEYS:
+                _library.impl(self.name, self._under_autocast(autocast), f"Autocast{key}")
+        OPERATORS.append(self)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        def autocast(*args: Any) -> Any:
+            args = cast(*args)
+            with without_autocast():
+                return self.overload(*args)
+
+        return autocast
+
+    def _autograd(self, *args: Any) -> Any:
+        if not needs_derivative(args):
+            with _below_autograd():
+                return self.overload(*args)
+        if self._prepare is not None:
+            args = self._prepare(*args)
+        with _level():
+            outputs = self._derivative(*args)
+        return list(outputs) if self._returns_list else outputs
+
+
+def needs_derivative(args: Sequence[Any]) -> bool:
+    """Whether autograd may have to differentiate a call with these arguments, in reverse or forward mode."""
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+
+
+def _bind(function: type[torch.autograd.Function], overload: Any) -> type[torch.autograd.Function]:
+    """``function`` with the forward that calls ``overload``, and derivatives under the forward's backend."""
+
+    def forward(*args: Any) -> Any:
+        with _below_autograd():
+            outputs = overload(*args)
+        return tuple(outputs) if isinstance(outputs, list) else outputs
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = backends.current()
+        ctx.set_materialize_grads(False)
+        function.setup_context(ctx, inputs, output)
+
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if all(grad is None for grad in grad_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        with backends.use_backend(ctx.backend), without_autocast():
+            return function.backward(ctx, *grad_outputs)
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        with backends.use_backend(ctx.backend), without_autocast():
+            return function.jvp(ctx, *tangents)
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    return type(function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()})
+
+
+def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    if _single_level is None:
+        return function.apply
+    return super(torch.autograd.Function, function).apply
+
+
+def _level() -> AbstractContextManager[None]:
+    return _single_level() if _single_level is not None and _transforms_active() else nullcontext()
+
+
+@dataclass(frozen=True)
+class _LegacyInfo:
+    """What the vmap rules read of functorch's VmapInfo."""
+
+    batch_size: int
+
+
+def _legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule`` for the older vmap, which hands out tensors with a hidden dimension."""
+
+    def batched(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        # A tensor without the hidden dimension comes back with one of size 1.
+        shown = [torch._remove_batch_dim(arg, level, 1, 0) if isinstance(arg, Tensor) else None for arg in args]
+        size = max(tensor.shape[0] for tensor in shown if tensor is not None)
+        mapped = [tensor is not None and tensor.shape[0] == size for tensor in shown]
+        values = [tensor if is_mapped else arg for arg, tensor, is_mapped in zip(args, shown, mapped, strict=True)]
+        outputs, dims = rule(_LegacyInfo(size), tuple(0 if is_mapped else None for is_mapped in mapped), *values)
+        if isinstance(outputs, list):
+            return [torch._add_batch_dim(output, dim, level) for output, dim in zip(outputs, dims, strict=True)]
+        return torch._add_batch_dim(outputs, dims, level)
+
+    return batched
+
+
+def _autocast_keys() -> torch._C.DispatchKeySet:
+    first, *rest = (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{key}"))
+        for key in _DEVICE_KEYS
+        if hasattr(torch._C.DispatchKey, f"Autocast{key}")
+    )
+    for keys in rest:
+        first = first | keys
+    return first
+
+
+_AUTOCAST_KEYS = _autocast_keys()
+
+
+def without_autocast() -> AbstractContextManager[None]:
+    """The operators called inside see their arguments' own dtypes."""
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
+
+
+def autocast_cast(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` in the autocast dtype of its device; float64 and None as they are."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def autocast_float32(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of an op that autocast keeps in float32 (float64 where an argument has it)."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if wide else torch.float32
