@@ -8,7 +8,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import Any
@@ -102,7 +101,9 @@ def backend_for(tensor: torch.Tensor) -> str:
     name = _chosen.get()
     if name == "auto":
         device_type = tensor.device.type
-        return "triton" if device_type in TRITON_DEVICES and _triton_problem(device_type) is None else "fallback"
+        return (
+            "triton" if device_type in TRITON_DEVICES and _triton_problem(device_type) is None else "fallback"
+        )
     if name == "triton" and (problem := _triton_problem(tensor.device.type)) is not None:
         raise RuntimeError(f"backend 'triton' cannot serve a tensor on {tensor.device}: {problem}")
     return name

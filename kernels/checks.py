@@ -9,6 +9,12 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "mean", "sum")
 
 
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    device_type = tensor.device.type
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     """ValueError unless ``value`` is one of the ``allowed`` reductions."""
     if value not in allowed:
@@ -28,19 +34,25 @@ def tensors(op: str, arguments: Mapping[str, Tensor | None]) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served")
+            raise TypeError(
+                f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served"
+            )
         if tensor.layout is not torch.strided:
-            raise RuntimeError(f"{op}: {name} has layout {tensor.layout}; only dense (strided) tensors are served")
+            raise RuntimeError(
+                f"{op}: {name} has layout {tensor.layout}; only dense (strided) tensors are served"
+            )
         if first is None:
             first_name, first = name, tensor
             continue
         if tensor.device != first.device:
             raise RuntimeError(
-                f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}; all tensors must be on one device"
+                f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}; "
+                "all tensors must be on one device"
             )
-        if tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        if tensor.dtype != first.dtype and not autocast_enabled(first):
             raise TypeError(
-                f"{op}: {first_name} has dtype {first.dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
+                f"{op}: {first_name} has dtype {first.dtype} but {name} has dtype {tensor.dtype}; "
+                "all must have one dtype"
             )
 
 

@@ -134,7 +134,9 @@ def linear_mse_loss_and_grad(
         )
         grad_input = grad_target = None
         if error is not None:
-            grad_input, grad_target = _backward(loss.new_ones(()), error, w, _slope(y, reduction), (want_input, want_target))
+            grad_input, grad_target = _backward(
+                loss.new_ones(()), error, w, _slope(y, reduction), (want_input, want_target)
+            )
     return loss, (
         None if grad_input is None else grad_input.to(input.dtype).reshape(input.shape),
         None if grad_weight is None else grad_weight.to(weight.dtype).reshape(weight.shape),
@@ -154,7 +156,13 @@ def _check(
     sample_weight: Tensor | None = None,
 ) -> None:
     checks.reduction(op, reduction, reductions)
-    tensors = {"input": input, "weight": weight, "target": target, "bias": bias, "sample_weight": sample_weight}
+    tensors = {
+        "input": input,
+        "weight": weight,
+        "target": target,
+        "bias": bias,
+        "sample_weight": sample_weight,
+    }
     checks.tensors(op, tensors)
     check_linear(op, input, weight, bias)
     why = f"for input of shape {tuple(input.shape)} and weight of shape {tuple(weight.shape)} (nothing is broadcast)"
@@ -192,7 +200,7 @@ def _total_weight(samples: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loss_dtype(target: Tensor) -> torch.dtype:
-    return autocast_float32(target) if torch.is_autocast_enabled(target.device.type) else target.dtype
+    return autocast_float32(target) if checks.autocast_enabled(target) else target.dtype
 
 
 def _slope(target: Tensor, reduction: str) -> float:
@@ -200,7 +208,7 @@ def _slope(target: Tensor, reduction: str) -> float:
     return 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
 
 
-def _outputs(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+def _outputs(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
     """(loss, E, grad_weight, grad_bias) with None for what was not asked for."""
     loss, *rest = results
     given = iter(rest)
@@ -221,7 +229,9 @@ def _times(samples: Tensor | None, values: Tensor) -> Tensor:
     if samples is None:
         return values
     half = values.new_full((), 0.5)
-    (result, _, _) = mse_backward(half, values, values.new_zeros(()).expand_as(values), samples, "sum", 0, (True, False, False))
+    (result, _, _) = mse_backward(
+        half, values, values.new_zeros(()).expand_as(values), samples, "sum", 0, (True, False, False)
+    )
     assert result is not None
     return result
 
@@ -255,7 +265,11 @@ class LinearMseFunction(torch.autograd.Function):
             grads = _general_backward(tensors, (d_loss, d_error, d_grad_weight, d_grad_bias), q, needs)
         else:
             assert d_loss is not None
-            grad_input, grad_target = _backward(d_loss, error, weight, q, (needs[0], needs[2])) if error is not None else (None, None)
+            grad_input, grad_target = (
+                _backward(d_loss, error, weight, q, (needs[0], needs[2]))
+                if error is not None
+                else (None, None)
+            )
             grads = [
                 grad_input,
                 (d_loss * grad_weight).to(weight.dtype) if needs[1] else None,
@@ -277,22 +291,30 @@ class LinearMseFunction(torch.autograd.Function):
         if d_weight is not None:
             d_predictions = product(input, d_weight.mT, d_predictions, dtype=ctx.dtype)
         directions = (None, d_predictions, d_target, d_samples)
-        results = mse_hvp((None, predictions, target, samples), directions, ctx.reduction, 0, (True, False, False, False))
-        d_outputs: list[Tensor | None] = [results[0].to(ctx.dtype)]
+        results = mse_hvp(
+            (None, predictions, target, samples), directions, ctx.reduction, 0, (True, False, False, False)
+        )
+        d_outputs: list[Any] = [results[0].to(ctx.dtype)]
         if any(ctx.needs):
             # E = s (P - y) is half the gradient of sum(s (P - y)^2), and its tangent half that gradient's.
             half = target.new_full((), 0.5)
             error = _error(input, weight, target, bias, samples, error, predictions)
-            d_error = mse_hvp((half, predictions, target, samples), directions, "sum", 0, (False, True, False, False))[1]
+            d_error = mse_hvp(
+                (half, predictions, target, samples), directions, "sum", 0, (False, True, False, False)
+            )[1]
             d_grad_weight = d_grad_bias = None
             if ctx.needs[1]:
                 d_grad_weight = product(d_error.mT.to(input.dtype), input, None, (), _wide(input))
                 if d_input is not None:
-                    d_grad_weight = product(error.mT.to(input.dtype), d_input, d_grad_weight, (), _wide(input))
+                    d_grad_weight = product(
+                        error.mT.to(input.dtype), d_input, d_grad_weight, (), _wide(input)
+                    )
                 d_grad_weight = q * d_grad_weight
             if ctx.needs[2]:
                 d_grad_bias = q * sum_to(d_error.to(_wide(input)), (target.shape[1],))
-            d_outputs += [d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need]
+            d_outputs += [
+                d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need
+            ]
         return tuple(d_outputs)
 
 
@@ -321,7 +343,7 @@ def _error(
 
 
 def _general_backward(
-    tensors: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...], q: float, needs: Sequence[bool]
+    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
     input, weight, target, bias, samples, saved_error = tensors
@@ -347,12 +369,17 @@ def _general_backward(
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
             half_q = 0.5 * q * d_loss
-            grad_samples = mse_backward(half_q, predictions, target, samples, "sum", 0, (False, False, True))[2]
+            grad_samples = mse_backward(half_q, predictions, target, samples, "sum", 0, (False, False, True))[
+                2
+            ]
         if Q is not None:
             half = target.new_full((), 0.5)
             residual = mse_backward(half, predictions, target, None, "sum", 0, (True, False, False))[0]
+            assert residual is not None
             part = _times(Q, residual)
-            grad_samples = part if grad_samples is None else scale_and_add(part.new_ones(()), part, grad_samples)
+            grad_samples = (
+                part if grad_samples is None else scale_and_add(part.new_ones(()), part, grad_samples)
+            )
     return [
         grad_input,
         product(narrow.mT, input) if needs[1] else None,
@@ -383,7 +410,9 @@ class LinearMseBackwardFunction(torch.autograd.Function):
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
             projected = product(d_grad_input, weight.mT, dtype=error.dtype)
             if ctx.needs_input_grad[2]:
-                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), _wide(weight))).to(weight.dtype)
+                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), _wide(weight))).to(
+                    weight.dtype
+                )
         else:
             projected = None
         if d_grad_target is not None:
@@ -462,7 +491,9 @@ def _fake_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
 ) -> list[Tensor]:
     grad_input = weight.new_empty((error.shape[0], weight.shape[1]))
-    return [result for result, need in zip((grad_input, error.new_empty(error.shape)), needs, strict=True) if need]
+    return [
+        result for result, need in zip((grad_input, error.new_empty(error.shape)), needs, strict=True) if need
+    ]
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
@@ -504,7 +535,9 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[lis
     wide = _wide(error)
     slope = (factor * grad_output).reshape(-1, 1, 1).to(wide)
     rows, outputs = error.shape[-2:]
-    scaled = product(error.reshape(-1, rows * outputs, 1).to(wide), slope, dtype=error.dtype).reshape(-1, rows, outputs)
+    scaled = product(error.reshape(-1, rows * outputs, 1).to(wide), slope, dtype=error.dtype).reshape(
+        -1, rows, outputs
+    )
     results = []
     if needs[0]:
         results.append(product(scaled.to(weight.dtype), weight))
@@ -524,8 +557,8 @@ def _autocast(
     needs: list[bool],
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
-    input, weight, bias = (autocast_cast(tensor) for tensor in (input, weight, bias))
-    return input, weight, target, bias, samples, reduction, needs, autocast_float32(target, samples)
+    x, w, b = (autocast_cast(tensor) for tensor in (input, weight, bias))
+    return x, w, target, b, samples, reduction, needs, autocast_float32(target, samples)
 
 
 _linear_mse = Operator(

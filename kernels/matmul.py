@@ -172,7 +172,9 @@ def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
     """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
     batch = _batch_shape(input, other)
     target = [1] * (len(batch) - (like.dim() - 2)) + list(like.shape[:-2])
-    sum_dims = [dim for dim, (size, want) in enumerate(zip(batch, target, strict=True)) if want == 1 and size != 1]
+    sum_dims = [
+        dim for dim, (size, want) in enumerate(zip(batch, target, strict=True)) if want == 1 and size != 1
+    ]
     result = product(input.to(like.dtype), other.to(like.dtype), None, sum_dims)
     return result.reshape(result.shape[result.dim() - like.dim() :]).expand(like.shape)
 
@@ -192,7 +194,12 @@ def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         tensor = product(flat, ones.expand(1, 1), None, batch_dims)
         return tensor.reshape(shape)
     if tensor.shape[-1] != padded[-1]:
-        tensor = product(tensor, ones.expand(tensor.shape[-1], 1), None, batch_dims if tensor.dim() - 2 not in summed else [])
+        tensor = product(
+            tensor,
+            ones.expand(tensor.shape[-1], 1),
+            None,
+            batch_dims if tensor.dim() - 2 not in summed else [],
+        )
     return tensor.reshape(shape)
 
 
@@ -219,7 +226,9 @@ class MatmulFunction(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_addend: Tensor | None, *_: None) -> Tensor | None:
+    def jvp(
+        ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_addend: Tensor | None, *_: None
+    ) -> Tensor | None:
         input, other = ctx.saved_tensors
         tangent = d_addend
         if d_input is not None:
@@ -231,21 +240,21 @@ class MatmulFunction(torch.autograd.Function):
         return tangent
 
 
-def _launch(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> Tensor:
+def _launch(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> Tensor:
     return backends.implementation("matmul", input).matmul_forward(input, other, addend, sum_dims, dtype)
 
 
-def _fake(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> Tensor:
+def _fake(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> Tensor:
     return input.new_empty(_result_shape(input, other, sum_dims), dtype=dtype)
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    input, other, addend, sum_dims, dtype = args
-    plain = [
-        None if tensor is None else tensor.dim() - (dim is not None)
-        for tensor, dim in zip(args[:3], in_dims[:3], strict=True)
-    ]
-    rank = max(plain[0], plain[1])
+    *tensors, sum_dims, dtype = args
+    rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors[:2], in_dims[:2], strict=True))
 
     def front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
         """The mapped dimension first, then ones up to the rank of the result."""
@@ -254,15 +263,18 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]
         tensor = tensor.movedim(dim, 0)
         return tensor.reshape(tensor.shape[0], *(1,) * (rank - (tensor.dim() - 1)), *tensor.shape[1:])
 
-    operands = [front(tensor, dim) for tensor, dim in zip(args[:3], in_dims[:3], strict=True)]
+    operands = [front(tensor, dim) for tensor, dim in zip(tensors, in_dims[:3], strict=True)]
     if in_dims[0] is None and in_dims[1] is None:
+        input = tensors[0]
         operands[0] = input.expand(info.batch_size, *(1,) * (rank - input.dim()), *input.shape)
     return _operator(*operands, [dim + 1 for dim in sum_dims], dtype), 0
 
 
-def _autocast(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> tuple[Any, ...]:
-    input, other, addend = (autocast_cast(tensor) for tensor in (input, other, addend))
-    return input, other, addend, sum_dims, input.dtype
+def _autocast(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> tuple[Any, ...]:
+    left, right, plus = (autocast_cast(tensor) for tensor in (input, other, addend))
+    return left, right, plus, sum_dims, left.dtype
 
 
 _operator = Operator(

@@ -19,7 +19,9 @@ from . import backends, checks
 from .registration import Operator, autocast_float32
 
 
-def mse_loss(input: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean") -> Tensor:
+def mse_loss(
+    input: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """Squared error of ``input`` against ``target``, averaged, summed or per element.
 
         l_i = w_i * (input_i - target_i)^2
@@ -151,7 +153,7 @@ def _check(
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:
-    return autocast_float32(input) if torch.is_autocast_enabled(input.device.type) else input.dtype
+    return autocast_float32(input) if checks.autocast_enabled(input) else input.dtype
 
 
 def mse(
@@ -186,7 +188,7 @@ def mse_hvp(
     reduction: str,
     kept: int,
     needs: Sequence[bool],
-) -> list[Tensor | None]:
+) -> list[Any]:
     """The Hessian of C at ``primals`` times ``tangents``, both (grad_output, input, target, weight)."""
     if not any(needs):
         return [None] * 4
@@ -205,8 +207,10 @@ class MseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, target, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        return (*mse_backward(grad, *ctx.saved_tensors, ctx.reduction, ctx.kept, needs), None, None, None)
+        grads = mse_backward(grad, input, target, weight, ctx.reduction, ctx.kept, needs)
+        return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -283,7 +287,9 @@ def _scale(input: Tensor, reduction: str, kept: int) -> float:
 
 
 def _loss_fake(input: Tensor, reduction: str, kept: int, dtype: torch.dtype) -> Tensor:
-    return input.new_empty(input.shape if reduction == "none" else input.shape[:kept], dtype=dtype)
+    if reduction == "none":
+        return torch.empty_like(input, dtype=dtype)
+    return input.new_empty(input.shape[:kept], dtype=dtype)
 
 
 def _mse_fake(
@@ -302,7 +308,7 @@ def _backward_fake(
     needs: list[bool],
 ) -> list[Tensor]:
     tensors = zip((input, target, weight), needs, strict=True)
-    return [tensor.new_empty(tensor.shape) for tensor, need in tensors if need and tensor is not None]
+    return [torch.empty_like(tensor) for tensor, need in tensors if need and tensor is not None]
 
 
 def _hvp_fake(
@@ -339,7 +345,9 @@ def _mse_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
     return backends.implementation("mse", input).mse_forward_backward(input, *args)
 
 
-def _mapped_first(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _mapped_first(
+    info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """The mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
     return [
         tensor

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 
 from . import backends
 
+_single_level: Callable[[], AbstractContextManager[None]] | None
 try:
     from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 except ImportError:
@@ -101,28 +102,30 @@ class Operator:
 
     def _autograd(self, *args: Any) -> Any:
         if not needs_derivative(args):
-            with _below_autograd():
-                return self.overload(*args)
+            return _call_below(self.overload, args)
         if self._prepare is not None:
             args = self._prepare(*args)
         with _level():
-            outputs = self._derivative(*args)
+            outputs: Any = self._derivative(*args)
         return list(outputs) if self._returns_list else outputs
 
 
 def needs_derivative(args: Sequence[Any]) -> bool:
-    """Whether autograd may have to differentiate a call with these arguments, in reverse or forward mode."""
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+    """Whether autograd has to differentiate a call with these arguments, in reverse or forward mode."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
-    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    # Traced code enters forward mode without telling forward_ad, but always under a transform.
+    if (forward_ad._current_level < 0 and not _transforms_active()) or not torch._C._is_fwd_grad_enabled():
+        return False
+    return any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
 
 
 def _bind(function: type[torch.autograd.Function], overload: Any) -> type[torch.autograd.Function]:
     """``function`` with the forward that calls ``overload``, and derivatives under the forward's backend."""
 
     def forward(*args: Any) -> Any:
-        with _below_autograd():
-            outputs = overload(*args)
+        outputs = _call_below(overload, args)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -141,13 +144,27 @@ def _bind(function: type[torch.autograd.Function], overload: Any) -> type[torch.
             return function.jvp(ctx, *tangents)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
-    return type(function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()})
+    return type(
+        function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
+    )
+
+
+def _call_below(overload: Any, args: Sequence[Any]) -> Any:
+    """Call the operator past autograd's key, as C++ kernels do.
+
+    A Function runs with grad mode off; the functorch levels further out have a say of their own.
+    """
+    if not _transforms_active():
+        with _below_autograd():
+            return overload(*args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
+        return overload(*args)
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     if _single_level is None:
         return function.apply
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _level() -> AbstractContextManager[None]:
@@ -168,13 +185,21 @@ def _legacy_vmap(rule: Callable[..., Any]) -> Callable[..., Any]:
         level = torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
         # A tensor without the hidden dimension comes back with one of size 1.
-        shown = [torch._remove_batch_dim(arg, level, 1, 0) if isinstance(arg, Tensor) else None for arg in args]
+        shown = [
+            torch._remove_batch_dim(arg, level, 1, 0) if isinstance(arg, Tensor) else None for arg in args
+        ]
         size = max(tensor.shape[0] for tensor in shown if tensor is not None)
         mapped = [tensor is not None and tensor.shape[0] == size for tensor in shown]
-        values = [tensor if is_mapped else arg for arg, tensor, is_mapped in zip(args, shown, mapped, strict=True)]
-        outputs, dims = rule(_LegacyInfo(size), tuple(0 if is_mapped else None for is_mapped in mapped), *values)
+        values = [
+            tensor if is_mapped else arg for arg, tensor, is_mapped in zip(args, shown, mapped, strict=True)
+        ]
+        outputs, dims = rule(
+            _LegacyInfo(size), tuple(0 if is_mapped else None for is_mapped in mapped), *values
+        )
         if isinstance(outputs, list):
-            return [torch._add_batch_dim(output, dim, level) for output, dim in zip(outputs, dims, strict=True)]
+            return [
+                torch._add_batch_dim(output, dim, level) for output, dim in zip(outputs, dims, strict=True)
+            ]
         return torch._add_batch_dim(outputs, dims, level)
 
     return batched
@@ -199,7 +224,7 @@ def without_autocast() -> AbstractContextManager[None]:
     return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS)
 
 
-def autocast_cast(tensor: Tensor | None) -> Tensor | None:
+def autocast_cast(tensor: Any) -> Any:
     """``tensor`` in the autocast dtype of its device; float64 and None as they are."""
     if tensor is None or tensor.dtype == torch.float64:
         return tensor

@@ -10,12 +10,18 @@ def matmul_forward(
     """``(input @ other).sum(sum_dims, keepdim=True) + addend``; see kernels/triton/matmul.py."""
     if sum_dims:
         result = _summed_product(input, other, sum_dims)
-    elif addend is not None and addend.dim() == 1 and other.dim() == 2 and dtype == addend.dtype == input.dtype:
+    elif (
+        addend is not None and addend.dim() == 1 and other.dim() == 2 and dtype == addend.dtype == input.dtype
+    ):
         return torch.nn.functional.linear(input, other.mT, addend)
     else:
         result = torch.matmul(_wide(input, dtype), _wide(other, dtype))
     if addend is not None:
-        result = result.add_(addend) if result.shape == torch.broadcast_shapes(result.shape, addend.shape) else result + addend
+        result = (
+            result.add_(addend)
+            if result.shape == torch.broadcast_shapes(result.shape, addend.shape)
+            else result + addend
+        )
     return result.to(dtype)
 
 

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-
 _REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
@@ -25,8 +24,15 @@ def _reduce(values: Tensor, reduction: str, kept: int) -> Tensor:
     return values.mean(dims) if reduction == "mean" else values.sum(dims)
 
 
-def _spread(grad: Tensor | None, input: Tensor, reduction: str, kept: int) -> Tensor | None:
-    if grad is None or reduction == "none":
+def _like(values: Tensor, tensor: Tensor) -> Tensor:
+    """``values`` in the dtype and layout of ``torch.empty_like(tensor)``."""
+    result = torch.empty_like(tensor)
+    same = values.dtype == result.dtype and values.stride() == result.stride()
+    return values if same else result.copy_(values)
+
+
+def _spread(grad: Tensor, input: Tensor, reduction: str, kept: int) -> Tensor:
+    if reduction == "none":
         return grad
     return grad.reshape(*grad.shape, *(1,) * (input.dim() - kept))
 
@@ -36,11 +42,13 @@ def mse_forward(
 ) -> Tensor:
     """``c * sum(w e^2)``; see kernels/triton/mse.py."""
     if weight is None and input.dtype == target.dtype == dtype and (kept == 0 or reduction == "none"):
-        return torch.nn.functional.mse_loss(input, target, reduction=reduction)
+        loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
+        return _like(loss, input) if reduction == "none" else loss
     wide = _accumulator(input, target, weight)
     error = input.to(wide) - target.to(wide)
     squares = error.square_() if weight is None else error.square_().mul_(weight)
-    return _reduce(squares, reduction, kept).to(dtype)
+    loss = _reduce(squares, reduction, kept).to(dtype)
+    return _like(loss, input.to(dtype)) if reduction == "none" else loss
 
 
 def mse_backward(
@@ -53,9 +61,15 @@ def mse_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
-    if weight is None and kept == 0 and input.dtype == target.dtype == grad_output.dtype and needs[0] != needs[1]:
+    if (
+        weight is None
+        and kept == 0
+        and input.dtype == target.dtype == grad_output.dtype
+        and needs[0] != needs[1]
+    ):
         first, second = (input, target) if needs[0] else (target, input)
-        return [torch.ops.aten.mse_loss_backward(grad_output, first, second, _REDUCTIONS.index(reduction))]
+        grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, _REDUCTIONS.index(reduction))
+        return [_like(grad, first)]
     wide = _accumulator(grad_output, input, target, weight)
     grad = _spread(grad_output.to(wide), input, reduction, kept) * _scale(input, reduction, kept)
     error = input.to(wide) - target.to(wide)
@@ -65,11 +79,11 @@ def mse_backward(
         if weight is not None:
             slope *= weight
         if needs[0]:
-            results.append(slope.to(input.dtype))
+            results.append(_like(slope, input))
         if needs[1]:
-            results.append((-slope).to(target.dtype))
+            results.append(_like(-slope, target))
     if needs[2] and weight is not None:
-        results.append(error.square_().mul_(grad).to(weight.dtype))
+        results.append(_like(error.square_().mul_(grad), weight))
     return results
 
 
@@ -91,10 +105,13 @@ def mse_hvp(
     wide = _accumulator(*tensors)
     zero = torch.zeros((), dtype=wide, device=input.device)
     grad, d_grad = (
-        zero if tensor is None else _spread(tensor.to(wide), input, reduction, kept) for tensor in (grad_output, d_grad)
+        zero if tensor is None else _spread(tensor.to(wide), input, reduction, kept)
+        for tensor in (grad_output, d_grad)
     )
     error = input.to(wide) - target.to(wide)
-    d_error = (zero if d_input is None else d_input.to(wide)) - (zero if d_target is None else d_target.to(wide))
+    d_error = (zero if d_input is None else d_input.to(wide)) - (
+        zero if d_target is None else d_target.to(wide)
+    )
     w = zero + 1 if weight is None else weight.to(wide)
     dw = zero if d_weight is None else d_weight.to(wide)
     scale = _scale(input, reduction, kept)
@@ -102,20 +119,26 @@ def mse_hvp(
     if needs[0]:
         tangent = (dw * error + 2 * w * d_error) * error
         dtype = input.dtype if grad_output is None else grad_output.dtype
-        results.append(_reduce(tangent, reduction, kept).to(dtype))
+        tangent = _reduce(tangent, reduction, kept).to(dtype)
+        results.append(_like(tangent, input.to(dtype)) if reduction == "none" else tangent)
     if needs[1] or needs[2]:
         slope = (((d_grad * w + grad * dw) * error + grad * w * d_error) * (2 * scale)).expand(input.shape)
         if needs[1]:
-            results.append(slope.to(input.dtype))
+            results.append(_like(slope, input))
         if needs[2]:
-            results.append((-slope).to(target.dtype))
+            results.append(_like(-slope, target))
     if needs[3] and weight is not None:
-        results.append(((d_grad * error + 2 * grad * d_error) * error * scale).to(weight.dtype))
+        results.append(_like((d_grad * error + 2 * grad * d_error) * error * scale, weight))
     return results
 
 
 def mse_forward_backward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, needs: list[bool], dtype: torch.dtype
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
     one = torch.ones((), dtype=_accumulator(input, target, weight), device=input.device)
