@@ -1,6 +1,8 @@
 """The gradient steps of training as fused Triton kernels, each with a NumPy reference and a gradient check."""
 
 from . import nn as nn
+from .adam import FusedAdam as FusedAdam
+from .adam import FusedAdamW as FusedAdamW
 from .backends import backend_for as backend_for
 from .backends import use_backend as use_backend
 from .linear_mse import linear_mse_loss as linear_mse_loss
@@ -9,9 +11,13 @@ from .matmul import linear as linear
 from .matmul import matmul as matmul
 from .mse import mse_loss as mse_loss
 from .mse import mse_loss_and_grad as mse_loss_and_grad
+from .sgd import FusedSGD as FusedSGD
 
 __version__ = "0.1.0"
 __all__ = [
+    "FusedAdam",
+    "FusedAdamW",
+    "FusedSGD",
     "backend_for",
     "linear",
     "linear_mse_loss",

@@ -1,0 +1,77 @@
+"""What the optimizers hand to a backend: the tensors of one launch, the options of each group, the guard."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class SGDOptions(NamedTuple):
+    """One parameter group of FusedSGD; tensors are read when the step runs on the device, never before."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    maximize: bool
+
+
+class AdamOptions(NamedTuple):
+    """One parameter group of FusedAdam or FusedAdamW."""
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float | Tensor
+    decoupled: bool
+    maximize: bool
+
+
+@dataclass
+class Bucket:
+    """The tensors that one launch updates: one device, one dtype per role, one set of state keys.
+
+    Attributes:
+        params: the parameters; ``grads``: their gradients, of any floating-point dtype.
+        states: by torch's state key (``momentum_buffer``; ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``;
+            ``master_param``; ``step``) a list as long as ``params``; a missing key means that the update has
+            no such tensor. ``step`` holds 0-d counts of the updates made. SGD has it where it must know a
+            first step (a momentum buffer whose count is 0 is taken as unset) or draws random numbers.
+        groups: for each parameter the index of its options.
+        indices: for each parameter its position in the optimizer; random numbers depend on it.
+        seed: the seed of stochastic rounding, or None to round to nearest.
+        memory: whatever a backend keeps from step to step for this bucket, such as its pointer tables.
+
+    All tensors of one entry, ``step`` aside, have the same shape and strides, without holes or overlaps.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: dict[str, list[Tensor]]
+    groups: list[int]
+    indices: list[int]
+    seed: int | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+class Guard(NamedTuple):
+    """What decides, on the device, whether and how far the step goes.
+
+    Attributes:
+        grad_scale: 0-d float32; gradients are divided by it, and written back so.
+        found_inf: 0-d float32; the step is skipped unless it is 0.
+        norms: (n, 2) float64 (float32 on MPS): sums of squares of the unscaled gradients, and counts of
+            non-finite ones; the rows are to be added.
+        max_norm: gradients are multiplied by min(1, max_norm / (norm + 1e-6)) in the update; needs ``norms``.
+        skip_nonfinite: whether a count above 0 skips the step; needs ``norms``.
+        skipped: (1,) int64, raised by one if the step is skipped.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    norms: Tensor | None = None
+    max_norm: float | None = None
+    skip_nonfinite: bool = False
+    skipped: Tensor | None = None

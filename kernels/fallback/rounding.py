@@ -1,0 +1,36 @@
+"""Stochastic rounding to bfloat16 in plain torch, bit for bit the random numbers of the Triton kernels."""
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (held in int64) that scatters them: xor-shift, multiply, twice."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def draws(like: Tensor, seed: int, index: int, step: Tensor) -> list[Tensor]:
+    """Four 16-bit draws for each element of ``like``: a hash of seed, tensor, step and place in memory.
+
+    Args:
+        like: dense; the draws have its shape and go by its order in memory.
+        seed, index: the optimizer's seed and the parameter's position in it.
+        step: 0-d, the updates made before this one.
+    """
+    word = torch.tensor([seed & MASK], device=like.device)
+    key = mix(mix(mix(word) ^ (index & MASK)) ^ step.long())
+    place = torch.arange(like.numel(), device=like.device)
+    first = mix(mix((place & MASK) ^ key) ^ (place >> 32))
+    second = mix(first ^ 0x9E3779B9)
+    words = (first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16)
+    return [w.as_strided(like.size(), like.stride()) for w in words]
+
+
+def stochastic_bfloat16(value: Tensor, draw: Tensor) -> Tensor:
+    """float32 rounded up or down to bfloat16 with the odds of its distance to either; inf and NaN stay."""
+    bits = (value.view(torch.int32) + draw.int()) & -0x10000
+    return torch.where(value.isfinite(), bits.view(torch.float32), value).bfloat16()

@@ -1,0 +1,530 @@
+"""What the fused optimizers share: buckets, AMP, clipping, the guard against non-finite gradients, DTensor.
+
+A step sorts the parameters that have a gradient into buckets (one device, one dtype per role, one set of
+state tensors), keeps that plan for as long as nothing it rests on has changed, measures the gradients where
+clipping or the guard asks for it, and hands each bucket to one launch. Nothing here waits for the device,
+save where ``on_nonfinite="raise"`` must and where torch's own loop serves (sparse, complex, differentiable).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.optimizer import _device_dtype_check_for_fused
+
+from .backends import implementation
+from .buckets import Bucket, Guard
+from .strides import EqualStrides, even
+
+ON_NONFINITE = ("ignore", "skip", "raise")
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class _Shared:
+    """What a deep copy of the optimizer shares with the original: a process group cannot be copied."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
+
+
+@dataclass
+class _Part:
+    """A bucket, and where its tensors come from.
+
+    Attributes:
+        slots: for each entry the position of its gradient among those of the plan.
+        uneven: entries whose tensors differ in strides or whose parameter has holes.
+        shards: the process groups over which the parameters are sharded (DTensor); empty for plain tensors.
+    """
+
+    bucket: Bucket
+    slots: list[int]
+    uneven: list[int]
+    shards: tuple[Any, ...]
+
+
+@dataclass
+class _Plan:
+    """The buckets, and everything that must be found unchanged for them to serve another step."""
+
+    params: list[Tensor]
+    missing: list[bool]
+    kinds: list[Any]
+    layouts: list[Any]
+    values: list[Any]
+    tensors: list[Tensor]
+    addresses: list[int]
+    parts: list[_Part]
+    delegated: list[tuple[int, Tensor]]
+    wrapped: bool
+
+    def gradients(
+        self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
+    ) -> list[Tensor] | None:
+        """The local gradients in the plan's order, or None if the plan no longer fits."""
+        if (
+            self.delegated
+            or len(params) != len(self.params)
+            or not all(map(is_, params, self.params))
+            or [grad is None for grad in grads] != self.missing
+            or kinds != self.kinds
+            or not _same(_values(state), self.values)
+            or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
+        ):
+            return None
+        live = [grad for grad in grads if grad is not None]
+        if self.wrapped:
+            owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
+            live = [_local_grad(grad, param) for grad, param in zip(live, owners, strict=True)]
+        return live if _layouts(live) == self.layouts else None
+
+
+class FusedStep(torch.optim.Optimizer):
+    """``step`` for torch.optim's classes in one launch per bucket; see FusedSGD, FusedAdam and FusedAdamW."""
+
+    _step_supports_amp_scaling = True  # an attribute of the class: copies and pickles have it too
+    _operator: ClassVar[str]
+    _state_keys: ClassVar[tuple[str, ...]]
+
+    def _set_options(
+        self,
+        *,
+        max_norm: float | None,
+        on_nonfinite: str,
+        master_weights: bool,
+        stochastic_rounding: bool,
+        seed: int,
+        norm_group: Any,
+    ) -> None:
+        if max_norm is not None and not max_norm >= 0:
+            raise ValueError(f"Invalid max_norm value: {max_norm}")
+        if on_nonfinite not in ON_NONFINITE:
+            expected = ", ".join(map(repr, ON_NONFINITE))
+            raise ValueError(f"Invalid on_nonfinite value: {on_nonfinite!r}; expected one of {expected}")
+        if master_weights and stochastic_rounding:
+            raise ValueError("master_weights and stochastic_rounding exclude each other: pass one of them")
+        self.max_norm = max_norm
+        self.on_nonfinite = on_nonfinite
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self._norm_group = _Shared(norm_group)
+        self._counts: dict[Tensor, dict[str, Tensor]] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._plan: _Plan | None = None
+        self._norms: Tensor | None = None
+        self._captured: list[_Plan] = []
+
+    # What each class adds.
+
+    def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What in the group's options decides which tensors take part."""
+        raise NotImplementedError
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """The state tensors that take part in the update of ``param``; they are made at its first step."""
+        raise NotImplementedError
+
+    def _options(self, group: dict[str, Any]) -> Any:
+        """The group's options as the launcher takes them."""
+        raise NotImplementedError
+
+    def _torch_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Torch's own loop over sparse, complex or differentiable updates."""
+        raise NotImplementedError
+
+    def _capturable(self) -> bool:
+        """Whether a CUDA graph may capture the step."""
+        return all(group["capturable"] for group in self.param_groups)
+
+    def _has_master(self, param: Tensor) -> bool:
+        return self.master_weights and param.dtype in LOW_PRECISION
+
+    def _with_master(self, param: Tensor, state: dict[str, Tensor], moments: list[str]) -> dict[str, Tensor]:
+        """The moments; beside a 16-bit parameter that has a master, the master too, and all in float32."""
+        if self._has_master(param):
+            for key in moments:
+                state[key] = state[key].to(torch.float32)
+            if "master_param" not in state:
+                state["master_param"] = param.detach().to(torch.float32)
+            moments = [*moments, "master_param"]
+        return {key: state[key] for key in moments}
+
+    # Public.
+
+    @property
+    def norm_group(self) -> Any:
+        """The process group of norm and guard, besides the meshes of DTensors; or None."""
+        return self._norm_group.value
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global norm of the last step's gradients, unscaled and not clipped: 0-d, on their device.
+
+        None before the first step, and where neither ``max_norm`` nor ``on_nonfinite`` asks for it.
+        """
+        if self._norms is None:
+            return None
+        doubles = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
+        return self._norms[:, 0].sum().sqrt().to(torch.float64 if doubles else torch.float32)
+
+    @property
+    def steps_skipped(self) -> int:
+        """How many steps the guard or GradScaler has skipped. Reading it waits for the device."""
+        return sum(int(count.item()) for count in self._skipped.values())
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            FloatingPointError: ``on_nonfinite="raise"`` and a gradient is not finite; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            self._update()
+        return loss
+
+    # Copies and checkpoints.
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed", "_norm_group")
+        own = {name: getattr(self, name) for name in (*names, "_counts", "_skipped")}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._counts = {}  # of the state that is being replaced, unless it brings its own
+        super().__setstate__(state)
+        self._forget()
+        for param, values in self.state.items():
+            step = values.get("step") if isinstance(values, dict) else None
+            if isinstance(step, Tensor) and step.device != param.device:
+                values["step"] = step.to(param.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this class or of torch's, as torch.optim does.
+
+        Torch casts every state to the parameter's dtype; float32 states beside a master weight keep theirs.
+        """
+        loaded: list[dict[str, Any]] = []
+
+        def remember(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            loaded.append(given)
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        if not self.master_weights:
+            return
+        names = [name for group in loaded[0]["param_groups"] for name in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for name, param in zip(names, params, strict=True):
+            for key, value in loaded[0]["state"].get(name, {}).items():
+                if param.dtype in LOW_PRECISION and key in self._state_keys and key != "step":
+                    self.state[param][key] = value.to(device=param.device, dtype=torch.float32)
+
+    # One step.
+
+    def _update(self) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        kinds = [self._kind(group) for group in self.param_groups]
+        capturing = _capturing()
+        if capturing:
+            self._refuse_capture(params)
+        local = None
+        if self._plan is not None and not capturing:
+            local = self._plan.gradients(params, grads, kinds, self.state)
+        if local is None:
+            plan, local = self._make_plan(params, grads, kinds)
+            if capturing:
+                self._captured.append(plan)  # the graph reads its tables for as long as it lives
+            else:
+                self._plan = plan
+        else:
+            assert self._plan is not None
+            plan = self._plan
+        try:
+            for part in plan.parts:
+                part.bucket.grads = [local[slot] for slot in part.slots]
+            self._launch(plan)
+        finally:
+            for part in plan.parts:
+                part.bucket.grads = []  # a plan that kept gradients would keep their memory
+
+    def _launch(self, plan: _Plan) -> None:
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        norms = None
+        if self.max_norm is not None or self.on_nonfinite != "ignore":
+            norms = self._norms = self._measure(plan, scale)
+        if norms is not None and self.on_nonfinite == "raise" and found_inf is None:
+            self._raise_if_nonfinite(norms)
+        options = [self._options(group) for group in self.param_groups]
+        skipped = None
+        if found_inf is not None or self.on_nonfinite != "ignore":
+            home = plan.parts[0].bucket.params[0].device if plan.parts else torch.device("cpu")
+            skipped = self._skipped.setdefault(home, torch.zeros(1, dtype=torch.int64, device=home))
+        for part in plan.parts:
+            bucket = part.bucket
+            device = bucket.params[0].device
+            guard = Guard(
+                _to(scale, device),
+                _to(found_inf, device),
+                _to(norms, device),
+                self.max_norm,
+                self.on_nonfinite != "ignore",
+                skipped,
+            )
+            skipped = None  # one bucket counts for all
+            with EqualStrides(part.bucket, part.uneven, write_grads=scale is not None):
+                launchers = implementation(self._operator, bucket.params[0])
+                getattr(launchers, f"{self._operator}_step")(bucket, options, guard)
+            torch.autograd.graph.increment_version(bucket.params)
+        if plan.delegated:
+            self._delegate(
+                plan, Guard(scale, found_inf, norms, self.max_norm, self.on_nonfinite != "ignore", skipped)
+            )
+
+    def _measure(self, plan: _Plan, scale: Tensor | None) -> Tensor:
+        """Rows of (sum of squares, count of non-finite), to be added: over all buckets, devices and ranks."""
+        devices = [part.bucket.params[0].device for part in plan.parts] or [
+            _default_device(self.param_groups)
+        ]
+        tables = {device: _norm_table(devices.count(device), device) for device in dict.fromkeys(devices)}
+        free = {device: iter(table.unbind()) for device, table in tables.items()}
+        sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for part, device in zip(plan.parts, devices, strict=False):
+            out = next(free[device])
+            with EqualStrides(part.bucket, part.uneven, write_grads=False):
+                launchers = implementation("grad_norm", part.bucket.params[0])
+                launchers.grad_norm(part.bucket, _to(scale, device), out)
+            sharded[part.shards].append(out)
+        if len(tables) == 1 and not plan.delegated and not any(sharded) and self.norm_group is None:
+            return tables[devices[0]] if plan.parts else torch.zeros_like(tables[devices[0]])
+
+        home = devices[0]
+        total = torch.zeros_like(tables[home][:1])
+        for groups, rows in sharded.items():
+            part_sum = torch.stack([row.to(home) for row in rows]).sum(0, keepdim=True)
+            for group in groups:
+                dist.all_reduce(part_sum, group=group)
+            total += part_sum
+        for _, param in plan.delegated:
+            total += _torch_norm(param, scale).to(total)
+        if self.norm_group is not None:
+            dist.all_reduce(total, group=self.norm_group)
+        return total
+
+    def _raise_if_nonfinite(self, norms: Tensor) -> None:
+        if not norms[:, 1].sum().item():
+            return
+        names = []
+        for g, group in enumerate(self.param_groups):
+            given = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None and not _dense_values(param).isfinite().all():
+                    names.append(
+                        given[i] if given else f"parameter {i} of group {g}, shape {tuple(param.shape)}"
+                    )
+        where = "; ".join(names) or "none on this rank"
+        raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
+
+    def _delegate(self, plan: _Plan, guard: Guard) -> None:
+        """Unscale, clip and skip as the launches do, then let torch's own loop update."""
+        skip = guard.found_inf is not None and bool(guard.found_inf.item())
+        if guard.norms is not None:
+            squares, nonfinite = guard.norms.sum(0)
+            skip = skip or (guard.skip_nonfinite and bool(nonfinite.item()))
+        if skip:
+            if guard.skipped is not None:
+                guard.skipped.add_(1)
+            return
+        for g, group in enumerate(self.param_groups):
+            chosen = [param for owner, param in plan.delegated if owner == g]
+            grads = [param.grad for param in chosen if param.grad is not None]
+            if guard.grad_scale is not None:
+                for grad in grads:
+                    grad.div_(guard.grad_scale.to(grad.device))
+            if guard.max_norm is not None:
+                clip = (guard.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+                grads = [grad * clip.to(grad.device, torch.float32) for grad in grads]
+            if chosen:
+                self._torch_step(group, chosen, grads)
+
+    # Plans.
+
+    def _make_plan(
+        self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any]
+    ) -> tuple[_Plan, list[Tensor]]:
+        owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
+        parts: dict[tuple[Any, ...], _Part] = {}
+        live: list[Tensor] = []
+        delegated: list[tuple[int, Tensor]] = []
+        for index, (param, grad, g) in enumerate(zip(params, grads, owners, strict=True)):
+            if grad is None:
+                continue
+            group = self.param_groups[g]
+            if self._needs_torch(group, param, grad):
+                delegated.append((g, param))
+                continue
+            state = {key: _local(value) for key, value in self._state_of(group, param).items()}
+            local, local_grad = _local(param), _local_grad(grad, param)
+            if local.dtype == torch.float16 and self.stochastic_rounding:
+                raise ValueError(
+                    "stochastic_rounding serves bfloat16 parameters; one is float16: use master_weights"
+                )
+            seed = self.seed if self.stochastic_rounding and local.dtype == torch.bfloat16 else None
+            shards = _shards(param)
+            dtypes = tuple((key, value.dtype) for key, value in state.items())
+            identity = (local.device, local.dtype, local_grad.dtype, dtypes, shards)
+            if identity not in parts:
+                bucket = Bucket([], [], {key: [] for key in state}, [], [], seed)
+                parts[identity] = _Part(bucket, [], [], shards)
+            part = parts[identity]
+            moving = [value for key, value in state.items() if key != "step"]
+            if not even(local, [local_grad, *moving]):
+                part.uneven.append(len(part.slots))
+            part.slots.append(len(live))
+            part.bucket.params.append(local)
+            part.bucket.groups.append(g)
+            part.bucket.indices.append(index)
+            for key, value in state.items():
+                part.bucket.states[key].append(value)
+            live.append(local_grad)
+        buckets = [part.bucket for part in parts.values()]
+        tensors = [
+            t for bucket in buckets for t in (*bucket.params, *(t for s in bucket.states.values() for t in s))
+        ]
+        plan = _Plan(
+            params=params,
+            missing=[grad is None for grad in grads],
+            kinds=kinds,
+            layouts=_layouts(live),
+            values=_values(self.state),
+            tensors=tensors,
+            addresses=list(map(Tensor.data_ptr, tensors)),
+            parts=list(parts.values()),
+            delegated=delegated,
+            wrapped=any(_local(param) is not param for param in params),
+        )
+        return plan, live
+
+    def _needs_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
+        """Whether torch's own loop serves this parameter; ``fused=True`` refuses what torch's refuses."""
+        plain = param.is_floating_point() and grad.layout == torch.strided and not group["differentiable"]
+        if not plain and group["fused"]:
+            _device_dtype_check_for_fused(param)
+            if grad.is_sparse:
+                raise RuntimeError(f"`_fused_{self._operator}` does not support sparse gradients")
+        return not plain
+
+    def _refuse_capture(self, params: list[Tensor]) -> None:
+        """Refuse what a CUDA graph would replay wrongly."""
+        attempt = f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but "
+        if not self._capturable():
+            raise RuntimeError(attempt + "param_groups' capturable is False.")
+        if self.on_nonfinite == "raise":
+            raise RuntimeError(attempt + "on_nonfinite='raise' must read the gradients on the host.")
+        for i, param in enumerate(params):
+            if param.requires_grad and param.grad is None:
+                raise RuntimeError(
+                    attempt + f"parameter {i} has no gradient: no replay would ever update it."
+                )
+            if self._plan is None or not any(map(is_, [param] * len(self._plan.params), self._plan.params)):
+                raise RuntimeError(
+                    attempt + f"parameter {i} has made no step yet: run one before the capture."
+                )
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def _values(state: dict[Tensor, Any]) -> list[Any]:
+    return [value for values in state.values() for value in values.values()]
+
+
+def _layouts(tensors: list[Tensor]) -> list[Any]:
+    """The dtype and the strides of each: an address says neither."""
+    return [tensor.dtype for tensor in tensors] + list(map(Tensor.stride, tensors))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _local_grad(grad: Any, param: Any) -> Tensor:
+    """The local part of a gradient, sharded as its parameter is."""
+    if not hasattr(grad, "_local_tensor"):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    local = grad._local_tensor
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def _shards(param: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is sharded: summing over them counts each element once."""
+    if not hasattr(param, "_local_tensor"):
+        return ()
+    mesh = param.device_mesh
+    return tuple(
+        mesh.get_group(dim) for dim, place in enumerate(param.placements) if not place.is_replicate()
+    )
+
+
+def _dense_values(param: Tensor) -> Tensor:
+    """The gradient's stored elements, on this rank, as real numbers."""
+    grad = _local(param.grad)  # type: ignore[arg-type]
+    if grad.is_sparse:
+        grad = grad.coalesce()._values()
+    return torch.view_as_real(grad) if grad.is_complex() else grad
+
+
+def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
+    values = _dense_values(param).double()
+    if scale is not None:
+        values = values / scale
+    return torch.stack([values.square().sum(), (~values.isfinite()).sum()])
+
+
+def _norm_table(rows: int, device: torch.device) -> Tensor:
+    return torch.empty(
+        (rows, 2), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
+
+
+def _default_device(groups: list[dict[str, Any]]) -> torch.device:
+    """Where the optimizer's parameters live."""
+    return next((_local(param).device for group in groups for param in group["params"]), torch.device("cpu"))
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
