@@ -111,7 +111,8 @@ def backend_for(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def _module(backend: str, op: str) -> Any:
-    return importlib.import_module(f".{backend}.{op}", __package__)
+    name = ".reference_launchers" if backend == "reference" else f".{backend}.{op}"
+    return importlib.import_module(name, __package__)
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Any:

@@ -1,0 +1,182 @@
+"""The launchers of ``use_backend("reference")``: the NumPy float64 references behind the common signatures.
+
+For checking, not for speed: tensors travel to the CPU and back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .reference import linear_mse, matmul, mse
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def _array(tensor: Tensor) -> Array:
+    return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def _arrays(*tensors: Tensor | None) -> list[Any]:
+    return [None if tensor is None else _array(tensor) for tensor in tensors]
+
+
+def _tensor(array: Array, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on ``like``'s device and of its dtype, unless another is named."""
+    values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).reshape(np.shape(array))
+    return values.to(like.device, like.dtype if dtype is None else dtype)
+
+
+def _in_layout(array: Array, like: Tensor) -> Tensor:
+    return torch.empty_like(like).copy_(_tensor(array, like))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def matmul_forward(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    left, right, plus = _arrays(input, other, addend)
+    result = matmul.forward(left, right).sum(axis=tuple(sum_dims), keepdims=True)
+    return _tensor(result if plus is None else result + plus, input, dtype)
+
+
+def _per_element(grad: Any, shape: Sequence[int], reduction: str, kept: int) -> Any:
+    """The gradient of a reduced loss, as that of each element's loss."""
+    if grad is None or reduction == "none":
+        return grad
+    grad = np.reshape(grad, np.shape(grad) + (1,) * (len(shape) - kept))
+    count = np.prod(shape[kept:], dtype=np.int64) if reduction == "mean" else 1
+    return np.broadcast_to(grad / max(count, 1), shape)
+
+
+def _reduced(losses: Array, reduction: str, kept: int) -> Array:
+    if reduction == "none":
+        return losses
+    axes = tuple(range(kept, losses.ndim))
+    total = losses.sum(axis=axes)
+    with np.errstate(all="ignore"):
+        return total / np.prod(losses.shape[kept:], dtype=np.int64) if reduction == "mean" else total
+
+
+def mse_forward(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+) -> Tensor:
+    x, y, w = _arrays(input, target, weight)
+    losses = mse.forward(x, y, w, "none")
+    loss = _tensor(_reduced(losses, reduction, kept), input, dtype)
+    return _in_layout(_array(loss), input.to(dtype)) if reduction == "none" else loss
+
+
+def mse_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    grad = _per_element(_array(grad_output), input.shape, reduction, kept)
+    x, y, w = _arrays(input, target, weight)
+    grads = mse.backward(grad, x, y, w, "none")
+    tensors = zip(grads, (input, target, weight), needs, strict=True)
+    return [_in_layout(g, like) for g, like, need in tensors if need and g is not None and like is not None]
+
+
+def mse_hvp(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    kept: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradient's derivative along the direction by the five-point stencil, exact for its cubic polynomial."""
+    shape = tuple(input.shape)
+
+    def point(tensors: Sequence[Tensor | None]) -> list[Array]:
+        grad, *rest = _arrays(*tensors)
+        values = [_per_element(grad, shape, reduction, kept), *rest]
+        return [np.zeros(shape) if value is None else value for value in values]
+
+    at = point((grad_output, input, target, weight))
+    along = point((d_grad, d_input, d_target, d_weight))
+    if weight is None:
+        at[3] = np.ones(shape)
+
+    def gradient(t: int) -> list[Array]:
+        g, x, y, w = (value + t * direction for value, direction in zip(at, along, strict=True))
+        return [mse.forward(x, y, w, "none"), *mse.backward(g, x, y, w, "none")]  # type: ignore[list-item]
+
+    with np.errstate(all="ignore"):
+        near = [after - before for after, before in zip(gradient(1), gradient(-1), strict=True)]
+        far = [after - before for after, before in zip(gradient(2), gradient(-2), strict=True)]
+        results = [(8 * n - f) / 12 for n, f in zip(near, far, strict=True)]
+    first = input if grad_output is None else grad_output
+    tangent = _reduced(results[0], reduction, kept)
+    likes = (input.to(first.dtype) if reduction == "none" else None, input, target, weight)
+    return [
+        _tensor(tangent, first) if like is None else _in_layout(tangent if i == 0 else results[i], like)
+        for i, (like, need) in enumerate(zip(likes, needs, strict=True))
+        if need
+    ]
+
+
+def mse_forward_backward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    one = torch.ones((), dtype=torch.float64)
+    loss = mse_forward(input, target, weight, reduction, 0, dtype)
+    return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]
+
+
+def linear_mse_forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    samples: Tensor | None,
+    reduction: str,
+    needs: Sequence[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    x, w, y, b, s = _arrays(input, weight, target, bias, samples)
+    # E is half of what the sum's gradient takes from the target; a mean divides by the number of elements.
+    with np.errstate(all="ignore"):
+        share = np.float64(1) / target.numel() if reduction == "mean" else np.float64(1)
+    b = np.zeros(weight.shape[0]) if bias is None else b
+    _, grad_weight, grad_target, grad_bias, _ = linear_mse.backward(1.0, x, w, y, b, s, "sum")
+    assert grad_bias is not None
+    loss = np.asarray(linear_mse.forward(x, w, y, b, s, "sum") * share)
+    results = [_tensor(loss, target, dtype)]
+    rest = (
+        (-grad_target / 2, dtype),
+        (grad_weight * share, _wide(input)),
+        (np.asarray(grad_bias * share), _wide(input)),
+    )
+    return results + [
+        _tensor(value, input, dt) for (value, dt), need in zip(rest, needs, strict=True) if need
+    ]
+
+
+def linear_mse_backward(
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: Sequence[bool]
+) -> list[Tensor]:
+    scaled = factor * _array(grad_output) * _array(error)
+    results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
+    return [_tensor(value, like) for (value, like), need in zip(results, needs, strict=True) if need]
