@@ -125,7 +125,7 @@ def _mse_forward_kernel(
             stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ELEMENTWISE, ALIGN, ACC,
         )  # fmt: skip
     total = tl.sum(tl.sum(sums, axis=1), axis=0)
-    if FLAT:  # noqa: SIM102 (decided when compiled, unlike the next)
+    if FLAT:
         if program == programs - 1:
             row, cols, mask = _tail(n)
             rest = _forward_tile(
@@ -197,7 +197,7 @@ def _mse_backward_kernel(
         row, cols, mask, g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
         stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ALIGN, ACC,
     )  # fmt: skip
-    if FLAT:  # noqa: SIM102 (decided when compiled, unlike the next)
+    if FLAT:
         if program == tl.num_programs(0) - 1:
             row, cols, mask = _tail(n)
             _backward_tile(

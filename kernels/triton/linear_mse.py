@@ -1,0 +1,472 @@
+"""Linear layer and mean squared error in one pass: kernels and launchers.
+
+    E = s * (X W^T + b - Y),  loss = c * sum(s * (X W^T + b - Y)^2),  c = 1 or 1 / (N K),  s = sample weight or 1
+    grad_W = 2c E^T X,  grad_b = 2c sum_n E,  grad_X = 2c E W,  grad_Y = -2c E
+
+X (N, D), W (K, D), Y (N, K). The predictions are never stored. Three plans (``plan``):
+
+``chunks``  few outputs: a row of X stays in registers while its errors are found and its gradient is added up, so
+            that X is read once
+``dot``     a few dozen outputs in 16 bits: the same with matrix instructions
+``tiles``   everything else: a matrix product whose last step is the error, then E^T X as a second product
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .launch import launch
+from .matmul import matmul_forward
+from .ordered_sum import ordered_sum
+
+_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+_OPERAND = {**_ACC, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def _linear_mse_chunks_kernel(
+    x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, grad_ptr, sums_ptr,
+    N, D, stride_xn, stride_xd, stride_yn, stride_yk, stride_sn, stride_sk,
+    K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program p of P: the row tiles p, p + P, ..., each read once and held as CHUNKS tiles of CHUNK columns.
+
+    x_ptr      (N, D), any strides; ALIGN divides D and stride_xn, EVEN says that CHUNK divides D
+    w_ptr      (K, D)
+    y_ptr      (N, K), any strides
+    b_ptr      (K,) or None
+    s_ptr      (N, K), any strides, or None
+    error_ptr  (N, K) or None: E
+    grad_ptr   (P, K, D) or None: this program's part of E^T X
+    sums_ptr   (P, K + 1): its part of sum_n E, and of the sum of s e^2
+    Bytes: X, Y and s once, E once, and for each program W once and K * D + K + 1 partial sums.
+    """
+    program = tl.program_id(0)
+    lanes = tl.arange(0, CHUNK)
+    weights = ()
+    grads = ()
+    for j in tl.static_range(CHUNKS):
+        cols = j * CHUNK + lanes
+        for k in tl.static_range(K):
+            if EVEN:
+                weight = tl.load(w_ptr + k * D + cols)
+            else:
+                weight = tl.load(w_ptr + k * D + cols, mask=cols < D // ALIGN * ALIGN, other=0.0)
+            weights = weights + (weight.to(ACC),)
+            grads = grads + (tl.zeros((ROWS, CHUNK), ACC),)
+    biases = ()
+    bias_grads = ()
+    for k in tl.static_range(K):
+        if b_ptr is not None:
+            biases = biases + (tl.load(b_ptr + k).to(ACC),)
+        bias_grads = bias_grads + (tl.zeros((ROWS,), ACC),)
+    losses = tl.zeros((ROWS,), ACC)
+    for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = rows < N
+        base = x_ptr + (rows * (stride_xn // ALIGN * ALIGN))[:, None]
+        xs = ()
+        for j in tl.static_range(CHUNKS):
+            cols = j * CHUNK + lanes
+            at = base + (cols.to(tl.int64) * stride_xd)[None, :]
+            if EVEN:
+                x = tl.load(at, mask=inside[:, None], other=0.0)
+            else:
+                x = tl.load(at, mask=inside[:, None] & (cols < D // ALIGN * ALIGN)[None, :], other=0.0)
+            xs = xs + (x.to(ACC),)
+        new_bias_grads = ()
+        errors = ()
+        for k in tl.static_range(K):
+            products = tl.zeros((ROWS, CHUNK), ACC)
+            for j in tl.static_range(CHUNKS):
+                weight = tl.broadcast_to(weights[j * K + k][None, :], (ROWS, CHUNK))
+                products = tl.fma(xs[j], weight, products)
+            error = tl.sum(products, axis=1)
+            if b_ptr is not None:
+                error += biases[k]
+            error -= tl.load(y_ptr + rows * stride_yn + k * stride_yk, mask=inside, other=0.0).to(ACC)
+            error = tl.where(inside, error, 0.0)
+            weighted = error
+            if s_ptr is not None:
+                scale = tl.load(s_ptr + rows * stride_sn + k * stride_sk, mask=inside, other=0.0)
+                weighted = error * scale.to(ACC)
+            losses = tl.fma(error, weighted, losses)
+            new_bias_grads = new_bias_grads + (bias_grads[k] + weighted,)
+            if error_ptr is not None:
+                tl.store(error_ptr + rows * K + k, weighted.to(error_ptr.dtype.element_ty), mask=inside)
+            errors = errors + (tl.broadcast_to(weighted[:, None], (ROWS, CHUNK)),)
+        bias_grads = new_bias_grads
+        if grad_ptr is not None:
+            new_grads = ()
+            for j in tl.static_range(CHUNKS):
+                for k in tl.static_range(K):
+                    new_grads = new_grads + (tl.fma(xs[j], errors[k], grads[j * K + k]),)
+            grads = new_grads
+    if grad_ptr is not None:
+        for j in tl.static_range(CHUNKS):
+            cols = j * CHUNK + lanes
+            for k in tl.static_range(K):
+                at = grad_ptr + (program.to(tl.int64) * K + k) * D + cols
+                tl.store(at, tl.sum(grads[j * K + k], axis=0), mask=cols < D // ALIGN * ALIGN)
+    for k in tl.static_range(K):
+        tl.store(sums_ptr + program * (K + 1) + k, tl.sum(bias_grads[k], axis=0))
+    tl.store(sums_ptr + program * (K + 1) + K, tl.sum(losses, axis=0))
+
+
+@triton.jit
+def _errors(
+    products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr, stride_yn, stride_yk, stride_sn, stride_sk,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """E and s e^2 of a tile from its part of X W^T; E is written if there is a place for it.
+
+    rows, ks are 64-bit offsets (R,) and (C,); what lies outside (N, K) is 0.
+    """
+    inside = (rows < N)[:, None] & (ks < K)[None, :]
+    error = products
+    if b_ptr is not None:
+        error += tl.load(b_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
+    y = tl.load(y_ptr + rows[:, None] * stride_yn + ks[None, :] * stride_yk, mask=inside, other=0.0)
+    error = tl.where(inside, error - y.to(ACC), 0.0)
+    weighted = error
+    if s_ptr is not None:
+        scale = tl.load(s_ptr + rows[:, None] * stride_sn + ks[None, :] * stride_sk, mask=inside, other=0.0)
+        weighted = error * scale.to(ACC)
+    if error_ptr is not None:
+        at = error_ptr + rows[:, None] * K + ks[None, :]
+        tl.store(at, weighted.to(error_ptr.dtype.element_ty), mask=inside)
+    return weighted, weighted * error
+
+
+@triton.jit
+def _linear_mse_tiles_kernel(
+    x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, bias_ptr, loss_ptr,
+    N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) tile of E = s * (X W^T + b - Y), and its part of the loss and of sum_n E.
+
+    x_ptr      (N, D), any strides
+    w_ptr      (K, D), any strides
+    y_ptr      (N, K), any strides
+    b_ptr      (K,) or None
+    s_ptr      (N, K), any strides, or None
+    error_ptr  (N, K) or None
+    bias_ptr   (row tiles, K) or None: the columns of E, added within each tile
+    loss_ptr   (tiles,): sum of s e^2
+    Bytes: X and W once for each tile column and row (from cache where tiles share them), Y and s once, E once.
+    """
+    tile = tl.program_id(0)
+    m_tiles = tl.cdiv(N, BLOCK_M)
+    n_tiles = tl.cdiv(K, BLOCK_N)
+    # Tiles of GROUP_M rows run side by side, so that they share rows of W in the cache.
+    group = tile // (GROUP_M * n_tiles)
+    group_rows = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + tile % (GROUP_M * n_tiles) % group_rows
+    tile_n = tile % (GROUP_M * n_tiles) // group_rows
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ks = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ds = tl.arange(0, BLOCK_K).to(tl.int64)
+    x_tile = x_ptr + rows[:, None] * stride_xn + ds[None, :] * stride_xd
+    w_tile = w_ptr + ks[None, :] * stride_wk + ds[:, None] * stride_wd
+    products = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for d in tl.range(0, D, BLOCK_K):
+        inside = d + ds < D
+        x = tl.load(x_tile, mask=(rows < N)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_tile, mask=(ks < K)[None, :] & inside[:, None], other=0.0)
+        products = tl.dot(
+            x.to(OPERAND), w.to(OPERAND), products, input_precision=PRECISION, out_dtype=ACC
+        )  # fmt: skip
+        x_tile += BLOCK_K * stride_xd
+        w_tile += BLOCK_K * stride_wd
+    error, square = _errors(
+        products,
+        rows,
+        ks,
+        N,
+        K,
+        y_ptr,
+        b_ptr,
+        s_ptr,
+        error_ptr,
+        stride_yn,
+        stride_yk,
+        stride_sn,
+        stride_sk,
+        ACC,
+    )
+    if bias_ptr is not None:
+        tl.store(bias_ptr + tile_m.to(tl.int64) * K + ks, tl.sum(error, axis=0), mask=ks < K)
+    tl.store(loss_ptr + tile, tl.sum(tl.sum(square, axis=1), axis=0))
+
+
+@triton.jit
+def _sum_columns(
+    partials_ptr, P, stride, result_ptr, size, block, factor, divisor,
+    BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Columns block * BLOCK, ... of a result: its partial sums added in order, times factor / divisor."""
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    total = ordered_sum(partials_ptr, P, stride, cols, cols < size, BLOCK_P, ACC)
+    tl.store(result_ptr + cols, (total * factor / divisor).to(result_ptr.dtype.element_ty), mask=cols < size)
+
+
+@triton.jit
+def _linear_mse_sum_kernel(
+    grad_partials_ptr, bias_partials_ptr, loss_partials_ptr, grad_ptr, bias_ptr, loss_ptr,
+    grad_size, bias_size, P, bias_P, bias_stride, loss_P, loss_stride, divisor, ACC: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of grad_W, then of grad_b, then the loss: the partial sums of the first stage.
+
+    grad_partials_ptr  (P, grad_size) or None;      grad_ptr  (grad_size,): 2 / divisor times the sums
+    bias_partials_ptr  (bias_P, bias_size) or None; bias_ptr  (bias_size,): likewise
+    loss_partials_ptr  (loss_P,), loss_stride apart; loss_ptr (): 1 / divisor times the sum
+    """
+    block = tl.program_id(0)
+    grad_blocks = 0
+    if grad_ptr is not None:
+        grad_blocks = tl.cdiv(grad_size, 32)
+        if block < grad_blocks:
+            _sum_columns(grad_partials_ptr, P, grad_size, grad_ptr, grad_size, block, 2, divisor, 64, 32, ACC)
+    if bias_ptr is not None:
+        if (block >= grad_blocks) & (block < tl.num_programs(0) - 1):
+            _sum_columns(
+                bias_partials_ptr, bias_P, bias_stride, bias_ptr, bias_size, block - grad_blocks, 2, divisor,
+                64, 32, ACC,
+            )  # fmt: skip
+    if block == tl.num_programs(0) - 1:
+        _sum_columns(loss_partials_ptr, loss_P, loss_stride, loss_ptr, 1, 0, 1, divisor, 1024, 1, ACC)
+
+
+@triton.jit
+def _linear_mse_grad_input_kernel(
+    g_ptr, error_ptr, w_ptr, grad_ptr, N, D, stride_en, stride_ek, stride_wk, stride_wd, factor,
+    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (ROWS, COLS) tile of grad_X = g * factor * E W for few outputs.
+
+    g_ptr      ()
+    error_ptr  (N, K), any strides
+    w_ptr      (K, D), any strides
+    grad_ptr   (N, D)
+    Bytes: grad_X once; E and W from cache.
+    """
+    tile = tl.program_id(0)
+    col_tiles = tl.cdiv(D, COLS)
+    rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+    grad = tl.zeros((ROWS, COLS), ACC)
+    for k in tl.static_range(K):
+        error = tl.load(error_ptr + rows * stride_en + k * stride_ek, mask=rows < N, other=0.0).to(ACC)
+        weight = tl.load(w_ptr + k * stride_wk + cols * stride_wd, mask=cols < D, other=0.0).to(ACC)
+        grad += error[:, None] * weight[None, :]
+    grad *= tl.load(g_ptr).to(ACC) * factor
+    mask = (rows < N)[:, None] & (cols < D)[None, :]
+    tl.store(grad_ptr + rows[:, None] * D + cols[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_mse_grad_target_kernel(
+    g_ptr, error_ptr, grad_ptr, size, factor, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    """One block of grad_Y = -g * factor * E.
+
+    g_ptr                ()
+    error_ptr, grad_ptr  (size,)
+    Bytes: E once, grad_Y once.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    error = tl.load(error_ptr + offsets, mask=offsets < size, other=0.0).to(ACC)
+    grad = error * (tl.load(g_ptr).to(ACC) * -factor)
+    tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < size)
+
+
+class Chunks(NamedTuple):
+    """The config of the ``chunks`` plan."""
+
+    ROWS: int
+    CHUNK: int
+    CHUNKS: int
+    STAGES: int
+    num_warps: int
+
+
+def chunks(K: int, D: int, dtype: torch.dtype, acc: torch.dtype) -> Chunks | None:
+    """The ``chunks`` config for K outputs of D inputs of ``dtype``; None where registers do not suffice."""
+    wide = 2 if acc == torch.float64 else 1
+    D = max(D, 1)
+    if K > 8 or K * D * wide > 16384:
+        return None
+    if K * D * wide <= 2048:
+        chunk = 128 // wide
+        rows = 4 if K * D * wide > 512 else 8
+        return Chunks(rows, chunk, triton.cdiv(D, chunk), 1, 4)
+    chunk = 1024 // wide
+    return Chunks(1, chunk, triton.cdiv(D, chunk), 1, 8)
+
+
+def programs(N: int, itemsize: int, acc: torch.dtype) -> int:
+    """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
+
+    At most two for each of 132 multiprocessors; while X is small, so few that the partial sums (written and read)
+    and the weights are less than 1/16 of X, but not fewer than one for each multiprocessor and 48 rows.
+    """
+    light = N * itemsize // (16 * (2 * acc.itemsize + itemsize))
+    return max(1, min(264, max(light, min(132, N // 48))))
+
+
+class _Job(NamedTuple):
+    """The operands of one forward call, and what it writes."""
+
+    input: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    sample_weight: Tensor | None
+    loss: Tensor
+    error: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+    divisor: int
+    acc: torch.dtype
+
+    def element_strides(self) -> tuple[int, ...]:
+        """Strides of target and sample weight."""
+        s = self.sample_weight
+        return (*self.target.stride(), *((0, 0) if s is None else s.stride()))
+
+    def partials(self, *shape: int) -> Tensor:
+        return self.input.new_empty(shape, dtype=self.acc)
+
+    def add_up(self, grads: Tensor | None, biases: Tensor, losses: Tensor) -> None:
+        """Second stage: the partial sums along dim 0 of each, into the results."""
+        K, D = self.weight.shape
+        grad, grad_bias = (None if grads is None else self.grad_weight), self.grad_bias
+        blocks = 1 + (0 if grad is None else triton.cdiv(K * D, 32))
+        blocks += 0 if grad_bias is None else triton.cdiv(K, 32)
+        launch(
+            _linear_mse_sum_kernel, (blocks,), grads, biases, losses, grad, grad_bias, self.loss,
+            K * D, K, 0 if grads is None else grads.shape[0], biases.shape[0], biases.stride(0),
+            losses.shape[0], losses.stride(0), self.divisor,
+            device=self.input.device, ACC=_ACC[self.acc],
+        )  # fmt: skip
+
+
+def _by_chunks(job: _Job, config_: Chunks) -> None:
+    """One read of X, a row at a time in registers."""
+    N, D = job.input.shape
+    K = job.weight.shape[0]
+    P = programs(N, job.input.element_size(), job.acc)
+    grads = None if job.grad_weight is None else job.partials(P, K, D)
+    sums = job.partials(P, K + 1)
+    launch(
+        _linear_mse_chunks_kernel, (P,), job.input, job.weight.contiguous(), job.target, job.bias,
+        job.sample_weight, job.error, grads, sums, N, D, *job.input.stride(), *job.element_strides(),
+        device=job.input.device, K=K, ALIGN=math.gcd(16, D, job.input.stride(0)),
+        EVEN=D == config_.CHUNK * config_.CHUNKS, ACC=_ACC[job.acc], **config_._asdict(),
+    )  # fmt: skip
+    job.add_up(grads, sums[:, :K], sums[:, K])
+
+
+def _by_tiles(job: _Job) -> None:
+    """A matrix product that ends in the errors, and E^T X by another."""
+    N, D = job.input.shape
+    K = job.weight.shape[0]
+    device = job.input.device
+    operand = torch.promote_types(job.input.dtype, job.weight.dtype)
+    error = job.error
+    if error is None and job.grad_weight is not None:
+        error = job.input.new_empty((N, K), dtype=operand)
+    target = config.target_of(device)
+    # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
+    dot = job.acc if job.acc == torch.float64 or target.backend == "interpreter" else operand
+    tile = config.matmul(dot, N, K, D, target)
+    m_tiles, tiles = triton.cdiv(N, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
+    biases, losses = job.partials(m_tiles, K), job.partials(tiles)
+    launch(
+        _linear_mse_tiles_kernel, (tiles,), job.input, job.weight, job.target, job.bias, job.sample_weight,
+        error, None if job.grad_bias is None else biases, losses,
+        N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
+        device=device, GROUP_M=8, OPERAND=_OPERAND[dot], ACC=_ACC[job.acc],
+        PRECISION=config.dot_precision(dot, target, torch.backends.cuda.matmul.fp32_precision), **tile._asdict(),
+    )  # fmt: skip
+    job.add_up(None, biases, losses)
+    if job.grad_weight is not None and error is not None:
+        product = matmul_forward(error.to(operand).t(), job.input.to(operand), None, [], job.acc)
+        torch.mul(product, 2 / job.divisor, out=job.grad_weight)
+
+
+def linear_mse_forward(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
+    reduction: str, needs: list[bool], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """The loss and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
+    N, D = input.shape
+    K = weight.shape[0]
+    wide = any(
+        tensor is not None and tensor.dtype == torch.float64
+        for tensor in (input, weight, target, bias, sample_weight)
+    )
+    acc = torch.float64 if wide else torch.float32
+    loss = input.new_empty((), dtype=dtype)
+    error = input.new_empty((N, K), dtype=dtype) if needs[0] else None
+    grad_weight = input.new_empty((K, D), dtype=acc) if needs[1] else None
+    grad_bias = input.new_empty((K,), dtype=acc) if needs[2] else None
+    if N * K == 0:
+        loss.fill_(math.nan if reduction == "mean" else 0.0)
+        for grad in (grad_weight, grad_bias):
+            if grad is not None:
+                grad.zero_()
+    else:
+        divisor = N * K if reduction == "mean" else 1
+        job = _Job(
+            input, weight, target, bias, sample_weight, loss, error, grad_weight, grad_bias, divisor, acc
+        )
+        if found := chunks(K, D, input.dtype, acc):
+            _by_chunks(job, found)
+        else:
+            _by_tiles(job)
+    return [loss, *(result for result in (error, grad_weight, grad_bias) if result is not None)]
+
+
+def linear_mse_backward(
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
+) -> list[Tensor]:
+    """As needed, grad_input = g * factor * error @ weight and grad_target = -g * factor * error."""
+    N, K = error.shape
+    D = weight.shape[1]
+    device = error.device
+    wide = torch.float64 in (grad_output.dtype, error.dtype, weight.dtype)
+    acc = torch.float64 if wide else torch.float32
+    if wide:  # Triton passes a Python float as float32
+        grad_output, factor = grad_output.to(acc) * factor, 1.0
+    results = []
+    if needs[0] and K <= 8:
+        grad_input = torch.empty((N, D), dtype=weight.dtype, device=device)
+        cols = min(max(triton.next_power_of_2(D), 16), 1024)
+        rows = 2048 // cols
+        launch(
+            _linear_mse_grad_input_kernel, (triton.cdiv(N, rows) * triton.cdiv(D, cols),),
+            grad_output, error, weight, grad_input, N, D, *error.stride(), *weight.stride(), factor,
+            device=device, K=K, ROWS=rows, COLS=cols, ACC=_ACC[acc],
+        )  # fmt: skip
+        results.append(grad_input)
+    elif needs[0]:
+        product = matmul_forward(error.to(weight.dtype), weight, None, [], acc)
+        results.append(product.mul_(grad_output.to(acc) * factor).to(weight.dtype))
+    if needs[1]:
+        error = error.contiguous()
+        grad_target = torch.empty_like(error)
+        launch(
+            _linear_mse_grad_target_kernel, (triton.cdiv(N * K, 1024),), grad_output, error, grad_target, N * K,
+            factor, device=device, BLOCK=1024, ACC=_ACC[acc],
+        )  # fmt: skip
+        results.append(grad_target)
+    return results
