@@ -1,8 +1,25 @@
 """Checks for gradients and kernels that need no GPU."""
 
 from .gradient import gradcheck as gradcheck
+from .interpreter import InterpreterChanged as InterpreterChanged
+from .memory import Fault as Fault
+from .memory import MemoryFault as MemoryFault
+from .memory import MemoryReport as MemoryReport
+from .memory import Traffic as Traffic
+from .memory import memory_check as memory_check
 from .report import Diagnosis as Diagnosis
 from .report import GradientError as GradientError
 from .report import GradientReport as GradientReport
 
-__all__ = ["Diagnosis", "GradientError", "GradientReport", "gradcheck"]
+__all__ = [
+    "Diagnosis",
+    "Fault",
+    "GradientError",
+    "GradientReport",
+    "InterpreterChanged",
+    "MemoryFault",
+    "MemoryReport",
+    "Traffic",
+    "gradcheck",
+    "memory_check",
+]

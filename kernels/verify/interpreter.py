@@ -1,0 +1,286 @@
+"""The one place that leans on the insides of Triton's interpreter: it reports launches and memory accesses.
+
+Every load and store of an interpreted kernel, descriptors included, ends in one of four functions of the
+module-level name ``_interpreter`` in ``triton.runtime.interpreter``: ``load``, ``store``, ``atomic_rmw`` and
+``atomic_cas``. ``watch`` puts a stand-in under that name. Tensor arguments turn into pointers in
+``_implicit_cvt``; there each gets a tag in the 16 upper bits that no address uses, so that whatever a kernel
+computes from a pointer still tells which argument it came from. What is not as expected is an
+``InterpreterChanged`` error, and a canary kernel is run once per process to see that nothing escapes.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+TAG_SHIFT = np.uint64(48)
+ADDRESS = np.uint64((1 << 48) - 1)
+
+
+class InterpreterChanged(RuntimeError):
+    """This version of Triton's interpreter is not the one that the memory checker knows."""
+
+
+class Observer(Protocol):
+    """What ``watch`` calls."""
+
+    def launch(self, kernel: str, arguments: list[tuple[str, torch.Tensor]]) -> None:
+        """A launch begins. The tag of an argument is its place in the list, counted from 1."""
+
+    def launched(self) -> None:
+        """The launch has ended."""
+
+    def access(
+        self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
+    ) -> np.ndarray:
+        """A load, store or atomic is about to happen.
+
+        Args:
+            kind: ``"load"``, ``"store"``, ``"atomic"`` (read and written), ``"atomic load"``, ``"atomic
+            store"``. order: memory semantics and scope of an atomic, in Triton's capitals; empty strings
+            else. pointers: tagged addresses, uint64.
+            mask: which of them are active, of the same shape.
+            itemsize: bytes per address.
+
+        Returns:
+            The mask of those that may be touched.
+        """
+
+    def loaded(self, values: np.ndarray) -> None:
+        """What the load just announced has returned."""
+
+
+def require_interpreter() -> None:
+    """Raise RuntimeError unless Triton's kernels are interpreted in this process."""
+    try:
+        import triton
+    except ImportError as error:
+        raise RuntimeError("the memory checker needs the triton package (pip install triton)") from error
+    if isinstance(triton.language.sum, triton.runtime.JITFunction):
+        raise RuntimeError(
+            "the memory checker watches Triton's interpreter: set the environment variable "
+            "TRITON_INTERPRET=1 "
+            "before triton is first imported"
+        )
+
+
+def current_program() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Index of the running program, and the grid."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    return interpreter_builder.grid_idx, interpreter_builder.grid_dim
+
+
+_OWN = str(Path(__file__).parent)
+
+
+def source_site() -> tuple[str, int]:
+    """File and line of the kernel that is making an access now."""
+    import triton
+
+    skipped = (str(Path(triton.__file__).parent), _OWN)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(skipped):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in a launch argument: itself, the base of a descriptor, the items of a tuple."""
+    if isinstance(argument, tuple):
+        for i, item in enumerate(argument):
+            yield from _tensors(f"{name}[{i}]", item)
+    elif hasattr(argument, "block_shape") and hasattr(argument, "base"):
+        yield from _tensors(name, argument.base)
+    elif hasattr(argument, "data_ptr"):
+        yield name, argument
+
+
+class _StandIn:
+    """Takes the place of ``_interpreter``: the four memory functions watched, the rest passed through."""
+
+    def __init__(self, original: Any, observer: Observer) -> None:
+        self._original, self._observer = original, observer
+        self.order = ("", "")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def _announce(
+        self, kind: str, pointers: np.ndarray, mask: np.ndarray | None, itemsize: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        full = np.ones(pointers.shape, bool) if mask is None else np.broadcast_to(mask, pointers.shape)
+        if self.order[0] and kind != "atomic":
+            kind = f"atomic {kind}"
+        allowed = self._observer.access(kind, self.order, pointers, full, itemsize)
+        return pointers & ADDRESS, np.ascontiguousarray(allowed)
+
+    def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        addresses, allowed = self._announce("load", pointers, mask, np.dtype(dtype).itemsize)
+        values = self._original.load(addresses, allowed, other, dtype)
+        self._observer.loaded(values)
+        return values
+
+    def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
+        addresses, allowed = self._announce("store", pointers, mask, value.dtype.itemsize)
+        return self._original.store(addresses, value, allowed)
+
+    def atomic_rmw(self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, sem: Any) -> Any:
+        addresses, allowed = self._announce("atomic", pointers, mask, value.dtype.itemsize)
+        return self._original.atomic_rmw(op, addresses, value, allowed, sem)
+
+    def atomic_cas(self, pointers: np.ndarray, compare: np.ndarray, value: np.ndarray, sem: Any) -> Any:
+        addresses, allowed = self._announce("atomic", pointers, None, value.dtype.itemsize)
+        if not allowed.all():  # it takes no mask, and one lane out of bounds would fault
+            return np.zeros_like(value)
+        return self._original.atomic_cas(addresses, compare, value, sem)
+
+
+ATOMICS = ("create_atomic_rmw", "create_atomic_cas", "create_atomic_load", "create_atomic_store")
+ATOMICS += ("create_atomic_poll",)
+
+
+def _guard(interpreter: Any) -> None:
+    """Raise InterpreterChanged unless everything that ``watch`` replaces is there and takes what it took."""
+    expected: dict[tuple[str, ...], tuple[str, ...]] = {
+        ("GridExecutor", "__call__"): ("self", "args_dev", "kwargs"),
+        ("GridExecutor", "_init_args_hst"): ("self", "args_dev", "kwargs"),
+        ("_implicit_cvt",): ("arg",),
+        ("InterpreterBuilder", "create_atomic_rmw"): ("self", "rmwOp", "ptr", "val", "mask", "sem", "scope"),
+        ("InterpreterBuilder", "create_atomic_cas"): ("self", "ptr", "cmp", "val", "sem", "scope"),
+    }
+    for path, parameters in expected.items():
+        target: Any = interpreter
+        for name in path:
+            target = getattr(target, name, None)
+        found = tuple(inspect.signature(target).parameters) if callable(target) else None
+        if found != parameters:
+            raise InterpreterChanged(
+                f"triton.runtime.interpreter.{'.'.join(path)} takes {found}, expected {parameters}: the "
+                f"memory "
+                "checker knows triton 3.6 to 3.9"
+            )
+    for name in ("load", "store", "atomic_rmw", "atomic_cas"):
+        if not callable(getattr(getattr(interpreter, "_interpreter", None), name, None)):
+            raise InterpreterChanged(f"triton.runtime.interpreter._interpreter.{name} is gone")
+    if not hasattr(interpreter, "interpreter_builder"):
+        raise InterpreterChanged("triton.runtime.interpreter.interpreter_builder is gone")
+
+
+@contextmanager
+def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    original = target.__dict__[name]
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)
+
+
+@contextmanager
+def watch(observer: Observer) -> Iterator[None]:
+    """Report every launch and access of interpreted kernels to ``observer`` inside the block."""
+    require_interpreter()
+    import triton.runtime.interpreter as interpreter
+
+    if isinstance(interpreter._interpreter, _StandIn):
+        raise RuntimeError("a memory check is already active: they do not nest")
+    _guard(interpreter)
+    executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    original_call, original_copy = executor.__call__, executor._init_args_hst
+    original_convert = interpreter._implicit_cvt
+    stand_in = _StandIn(interpreter._interpreter, observer)
+    tags: dict[int, int] = {}
+    running = ["?"]
+
+    def call(self: Any, *args_dev: Any, **kwargs: Any) -> Any:
+        running[0] = self.fn.__name__
+        try:
+            return original_call(self, *args_dev, **kwargs)
+        finally:
+            tags.clear()
+            observer.launched()
+
+    def copy(self: Any, args_dev: Any, kwargs: Any) -> Any:
+        args_hst, kwargs_hst = original_copy(self, args_dev, kwargs)
+        named = [*zip(self.arg_names, args_hst, strict=False), *kwargs_hst.items()]
+        found = [pair for name, argument in named for pair in _tensors(name, argument)]
+        tags.update((id(tensor), place) for place, (_, tensor) in enumerate(found, 1))
+        observer.launch(running[0], found)
+        return args_hst, kwargs_hst
+
+    def convert(argument: Any) -> Any:
+        result = original_convert(argument)
+        if (tag := tags.get(id(argument))) is not None:
+            result.handle.data = result.handle.data | (np.uint64(tag) << TAG_SHIFT)
+        return result
+
+    def ordered(original: Callable[..., Any]) -> Callable[..., Any]:
+        def atomic(self: Any, *args: Any) -> Any:
+            sem, scope = args[-2:]
+            stand_in.order = (sem.name, scope.name)
+            try:
+                return original(self, *args)
+            finally:
+                stand_in.order = ("", "")
+
+        return atomic
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(executor, "__call__", call))
+        stack.enter_context(_replaced(executor, "_init_args_hst", copy))
+        stack.enter_context(_replaced(interpreter, "_implicit_cvt", convert))
+        stack.enter_context(_replaced(interpreter, "_interpreter", stand_in))
+        for name in ATOMICS:
+            if name in builder.__dict__:
+                stack.enter_context(_replaced(builder, name, ordered(builder.__dict__[name])))
+        yield
+
+
+class _Witness:
+    """An observer that only notes what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def launch(self, kernel: str, arguments: list[tuple[str, torch.Tensor]]) -> None:
+        self.seen.append((kernel, len(arguments)))
+
+    def launched(self) -> None: ...
+
+    def loaded(self, values: np.ndarray) -> None: ...
+
+    def access(
+        self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
+    ) -> np.ndarray:
+        self.seen.append((kind, int(pointers.ravel()[0] >> TAG_SHIFT)))
+        return mask
+
+
+_sound = False
+
+
+def check_canary() -> None:
+    """Run the canary kernel, once per process: raise InterpreterChanged if an access of it went unseen."""
+    global _sound
+    if _sound:
+        return
+    require_interpreter()
+    from ..triton.canary import canary_kernel
+
+    witness = _Witness()
+    x, y = torch.tensor([7], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    with watch(witness):
+        canary_kernel[(1,)](x, y)
+    expected = [("canary_kernel", 2), ("load", 1), ("store", 2), ("atomic", 2), ("atomic", 2)]
+    if witness.seen != expected or y.tolist() != [7, 1, 1]:
+        raise InterpreterChanged(
+            f"of the canary kernel's accesses {expected} the memory checker saw {witness.seen} (result "
+            f"{y.tolist()}): this version of Triton's interpreter makes accesses it does not know"
+        )
+    _sound = True

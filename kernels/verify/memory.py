@@ -1,0 +1,457 @@
+"""Memory checks and traffic figures for any Triton kernel, without a GPU, under Triton's interpreter."""
+
+import linecache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
+from .regions import MARKS, Region, mark, markable, marked_empties, unwritten
+from .report import to_json
+from .shadow import LAUNCHES, Access, Cells, Clock
+
+
+class MemoryFault(RuntimeError):
+    """A kernel touched memory it should not have, or left some unwritten; ``report`` holds the details."""
+
+    def __init__(self, report: "MemoryReport") -> None:
+        super().__init__(str(report))
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of one line of a kernel, with its first occurrence.
+
+    Attributes:
+        kind: ``"out-of-bounds load"``, ``"out-of-bounds store"``, ``"out-of-bounds atomic"``, ``"read of
+            unwritten memory"``, ``"race"`` or ``"unwritten output"``.
+        kernel, tensor: names of the kernel and of its argument.
+        text: what happened, in a sentence.
+        address: the first address concerned.
+        offset: for an address out of bounds, where it lies from the tensor's end, in words.
+        program: index of the program; None if none is to blame.
+        line: file and line of the kernel, and the source there.
+        cells: how many elements in all.
+    """
+
+    kind: str
+    kernel: str
+    tensor: str
+    text: str
+    address: int
+    offset: str
+    program: tuple[int, int, int] | None
+    line: str
+    cells: int
+
+    def __str__(self) -> str:
+        where = f"\n    {self.line}" if self.line else ""
+        return f"{self.kind} in {self.kernel}: {self.text}; {self.cells} in all{where}"
+
+
+@dataclass
+class Traffic:
+    """What one launch moved, counted at its load and store instructions, caches ignored.
+
+    Attributes:
+        kernel: its name.
+        programs: how many ran.
+        loaded, stored, atomics: bytes; an address that an instruction touches in several lanes counts once.
+        reread: the part of ``loaded`` that this launch had loaded before.
+    """
+
+    kernel: str
+    programs: int = 0
+    loaded: int = 0
+    stored: int = 0
+    atomics: int = 0
+    reread: int = 0
+
+
+@dataclass
+class MemoryReport:
+    """The result of a memory check: true if there is no fault.
+
+    Attributes:
+        faults: one per line, tensor and kind.
+        traffic: one entry per launch, in order.
+        notes: what could not be checked.
+    """
+
+    faults: list[Fault] = field(default_factory=list)
+    traffic: list[Traffic] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not self.faults
+
+    @property
+    def launches(self) -> int:
+        return len(self.traffic)
+
+    @property
+    def loaded(self) -> int:
+        """Bytes loaded, over all launches."""
+        return sum(entry.loaded for entry in self.traffic)
+
+    @property
+    def stored(self) -> int:
+        """Bytes stored, over all launches."""
+        return sum(entry.stored for entry in self.traffic)
+
+    @property
+    def reread(self) -> int:
+        """Bytes loaded again within a launch, over all launches."""
+        return sum(entry.reread for entry in self.traffic)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of fault found, each once."""
+        return tuple(dict.fromkeys(fault.kind for fault in self.faults))
+
+    def __str__(self) -> str:
+        head = (
+            f"{len(self.faults) or 'no'} memory fault{'s' if len(self.faults) != 1 else ''} in "
+            f"{self.launches} "
+            f"launches; {self.loaded:,} bytes loaded ({self.reread:,} of them again), {self.stored:,} stored"
+        )
+        return "\n".join(
+            [head, *(f"  {item}" for item in self.faults), *(f"  note: {n}" for n in self.notes)]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dictionaries, lists, strings and numbers."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return to_json(self.to_dict())
+
+
+@contextmanager
+def memory_check(
+    tensors: Mapping[str, Tensor] | Iterable[Tensor] = (),
+    *,
+    outputs: Mapping[str, Tensor] | Iterable[Tensor] = (),
+    raise_exception: bool = True,
+) -> Iterator[MemoryReport]:
+    """Watch every access of the interpreted Triton kernels launched inside the block.
+
+    Found and named, with tensor, program and source line:
+
+    - loads, stores and atomics outside the memory that a tensor argument's view can reach, gaps between its
+      strides included. They are kept from happening, so that the process survives them;
+    - loads of memory that nothing has written. What ``torch.empty``, ``empty_like``, ``empty_strided``,
+      ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` hand out inside the block is filled with a
+      mark for that (a NaN no arithmetic gives); where the mark still stands, nothing was written. ``outputs``
+      are marked too. One-byte and 16-bit integers have no value to spare and are not tracked;
+    - races: two programs of a launch touch one address, one of them writes, not both atomically, and no
+      acquire/release atomic orders them;
+    - elements without a writer, of tensors made inside the block that a kernel stored to, and of ``outputs``.
+
+    A pointer's tensor is known from the argument it was computed from. Addresses that a kernel loads from
+    memory (a table of pointers) are looked up among ``tensors`` and the launch's arguments.
+
+    Args:
+        tensors: those that kernels reach through tables of pointers, by name or in a sequence.
+        outputs: tensors made before the block whose content the kernels have to write; overwritten on entry.
+        raise_exception: raise at the end of the block if there were faults.
+
+    Returns:
+        The ``MemoryReport``, filled while the block runs; ``report.traffic`` has the bytes moved.
+
+    Raises:
+        RuntimeError: Triton's kernels are not interpreted in this process, or a check is active already.
+        InterpreterChanged: Triton's interpreter is not as the checker knows it.
+        MemoryFault: there were faults.
+
+    Example:
+        >>> with memory_check():
+        ...     kernel[(4,)](x, y, n, BLOCK=256)
+    """
+    check_canary()
+    report = MemoryReport()
+    checker = _Checker(report, dict(_named(tensors, "tensors")))
+    for name, tensor in _named(outputs, "outputs"):
+        if not markable(tensor):
+            raise TypeError(
+                f"{name}: unwritten elements can be told in non-empty CPU tensors of "
+                f"{', '.join(str(d).removeprefix('torch.') for d in MARKS)} only, got {tensor.dtype} on "
+                f"{tensor.device}, shape {tuple(tensor.shape)}"
+            )
+        mark(tensor)
+        checker.created(tensor, name)
+    with watch(checker), marked_empties(checker.created):
+        yield report
+        checker.finish()
+    if report.faults and raise_exception:
+        raise MemoryFault(report)
+
+
+def _named(tensors: Mapping[str, Tensor] | Iterable[Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tensors, Mapping):
+        yield from tensors.items()
+    else:
+        yield from ((f"{kind}[{i}]", tensor) for i, tensor in enumerate(tensors))
+
+
+class _Checker:
+    """The observer behind ``memory_check``."""
+
+    def __init__(self, report: MemoryReport, registered: dict[str, Tensor]) -> None:
+        self.report = report
+        self.registered = [Region.of(name, tensor) for name, tensor in registered.items()]
+        self.regions: list[Region] = []  # of the launch: its arguments in order, then the registered ones
+        self.shadows: dict[int, Cells] = {}
+        self.clock = Clock()
+        self.empties: dict[int, tuple[Tensor, str]] = {}
+        self.stored: dict[int, tuple[str, str]] = {}  # storage -> kernel and argument that stored to it
+        self.kept: list[Any] = []
+        self.sites: dict[tuple[str, int], int] = {}
+        self.found: dict[tuple[str, str, str, str], int] = {}
+        self.pending: list[tuple[Region, np.ndarray, np.ndarray]] = []
+        self.kernel, self.site, self.line = "", 0, ""
+        self.index: tuple[int, int, int] | None = None
+
+    def created(self, tensor: Tensor, name: str = "") -> None:
+        """A tensor that nothing has written yet; its storage is held, so that no other takes its address."""
+        self.kept.append(tensor.untyped_storage())
+        self.empties[tensor.untyped_storage().data_ptr()] = (tensor.detach(), name)
+
+    def launch(self, kernel: str, arguments: list[tuple[str, Tensor]]) -> None:
+        if self.clock.launch + 1 >= LAUNCHES:
+            self.shadows.clear()
+            self.clock.launch = 0
+        self.clock.start_launch()
+        self.index = None
+        self.kernel = kernel
+        self.arguments = len(arguments)
+        self.regions = [Region.of(name, tensor) for name, tensor in arguments] + self.registered
+        self.kept += [tensor.untyped_storage() for _, tensor in arguments]
+        self.report.traffic.append(Traffic(kernel))
+
+    def launched(self) -> None:
+        self.regions = []
+
+    def access(
+        self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
+    ) -> np.ndarray:
+        self.pending.clear()
+        active = np.flatnonzero(mask)
+        if not active.size:
+            return mask
+        self._enter_program()
+        self.site = self._site()
+        tagged = pointers.reshape(-1)[active]
+        tags = (tagged >> TAG_SHIFT).astype(np.int64)
+        addresses = tagged & ADDRESS
+        allowed = mask
+        for region, lanes in self._owners(tags, addresses):
+            chosen = addresses if lanes is None else addresses[lanes]
+            lane = active if lanes is None else active[lanes]
+            legal = None if region is None else region.legal(chosen, itemsize)
+            if region is None or legal is not None:
+                bad = np.ones(len(chosen), bool) if legal is None else ~legal
+                allowed = allowed.copy()
+                allowed.reshape(-1)[lane[bad]] = False
+                self._out_of_bounds(kind, region, chosen[bad])
+                chosen, lane = chosen[~bad], lane[~bad]
+            if region is not None and chosen.size:
+                self._legal(kind, order, region, chosen, lane, itemsize)
+        return allowed
+
+    def _enter_program(self) -> None:
+        index, grid = current_program()
+        if index != self.index:
+            self.index = index
+            self.clock.start_program((index[0] * grid[1] + index[1]) * grid[2] + index[2], int(np.prod(grid)))
+            self.report.traffic[-1].programs = self.clock.programs
+
+    def _site(self) -> int:
+        site = source_site()
+        if site not in self.sites:
+            self.sites[site] = len(self.sites)
+        return self.sites[site]
+
+    def _line(self, site: int) -> str:
+        file, line = list(self.sites)[site]
+        return f"{Path(file).name}:{line}: {linecache.getline(file, line).strip()}"
+
+    def _owners(
+        self, tags: np.ndarray, addresses: np.ndarray
+    ) -> Iterator[tuple[Region | None, np.ndarray | None]]:
+        """The regions that the addresses belong to, each with its lanes (None for all)."""
+        first = int(tags[0])
+        if (tags == first).all():
+            groups = [(first, None)]
+        else:
+            groups = [(int(tag), np.flatnonzero(tags == tag)) for tag in np.unique(tags)]
+        for tag, lanes in groups:
+            if 0 < tag <= self.arguments:
+                yield self.regions[tag - 1], lanes
+            else:
+                yield from self._looked_up(addresses, lanes)
+
+    def _looked_up(
+        self, addresses: np.ndarray, lanes: np.ndarray | None
+    ) -> Iterator[tuple[Region | None, np.ndarray | None]]:
+        """Regions of addresses that came out of memory.
+
+        An address just past the end of a registered tensor is taken for a fault of that one.
+        """
+        chosen = addresses if lanes is None else addresses[lanes]
+        known = self.regions
+        starts = np.array([region.start for region in known], dtype=np.uint64)
+        order = np.argsort(starts, kind="stable")
+        place = np.searchsorted(starts[order], chosen, side="right") - 1
+        owner = np.where(place >= 0, order[np.maximum(place, 0)], -1) if known else np.full(len(chosen), -1)
+        for number in np.unique(owner):
+            which = np.flatnonzero(owner == number)
+            region: Region | None = known[int(number)] if number >= 0 else None
+            if region is not None:
+                reach = max(region.end - region.start, 4096) if number >= self.arguments else 0
+                if int(chosen[which].min()) >= region.end + reach:
+                    region = None
+            yield region, which if lanes is None else lanes[which]
+
+    def _legal(
+        self,
+        kind: str,
+        order: tuple[str, str],
+        region: Region,
+        addresses: np.ndarray,
+        lanes: np.ndarray,
+        itemsize: int,
+    ) -> None:
+        storage = region.tensor.untyped_storage()
+        base = storage.data_ptr()
+        if base not in self.shadows:
+            self.shadows[base] = Cells(base, storage.nbytes())
+            self.kept.append(storage)
+        shadow, entry = self.shadows[base], self.report.traffic[-1]
+        distinct = addresses
+        if addresses.size > 1 and not (addresses[1:] > addresses[:-1]).all():
+            distinct = np.unique(addresses)
+        moved = int(distinct.size) * itemsize
+        reads, stores = kind in ("load", "atomic load"), kind in ("store", "atomic store")
+        if reads:
+            entry.loaded += moved
+            entry.reread += shadow.already_read(distinct, itemsize, self.clock) * itemsize
+            if base in self.empties and itemsize == region.tensor.element_size():
+                self.pending.append((region, addresses, lanes))
+        elif stores:
+            entry.stored += moved
+        else:
+            entry.atomics += moved
+        if not reads:
+            self.stored[base] = (self.kernel, region.name)
+        if kind.startswith("atomic"):
+            self.clock.synchronise(base, distinct, order)
+        race = shadow.access(kind, distinct, itemsize, self.site, self.clock)
+        if race is not None:
+            self._race(kind, region, *race)
+
+    def loaded(self, values: np.ndarray) -> None:
+        for region, addresses, lanes in self.pending:
+            if region.tensor.dtype not in MARKS:
+                continue
+            words = np.ascontiguousarray(values).reshape(-1)[lanes].view(f"u{values.dtype.itemsize}")
+            raw = words == MARKS[region.tensor.dtype]
+            if raw.any():
+                address = int(addresses[int(np.argmax(raw))])
+                offset = (address - region.start) // region.tensor.element_size()
+                self._fault(
+                    "read of unwritten memory",
+                    region.name,
+                    f"program {self.index} loads {region}, {offset} elements from its start, where "
+                    f"nothing has "
+                    "been written since torch.empty",
+                    address,
+                    int(raw.sum()),
+                )
+        self.pending.clear()
+
+    def _out_of_bounds(self, kind: str, region: Region | None, addresses: np.ndarray) -> None:
+        first = int(addresses[0])
+        if region is None:
+            name, offset = "?", "in no known tensor"
+            text = (
+                f"program {self.index} {_verb(kind)} {first:#x}, which belongs to no tensor known here; "
+                f"if it came "
+                "from a table of pointers, pass its tensor in memory_check(tensors=...)"
+            )
+        else:
+            name, offset = region.name, region.describe(first)
+            text = f"program {self.index} {_verb(kind)} {region}, {offset} (address {first:#x})"
+        self._fault(f"out-of-bounds {kind.split()[0]}", name, text, first, addresses.size, offset)
+
+    def _race(self, kind: str, region: Region, cells: int, address: int, other: Access) -> None:
+        grid = current_program()[1]
+        x, rest = divmod(other.program, grid[1] * grid[2])
+        theirs = (x, *divmod(rest, grid[2]))
+        offset = (address - region.start) // region.tensor.element_size()
+        did = "wrote" if other.written else "read"
+        text = (
+            f"program {self.index} {_verb(kind)} {region}, {offset} elements from its start, which "
+            f"program {theirs} "
+            f"{did} in the same launch at {self._line(other.site)}, and nothing orders the two"
+        )
+        self._fault("race", region.name, text, address, cells)
+
+    def _fault(
+        self, kind: str, tensor: str, text: str, address: int, cells: int, offset: str = "", line: bool = True
+    ) -> None:
+        where = self._line(self.site) if line else ""
+        key = (kind, self.kernel, tensor, where)
+        if key in self.found:
+            place = self.found[key]
+            old = self.report.faults[place]
+            self.report.faults[place] = replace(old, cells=old.cells + cells)
+            return
+        self.found[key] = len(self.report.faults)
+        program = self.index if line else None
+        self.report.faults.append(
+            Fault(kind, self.kernel, tensor, text, address, offset, program, where, cells)
+        )
+
+    def finish(self) -> None:
+        """At the end of the block: which elements nothing has written."""
+        for base, (tensor, given) in self.empties.items():
+            kernel, argument = self.stored.get(base, ("", ""))
+            if not kernel and not given:
+                continue
+            left = unwritten(tensor)
+            if left.any() and base in self.shadows:
+                left &= ~self.shadows[base].stored(tensor)
+            if not left.any():
+                continue
+            first = tuple(int(c) for c in np.argwhere(left)[0])
+            self.kernel = kernel or "no kernel"
+            self._fault(
+                "unwritten output",
+                argument or given,
+                f"of {argument or given} (shape {tuple(tensor.shape)}) nothing has written "
+                f"{int(left.sum())} of "
+                f"{left.size} elements, the first at {list(first)}: a mask that cuts too much, or too few "
+                f"programs",
+                tensor.data_ptr()
+                + tensor.element_size() * sum(i * s for i, s in zip(first, tensor.stride(), strict=True)),
+                int(left.sum()),
+                line=False,
+            )
+        if large := [c for c in self.shadows.values() if c.granule == 0 and c.nbytes > LARGE]:
+            self.report.notes.append(f"{len(large)} tensors were too large to be watched for races")
+
+
+LARGE = 1 << 28
+
+
+def _verb(kind: str) -> str:
+    return {"load": "loads", "store": "stores to"}.get(kind, "touches atomically")

@@ -1,0 +1,168 @@
+"""Which addresses a tensor owns, and the marks in memory that nothing has written yet."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# NaNs that no arithmetic produces, and an integer that hardly anything computes. One-byte types and int16
+# have no value to spare: memory of theirs counts as written.
+MARKS = {
+    torch.float64: 0x7FF5A5A5A5A5A5A5,
+    torch.float32: 0x7FA5A5A5,
+    torch.float16: 0x7DA5,
+    torch.bfloat16: 0x7FA5,
+    torch.int32: 0xA5A5A5A5,
+    torch.int64: 0xA5A5A5A5A5A5A5A5,
+}
+
+
+def _words(address: int, count: int, itemsize: int) -> np.ndarray:
+    """The memory at ``address`` as unsigned integers."""
+    buffer = (ctypes.c_char * (count * itemsize)).from_address(address)
+    return np.frombuffer(buffer, dtype=f"u{itemsize}")
+
+
+def mark(tensor: Tensor) -> None:
+    """Fill the whole storage of a CPU tensor with the mark of its dtype."""
+    storage, itemsize = tensor.untyped_storage(), tensor.element_size()
+    if storage.nbytes() >= itemsize:
+        _words(storage.data_ptr(), storage.nbytes() // itemsize, itemsize)[:] = MARKS[tensor.dtype]
+
+
+def unwritten(tensor: Tensor) -> np.ndarray:
+    """Which elements of ``tensor`` still carry the mark."""
+    itemsize = tensor.element_size()
+    storage = tensor.untyped_storage()
+    words = _words(storage.data_ptr(), storage.nbytes() // itemsize, itemsize)
+    strides = [stride * itemsize for stride in tensor.stride()]
+    view = np.lib.stride_tricks.as_strided(words[tensor.storage_offset() :], tensor.shape, strides)
+    return np.asarray(view == MARKS[tensor.dtype])
+
+
+def markable(tensor: Any) -> bool:
+    """Whether unwritten elements of ``tensor`` can be told."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.dtype in MARKS
+        and tensor.numel() > 0
+    )
+
+
+CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
+METHODS = ("new_empty", "new_empty_strided")
+
+
+@contextmanager
+def marked_empties(created: Callable[[Tensor], None]) -> Iterator[None]:
+    """Mark what torch.empty and its kin hand out inside the block, and report it to ``created``."""
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create(*args: Any, **kwargs: Any) -> Any:
+            tensor = original(*args, **kwargs)
+            if markable(tensor):
+                mark(tensor)
+                created(tensor)
+            return tensor
+
+        return create
+
+    with ExitStack() as stack:
+        for owner, name in CREATORS:
+            original = getattr(owner, name)
+            setattr(owner, name, wrapped(original))
+            stack.callback(setattr, owner, name, original)
+        for name in METHODS:  # inherited from torch._C.TensorBase: shadowed, then uncovered again
+            setattr(Tensor, name, wrapped(getattr(Tensor, name)))
+            stack.callback(delattr, Tensor, name)
+        yield
+
+
+@dataclass(frozen=True)
+class Region:
+    """The addresses that a strided view can reach.
+
+    Attributes:
+        name: how to call the tensor in a report.
+        tensor: the view; it is kept alive, so that its memory is not handed out again.
+        start, end: first address, and the one after the last.
+        levels: (stride in bytes, size) from the largest stride down, contiguous dimensions merged, the
+            elements of size 1 last; a view that is dense has one level.
+        nested: whether the levels do not overlap, so that an address divides into indices.
+    """
+
+    name: str
+    tensor: Tensor
+    start: int
+    end: int
+    levels: tuple[tuple[int, int], ...]
+    nested: bool
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> "Region":
+        itemsize = tensor.element_size()
+        dims = sorted(
+            ((stride * itemsize, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+             if size != 1 and stride != 0),
+            reverse=True,
+        )  # fmt: skip
+        levels: list[tuple[int, int]] = []
+        for stride, size in [*dims, (1, itemsize)]:
+            if levels and levels[-1][0] == stride * size:
+                stride, size = stride, size * levels.pop()[1]
+            levels.append((stride, size))
+        span, nested = 1, True
+        for stride, size in reversed(levels):
+            nested = nested and stride >= span
+            span += stride * (size - 1)
+        start = tensor.data_ptr()
+        end = start + (span if tensor.numel() else 0)
+        return Region(name, tensor, start, end, tuple(levels), nested)
+
+    def legal(self, addresses: np.ndarray, itemsize: int) -> np.ndarray | None:
+        """Which of the addresses may be touched, ``itemsize`` bytes each; None if all may."""
+        low, high = int(addresses.min()), int(addresses.max())
+        inside = self.start <= low and high + itemsize <= self.end
+        if inside and len(self.levels) == 1:
+            return None
+        ok = (addresses >= self.start) & (addresses + np.uint64(itemsize) <= self.end)
+        rest = np.where(ok, addresses - np.uint64(self.start), 0).astype(np.int64)
+        if self.nested:
+            for stride, size in self.levels[:-1]:
+                index, rest = np.divmod(rest, stride)
+                ok &= index < size
+            ok &= rest + itemsize <= self.levels[-1][0] * self.levels[-1][1]
+        else:
+            ok &= self._reachable()[rest]
+        return None if ok.all() else ok
+
+    def _reachable(self) -> np.ndarray:
+        """For a view that overlaps itself: which byte offsets begin an element."""
+        element = self.tensor.element_size()
+        reached = np.zeros(self.end - self.start, bool)
+        strides = [stride * element for stride in self.tensor.stride()]
+        np.lib.stride_tricks.as_strided(reached, self.tensor.shape, strides)[...] = True
+        return reached
+
+    def describe(self, address: int) -> str:
+        """Where an illegal address lies, in elements of this tensor."""
+        element = self.tensor.element_size()
+        if address >= self.end:
+            return f"{(address - self.end) // element} elements past its end"
+        if address < self.start:
+            return f"{-((address - self.start) // element)} elements before its start"
+        offset = (address - self.start) // element
+        if address + element > self.end:
+            return "across its end"
+        return f"in a gap of the view, {offset} elements from its start, which its strides do not reach"
+
+    def __str__(self) -> str:
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        text = f"{self.name} ({dtype}, shape {tuple(self.tensor.shape)}"
+        return text + (")" if self.tensor.is_contiguous() else f", strides {self.tensor.stride()})")

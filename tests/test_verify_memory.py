@@ -1,0 +1,462 @@
+"""Each memory fault planted in a kernel is found and named rightly; correct kernels raise no alarm."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+from gradkernels.verify import InterpreterChanged, MemoryFault, memory_check  # noqa: E402
+from gradkernels.verify import interpreter as hooks  # noqa: E402
+from triton.runtime import interpreter as triton_interpreter  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    isinstance(tl.sum, triton.runtime.JITFunction), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"
+)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, n_load, n_store, shift, stride, BLOCK: tl.constexpr):
+    """y[i] = x[i * stride + shift], loads up to n_load, stores up to n_store."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs * stride + shift, mask=offs < n_load, other=0)
+    tl.store(y_ptr + offs, x, mask=offs < n_store)
+
+
+def copy(x, y, n, *, n_load=None, n_store=None, shift=0, stride=1, block=32, grid=None):
+    n_load, n_store = n if n_load is None else n_load, n if n_store is None else n_store
+    copy_kernel[(grid or triton.cdiv(n, block),)](x, y, n_load, n_store, shift, stride, BLOCK=block)
+
+
+def found(report):
+    """The single fault of a report that must have one."""
+    assert len(report.faults) == 1, str(report)
+    return report.faults[0]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int8], ids=str
+)
+def test_a_correct_kernel_raises_no_alarm(dtype):
+    x = torch.arange(100).to(dtype)
+    with memory_check() as report:
+        y = torch.empty(100, dtype=dtype)
+        copy(x, y, 100)
+    assert torch.equal(x, y)
+    assert report
+    itemsize = x.element_size()
+    assert (report.launches, report.loaded, report.stored, report.reread) == (
+        1,
+        100 * itemsize,
+        100 * itemsize,
+        0,
+    )
+
+
+def test_load_past_the_end_is_named_and_does_not_happen():
+    x, y = torch.ones(100), torch.zeros(128)
+    with memory_check(raise_exception=False) as report:
+        copy(x, y, 128)
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.program, fault.cells) == (
+        "out-of-bounds load",
+        "x_ptr",
+        (3, 0, 0),
+        28,
+    )
+    assert fault.offset == "0 elements past its end"
+    assert fault.address == x.data_ptr() + 400
+    assert fault.line.startswith("test_verify_memory.py:")
+    assert "tl.load(x_ptr" in fault.line
+    assert (y[100:] == 0).all()
+
+
+def test_store_past_the_end_does_not_touch_what_lies_there():
+    memory = torch.full((128,), 7.0)
+    with memory_check(raise_exception=False) as report:
+        copy(torch.ones(128), memory[:100], 128)
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.cells) == ("out-of-bounds store", "y_ptr", 28)
+    assert "tl.store(y_ptr" in fault.line
+    assert (memory[100:] == 7).all()
+
+
+def test_load_before_the_start():
+    with memory_check(raise_exception=False) as report:
+        copy(torch.ones(64), torch.zeros(64), 64, shift=-3)
+    assert found(report).offset == "3 elements before its start"
+
+
+def test_another_argument_is_still_out_of_bounds():
+    """x and y are two halves of one buffer: past the end of x lies y, a legal address of the wrong tensor."""
+    buffer = torch.ones(128)
+    with memory_check(raise_exception=False) as report:
+        copy(buffer[:64], buffer[64:], 64, shift=1)
+    kinds = {fault.kind for fault in report.faults}
+    assert "out-of-bounds load" in kinds
+    assert report.faults[0].tensor == "x_ptr"
+
+
+@triton.jit
+def rows_kernel(x_ptr, y_ptr, stride, WIDE: tl.constexpr):
+    row = tl.program_id(0)
+    if WIDE:
+        row = row.to(tl.int64)
+    tl.store(y_ptr + tl.program_id(0), tl.load(x_ptr + row * stride))
+
+
+def test_int32_offset_that_wraps():
+    """Row 3 of a view with rows 2^30 apart, in int32: -2^30. The memory is virtual, three cells are touched."""
+    x = torch.from_numpy(np.zeros(3 * 2**30 + 64, np.float16))
+    x[:: 2**30] = 1
+    rows, y = x[: 3 * 2**30 + 1 : 2**30], torch.zeros(4, dtype=torch.float16)
+    with memory_check(raise_exception=False) as report:
+        rows_kernel[(4,)](rows, y, 2**30, WIDE=False)
+    assert any(f.kind == "out-of-bounds load" and "before its start" in f.offset for f in report.faults)
+    with memory_check() as report:
+        rows_kernel[(4,)](rows, y, 2**30, WIDE=True)
+    assert y.tolist() == [1, 1, 1, 1]
+    assert any("too large" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("layout", ["every other", "columns", "overlapping"])
+def test_gaps_of_a_strided_view(layout):
+    base = torch.ones(128)
+    view = {
+        "every other": base[::2],
+        "columns": base.view(16, 8)[:, :5],
+        "overlapping": base.as_strided((40, 2), (3, 4)),
+    }
+    view = view[layout]
+    with memory_check(raise_exception=False) as report:
+        copy(view, torch.zeros(32), 32)
+    assert found(report).kind == "out-of-bounds load"
+    assert "in a gap of the view" in found(report).offset
+
+
+def test_legal_addresses_of_views():
+    base = torch.arange(128.0)
+    for view, stride in ((base[::4], 4), (base.view(16, 8)[:, 0], 8), (base.as_strided((40, 2), (3, 4)), 3)):
+        n = 16
+        with memory_check():
+            y = torch.empty(n)
+            copy(view, y, n, stride=stride)
+        assert torch.equal(y, base[: n * stride : stride])
+    with memory_check():
+        y = torch.empty(16)
+        copy(torch.ones(1).expand(16), y, 16, stride=0)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: torch.empty(64),
+        lambda: torch.empty_like(torch.ones(64)),
+        lambda: torch.empty_strided((64,), (1,)),
+        lambda: torch.empty_permuted((64,), (0,)),
+        lambda: torch.ones(1).new_empty(64),
+        lambda: torch.ones(1).new_empty_strided((64,), (1,)),
+    ],
+    ids=["empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"],
+)
+def test_read_of_unwritten_memory(create):
+    with memory_check(raise_exception=False) as report:
+        x, y = create(), torch.empty(64)
+        x[:60] = 1
+        copy(x, y, 64)
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.cells, fault.program) == (
+        "read of unwritten memory", "x_ptr", 4, (1, 0, 0),
+    )  # fmt: skip
+    with memory_check():
+        x, y = create(), torch.empty(64)
+        x.fill_(1)
+        copy(x, y, 64)
+
+
+def test_output_that_no_program_wrote():
+    with memory_check(raise_exception=False) as report:
+        y = torch.empty(10, 10)
+        copy(torch.ones(100), y, 100, n_store=93)
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.cells) == ("unwritten output", "y_ptr", 7)
+    assert "the first at [9, 3]" in fault.text
+
+
+def test_outputs_made_before_the_block():
+    y = torch.zeros(100)
+    with memory_check(outputs={"y": y}, raise_exception=False) as report:
+        copy(torch.ones(100), y, 100, grid=3)
+    assert (found(report).kind, found(report).cells) == ("unwritten output", 4)
+    with memory_check(outputs=[y], raise_exception=False) as report:
+        pass
+    assert "of outputs[0]" in found(report).text
+    with pytest.raises(TypeError, match="got torch.int8"), memory_check(outputs=[y.to(torch.int8)]):
+        pass
+
+
+@triton.jit
+def last_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """y[0] = the sum of the program's block: every program writes the same address."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr, tl.sum(tl.load(x_ptr + offs, mask=offs < n, other=0.0)))
+
+
+def test_two_programs_write_one_address():
+    with memory_check(raise_exception=False) as report:
+        last_kernel[(3,)](torch.ones(96), torch.zeros(1), 96, BLOCK=32)
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.program) == ("race", "y_ptr", (1, 0, 0))
+    assert "which program (0, 0, 0) wrote in the same launch" in fault.text
+    with memory_check():
+        last_kernel[(1,)](torch.ones(32), torch.zeros(1), 32, BLOCK=32)
+        last_kernel[(1,)](torch.ones(32), torch.zeros(1), 32, BLOCK=32)
+
+
+@pytest.mark.parametrize(
+    ("shift", "did"), [(-1, "wrote"), (1, "read")], ids=["read after write", "write after read"]
+)
+def test_one_program_reads_what_another_writes(shift, did):
+    """y[i] = y[i + shift] in place: neighbours meet at the edges of the blocks."""
+    y = torch.zeros(66)
+    with memory_check(raise_exception=False) as report:
+        copy(y[1:], y[1:], 64, shift=shift)
+    races = [fault for fault in report.faults if fault.kind == "race"]
+    assert len(races) == 1
+    assert f"{did} in the same launch" in races[0].text
+    with memory_check():
+        copy(y[1:], y[1:], 65)
+
+
+@triton.jit
+def last_program_kernel(
+    x_ptr, partial_ptr, count_ptr, y_ptr, SEM: tl.constexpr, SCOPE: tl.constexpr, P: tl.constexpr
+):
+    """The last program to finish adds what all have written."""
+    pid = tl.program_id(0)
+    tl.store(partial_ptr + pid, tl.load(x_ptr + pid))
+    tl.debug_barrier()
+    if tl.atomic_add(count_ptr, 1, sem=SEM, scope=SCOPE) == P - 1:
+        tl.store(y_ptr, tl.sum(tl.load(partial_ptr + tl.arange(0, P))))
+
+
+@pytest.mark.parametrize(
+    ("sem", "scope", "races"),
+    [
+        ("acq_rel", "gpu", 0),
+        ("acq_rel", "sys", 0),
+        ("relaxed", "gpu", 1),
+        ("acquire", "gpu", 1),
+        ("acq_rel", "cta", 1),
+    ],
+)
+def test_atomics_order_programs_if_they_acquire_and_release(sem, scope, races):
+    with memory_check(raise_exception=False) as report:
+        partial, y = torch.empty(8), torch.empty(1)
+        last_program_kernel[(8,)](
+            torch.ones(8), partial, torch.zeros(1, dtype=torch.int32), y, sem, scope, P=8
+        )
+    assert y.item() == 8
+    assert len(report.faults) == races
+    assert report.kinds == ("race",) * races
+
+
+@triton.jit
+def late_store_kernel(x_ptr, partial_ptr, count_ptr, y_ptr, P: tl.constexpr):
+    """As above, but the partial is written after the atomic that should publish it."""
+    pid = tl.program_id(0)
+    done = tl.atomic_add(count_ptr, 1)
+    tl.store(partial_ptr + pid, tl.load(x_ptr + pid))
+    if done == P - 1:
+        tl.store(y_ptr, tl.sum(tl.load(partial_ptr + tl.arange(0, P))))
+
+
+def test_a_store_after_the_release_is_not_ordered_by_it():
+    with memory_check(raise_exception=False) as report:
+        partial, y = torch.empty(8), torch.empty(1)
+        late_store_kernel[(8,)](torch.ones(8), partial, torch.zeros(1, dtype=torch.int32), y, P=8)
+    assert (found(report).kind, found(report).tensor, found(report).cells) == ("race", "partial_ptr", 7)
+
+
+@triton.jit
+def histogram_kernel(x_ptr, y_ptr, PLAIN: tl.constexpr):
+    i = tl.load(x_ptr + tl.program_id(0))
+    if PLAIN:
+        tl.store(y_ptr + i, tl.load(y_ptr + i) + 1)
+    else:
+        tl.atomic_add(y_ptr + i, 1, sem="relaxed")
+
+
+def test_atomics_do_not_race_with_one_another():
+    x, y = torch.tensor([0, 1, 1, 0], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with memory_check() as report:
+        histogram_kernel[(4,)](x, y, PLAIN=False)
+    assert y.tolist() == [2, 2]
+    assert report.traffic[0].atomics == 16
+    with memory_check(raise_exception=False) as report:
+        histogram_kernel[(4,)](x, y, PLAIN=True)
+    assert set(report.kinds) == {"race"}
+
+
+@triton.jit
+def mixed_kernel(x_ptr):
+    if tl.program_id(0) == 0:
+        tl.atomic_add(x_ptr, 1)
+    else:
+        tl.store(x_ptr, 0)
+
+
+def test_an_atomic_races_with_a_plain_store():
+    with memory_check(raise_exception=False) as report:
+        mixed_kernel[(2,)](torch.zeros(1, dtype=torch.int32))
+    assert found(report).kind == "race"
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_load"), reason="tl.atomic_load is new in triton 3.9")
+@pytest.mark.parametrize(("sem", "races"), [("acquire", 0), ("relaxed", 1)])
+def test_atomic_loads_and_stores_order_too(sem, races):
+    @triton.jit
+    def message_kernel(x_ptr, flag_ptr, y_ptr, SEM: tl.constexpr, BACK: tl.constexpr):
+        if tl.program_id(0) == 0:
+            tl.store(x_ptr, 5.0)
+            tl.atomic_store(flag_ptr, 1, sem=BACK)
+        else:
+            if tl.atomic_load(flag_ptr, sem=SEM) == 1:
+                tl.store(y_ptr, tl.load(x_ptr))
+
+    x, flag, y = torch.zeros(1), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    with memory_check(raise_exception=False) as report:
+        message_kernel[(2,)](x, flag, y, SEM=sem, BACK="release" if sem == "acquire" else sem)
+    assert y.item() == 5
+    assert len(report.faults) == races
+
+
+@triton.jit
+def table_kernel(table_ptr, n, BLOCK: tl.constexpr):
+    """Doubles n elements of the tensor whose address is table[program]."""
+    pointer = tl.load(table_ptr + tl.program_id(0)).to(tl.pointer_type(tl.float32))
+    offs = tl.arange(0, BLOCK)
+    tl.store(pointer + offs, 2 * tl.load(pointer + offs, mask=offs < n), mask=offs < n)
+
+
+def test_tables_of_pointers():
+    tensors = [torch.ones(20), torch.ones(30), torch.ones(25)]
+    table = torch.tensor([tensor.data_ptr() for tensor in tensors])
+    with memory_check(tensors) as report:
+        table_kernel[(3,)](table, 20, BLOCK=32)
+    assert [tensor.sum().item() for tensor in tensors] == [40, 50, 45]
+    with memory_check({"a": tensors[0], "b": tensors[1], "c": tensors[2]}, raise_exception=False) as report:
+        table_kernel[(3,)](table, 22, BLOCK=32)
+    assert {(fault.tensor, fault.offset) for fault in report.faults} == {("a", "0 elements past its end")}
+    assert {fault.kind for fault in report.faults} == {"out-of-bounds load", "out-of-bounds store"}
+    with memory_check(raise_exception=False) as report:
+        table_kernel[(3,)](table, 20, BLOCK=32)
+    assert all("belongs to no tensor known here" in fault.text for fault in report.faults)
+    assert len(report.faults) == 2
+    with memory_check([*tensors[:2], tensors[0]], raise_exception=False) as report:
+        table_kernel[(2,)](torch.tensor([tensors[0].data_ptr()] * 2), 20, BLOCK=32)
+    assert set(report.kinds) == {"race"}
+
+
+@triton.jit
+def descriptor_kernel(x_desc, y_desc, BLOCK: tl.constexpr):
+    y_desc.store([0, tl.program_id(0) * BLOCK], x_desc.load([0, tl.program_id(0) * BLOCK]))
+
+
+@pytest.mark.parametrize(("columns", "fault"), [(40, None), (44, "out-of-bounds load")])
+def test_descriptors(columns, fault):
+    """A descriptor that claims more columns than the tensor has."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    x, y = torch.ones(4, 40)[:, :], torch.ones(4, 40)
+    x_desc = TensorDescriptor(x, [4 if fault is None else 5, 40], [40, 1], [8, 8])
+    y_desc = TensorDescriptor(y, [4, 40], [40, 1], [8, 8])
+    with memory_check(raise_exception=False) as report:
+        descriptor_kernel[(columns // 8,)](x_desc, y_desc, BLOCK=8)
+    assert report.kinds == (() if fault is None else (fault,))
+    if fault:
+        assert found(report).tensor == "x_desc"
+
+
+@triton.jit
+def helper(x_ptr, offs):
+    return tl.load(x_ptr + offs)
+
+
+@triton.jit
+def tuple_kernel(pointers, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, helper(pointers[0], offs) + helper(pointers[1], offs))
+
+
+def test_tuples_and_device_functions():
+    with memory_check(raise_exception=False) as report:
+        y = torch.empty(16)
+        tuple_kernel[(1,)]((torch.ones(16), torch.ones(15)), y, BLOCK=16)
+    assert found(report).tensor == "pointers[1]"
+    assert "return tl.load(x_ptr + offs)" in found(report).line
+
+
+def test_traffic_counts_each_instruction_once_per_address():
+    x = torch.ones(64)
+    with memory_check() as report:
+        y = torch.empty(64)
+        copy(x, y, 64, stride=0)
+    assert (report.loaded, report.reread, report.stored) == (2 * 4, 4, 64 * 4)
+    assert report.traffic[0].programs == 2
+    with memory_check() as report:
+        y = torch.empty(64)
+        copy(x, y, 64)
+        copy(x, y, 64)
+    assert (report.launches, report.loaded, report.reread) == (2, 2 * 256, 0)
+
+
+def test_a_fault_raises_with_the_report_and_as_json():
+    with pytest.raises(MemoryFault, match="out-of-bounds load in copy_kernel") as caught, memory_check():
+        copy(torch.ones(100), torch.zeros(128), 128)
+    data = json.loads(caught.value.report.to_json())
+    assert data["faults"][0]["tensor"] == "x_ptr"
+    assert data["traffic"][0]["loaded"] == 400
+
+
+def test_everything_is_put_back_also_after_an_error():
+    before = (
+        torch.empty, torch.Tensor.new_empty, triton_interpreter._interpreter,
+        triton_interpreter._implicit_cvt, triton_interpreter.GridExecutor.__call__,
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError), memory_check():
+        copy(torch.ones(100), torch.zeros(128), 128)
+        1 / 0  # noqa: B018
+    after = (
+        torch.empty, torch.Tensor.new_empty, triton_interpreter._interpreter,
+        triton_interpreter._implicit_cvt, triton_interpreter.GridExecutor.__call__,
+    )  # fmt: skip
+    assert after == before
+    assert "new_empty" not in torch.Tensor.__dict__
+    with pytest.raises(RuntimeError, match="do not nest"), memory_check(), memory_check():
+        pass
+
+
+def test_a_changed_interpreter_is_an_error(monkeypatch):
+    monkeypatch.setattr(hooks, "_sound", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_interpreter, "_implicit_cvt", lambda arg, extra=None: arg)
+        with pytest.raises(InterpreterChanged, match="_implicit_cvt takes"), memory_check():
+            pass
+    with monkeypatch.context() as patch:
+        patch.delattr(triton_interpreter.InterpreterBuilder, "create_atomic_cas")
+        with pytest.raises(InterpreterChanged, match="create_atomic_cas takes None"), memory_check():
+            pass
+    original = triton_interpreter._interpreter
+    with monkeypatch.context() as patch:  # a store that goes another way: only the canary can tell
+
+        def create_masked_store(self, ptrs, value, mask, *rest):
+            return original.store(ptrs.data & hooks.ADDRESS, value.data, mask.data)
+
+        patch.setattr(triton_interpreter.InterpreterBuilder, "create_masked_store", create_masked_store)
+        with pytest.raises(InterpreterChanged, match="canary"), memory_check():
+            pass
+    with memory_check():
+        copy(torch.ones(8), torch.zeros(8), 8)
