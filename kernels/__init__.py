@@ -1,5 +1,7 @@
 """The gradient steps of training as fused Triton kernels, each with a NumPy reference and a gradient check."""
 
+import importlib as _importlib
+
 from . import nn as nn
 from .adam import FusedAdam as FusedAdam
 from .adam import FusedAdamW as FusedAdamW
@@ -28,3 +30,10 @@ __all__ = [
     "nn",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The subpackages that most programs do without, imported when first asked for."""
+    if name in ("reference", "verify"):
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

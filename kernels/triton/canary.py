@@ -1,4 +1,4 @@
-"""A kernel that touches memory in every way once: how the memory checker knows that it still sees everything."""
+"""A kernel that touches memory in every way once: so the memory checker knows that it sees everything."""
 
 import triton
 import triton.language as tl

@@ -1,9 +1,9 @@
 """Checks for gradients and kernels that need no GPU."""
 
 from .gradient import gradcheck as gradcheck
-from .interpreter import InterpreterChanged as InterpreterChanged
+from .interpreter import InterpreterChangedError as InterpreterChangedError
 from .memory import Fault as Fault
-from .memory import MemoryFault as MemoryFault
+from .memory import MemoryFaultError as MemoryFaultError
 from .memory import MemoryReport as MemoryReport
 from .memory import Traffic as Traffic
 from .memory import memory_check as memory_check
@@ -16,8 +16,8 @@ __all__ = [
     "Fault",
     "GradientError",
     "GradientReport",
-    "InterpreterChanged",
-    "MemoryFault",
+    "InterpreterChangedError",
+    "MemoryFaultError",
     "MemoryReport",
     "Traffic",
     "gradcheck",

@@ -5,7 +5,7 @@ module-level name ``_interpreter`` in ``triton.runtime.interpreter``: ``load``, 
 ``atomic_cas``. ``watch`` puts a stand-in under that name. Tensor arguments turn into pointers in
 ``_implicit_cvt``; there each gets a tag in the 16 upper bits that no address uses, so that whatever a kernel
 computes from a pointer still tells which argument it came from. What is not as expected is an
-``InterpreterChanged`` error, and a canary kernel is run once per process to see that nothing escapes.
+``InterpreterChangedError`` error, and a canary kernel is run once per process to see that nothing escapes.
 """
 
 import inspect
@@ -22,7 +22,7 @@ TAG_SHIFT = np.uint64(48)
 ADDRESS = np.uint64((1 << 48) - 1)
 
 
-class InterpreterChanged(RuntimeError):
+class InterpreterChangedError(RuntimeError):
     """This version of Triton's interpreter is not the one that the memory checker knows."""
 
 
@@ -141,12 +141,11 @@ class _StandIn:
         return self._original.atomic_cas(addresses, compare, value, sem)
 
 
-ATOMICS = ("create_atomic_rmw", "create_atomic_cas", "create_atomic_load", "create_atomic_store")
-ATOMICS += ("create_atomic_poll",)
+ATOMICS = tuple(f"create_atomic_{kind}" for kind in ("rmw", "cas", "load", "store", "poll"))
 
 
 def _guard(interpreter: Any) -> None:
-    """Raise InterpreterChanged unless everything that ``watch`` replaces is there and takes what it took."""
+    """Raise InterpreterChangedError unless everything that ``watch`` replaces is there and takes what it took."""
     expected: dict[tuple[str, ...], tuple[str, ...]] = {
         ("GridExecutor", "__call__"): ("self", "args_dev", "kwargs"),
         ("GridExecutor", "_init_args_hst"): ("self", "args_dev", "kwargs"),
@@ -160,16 +159,16 @@ def _guard(interpreter: Any) -> None:
             target = getattr(target, name, None)
         found = tuple(inspect.signature(target).parameters) if callable(target) else None
         if found != parameters:
-            raise InterpreterChanged(
+            raise InterpreterChangedError(
                 f"triton.runtime.interpreter.{'.'.join(path)} takes {found}, expected {parameters}: the "
                 f"memory "
                 "checker knows triton 3.6 to 3.9"
             )
     for name in ("load", "store", "atomic_rmw", "atomic_cas"):
         if not callable(getattr(getattr(interpreter, "_interpreter", None), name, None)):
-            raise InterpreterChanged(f"triton.runtime.interpreter._interpreter.{name} is gone")
+            raise InterpreterChangedError(f"triton.runtime.interpreter._interpreter.{name} is gone")
     if not hasattr(interpreter, "interpreter_builder"):
-        raise InterpreterChanged("triton.runtime.interpreter.interpreter_builder is gone")
+        raise InterpreterChangedError("triton.runtime.interpreter.interpreter_builder is gone")
 
 
 @contextmanager
@@ -266,7 +265,7 @@ _sound = False
 
 
 def check_canary() -> None:
-    """Run the canary kernel, once per process: raise InterpreterChanged if an access of it went unseen."""
+    """Run the canary kernel, once per process: raise InterpreterChangedError if an access of it went unseen."""
     global _sound
     if _sound:
         return
@@ -279,7 +278,7 @@ def check_canary() -> None:
         canary_kernel[(1,)](x, y)
     expected = [("canary_kernel", 2), ("load", 1), ("store", 2), ("atomic", 2), ("atomic", 2)]
     if witness.seen != expected or y.tolist() != [7, 1, 1]:
-        raise InterpreterChanged(
+        raise InterpreterChangedError(
             f"of the canary kernel's accesses {expected} the memory checker saw {witness.seen} (result "
             f"{y.tolist()}): this version of Triton's interpreter makes accesses it does not know"
         )

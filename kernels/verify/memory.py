@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
@@ -17,7 +16,7 @@ from .report import to_json
 from .shadow import LAUNCHES, Access, Cells, Clock
 
 
-class MemoryFault(RuntimeError):
+class MemoryFaultError(RuntimeError):
     """A kernel touched memory it should not have, or left some unwritten; ``report`` holds the details."""
 
     def __init__(self, report: "MemoryReport") -> None:
@@ -169,8 +168,8 @@ def memory_check(
 
     Raises:
         RuntimeError: Triton's kernels are not interpreted in this process, or a check is active already.
-        InterpreterChanged: Triton's interpreter is not as the checker knows it.
-        MemoryFault: there were faults.
+        InterpreterChangedError: Triton's interpreter is not as the checker knows it.
+        MemoryFaultError: there were faults.
 
     Example:
         >>> with memory_check():
@@ -192,7 +191,7 @@ def memory_check(
         yield report
         checker.finish()
     if report.faults and raise_exception:
-        raise MemoryFault(report)
+        raise MemoryFaultError(report)
 
 
 def _named(tensors: Mapping[str, Tensor] | Iterable[Tensor], kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -290,7 +289,7 @@ class _Checker:
         """The regions that the addresses belong to, each with its lanes (None for all)."""
         first = int(tags[0])
         if (tags == first).all():
-            groups = [(first, None)]
+            groups: list[tuple[int, np.ndarray | None]] = [(first, None)]
         else:
             groups = [(int(tag), np.flatnonzero(tags == tag)) for tag in np.unique(tags)]
         for tag, lanes in groups:

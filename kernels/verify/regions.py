@@ -24,7 +24,7 @@ MARKS = {
 
 def _words(address: int, count: int, itemsize: int) -> np.ndarray:
     """The memory at ``address`` as unsigned integers."""
-    buffer = (ctypes.c_char * (count * itemsize)).from_address(address)
+    buffer = memoryview((ctypes.c_char * (count * itemsize)).from_address(address))
     return np.frombuffer(buffer, dtype=f"u{itemsize}")
 
 
