@@ -3,16 +3,18 @@
 For checking, not for speed: tensors travel to the CPU and back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .reference import linear_mse, matmul, mse
+from .buckets import AdamOptions, Bucket, Guard, SGDOptions
+from .reference import adam, linear_mse, matmul, mse, sgd
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+State = dict[str, Array]
 
 
 def _array(tensor: Tensor) -> Array:
@@ -180,3 +182,80 @@ def linear_mse_backward(
     scaled = factor * _array(grad_output) * _array(error)
     results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
     return [_tensor(value, like) for (value, like), need in zip(results, needs, strict=True) if need]
+
+
+def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
+    scale = 1.0 if grad_scale is None else float(grad_scale)
+    with np.errstate(all="ignore"):
+        out[0] = sum(float(((_array(grad) / scale) ** 2).sum()) for grad in bucket.grads)
+    out[1] = sum(not np.isfinite(_array(grad)).all() for grad in bucket.grads)
+
+
+def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
+    def update(param: Array, grad: Array, state: State, given: SGDOptions) -> tuple[Array, State]:
+        first = "step" in state and state["step"] == 0
+        buffer = {key: value for key, value in state.items() if key == "momentum_buffer" and not first}
+        new, new_state = sgd.step(
+            param,
+            grad,
+            buffer,
+            lr=float(given.lr),
+            momentum=given.momentum,
+            dampening=given.dampening,
+            weight_decay=float(given.weight_decay),
+            nesterov=given.nesterov,
+            maximize=given.maximize,
+        )
+        return new, {**new_state, "step": state.get("step", np.zeros(())) + 1}
+
+    _step(bucket, options, guard, update)
+
+
+def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
+    def update(param: Array, grad: Array, state: State, given: AdamOptions) -> tuple[Array, State]:
+        return adam.step(
+            param,
+            grad,
+            state,
+            lr=float(given.lr),
+            betas=(float(given.beta1), float(given.beta2)),
+            eps=given.eps,
+            weight_decay=float(given.weight_decay),
+            amsgrad="max_exp_avg_sq" in state,
+            maximize=given.maximize,
+            decoupled_weight_decay=given.decoupled,
+        )
+
+    _step(bucket, options, guard, update)
+
+
+def _step(
+    bucket: Bucket,
+    options: Sequence[Any],
+    guard: Guard,
+    update: Callable[[Array, Array, State, Any], tuple[Array, State]],
+) -> None:
+    if bucket.seed is not None:
+        raise RuntimeError("backend 'reference' has no stochastic rounding")
+    squares, nonfinite = (0.0, 0.0) if guard.norms is None else _array(guard.norms).sum(axis=0)
+    skip = guard.found_inf is not None and float(guard.found_inf) != 0
+    skip |= guard.skip_nonfinite and bool(nonfinite != 0)
+    if guard.skipped is not None:
+        guard.skipped.add_(skip)
+    if skip:
+        return
+    scale = 1.0 if guard.grad_scale is None else float(guard.grad_scale)
+    # np.minimum keeps a NaN, as torch's clamp does; min would not.
+    clip = 1.0 if guard.max_norm is None else np.minimum(1.0, guard.max_norm / (np.sqrt(squares) + 1e-6))
+    for i, (param, grad) in enumerate(zip(bucket.params, bucket.grads, strict=True)):
+        tensors = {key: values[i] for key, values in bucket.states.items()}
+        master = tensors.pop("master_param", param)
+        state = {key: _array(tensor) for key, tensor in tensors.items()}
+        with np.errstate(all="ignore"):
+            unscaled = _array(grad) / scale
+            new, new_state = update(_array(master), unscaled * clip, state, options[bucket.groups[i]])
+        results = [(param, new), (master, new), *((tensors[key], new_state[key]) for key in tensors)]
+        if guard.grad_scale is not None:
+            results.append((grad, unscaled))
+        for tensor, value in results:
+            tensor.copy_(_tensor(value, tensor))

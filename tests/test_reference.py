@@ -7,6 +7,7 @@ centered finite differences need no derivative at all. torch's float64 result se
 import ast
 import doctest
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, use_backend
 from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
 
@@ -360,3 +362,62 @@ def test_docstring_examples_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"gradkernels.reference.{name}"))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+OPTIMIZERS = [
+    (FusedSGD, {"lr": 0.1}),
+    (FusedSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01, "maximize": True}),
+    (FusedSGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "max_norm": 0.5, "on_nonfinite": "skip"}),
+    (FusedSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "master_weights": True}),
+    (FusedAdam, {"lr": 0.1, "weight_decay": 0.1, "max_norm": 0.5}),
+    (FusedAdam, {"lr": 0.1, "amsgrad": True, "maximize": True, "on_nonfinite": "skip"}),
+    (FusedAdamW, {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "master_weights": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("optimizer", "options"), OPTIMIZERS, ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__
+)
+def test_reference_backend_serves_the_optimizers(
+    optimizer: type[torch.optim.Optimizer], options: dict[str, object], dtype: torch.dtype
+) -> None:
+    """Ten steps under a loss scale, two of them with a NaN if that is skipped, beside the fallback's."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator).to(dtype) for shape in ((3, 4), (5,), ())]
+    grads = [[torch.randn(p.shape, generator=generator).to(dtype) for p in start] for _ in range(10)]
+    if options.get("on_nonfinite") == "skip":
+        grads[0][1][2] = grads[4][0][1, 1] = math.nan
+
+    def outcome(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        params = [p.to(dtype, copy=True).requires_grad_() for p in start]
+        stepper = optimizer(params, **options)
+        norms = []
+        with use_backend(backend):
+            for row in grads:
+                for param, grad in zip(params, row, strict=True):
+                    param.grad = (4 * grad).to(dtype)
+                stepper.grad_scale, stepper.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+                stepper.step()
+                norms.append(stepper.grad_norm)
+        results = {"parameters": params, "gradients": [p.grad for p in params]}
+        results |= {key: [stepper.state[p][key] for p in params] for key in stepper.state[params[0]]}
+        if norms[0] is not None:
+            results["norms"] = norms
+        results["steps skipped"] = [torch.tensor(stepper.steps_skipped, dtype=torch.float64)]
+        return {name: torch.cat([t.detach().ravel() for t in tensors]) for name, tensors in results.items()}
+
+    ours, theirs, exact = (
+        outcome(*way) for way in (("reference", dtype), ("fallback", dtype), ("fallback", torch.float64))
+    )
+    assert set(ours) == set(theirs)
+    for name, result in ours.items():
+        exactly = exact[name.replace("master_param", "parameters")]
+        assert_matches(result, theirs[name], exactly.double().numpy(), name)
+
+
+def test_reference_backend_refuses_stochastic_rounding() -> None:
+    param = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    param.grad = torch.ones_like(param)
+    with use_backend("reference"), pytest.raises(RuntimeError, match="no stochastic rounding"):
+        FusedSGD([param], lr=0.1, stochastic_rounding=True).step()
