@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
 def autocast_enabled(tensor: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .registration import Operator, autocast_cast
+from .registration import Operator, autocast_cast, served_by_torch
 
 
 def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,6 +64,9 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         why = f"for other of shape {tuple(other.shape)}"
         bias = _one_bias_per_column("matmul", bias, right.shape[-1], scalar=other.dim() == 1, why=why)
+    if served_by_torch(input):
+        result = torch.matmul(input, other)
+        return result if bias is None else result + bias
     result = product(left, right, bias)
     if other.dim() == 1:
         result = result.squeeze(-1)
@@ -100,6 +103,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     checks.tensors("linear", {"input": input, "weight": weight, "bias": bias})
     check_linear("linear", input, weight, bias)
+    if served_by_torch(input):
+        return torch.nn.functional.linear(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
     result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))

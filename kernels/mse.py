@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .registration import Operator, autocast_float32
+from .registration import Operator, autocast_float32, served_by_torch
 
 
 def mse_loss(
@@ -53,6 +53,8 @@ def mse_loss(
         tensor(1.)
     """
     _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
+    if weight is None and served_by_torch(input):
+        return torch.ops.aten.mse_loss.default(input, target, checks.REDUCTIONS.index(reduction))
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction)
     total, weights = _weighted_sums(input, target, weight)

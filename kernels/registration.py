@@ -37,6 +37,9 @@ except ImportError:
 
 _NAMESPACE = __name__.partition(".")[0]
 _DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
+_DEVICE_TYPES = frozenset(key.lower() for key in _DEVICE_KEYS)
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_LEGACY_VMAP = "VmapMode"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -71,6 +74,7 @@ class Operator:
     ) -> None:
         self.name = schema.partition("(")[0]
         self._prepare = prepare
+        self._launch = launch
         self._returns_list = schema.endswith("[]")
         qualified = f"{_NAMESPACE}::{self.name}"
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -82,7 +86,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
         self._derivative = derivative
         if isinstance(derivative, type):
-            self._derivative = _apply_of(_bind(derivative, self.overload))
+            self._derivative = _apply_of(_bind(derivative, self))
         _library.impl(self.name, self._autograd, "Autograd")
         if autocast is not None:
             for key in _DEVICE_KEYS:
@@ -90,7 +94,7 @@ class Operator:
         OPERATORS.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        return self._direct(*args) if plain(args) else self.overload(*args)
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
@@ -100,14 +104,59 @@ class Operator:
 
         return autocast
 
+    def _direct(self, *args: Any) -> Any:
+        """What the dispatcher would do with plain tensors, without its 20 us."""
+        return self._autograd(*args) if needs_derivative(args) else self._launch(*args)
+
+    def below(self, *args: Any) -> Any:
+        """Call the operator past autograd's key, as C++ kernels do.
+
+        A Function runs with grad mode off; the functorch levels further out have a say of their own.
+        """
+        if plain(args):
+            return self._launch(*args)
+        if not _transforms_active():
+            with _below_autograd():
+                return self.overload(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
+            return self.overload(*args)
+
     def _autograd(self, *args: Any) -> Any:
         if not needs_derivative(args):
-            return _call_below(self.overload, args)
+            return self.below(*args)
         if self._prepare is not None:
             args = self._prepare(*args)
         with _level():
             outputs: Any = self._derivative(*args)
         return list(outputs) if self._returns_list else outputs
+
+
+def plain(args: Sequence[Any]) -> bool:
+    """Whether only reverse-mode autograd looks at a call with these arguments.
+
+    That is: no tracing, transform, forward mode, dispatch mode or autocast is on, and the tensors are torch's
+    own, with storage.
+    """
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP):
+        return False
+    device_type = None
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if type(arg) not in _PLAIN_TYPES:
+                return False
+            device_type = arg.device.type
+    return device_type in _DEVICE_TYPES and not torch.is_autocast_enabled(device_type)
+
+
+def served_by_torch(tensor: Tensor) -> bool:
+    """Whether a call needs no more than torch's own ops under torch's own autograd.
+
+    So it is on the fallback, unless something looks on that torch's ops do not serve: the mse_loss of torch has
+    no forward derivative of its backward, for one. There the registered operators take over.
+    """
+    return plain((tensor,)) and backends.backend_for(tensor) == "fallback"
 
 
 def needs_derivative(args: Sequence[Any]) -> bool:
@@ -121,11 +170,11 @@ def needs_derivative(args: Sequence[Any]) -> bool:
     return any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
 
 
-def _bind(function: type[torch.autograd.Function], overload: Any) -> type[torch.autograd.Function]:
-    """``function`` with the forward that calls ``overload``, and derivatives under the forward's backend."""
+def _bind(function: type[torch.autograd.Function], operator: Operator) -> type[torch.autograd.Function]:
+    """``function`` with the forward that calls ``operator``, and derivatives under the forward's backend."""
 
     def forward(*args: Any) -> Any:
-        outputs = _call_below(overload, args)
+        outputs = operator.below(*args)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -147,18 +196,6 @@ def _bind(function: type[torch.autograd.Function], overload: Any) -> type[torch.
     return type(
         function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
     )
-
-
-def _call_below(overload: Any, args: Sequence[Any]) -> Any:
-    """Call the operator past autograd's key, as C++ kernels do.
-
-    A Function runs with grad mode off; the functorch levels further out have a say of their own.
-    """
-    if not _transforms_active():
-        with _below_autograd():
-            return overload(*args)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
-        return overload(*args)
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -1,13 +1,16 @@
 """Linear model and mean squared error in plain torch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .matmul import matmul_forward
 
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+# Rows are taken in blocks that a core's cache holds, so that the gradient's product finds them there. With more
+# outputs than this the products are bound by arithmetic, and blocks gain nothing.
+_BLOCK_BYTES = 1 << 20
+_FEW_OUTPUTS = 16
 
 
 def linear_mse_forward(
@@ -21,21 +24,21 @@ def linear_mse_forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
-    wide = _accumulator(input)
-    residual = matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype)).to(wide)
-    residual = residual.sub_(target)
-    error = residual if samples is None else residual * samples
-    scale = 1.0 / max(1, target.numel()) if reduction == "mean" else 1.0
-    loss = torch.dot(error.reshape(-1), residual.reshape(-1))
-    loss = loss / target.numel() if reduction == "mean" else loss
-    results = [loss.to(dtype)]
-    if needs[0]:
-        results.append(error.to(dtype))
-    if needs[1]:
-        results.append((error.to(input.dtype).mT @ input).to(wide).mul_(2 * scale))
-    if needs[2]:
-        results.append(error.sum(0).mul_(2 * scale))
-    return results
+    rows = _block_rows(input, target)
+    xs, ys = _blocks(input, rows), _blocks(target, rows)
+    ss = [None] * len(xs) if samples is None else _blocks(samples, rows)
+    sums: list[Tensor] = []
+    errors: list[Tensor] = []
+    for x, y, s in zip(xs, ys, ss, strict=True):
+        loss, error, *grads = _block(x, weight, y, bias, s, needs[1:], dtype)
+        if needs[0]:
+            errors.append(error.to(dtype))
+        sums = [a.add_(b) for a, b in zip(sums, (loss, *grads), strict=True)] if sums else [loss, *grads]
+    if reduction == "mean":
+        sums = [total.div_(target.numel()) for total in sums]
+    loss, *grads = sums
+    whole = [errors[0] if len(errors) == 1 else torch.cat(errors)] if needs[0] else []
+    return [loss.to(dtype), *whole, *(grad.mul_(2) for grad in grads)]
 
 
 def linear_mse_backward(
@@ -43,9 +46,43 @@ def linear_mse_backward(
 ) -> list[Tensor]:
     """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
     scaled = error * (grad_output.to(_accumulator(error)) * factor)
-    results = []
+    results = [scaled.to(weight.dtype) @ weight] if needs[0] else []
+    return [*results, scaled.neg_().to(error.dtype)] if needs[1] else results
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _block_rows(input: Tensor, target: Tensor) -> int:
+    rows, features = input.shape
+    if target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
+        return max(1, rows)
+    return max(16, _BLOCK_BYTES // max(1, features * input.element_size()))
+
+
+def _blocks(tensor: Tensor, rows: int) -> Sequence[Tensor]:
+    return [tensor] if tensor.shape[0] <= rows else tensor.split(rows)
+
+
+def _block(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    samples: Tensor | None,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """For some of the rows: sum(s e^2), E, and half of grad_weight and grad_bias, as the sum reduces them."""
+    wide = _accumulator(input)
+    residual = matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype)).to(wide)
+    residual = residual.sub_(target)
+    error = residual if samples is None else residual * samples
+    flat = error.reshape(-1)
+    results = [torch.dot(flat, flat if samples is None else residual.reshape(-1)), error]
     if needs[0]:
-        results.append(scaled.to(weight.dtype) @ weight)
+        results.append((error.to(input.dtype).mT @ input).to(wide))
     if needs[1]:
-        results.append(scaled.neg_().to(error.dtype) if len(results) == 0 else (-scaled).to(error.dtype))
+        results.append(error.sum(0))
     return results

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-_REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
+from ..checks import REDUCTIONS
 
 
 def _accumulator(*tensors: Tensor | None) -> torch.dtype:
@@ -68,7 +68,7 @@ def mse_backward(
         and needs[0] != needs[1]
     ):
         first, second = (input, target) if needs[0] else (target, input)
-        grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, _REDUCTIONS.index(reduction))
+        grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
         return [_like(grad, first)]
     wide = _accumulator(grad_output, input, target, weight)
     grad = _spread(grad_output.to(wide), input, reduction, kept) * _scale(input, reduction, kept)
