@@ -1,0 +1,230 @@
+"""Adam and AdamW over all tensors of a bucket in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..buckets import AdamOptions, Bucket, Guard
+from .launch import launch
+from .tables import (
+    ALIGNED,
+    BLOCK,
+    CHUNK,
+    GRAD,
+    GROUP,
+    KEY,
+    MASTER,
+    NUMEL,
+    PARAM,
+    STATES,
+    STEP,
+    WARPS,
+    WIDTH,
+    count_step,
+    draw_words,
+    dtype_of,
+    load_guard,
+    load_option,
+    mix,
+    pointer_at,
+    round_to,
+    tables_of,
+)
+
+
+def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
+    """Update every parameter of ``bucket`` in place, its states and steps with it.
+
+    Args:
+        bucket: states ``exp_avg``, ``exp_avg_sq``, ``step``, perhaps ``max_exp_avg_sq`` and ``master_param``.
+        options: of each group, by the index that ``bucket.groups`` holds.
+        guard: scale, clipping and whether to skip.
+    """
+    tables = tables_of(bucket)
+    launch(
+        _adam_step_kernel,
+        (tables.programs,),
+        tables.chunks.tensor,
+        tables.rows.tensor,
+        tables.arrivals,
+        tables.options(options, guard.max_norm),
+        guard.grad_scale,
+        guard.found_inf,
+        guard.norms,
+        guard.skipped,
+        device=bucket.params[0].device,
+        DTYPE_P=dtype_of(bucket.params),
+        DTYPE_G=dtype_of(bucket.grads),
+        DTYPE_M=dtype_of(bucket.states["exp_avg"]),
+        DTYPE_V=dtype_of(bucket.states["exp_avg_sq"]),
+        DTYPE_W=dtype_of(bucket.states.get("max_exp_avg_sq")),
+        DTYPE_STEP=dtype_of(bucket.states["step"]),
+        HAS_MASTER="master_param" in bucket.states,
+        STOCHASTIC=bucket.seed is not None,
+        NORMS=0 if guard.norms is None else len(guard.norms),
+        SKIP=guard.skip_nonfinite,
+        ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+        num_warps=WARPS,
+    )
+
+
+@triton.jit
+def _adam_step_kernel(
+    chunks_ptr,
+    rows_ptr,
+    arrivals_ptr,
+    options_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    norms_ptr,
+    skipped_ptr,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr,
+    DTYPE_W: tl.constexpr,
+    DTYPE_STEP: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NORMS: tl.constexpr,
+    SKIP: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program updates one chunk (at most CHUNK elements) of one tensor.
+
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, 8) float64: see tables.py.
+    arrivals_ptr: (N,) int32, zeros between launches.
+    grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
+    skipped_ptr: (1,) int64 or None: see buckets.Guard.
+
+    Bytes per element: parameter, moments and master read and written once, gradient read once (and written
+    once under grad_scale): 28 for float32.
+    """
+    pid = tl.program_id(0)
+    t = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64) * CHUNK
+    row = rows_ptr + t * WIDTH
+    numel = tl.load(row + NUMEL)
+    group = tl.load(row + GROUP)
+
+    lr = load_option(options_ptr, group, 0, 8)
+    beta1 = load_option(options_ptr, group, 1, 8)
+    beta2 = load_option(options_ptr, group, 2, 8)
+    eps = load_option(options_ptr, group, 3, 8)
+    decay = load_option(options_ptr, group, 4, 8)
+    decoupled = load_option(options_ptr, group, 5, 8) != 0
+    sign = tl.where(load_option(options_ptr, group, 6, 8) != 0, -1.0, 1.0)
+    max_norm = load_option(options_ptr, group, 7, 8)
+
+    skip, clip = load_guard(found_inf_ptr, norms_ptr, max_norm, NORMS, SKIP)
+    step_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP))
+    step = tl.load(step_ptr)
+    count_step(step_ptr, step, arrivals_ptr + t, tl.maximum(tl.cdiv(numel, CHUNK), 1), skip)
+    if skipped_ptr is not None:
+        if pid == 0 and skip:
+            tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
+
+    # In float64, once per program: 1 - beta^t loses all digits in float32.
+    t_new = step.to(tl.int64) + 1
+    correction1 = 1.0 - _power(beta1, t_new)
+    correction2 = 1.0 - _power(beta2, t_new)
+    scalars = (
+        (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC),
+        tl.where(decoupled, 0.0, decay).to(ACC),
+        (1.0 - beta1).to(ACC),
+        beta2.to(ACC),
+        (1.0 - beta2).to(ACC),
+        (1.0 / tl.sqrt(correction2)).to(ACC),
+        eps.to(ACC),
+        (lr / correction1).to(ACC),
+        sign.to(ACC),
+        clip.to(ACC),
+    )
+    key = mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32)) if STOCHASTIC else 0
+    if not skip:
+        if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
+            for i in range(0, CHUNK, BLOCK):
+                _update(row, start + i, numel, scalars, key, grad_scale_ptr, True, DTYPE_P, DTYPE_G, DTYPE_M,
+                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+        else:
+            end = tl.minimum(start + CHUNK, numel)
+            while start < end:
+                _update(row, start, numel, scalars, key, grad_scale_ptr, False, DTYPE_P, DTYPE_G, DTYPE_M,
+                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+                start += BLOCK
+
+
+@triton.jit
+def _power(base, exponent):
+    """base^exponent by squaring, for a whole exponent >= 0."""
+    result = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        result = tl.where(exponent & 1 != 0, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def _update(
+    row,
+    start,
+    numel,
+    scalars,
+    key,
+    grad_scale_ptr,
+    FULL: tl.constexpr,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr,
+    DTYPE_W: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
+    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size, sign, clip = scalars
+    offs = start + tl.arange(0, BLOCK)
+    mask = None if FULL else offs < numel
+    p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
+    g_at = pointer_at(row, GRAD, DTYPE_G, FULL) + offs
+    m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
+    v_at = pointer_at(row, STATES + 1, DTYPE_V, FULL) + offs
+
+    if HAS_MASTER:
+        master_at = pointer_at(row, MASTER, tl.float32, FULL) + offs
+        p = tl.load(master_at, mask=mask)
+    else:
+        p = tl.load(p_at, mask=mask).to(ACC)
+    g = tl.load(g_at, mask=mask).to(ACC)
+    m = tl.load(m_at, mask=mask).to(ACC)
+    v = tl.load(v_at, mask=mask).to(ACC)
+
+    if grad_scale_ptr is not None:
+        g = g / tl.load(grad_scale_ptr).to(ACC)
+        tl.store(g_at, g.to(DTYPE_G), mask=mask)
+    g = g * (sign * clip)
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    p = p * shrink
+    # As torch's lerp: exact at both ends.
+    m = tl.where(one_less_beta1 < 0.5, tl.fma(g - m, one_less_beta1, m), g - (g - m) * (1.0 - one_less_beta1))
+    v = tl.fma(g * g, one_less_beta2, v * beta2)
+    largest = v
+    if DTYPE_W is not None:
+        w_at = pointer_at(row, STATES + 2, DTYPE_W, FULL) + offs
+        w = tl.load(w_at, mask=mask).to(ACC)
+        largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
+    root = tl.sqrt(largest) if ACC == tl.float64 else tl.sqrt_rn(largest)
+    p = p - step_size * (m / tl.fma(root, inverse_root, eps))
+
+    word, other = 0, 0
+    if STOCHASTIC:
+        word, other = draw_words(key, offs)
+    if HAS_MASTER:
+        tl.store(master_at, p, mask=mask)
+    tl.store(p_at, round_to(p, word & 0xFFFF, DTYPE_P, STOCHASTIC), mask=mask)
+    tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
+    tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)
+    if DTYPE_W is not None:
+        tl.store(w_at, round_to(largest, other >> 16, DTYPE_W, STOCHASTIC), mask=mask)

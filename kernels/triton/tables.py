@@ -1,0 +1,260 @@
+"""One launch over any number of tensors: addresses in a table, one program per chunk of one tensor.
+
+Three tables lie on the device. ``chunks`` (C, 2) int32 says which tensor and which of its chunks a program
+serves. ``rows`` (N, 12) int64 has what a program must know of its tensor, by the column numbers below.
+``options`` has for each parameter group the numbers of the step in float64, and beside each an address: where it
+is not 0, the number is read there (float32), so that a learning rate in a device tensor stays live.
+
+A table is uploaded only when it has changed, from pinned memory and without a wait.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..buckets import Bucket
+
+# Elements per program and per iteration of its loop: 16 bytes per thread and operand with 4 warps.
+CHUNK = tl.constexpr(4096)
+BLOCK = tl.constexpr(1024)
+WARPS = 4
+
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+MASTER = tl.constexpr(2)
+STEP = tl.constexpr(3)
+STATES = tl.constexpr(4)  # and the two columns after it
+NUMEL = tl.constexpr(7)
+GROUP = tl.constexpr(8)
+KEY = tl.constexpr(9)
+ALIGNED = tl.constexpr(10)
+WIDTH = tl.constexpr(12)
+
+# Triton's interpreter truncates where the hardware rounds float32 to bfloat16.
+INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
+
+DTYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+class Table:
+    """An array on the host and its copy on the device.
+
+    Two pinned buffers take turns, so that one is not rewritten while it is still being read. A table made
+    during a graph capture uploads once: the graph reads its pinned buffer at each replay.
+    """
+
+    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+        self.array = array
+        self.device = device
+        self._turn = 0
+        if device.type == "cpu":
+            self.tensor = torch.from_numpy(array)
+            return
+        self.tensor = torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
+        pinned = device.type == "cuda"
+        self._buffers = [torch.empty_like(self.tensor, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._events: list[Any] = [None, None]
+        self.upload()
+
+    def upload(self) -> None:
+        """Bring the device's copy up to date, in the order of the current stream."""
+        if self.device.type == "cpu":
+            return
+        turn = self._turn = 1 - self._turn
+        if self._events[turn] is not None:
+            self._events[turn].synchronize()
+        self._buffers[turn].numpy()[...] = self.array
+        with torch.get_device_module(self.device).device(self.device):
+            self.tensor.copy_(self._buffers[turn], non_blocking=True)
+            if not torch.cuda.is_current_stream_capturing():
+                self._events[turn] = torch.get_device_module(self.device).Event()
+                self._events[turn].record()
+
+
+class Tables:
+    """The tables of one bucket, kept in its memory from step to step."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        device = bucket.params[0].device
+        states = [bucket.states[key] for key in bucket.states if key not in ("step", "master_param")]
+        columns = {
+            PARAM.value: bucket.params,
+            MASTER.value: bucket.states.get("master_param"),
+            STEP.value: bucket.states.get("step"),
+            **{STATES.value + i: tensors for i, tensors in enumerate(states)},
+        }
+        numel = np.array([param.numel() for param in bucket.params], dtype=np.int64)
+        rows = np.zeros((len(numel), WIDTH.value), dtype=np.int64)
+        for column, tensors in columns.items():
+            if tensors is not None:
+                rows[:, column] = _addresses(tensors)
+        rows[:, NUMEL.value] = numel
+        rows[:, GROUP.value] = bucket.groups
+        if bucket.seed is not None:
+            rows[:, KEY.value] = [key_of(bucket.seed, index) for index in bucket.indices]
+        operands = [column for column in columns if column != STEP.value]
+        self._addresses = np.bitwise_or.reduce(rows[:, operands], axis=1)
+        self._grads = np.full(len(numel), -1)
+        # A tensor of no elements still gets a program, which raises its step.
+        counts = np.maximum(-(-numel // CHUNK.value), 1)
+        owner = np.repeat(np.arange(len(numel)), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.programs = len(owner)
+        self.rows = Table(rows, device)
+        self.chunks = Table(np.stack([owner, place], axis=1).astype(np.int32), device)
+        # How many programs of each tensor have read its step; the last one of them puts it back to 0.
+        self.arrivals = torch.zeros(len(numel) + 1, dtype=torch.int32, device=device)
+        self._options: Table | None = None
+        self._sources: list[Tensor] = []
+
+    def refresh(self, grads: list[Tensor]) -> None:
+        """Enter the gradients' addresses, if they have changed."""
+        addresses = _addresses(grads)
+        if np.array_equal(addresses, self._grads):
+            return
+        self._grads = addresses
+        self.rows.array[:, GRAD.value] = addresses
+        self.rows.array[:, ALIGNED.value] = ((self._addresses | addresses) & 15) == 0
+        self.rows.upload()
+
+    def options(self, groups: list[tuple[Any, ...]], max_norm: float | None) -> Tensor:
+        """(groups, 2, options + 1): numbers, max_norm last; and as float64 bits the addresses to read instead."""
+        table = np.zeros((len(groups), 2, len(groups[0]) + 1))
+        addresses = table.view(np.int64)
+        table[:, 0, -1] = np.inf if max_norm is None else max_norm
+        sources = []
+        for row, group in enumerate(groups):
+            for column, value in enumerate(group):
+                if isinstance(value, Tensor) and not value.is_cpu:
+                    sources.append(value.detach().to(self.rows.device, torch.float32))
+                    addresses[row, 1, column] = sources[-1].data_ptr()
+                else:
+                    table[row, 0, column] = value
+        self._sources = sources  # kept: their addresses are in the table
+        if self._options is None or self._options.array.shape != table.shape:
+            self._options = Table(table, self.rows.device)
+        elif self._options.array.tobytes() != table.tobytes():
+            self._options.array[...] = table
+            self._options.upload()
+        return self._options.tensor
+
+
+def tables_of(bucket: Bucket) -> Tables:
+    """The bucket's tables, with the addresses of its present gradients."""
+    tables = bucket.memory.get("tables")
+    if tables is None:
+        tables = bucket.memory["tables"] = Tables(bucket)
+    tables.refresh(bucket.grads)
+    return tables
+
+
+def dtype_of(tensors: list[Tensor] | None) -> Any:
+    """Triton's name for the tensors' dtype, None where there are none: a constexpr of the kernels."""
+    return DTYPES[tensors[0].dtype] if tensors else None
+
+
+def _addresses(tensors: list[Tensor]) -> np.ndarray:
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def key_of(seed: int, index: int) -> int:
+    """The 32 bits from which a tensor's random numbers start: the kernels' ``mix`` of seed and index."""
+    return _mix(_mix(seed & 0xFFFFFFFF) ^ index)
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def pointer_at(row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED16: tl.constexpr):
+    """The tensor whose address stands in a row."""
+    pointer = tl.load(row + column).to(tl.pointer_type(DTYPE))
+    if ALIGNED16:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_option(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr):
+    """One number of a group in float64, from the table or from the address that stands beside it."""
+    at = options_ptr + group * 2 * COLUMNS + column
+    source = tl.load((at + COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
+    live = tl.load(source.to(tl.pointer_type(tl.float32)), mask=source != 0, other=0.0)
+    return tl.where(source != 0, live.to(tl.float64), tl.load(at))
+
+
+@triton.jit
+def load_guard(found_inf_ptr, norms_ptr, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr):
+    """(skip, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
+
+    found_inf_ptr: 0-d float32, or None. norms_ptr: (NORMS, 2), or None; see buckets.Guard.
+    """
+    skip = tl.full((), 0, tl.int1)
+    clip = tl.full((), 1.0, tl.float64)
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0
+    if norms_ptr is not None:
+        squares = tl.full((), 0.0, tl.float64)
+        nonfinite = tl.full((), 0.0, tl.float64)
+        for row in tl.static_range(NORMS):
+            squares += tl.load(norms_ptr + 2 * row)
+            nonfinite += tl.load(norms_ptr + 2 * row + 1)
+        clip = max_norm / (tl.sqrt(squares) + 1e-6)
+        clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
+        clip = tl.where(max_norm == float("inf"), 1.0, clip)
+        if SKIP:
+            skip = skip | (nonfinite != 0)
+    return skip, clip
+
+
+@triton.jit
+def count_step(step_ptr, step, arrivals_ptr, chunks_of_tensor, skip):
+    """Raise a tensor's step, once all of its programs have read it: the last to arrive does it.
+
+    step_ptr: 0-d; step: its value as this program has read it. arrivals_ptr: 0-d int32, 0 before and after.
+    """
+    tl.debug_barrier()  # every thread has read the step before this program counts as arrived
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+    if arrived == chunks_of_tensor - 1:
+        tl.store(arrivals_ptr, 0)
+        if not skip:
+            tl.store(step_ptr, step + 1)
+
+
+@triton.jit
+def mix(x):
+    """A bijection of uint32 that scatters its values; the same as in fallback/rounding.py."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def draw_words(key, offs):
+    """Two words of 32 random bits for each element; key: uint32, offs: int64 places in memory."""
+    first = mix(mix(offs.to(tl.uint32) ^ key) ^ (offs >> 32).to(tl.uint32))
+    return first, mix(first ^ 0x9E3779B9)
+
+
+@triton.jit
+def round_to(value, draw, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """``value`` in DTYPE, to nearest even; if STOCHASTIC, to bfloat16 up or down by the 16 random bits of draw."""
+    if STOCHASTIC or (INTERPRETED and DTYPE == tl.bfloat16):
+        bits = value.to(tl.uint32, bitcast=True)
+        if not STOCHASTIC:
+            draw = 0x7FFF + ((bits >> 16) & 1)
+        kept = tl.where(tl.abs(value) < float("inf"), bits + draw, bits | ((bits & 0x7FFFFF) != 0).to(tl.uint32) << 22)
+        return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
