@@ -8,7 +8,6 @@ from ..buckets import AdamOptions, Bucket, Guard
 from .launch import launch
 from .tables import (
     ALIGNED,
-    BLOCK,
     CHUNK,
     GRAD,
     GROUP,
@@ -20,6 +19,7 @@ from .tables import (
     STEP,
     WARPS,
     WIDTH,
+    block_of,
     count_step,
     draw_words,
     dtype_of,
@@ -64,6 +64,7 @@ def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
         NORMS=0 if guard.norms is None else len(guard.norms),
         SKIP=guard.skip_nonfinite,
         ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+        BLOCK=block_of(bucket),
         num_warps=WARPS,
     )
 
@@ -89,6 +90,7 @@ def _adam_step_kernel(
     NORMS: tl.constexpr,
     SKIP: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program updates one chunk (at most CHUNK elements) of one tensor.
 
@@ -120,6 +122,9 @@ def _adam_step_kernel(
     step_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP))
     step = tl.load(step_ptr)
     count_step(step_ptr, step, arrivals_ptr + t, tl.maximum(tl.cdiv(numel, CHUNK), 1), skip)
+    inverse_scale = tl.full((), 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if skipped_ptr is not None:
         if pid == 0 and skip:
             tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
@@ -139,18 +144,19 @@ def _adam_step_kernel(
         (lr / correction1).to(ACC),
         sign.to(ACC),
         clip.to(ACC),
+        inverse_scale.to(ACC),
     )
     key = mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32)) if STOCHASTIC else 0
     if not skip:
         if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
             for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, key, grad_scale_ptr, True, DTYPE_P, DTYPE_G, DTYPE_M,
-                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+                _update(row, start + i, numel, scalars, key, grad_scale_ptr is not None, True, DTYPE_P, DTYPE_G, DTYPE_M,
+                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
         else:
             end = tl.minimum(start + CHUNK, numel)
             while start < end:
-                _update(row, start, numel, scalars, key, grad_scale_ptr, False, DTYPE_P, DTYPE_G, DTYPE_M,
-                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+                _update(row, start, numel, scalars, key, grad_scale_ptr is not None, False, DTYPE_P, DTYPE_G, DTYPE_M,
+                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
                 start += BLOCK
 
 
@@ -166,13 +172,19 @@ def _power(base, exponent):
 
 
 @triton.jit
+def _root(x):
+    """Square root, of denormal numbers too, which the hardware's fast root takes for 0."""
+    return tl.where(x < 1e-30, tl.sqrt(x * 1.2676506e30) * 8.8817842e-16, tl.sqrt(x))
+
+
+@triton.jit
 def _update(
     row,
     start,
     numel,
     scalars,
     key,
-    grad_scale_ptr,
+    UNSCALE: tl.constexpr,
     FULL: tl.constexpr,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
@@ -182,9 +194,22 @@ def _update(
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
-    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size, sign, clip = scalars
+    (
+        shrink,
+        decay,
+        one_less_beta1,
+        beta2,
+        one_less_beta2,
+        inverse_root,
+        eps,
+        step_size,
+        sign,
+        clip,
+        inverse_scale,
+    ) = scalars
     offs = start + tl.arange(0, BLOCK)
     mask = None if FULL else offs < numel
     p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
@@ -201,8 +226,8 @@ def _update(
     m = tl.load(m_at, mask=mask).to(ACC)
     v = tl.load(v_at, mask=mask).to(ACC)
 
-    if grad_scale_ptr is not None:
-        g = g / tl.load(grad_scale_ptr).to(ACC)
+    if UNSCALE:
+        g = g * inverse_scale
         tl.store(g_at, g.to(DTYPE_G), mask=mask)
     g = g * (sign * clip)
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
@@ -215,8 +240,7 @@ def _update(
         w_at = pointer_at(row, STATES + 2, DTYPE_W, FULL) + offs
         w = tl.load(w_at, mask=mask).to(ACC)
         largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
-    root = tl.sqrt(largest) if ACC == tl.float64 else tl.sqrt_rn(largest)
-    p = p - step_size * (m / tl.fma(root, inverse_root, eps))
+    p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
 
     word, other = 0, 0
     if STOCHASTIC:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..buckets import Bucket
 from .launch import launch
-from .tables import ALIGNED, BLOCK, CHUNK, GRAD, NUMEL, WARPS, WIDTH, dtype_of, pointer_at, tables_of
+from .tables import ALIGNED, CHUNK, GRAD, NUMEL, WARPS, WIDTH, dtype_of, pointer_at, tables_of
 
 # From the shapes alone, so that sums come out the same on every device; a power of two.
 PROGRAMS = 1024
@@ -39,6 +39,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         DTYPE_G=dtype_of(bucket.grads),
         ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
         PROGRAMS=PROGRAMS,
+        BLOCK=1024,
         num_warps=WARPS,
     )
 
@@ -55,6 +56,7 @@ def _grad_norm_kernel(
     DTYPE_G: tl.constexpr,
     ACC: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program sums the squares of every PROGRAMS-th chunk; the last one to finish adds up all sums in order.
 

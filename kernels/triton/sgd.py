@@ -8,7 +8,6 @@ from ..buckets import Bucket, Guard, SGDOptions
 from .launch import launch
 from .tables import (
     ALIGNED,
-    BLOCK,
     CHUNK,
     GRAD,
     GROUP,
@@ -20,6 +19,7 @@ from .tables import (
     STEP,
     WARPS,
     WIDTH,
+    block_of,
     count_step,
     draw_words,
     dtype_of,
@@ -62,6 +62,7 @@ def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
         NORMS=0 if guard.norms is None else len(guard.norms),
         SKIP=guard.skip_nonfinite,
         ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+        BLOCK=block_of(bucket),
         num_warps=WARPS,
     )
 
@@ -85,6 +86,7 @@ def _sgd_step_kernel(
     NORMS: tl.constexpr,
     SKIP: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One program updates one chunk (at most CHUNK elements) of one tensor.
 
@@ -121,6 +123,9 @@ def _sgd_step_kernel(
         first = step == 0
         if STOCHASTIC:
             key = mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32))
+    inverse_scale = tl.full((), 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if skipped_ptr is not None:
         if pid == 0 and skip:
             tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
@@ -134,17 +139,18 @@ def _sgd_step_kernel(
         nesterov,
         sign.to(ACC),
         clip.to(ACC),
+        inverse_scale.to(ACC),
     )
     if not skip:
         if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
             for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, first, key, grad_scale_ptr, True, DTYPE_P, DTYPE_G,
-                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+                _update(row, start + i, numel, scalars, first, key, grad_scale_ptr is not None, True, DTYPE_P, DTYPE_G,
+                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
         else:
             end = tl.minimum(start + CHUNK, numel)
             while start < end:
-                _update(row, start, numel, scalars, first, key, grad_scale_ptr, False, DTYPE_P, DTYPE_G,
-                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
+                _update(row, start, numel, scalars, first, key, grad_scale_ptr is not None, False, DTYPE_P, DTYPE_G,
+                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
                 start += BLOCK
 
 
@@ -156,7 +162,7 @@ def _update(
     scalars,
     first,
     key,
-    grad_scale_ptr,
+    UNSCALE: tl.constexpr,
     FULL: tl.constexpr,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
@@ -164,9 +170,10 @@ def _update(
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
-    lr, momentum, share, decay, nesterov, sign, clip = scalars
+    lr, momentum, share, decay, nesterov, sign, clip, inverse_scale = scalars
     offs = start + tl.arange(0, BLOCK)
     mask = None if FULL else offs < numel
     p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
@@ -179,8 +186,8 @@ def _update(
         p = tl.load(p_at, mask=mask).to(ACC)
     g = tl.load(g_at, mask=mask).to(ACC)
 
-    if grad_scale_ptr is not None:
-        g = g / tl.load(grad_scale_ptr).to(ACC)
+    if UNSCALE:
+        g = g * inverse_scale
         tl.store(g_at, g.to(DTYPE_G), mask=mask)
     g = g * (sign * clip)
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ..buckets import Bucket
 
-# Elements per program and per iteration of its loop: 16 bytes per thread and operand with 4 warps.
-CHUNK = tl.constexpr(4096)
-BLOCK = tl.constexpr(1024)
+CHUNK = tl.constexpr(4096)  # elements per program
 WARPS = 4
+LANES = 64 if torch.version.hip else 32
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -162,6 +161,12 @@ def dtype_of(tensors: list[Tensor] | None) -> Any:
     return DTYPES[tensors[0].dtype] if tensors else None
 
 
+def block_of(bucket: Bucket) -> int:
+    """Elements per iteration of a program's loop: 16 bytes per thread of the widest operand."""
+    operands = [bucket.params, bucket.grads, *(bucket.states[key] for key in bucket.states if key != "step")]
+    return WARPS * LANES * 16 // max(tensors[0].element_size() for tensors in operands)
+
+
 def _addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
@@ -255,6 +260,8 @@ def round_to(value, draw, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         if not STOCHASTIC:
             draw = 0x7FFF + ((bits >> 16) & 1)
-        kept = tl.where(tl.abs(value) < float("inf"), bits + draw, bits | ((bits & 0x7FFFFF) != 0).to(tl.uint32) << 22)
+        kept = tl.where(
+            tl.abs(value) < float("inf"), bits + draw, bits | ((bits & 0x7FFFFF) != 0).to(tl.uint32) << 22
+        )
         return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return value.to(DTYPE)
