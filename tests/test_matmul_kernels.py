@@ -37,6 +37,11 @@ CASES = {
     "batch only right": ((4, 5), (2, 3, 5, 7), (7,), []),
     "batch broadcast": ((4, 1, 3, 5), (6, 5, 7), (4, 6, 1, 7), []),
     "one matrix, many columns": ((6, 5), (3, 4, 5, 1), (3, 4, 6, 1), []),
+    "one matrix, many columns, sum": ((2, 1, 6, 5), (2, 3, 5, 1), (3, 6, 1), [0]),
+    "one row, many matrices": ((1, 33), (4, 33, 6), (6,), []),
+    "rows and columns in a batch": ((4, 1, 65), (4, 65, 1), None, []),
+    "K = 3, large": ((130, 3), (3, 140), (140,), []),
+    "K = 40, many tiny": ((9, 3, 40), (9, 40, 2), None, []),
     "six dimensions of batch": ((2, 1, 2, 1, 2, 1, 3, 4), (1, 2, 1, 2, 1, 2, 4, 5), (2, 1, 3, 5), []),
     "sum over the batch": ((9, 8, 3), (9, 3, 8), None, [0]),
     "sum, broadcast left": ((4, 1, 3, 5), (6, 5, 7), (6, 3, 7), [0]),
@@ -159,6 +164,8 @@ def test_batch_dimensions_fold_away():
     columns = contract(torch.empty(6, 5), torch.empty(8, 5, 1), None, [])
     assert columns.swapped
     assert (columns.m.size, columns.n.size, columns.batch) == (8, 6, ())
+    row = contract(torch.empty(1, 5), torch.empty(5, 6), None, [])
+    assert (row.swapped, row.m.size, row.n.size) == (True, 6, 1)
 
 
 def test_normal_form_keeps_the_count():

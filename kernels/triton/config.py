@@ -5,6 +5,7 @@ the same architecture always takes the same path, and how a sum is split never d
 """
 
 import functools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,15 +25,23 @@ class Target(NamedTuple):
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """The target of a device; under Triton's interpreter, of any device, ``Target("interpreter", 0)``."""
+    """What Triton compiles for on a device; under its interpreter ``Target("interpreter", 0)``."""
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         return Target("interpreter", 0)
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        return Target("cuda", 10 * major + minor)
-    if device.type == "cuda":
-        return Target("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    return Target(device.type, 0)
+    guard = nullcontext() if device.index is None else getattr(torch, device.type).device(device)
+    with guard:
+        target = triton.runtime.driver.active.get_current_target()
+    return Target(target.backend, target.arch)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many there are. It may only set how many programs share work whose result does not depend on it."""
+    if not isinstance(triton.language.sum, triton.runtime.JITFunction):
+        return 4
+    driver = triton.runtime.driver.active
+    index = driver.get_current_device() if device.index is None else device.index
+    return driver.utils.get_device_properties(index)["multiprocessor_count"]
 
 
 def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
@@ -52,38 +61,94 @@ def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
 
 
 class MatmulConfig(NamedTuple):
-    """The tile of one program and how it is compiled."""
+    """Which way a product is computed, the tile of one program, and how it is compiled.
 
+    Attributes:
+        mode: "small", "column", "outer", "dot" or "descriptor": see kernels/triton/matmul.py.
+        precision: of the dot product.
+    """
+
+    mode: str
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    precision: str = "ieee"
 
 
-def _block(size: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), largest)
+class Operands(NamedTuple):
+    """What the tensors of a product allow.
+
+    Attributes:
+        aligned: both operands can be loaded 16 bytes at a time.
+        descriptors: operands and result fit tensor descriptors too.
+        columns: the left operand is contiguous along M, not K.
+    """
+
+    aligned: bool
+    descriptors: bool
+    columns: bool
 
 
-def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> MatmulConfig:
-    """The tile for an (M, K) by (K, N) product of ``dtype`` operands."""
-    if dtype == torch.float64:
-        largest = 16 if target == ("cuda", 100) else 64  # triton 3.6's compiler fails at 64 for sm_100
-        block_m, block_n, block_k = _block(M, largest), _block(N, largest), 16
-    elif dtype == torch.float32:
-        block_m, block_n, block_k = _block(M, 128), _block(N, 128), 32
-    else:
-        block_m, block_n, block_k = _block(M, 128), _block(N, 128), _block(K, 64)
-    num_warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return MatmulConfig(block_m, block_n, block_k, num_warps, 2 if target.backend == "hip" else 3)
-
-
-def splits(tiles: int, steps: int, least: int = 8) -> int:
-    """Into how many pieces a sum of ``steps`` steps is split, with ``tiles`` tiles in the result.
+def matmul(
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    batches: int,
+    sums: int,
+    operands: Operands,
+    precision: str,
+    target: Target,
+) -> MatmulConfig:
+    """How ``batches`` products of (M, K) by (K, N) matrices are computed.
 
     Args:
-        tiles: programs there are without splitting.
-        steps: steps along the sum of each.
-        least: steps that a piece has at least.
+        dtype: that is multiplied.
+        sizes: M, N, K.
+        batches: matrices in the result.
+        sums: products summed into each of them.
+        operands: their layout.
+        precision: of a dot product.
+        target: what is compiled for.
     """
-    return max(1, min(PROGRAMS // max(tiles, 1), steps // least))
+    M, N, K = sizes
+    if sums == 1 and K <= 32 and K * min(M, N) <= 256:
+        return MatmulConfig("small", 256, 1, triton.next_power_of_2(max(K, 1)), 4, 1)
+    if N == 1:
+        # 4096 elements of the left operand a step, long in the direction in which it is contiguous.
+        block_m = 1 if M == 1 else 4 if M <= 4 or K > 512 else 16 if K > 64 else 64
+        if operands.columns:
+            block_m = 256 if M > 64 else 16
+        return MatmulConfig("column", block_m, 1, 4096 // block_m, 4, 1)
+    if sums == 1 and K <= 4:
+        return MatmulConfig("outer", 64, 128, 1, 4, 1)
+
+    stages = 2 if target.backend == "hip" else 3
+    half = dtype.itemsize == 2
+    block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
+    if dtype == torch.float64:
+        if target == ("cuda", 100):  # where triton 3.6 fails to compile more
+            block_m = block_n = 16
+        return MatmulConfig("dot", block_m, block_n, 16, 4, stages, precision)
+    if not operands.aligned:
+        block = max(block_m, block_n)
+        return MatmulConfig("dot", block, block, 32, 4, stages, precision)
+    block_k = 64 if half else 32
+    tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
+    pieces = max(1, sums * K // block_k // LEAST_STEPS["dot"])
+    if min(M, N) <= 64 or tiles * pieces < PROGRAMS // 4:
+        skinny = (block_m == 16) + (block_n == 16)
+        return MatmulConfig("dot", block_m, block_n, block_k << skinny, 4, stages, precision)
+    tma = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    if tma and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
+        return MatmulConfig("descriptor", 128, 256 if half else 128, block_k, 8, 3, precision)
+    return MatmulConfig("dot", 128, 128, block_k, 8, stages, precision)
+
+
+# How many steps along a sum a piece of it has at least.
+LEAST_STEPS = {"dot": 8, "column": 2, "outer": 8}
+
+
+def splits(tiles: int, steps: int, mode: str) -> int:
+    """Into how many pieces a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
+    return max(1, min(PROGRAMS // max(tiles, 1), steps // LEAST_STEPS[mode]))

@@ -23,7 +23,8 @@ class Contraction(NamedTuple):
         m, n, k: the matrix dimensions; batch and summed dimensions are folded into them where strides allow.
         batch: what is left of the batch dimensions, innermost first. The result is contiguous.
         sums: what is left of the summed dimensions.
-        swapped: whether input and other have changed places (the transposed product, when n was 1).
+        swapped: whether input and other have changed places (the transposed product). A result that is one
+            row or one column has n = 1.
     """
 
     m: Dimension
@@ -50,6 +51,7 @@ def contract(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list
     k = Dimension(K, input.stride(-1), other.stride(-2), 0)
     outer = [Dimension(*dim) for dim in zip(batch, input.stride(), other.stride(), extra)]  # noqa: B905
     left = _collapsed([dim for index, dim in enumerate(outer) if index not in sum_dims])
+    summed = [dim._replace(addend=0) for index, dim in enumerate(outer) if index in sum_dims]
     swapped = False
     while left:
         inner = left[-1]
@@ -57,16 +59,16 @@ def contract(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list
             m = folded
         elif m.size == 1 and inner.input == 0 and (folded := _merged(inner, n)):
             n = folded
-        elif n.size == 1 and inner.input == 0:
-            m, n, k, *left = (
-                Dimension(dim.size, dim.other, dim.input, dim.addend) for dim in (n, m, k, *left)
-            )
+        elif n.size == 1 and inner.input == 0:  # then the other way round it folds into m
+            m, n, k, left, summed = _swapped(m, n, k, left, summed)
             swapped = not swapped
             continue
         else:
             break
         left.pop()
-    summed = [dim._replace(addend=0) for index, dim in enumerate(outer) if index in sum_dims]
+    if m.size == 1 and n.size > 1:
+        m, n, k, left, summed = _swapped(m, n, k, left, summed)
+        swapped = not swapped
     summed = _collapsed(sorted([*summed, k], key=lambda dim: (dim.input + dim.other, dim.size), reverse=True))
     # The kernel's own K is best long, and contiguous in one of the operands.
     k = max(
@@ -75,6 +77,18 @@ def contract(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list
     if summed:
         summed.remove(k)
     return Contraction(m, n, k, tuple(reversed(left)), tuple(summed), swapped)
+
+
+def _swapped(
+    m: Dimension, n: Dimension, k: Dimension, *rest: list[Dimension]
+) -> tuple[Dimension, Dimension, Dimension, list[Dimension], list[Dimension]]:
+    """The dimensions when input and other change places, and m and n with them."""
+
+    def swap(dim: Dimension) -> Dimension:
+        return Dimension(dim.size, dim.other, dim.input, dim.addend)
+
+    left, summed = ([swap(dim) for dim in dims] for dims in rest)
+    return swap(n), swap(m), swap(k), left, summed
 
 
 def _merged(outer: Dimension, inner: Dimension) -> Dimension | None:
