@@ -6,20 +6,18 @@ clipping or the guard asks for it, and hands each bucket to one launch. Nothing 
 save where ``on_nonfinite="raise"`` must and where torch's own loop serves (sparse, complex, differentiable).
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
 
-from .backends import implementation
-from .buckets import Bucket, Guard
-from .strides import EqualStrides, even
+from .buckets import Guard
+from .launching import Entry, Part, measure, norm_table, sort_into_parts, update
+from .optimizer_operators import optimizer_norm, optimizer_step
 
 ON_NONFINITE = ("ignore", "skip", "raise")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -36,22 +34,6 @@ class _Shared:
 
 
 @dataclass
-class _Part:
-    """A bucket, and where its tensors come from.
-
-    Attributes:
-        slots: for each entry the position of its gradient among those of the plan.
-        uneven: entries whose tensors differ in strides or whose parameter has holes.
-        shards: the process groups over which the parameters are sharded (DTensor); empty for plain tensors.
-    """
-
-    bucket: Bucket
-    slots: list[int]
-    uneven: list[int]
-    shards: tuple[Any, ...]
-
-
-@dataclass
 class _Plan:
     """The buckets, and everything that must be found unchanged for them to serve another step."""
 
@@ -62,7 +44,7 @@ class _Plan:
     values: list[Any]
     tensors: list[Tensor]
     addresses: list[int]
-    parts: list[_Part]
+    parts: list[Part]
     delegated: list[tuple[int, Tensor]]
     wrapped: bool
 
@@ -124,6 +106,7 @@ class FusedStep(torch.optim.Optimizer):
     def _forget(self) -> None:
         self._plan: _Plan | None = None
         self._norms: Tensor | None = None
+        self._row: Tensor | None = None
         self._captured: list[_Plan] = []
 
     # What each class adds.
@@ -151,6 +134,12 @@ class FusedStep(torch.optim.Optimizer):
     def _has_master(self, param: Tensor) -> bool:
         return self.master_weights and param.dtype in LOW_PRECISION
 
+    def _seed_of(self, param: Tensor) -> int | None:
+        """The seed with which the values of ``param`` are rounded, None to round to nearest."""
+        if self.stochastic_rounding and param.dtype == torch.float16:
+            raise ValueError("stochastic_rounding is for bfloat16 parameters; found one of float16")
+        return self.seed if self.stochastic_rounding and param.dtype == torch.bfloat16 else None
+
     def _with_master(self, param: Tensor, state: dict[str, Tensor], moments: list[str]) -> dict[str, Tensor]:
         """The moments; beside a 16-bit parameter that has a master, the master too, and all in float32."""
         if self._has_master(param):
@@ -174,7 +163,7 @@ class FusedStep(torch.optim.Optimizer):
 
         None before the first step, and where neither ``max_norm`` nor ``on_nonfinite`` asks for it.
         """
-        if self._norms is None:
+        if self._norms is None or not self._measures():
             return None
         doubles = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
         return self._norms[:, 0].sum().sqrt().to(torch.float64 if doubles else torch.float32)
@@ -247,6 +236,97 @@ class FusedStep(torch.optim.Optimizer):
     # One step.
 
     def _update(self) -> None:
+        if torch.compiler.is_compiling():
+            self._update_traced()
+        else:
+            self._update_eager()
+
+    def _init_group(self, *args: Any, **kwargs: Any) -> bool:
+        """Fill the lists with the group's parameters of one dtype that have a gradient, for the traced step.
+
+        Dynamo knows the method of this name: it runs it as it is, and takes the tensors for inputs of the graph.
+
+        Args:
+            args: the group, the dtype, then empty lists: parameters, gradients, positions in the optimizer,
+                records (count of skipped steps, norms), state keys, and state tensors key by key.
+
+        Returns:
+            Whether the group is one that the operators serve.
+        """
+        group, dtype, params, grads, positions, records, keys, states = args
+        everything = [param for other in self.param_groups for param in other["params"]]
+        wanted = [
+            (position, param)
+            for position, param in enumerate(everything)
+            if param.grad is not None
+            and param.dtype == dtype
+            and any(param is own for own in group["params"])
+        ]
+        if any(_local(p) is not p or self._needs_torch(group, p, p.grad) for _, p in wanted):
+            return False
+        columns = [self._state_of(group, param) for _, param in wanted]
+        params += [param for _, param in wanted]
+        grads += [param.grad for _, param in wanted]
+        positions += [position for position, _ in wanted]
+        keys += list(columns[0]) if columns else []
+        states += [column[key] for key in keys for column in columns]
+        for _, param in wanted[:1]:
+            records += [self._skip_count(param.device), self._lasting_norms(param.device)]
+        return True
+
+    def _update_traced(self) -> None:
+        """The step as a graph with one operator per group and dtype."""
+        scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        calls = []
+        every_grad: list[Tensor] = []
+        for group in self.param_groups:
+            for dtype in {param.dtype: None for param in group["params"]}:
+                params: list[Tensor] = []
+                grads: list[Tensor] = []
+                positions: list[int] = []
+                records: list[Tensor] = []
+                keys: list[str] = []
+                states: list[Tensor] = []
+                if not self._init_group(group, dtype, params, grads, positions, records, keys, states):
+                    self._update_untraced()
+                    return
+                if params:
+                    calls.append((group, dtype, params, grads, positions, records, keys, states))
+                    every_grad += grads
+        norms = None
+        if self._measures() and calls:
+            norms = calls[0][5][1]
+            optimizer_norm(every_grad, scale, norms)
+        counting = found_inf is not None or self.on_nonfinite != "ignore"
+        for group, dtype, params, grads, positions, records, keys, states in calls:
+            options = list(self._options(group))
+            columns = [i for i, value in enumerate(options) if isinstance(value, Tensor)]
+            optimizer_step(
+                self._operator,
+                keys,
+                params,
+                grads,
+                states,
+                positions,
+                self.seed if self.stochastic_rounding and dtype == torch.bfloat16 else None,
+                [0.0 if isinstance(value, Tensor) else float(value) for value in options],
+                [options[i] for i in columns],
+                columns,
+                scale,
+                found_inf,
+                norms,
+                self.max_norm,
+                self.on_nonfinite != "ignore",
+                records[0] if counting else None,
+            )
+            counting = False
+
+    @torch._disable_dynamo
+    def _update_untraced(self) -> None:
+        self._update_eager()
+
+    def _update_eager(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
         kinds = [self._kind(group) for group in self.param_groups]
@@ -276,66 +356,36 @@ class FusedStep(torch.optim.Optimizer):
     def _launch(self, plan: _Plan) -> None:
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        home = next((_local(param).device for param in plan.params), torch.device("cpu"))
         norms = None
-        if self.max_norm is not None or self.on_nonfinite != "ignore":
-            norms = self._norms = self._measure(plan, scale)
-        if norms is not None and self.on_nonfinite == "raise" and found_inf is None:
-            self._raise_if_nonfinite(norms)
-        options = [self._options(group) for group in self.param_groups]
-        skipped = None
-        if found_inf is not None or self.on_nonfinite != "ignore":
-            home = plan.parts[0].bucket.params[0].device if plan.parts else torch.device("cpu")
-            skipped = self._skipped.setdefault(home, torch.zeros(1, dtype=torch.int64, device=home))
-        for part in plan.parts:
-            bucket = part.bucket
-            device = bucket.params[0].device
-            guard = Guard(
-                _to(scale, device),
-                _to(found_inf, device),
-                _to(norms, device),
-                self.max_norm,
-                self.on_nonfinite != "ignore",
-                skipped,
-            )
-            skipped = None  # one bucket counts for all
-            with EqualStrides(part.bucket, part.uneven, write_grads=scale is not None):
-                launchers = implementation(self._operator, bucket.params[0])
-                getattr(launchers, f"{self._operator}_step")(bucket, options, guard)
-            torch.autograd.graph.increment_version(bucket.params)
+        if self._measures():
+            extra = [_torch_norm(param, scale) for _, param in plan.delegated]
+            norms = self._norms = measure(plan.parts, scale, home, extra, self.norm_group)
+            if self._row is not None:
+                self._norms = self._row.copy_(norms.sum(0, keepdim=True))
+            if self.on_nonfinite == "raise" and found_inf is None:
+                self._raise_if_nonfinite(norms)
+        guard = Guard(scale, found_inf, norms, self.max_norm, self.on_nonfinite != "ignore")
+        if found_inf is not None or guard.skip_nonfinite:
+            device = plan.parts[0].bucket.params[0].device if plan.parts else home
+            guard = guard._replace(skipped=self._skip_count(device))
+        update(self._operator, plan.parts, [self._options(group) for group in self.param_groups], guard)
         if plan.delegated:
-            self._delegate(
-                plan, Guard(scale, found_inf, norms, self.max_norm, self.on_nonfinite != "ignore", skipped)
-            )
+            self._delegate(plan, guard._replace(skipped=None) if plan.parts else guard)
 
-    def _measure(self, plan: _Plan, scale: Tensor | None) -> Tensor:
-        """Rows of (sum of squares, count of non-finite), to be added: over all buckets, devices and ranks."""
-        devices = [part.bucket.params[0].device for part in plan.parts] or [
-            _default_device(self.param_groups)
-        ]
-        tables = {device: _norm_table(devices.count(device), device) for device in dict.fromkeys(devices)}
-        free = {device: iter(table.unbind()) for device, table in tables.items()}
-        sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for part, device in zip(plan.parts, devices, strict=False):
-            out = next(free[device])
-            with EqualStrides(part.bucket, part.uneven, write_grads=False):
-                launchers = implementation("grad_norm", part.bucket.params[0])
-                launchers.grad_norm(part.bucket, _to(scale, device), out)
-            sharded[part.shards].append(out)
-        if len(tables) == 1 and not plan.delegated and not any(sharded) and self.norm_group is None:
-            return tables[devices[0]] if plan.parts else torch.zeros_like(tables[devices[0]])
+    def _lasting_norms(self, device: torch.device) -> Tensor:
+        """The tensor that graphs write their measurements to; from then on the eager step does so too."""
+        if self._row is None:
+            self._norms = self._row = torch.zeros_like(norm_table(1, device))
+        return self._row
 
-        home = devices[0]
-        total = torch.zeros_like(tables[home][:1])
-        for groups, rows in sharded.items():
-            part_sum = torch.stack([row.to(home) for row in rows]).sum(0, keepdim=True)
-            for group in groups:
-                dist.all_reduce(part_sum, group=group)
-            total += part_sum
-        for _, param in plan.delegated:
-            total += _torch_norm(param, scale).to(total)
-        if self.norm_group is not None:
-            dist.all_reduce(total, group=self.norm_group)
-        return total
+    def _measures(self) -> bool:
+        return self.max_norm is not None or self.on_nonfinite != "ignore"
+
+    def _skip_count(self, device: torch.device) -> Tensor:
+        if device not in self._skipped:
+            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self._skipped[device]
 
     def _raise_if_nonfinite(self, norms: Tensor) -> None:
         if not norms[:, 1].sum().item():
@@ -379,8 +429,7 @@ class FusedStep(torch.optim.Optimizer):
         self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any]
     ) -> tuple[_Plan, list[Tensor]]:
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
-        parts: dict[tuple[Any, ...], _Part] = {}
-        live: list[Tensor] = []
+        entries: list[Entry] = []
         delegated: list[tuple[int, Tensor]] = []
         for index, (param, grad, g) in enumerate(zip(params, grads, owners, strict=True)):
             if grad is None:
@@ -390,33 +439,13 @@ class FusedStep(torch.optim.Optimizer):
                 delegated.append((g, param))
                 continue
             state = {key: _local(value) for key, value in self._state_of(group, param).items()}
-            local, local_grad = _local(param), _local_grad(grad, param)
-            if local.dtype == torch.float16 and self.stochastic_rounding:
-                raise ValueError(
-                    "stochastic_rounding serves bfloat16 parameters; one is float16: use master_weights"
-                )
-            seed = self.seed if self.stochastic_rounding and local.dtype == torch.bfloat16 else None
-            shards = _shards(param)
-            dtypes = tuple((key, value.dtype) for key, value in state.items())
-            identity = (local.device, local.dtype, local_grad.dtype, dtypes, shards)
-            if identity not in parts:
-                bucket = Bucket([], [], {key: [] for key in state}, [], [], seed)
-                parts[identity] = _Part(bucket, [], [], shards)
-            part = parts[identity]
-            moving = [value for key, value in state.items() if key != "step"]
-            if not even(local, [local_grad, *moving]):
-                part.uneven.append(len(part.slots))
-            part.slots.append(len(live))
-            part.bucket.params.append(local)
-            part.bucket.groups.append(g)
-            part.bucket.indices.append(index)
-            for key, value in state.items():
-                part.bucket.states[key].append(value)
-            live.append(local_grad)
-        buckets = [part.bucket for part in parts.values()]
-        tensors = [
-            t for bucket in buckets for t in (*bucket.params, *(t for s in bucket.states.values() for t in s))
-        ]
+            seed = self._seed_of(param)
+            entries.append(
+                Entry(g, index, _local(param), _local_grad(grad, param), state, seed, _shards(param))
+            )
+        parts = sort_into_parts(entries)
+        live = [entry.grad for entry in entries]
+        tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
         plan = _Plan(
             params=params,
             missing=[grad is None for grad in grads],
@@ -425,7 +454,7 @@ class FusedStep(torch.optim.Optimizer):
             values=_values(self.state),
             tensors=tensors,
             addresses=list(map(Tensor.data_ptr, tensors)),
-            parts=list(parts.values()),
+            parts=parts,
             delegated=delegated,
             wrapped=any(_local(param) is not param for param in params),
         )
@@ -509,21 +538,6 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         values = values / scale
     return torch.stack([values.square().sum(), (~values.isfinite()).sum()])
-
-
-def _norm_table(rows: int, device: torch.device) -> Tensor:
-    return torch.empty(
-        (rows, 2), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-    )
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
-
-
-def _default_device(groups: list[dict[str, Any]]) -> torch.device:
-    """Where the optimizer's parameters live."""
-    return next((_local(param).device for group in groups for param in group["params"]), torch.device("cpu"))
 
 
 def _capturing() -> bool:

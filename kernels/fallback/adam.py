@@ -1,6 +1,7 @@
 """Adam and AdamW in plain torch: torch's fused kernel where it is right, else one tensor at a time."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from .grad_norm import Decision, decide, store, unscaled
 from .rounding import draws, stochastic_bfloat16
 
 
-def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
+def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> None:
     """Update every parameter of ``bucket`` in place, its states and steps with it.
 
     Args:

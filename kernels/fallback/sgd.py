@@ -1,5 +1,7 @@
 """SGD in plain torch: torch's fused kernel where it does what is asked, else one tensor at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from .grad_norm import Decision, decide, store, unscaled
 from .rounding import draws, stochastic_bfloat16
 
 
-def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
+def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
     """Update every parameter of ``bucket`` in place, its states and steps with it.
 
     Args:

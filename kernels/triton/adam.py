@@ -1,5 +1,7 @@
 """Adam and AdamW over all tensors of a bucket in one launch."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from .tables import (
 )
 
 
-def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
+def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> None:
     """Update every parameter of ``bucket`` in place, its states and steps with it.
 
     Args:
@@ -122,12 +124,12 @@ def _adam_step_kernel(
     step_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP))
     step = tl.load(step_ptr)
     count_step(step_ptr, step, arrivals_ptr + t, tl.maximum(tl.cdiv(numel, CHUNK), 1), skip)
+    UNSCALE: tl.constexpr = grad_scale_ptr is not None
     inverse_scale = tl.full((), 1.0, tl.float64)
-    if grad_scale_ptr is not None:
+    if UNSCALE:
         inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if skipped_ptr is not None:
-        if pid == 0 and skip:
-            tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + 1, mask=(pid == 0) & skip)
 
     # In float64, once per program: 1 - beta^t loses all digits in float32.
     t_new = step.to(tl.int64) + 1
@@ -150,12 +152,12 @@ def _adam_step_kernel(
     if not skip:
         if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
             for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, key, grad_scale_ptr is not None, True, DTYPE_P, DTYPE_G, DTYPE_M,
+                _update(row, start + i, numel, scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G, DTYPE_M,
                         DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
         else:
             end = tl.minimum(start + CHUNK, numel)
             while start < end:
-                _update(row, start, numel, scalars, key, grad_scale_ptr is not None, False, DTYPE_P, DTYPE_G, DTYPE_M,
+                _update(row, start, numel, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G, DTYPE_M,
                         DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
                 start += BLOCK
 

@@ -1,5 +1,7 @@
 """SGD over all tensors of a bucket in one launch."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ from .tables import (
 )
 
 
-def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
+def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
     """Update every parameter of ``bucket`` in place, its states and steps with it.
 
     Args:
@@ -123,12 +125,12 @@ def _sgd_step_kernel(
         first = step == 0
         if STOCHASTIC:
             key = mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32))
+    UNSCALE: tl.constexpr = grad_scale_ptr is not None
     inverse_scale = tl.full((), 1.0, tl.float64)
-    if grad_scale_ptr is not None:
+    if UNSCALE:
         inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if skipped_ptr is not None:
-        if pid == 0 and skip:
-            tl.store(skipped_ptr, tl.load(skipped_ptr) + 1)
+        tl.store(skipped_ptr, tl.load(skipped_ptr) + 1, mask=(pid == 0) & skip)
 
     scalars = (
         lr.to(ACC),
@@ -144,12 +146,12 @@ def _sgd_step_kernel(
     if not skip:
         if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
             for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, first, key, grad_scale_ptr is not None, True, DTYPE_P, DTYPE_G,
+                _update(row, start + i, numel, scalars, first, key, UNSCALE, True, DTYPE_P, DTYPE_G,
                         DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
         else:
             end = tl.minimum(start + CHUNK, numel)
             while start < end:
-                _update(row, start, numel, scalars, first, key, grad_scale_ptr is not None, False, DTYPE_P, DTYPE_G,
+                _update(row, start, numel, scalars, first, key, UNSCALE, False, DTYPE_P, DTYPE_G,
                         DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
                 start += BLOCK
 

@@ -8,6 +8,7 @@ is not 0, the number is read there (float32), so that a learning rate in a devic
 A table is uploaded only when it has changed, from pinned memory and without a wait.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ class Tables:
         self.rows.array[:, ALIGNED.value] = ((self._addresses | addresses) & 15) == 0
         self.rows.upload()
 
-    def options(self, groups: list[tuple[Any, ...]], max_norm: float | None) -> Tensor:
+    def options(self, groups: Sequence[tuple[Any, ...]], max_norm: float | None) -> Tensor:
         """(groups, 2, options + 1): numbers, max_norm last; and as float64 bits the addresses to read instead."""
         table = np.zeros((len(groups), 2, len(groups[0]) + 1))
         addresses = table.view(np.int64)
@@ -256,7 +257,7 @@ def draw_words(key, offs):
 @triton.jit
 def round_to(value, draw, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """``value`` in DTYPE, to nearest even; if STOCHASTIC, to bfloat16 up or down by the 16 random bits of draw."""
-    if STOCHASTIC or (INTERPRETED and DTYPE == tl.bfloat16):
+    if STOCHASTIC or (INTERPRETED and DTYPE == tl.bfloat16):  # noqa: SIM300
         bits = value.to(tl.uint32, bitcast=True)
         if not STOCHASTIC:
             draw = 0x7FFF + ((bits >> 16) & 1)

@@ -1,0 +1,139 @@
+"""From parameters to launches: sorting into buckets, measuring gradients, updating.
+
+The optimizers use it directly; the operators that torch.compile captures use it on what they are given.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backends import implementation
+from .buckets import Bucket, Guard
+from .strides import EqualStrides, even
+
+
+class Entry(NamedTuple):
+    """One parameter of a step, all tensors local to this rank.
+
+    Attributes:
+        group: index of its parameter group; ``position``: its own in the optimizer.
+        state: the tensors that take part, by state key.
+        seed: of stochastic rounding, or None.
+        shards: the process groups over which it is sharded (DTensor).
+    """
+
+    group: int
+    position: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    seed: int | None
+    shards: tuple[Any, ...] = ()
+
+
+@dataclass
+class Part:
+    """A bucket, and where its entries come from.
+
+    Attributes:
+        slots: for each entry of the bucket its place in the list that was sorted.
+        uneven: the entries whose tensors differ in strides, or whose parameter has holes.
+        shards: the process groups over which the parameters are sharded.
+    """
+
+    bucket: Bucket
+    slots: list[int]
+    uneven: list[int]
+    shards: tuple[Any, ...]
+
+
+def sort_into_parts(entries: Iterable[Entry]) -> list[Part]:
+    """One part per device, dtypes, state keys and shards, in the order of first appearance."""
+    parts: dict[tuple[Any, ...], Part] = {}
+    for slot, entry in enumerate(entries):
+        dtypes = tuple((key, value.dtype) for key, value in entry.state.items())
+        identity = (entry.param.device, entry.param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards)
+        if identity not in parts:
+            bucket = Bucket([], [], {key: [] for key in entry.state}, [], [], entry.seed)
+            parts[identity] = Part(bucket, [], [], entry.shards)
+        part = parts[identity]
+        moving = [value for key, value in entry.state.items() if key != "step"]
+        if not even(entry.param, [entry.grad, *moving]):
+            part.uneven.append(len(part.slots))
+        part.slots.append(slot)
+        part.bucket.params.append(entry.param)
+        part.bucket.groups.append(entry.group)
+        part.bucket.indices.append(entry.position)
+        for key, value in entry.state.items():
+            part.bucket.states[key].append(value)
+    return list(parts.values())
+
+
+def measure(
+    parts: Sequence[Part], scale: Tensor | None, home: torch.device, extra: list[Tensor], norm_group: Any
+) -> Tensor:
+    """Rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
+
+    Args:
+        parts: their buckets hold the gradients.
+        scale: what the gradients are to be divided by, or None.
+        home: the device of the result.
+        extra: rows of gradients that no part has.
+        norm_group: the process group whose other ranks have parameters of their own, or None.
+    """
+    devices = [part.bucket.params[0].device for part in parts]
+    tables = {device: norm_table(devices.count(device), device) for device in dict.fromkeys(devices)}
+    free = {device: iter(table.unbind()) for device, table in tables.items()}
+    sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for part, device in zip(parts, devices, strict=True):
+        out = next(free[device])
+        with EqualStrides(part.bucket, part.uneven, write_grads=False):
+            launchers = implementation("grad_norm", part.bucket.params[0])
+            launchers.grad_norm(part.bucket, to_device(scale, device), out)
+        sharded[part.shards].append(out)
+    if set(tables) == {home} and not extra and not any(sharded) and norm_group is None:
+        return tables[home]
+
+    total = torch.zeros_like(norm_table(1, home))
+    for shards, rows in sharded.items():
+        subtotal = torch.stack([row.to(home) for row in rows]).sum(0, keepdim=True)
+        for group in shards:
+            dist.all_reduce(subtotal, group=group)
+        total += subtotal
+    for row in extra:
+        total += row.to(total)
+    if norm_group is not None:
+        dist.all_reduce(total, group=norm_group)
+    return total
+
+
+def update(operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard) -> None:
+    """One launch per part; ``guard`` holds for all, on whatever device its tensors are."""
+    for part in parts:
+        bucket = part.bucket
+        device = bucket.params[0].device
+        local = guard._replace(
+            grad_scale=to_device(guard.grad_scale, device),
+            found_inf=to_device(guard.found_inf, device),
+            norms=to_device(guard.norms, device),
+        )
+        with EqualStrides(bucket, part.uneven, write_grads=guard.grad_scale is not None):
+            launchers = implementation(operator, bucket.params[0])
+            getattr(launchers, f"{operator}_step")(bucket, options, local)
+        torch.autograd.graph.increment_version(bucket.params)
+        guard = guard._replace(skipped=None)  # the first part counts for all
+
+
+def norm_table(rows: int, device: torch.device) -> Tensor:
+    return torch.empty(
+        (rows, 2), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+
+
+def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
