@@ -1,0 +1,525 @@
+"""Five lessons on gradients, backpropagation and training, replayed on gradkernels.
+
+    python examples/lessons.py                          all of them
+    python examples/lessons.py A6 C3                    some of them
+    python examples/lessons.py --backend reference      on the NumPy reference (or fallback, or triton)
+
+Each example is one function that returns its figures by name. tests/test_lessons.py holds the figures that
+the lessons print and compares them on every backend. Squared error is ``(p - y)^2``, "half" is
+``0.5 (p - y)^2``; float64 unless a lesson says otherwise.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import gradkernels
+import numpy as np
+import torch
+from gradkernels import FusedAdam, FusedSGD, linear, linear_mse_loss, matmul, mse_loss
+from gradkernels.reference.scalar import Value
+from gradkernels.verify import gradcheck
+from torch import Tensor
+
+Figures = dict[str, object]
+LESSONS: dict[str, tuple[str, Callable[[], Figures]]] = {}
+
+
+def lesson(number: str, title: str) -> Callable[[Callable[[], Figures]], Callable[[], Figures]]:
+    def register(function: Callable[[], Figures]) -> Callable[[], Figures]:
+        LESSONS[number] = (title, function)
+        return function
+
+    return register
+
+
+def data(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(values[0] if len(values) == 1 else values, dtype=dtype)
+
+
+def parameter(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
+    return data(*values, dtype=dtype).requires_grad_()
+
+
+def centered(loss: Callable[[], Tensor], parameter: Tensor, eps: float = 1e-5) -> list[float]:
+    """The slope of ``loss`` along each entry of ``parameter``, by centered differences."""
+    slopes = []
+    flat = parameter.detach().view(-1)
+    for i, value in enumerate(flat.tolist()):
+        flat[i] = value + eps
+        above = loss().item()
+        flat[i] = value - eps
+        slopes.append((above - loss().item()) / (2 * eps))
+        flat[i] = value
+    return slopes
+
+
+def descend(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """The canonical loop: clear, forward, backward, update. Returns the loss before each update."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        current = loss()
+        current.backward()
+        losses.append(current.item())
+        optimizer.step()
+    return losses
+
+
+# A. Latency predictor: prompt length, queue delay -> seconds
+
+ROWS = [[1, 0.5], [2, 1], [3, 0.5], [4, 2]]
+LATENCIES = [2.5, 5, 6.5, 10]
+
+
+@lesson("A1", "One weight")
+def one_weight() -> Figures:
+    x, y = data([2]), data(5)
+
+    def loss(w: Tensor) -> Tensor:
+        return linear_mse_loss(x, w, y)
+
+    w, nudged = parameter([3]), data([3.001])
+    loss(w).backward()
+    return {
+        "prediction": linear(x, w).item(),
+        "loss": loss(w).item(),
+        "nudged prediction": linear(x, nudged).item(),
+        "nudged loss": loss(nudged).item(),
+        "one-sided slope": ((loss(nudged) - loss(w)) / 0.001).item(),
+        "analytic gradient": w.grad.item(),
+        "centered difference": centered(lambda: loss(w), w),
+    }
+
+
+@lesson("A2", "Five steps of gradient descent")
+def five_steps() -> Figures:
+    x, y, w = data([2]), data(5), parameter([3])
+    optimizer = FusedSGD([w], lr=0.1)
+    rows = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        prediction = linear(x, w)
+        loss = mse_loss(prediction, y)
+        loss.backward()
+        rows.append([w.item(), prediction.item(), loss.item(), w.grad.item()])
+        optimizer.step()
+    return {"w, prediction, loss, gradient": rows}
+
+
+@lesson("A3", "A correct gradient, a bad step")
+def bad_step() -> Figures:
+    figures: Figures = {}
+    for lr in (0.1, 1.0):
+        x, y, w = data([2]), data(5), parameter([3])
+        descend(lambda x=x, w=w, y=y: linear_mse_loss(x, w, y), FusedSGD([w], lr=lr), steps=1)
+        figures[f"lr {lr}: w, loss"] = [w.item(), linear_mse_loss(x, w, y).item()]
+    return figures
+
+
+@lesson("A4", "Two weights")
+def two_weights() -> Figures:
+    features, y, w = data(2, 1), data(5), parameter(2, 2)
+    prediction = linear(features, w)
+    mse_loss(prediction, y).backward()
+    FusedSGD([w], lr=0.1).step()
+    return {
+        "prediction": prediction.item(),
+        "gradient": w.grad.tolist(),
+        "weights": w.tolist(),
+        "new loss": linear_mse_loss(features, w, y).item(),
+    }
+
+
+@lesson("A5", "Paths that meet add")
+def shared_weight() -> Figures:
+    features, y, w = data(2, 1), data(5), parameter(2)
+    both = w.expand(2)
+    both.retain_grad()
+    linear_mse_loss(features, both, y).backward()
+    return {"path contributions": both.grad.tolist(), "gradient": w.grad.item()}
+
+
+@lesson("A6", "Four rows")
+def four_rows() -> Figures:
+    x, y, w = data(ROWS), data(LATENCIES), parameter(0, 0)
+    optimizer = FusedSGD([w], lr=0.03, on_nonfinite="raise")
+    figures: Figures = {}
+    for step in range(101):
+        optimizer.zero_grad()
+        loss = linear_mse_loss(x, w, y)
+        loss.backward()
+        if step in (0, 1, 10, 100):
+            figures[f"step {step}: loss, weights"] = [loss.item(), w.tolist()]
+        optimizer.step()
+    return {**figures, "learned weights": w.tolist(), "predictions": linear(x, w).tolist()}
+
+
+@lesson("A7", "Gradient check")
+def gradient_check() -> Figures:
+    x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
+    loss = linear_mse_loss(x, w, y)
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "backward": w.grad.tolist(),
+        "centered difference": centered(lambda: linear_mse_loss(x, w, y), w),
+    }
+
+
+@lesson("A8", "Gradients accumulate")
+def accumulation() -> Figures:
+    x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
+    optimizer = FusedSGD([w], lr=0.03)
+    linear_mse_loss(x, w, y).backward()
+    linear_mse_loss(x, w, y).backward()
+    twice = w.grad.tolist()
+    optimizer.zero_grad()
+    linear_mse_loss(x, w, y).backward()
+    return {"backward twice": twice, "after clearing": w.grad.tolist()}
+
+
+@lesson("A9", "Non-finite guard")
+def nonfinite_guard() -> Figures:
+    figures: Figures = {}
+    for name, bad in (("NaN", float("nan")), ("infinite", float("inf"))):
+        for where in ("feature", "target"):
+            x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
+            (x[0] if where == "feature" else y)[0] = bad
+            optimizer = FusedSGD([w], lr=0.03, on_nonfinite="raise")
+            try:
+                descend(lambda x=x, w=w, y=y: linear_mse_loss(x, w, y), optimizer, steps=1)
+            except FloatingPointError as error:
+                figures[f"{name} {where}: error"] = str(error)
+            figures[f"{name} {where}: weights"] = w.tolist()
+    return figures
+
+
+# B. Shipment delay: disruption score -> hours late, half squared error, with a bias
+
+
+@lesson("B1", "One weight and a bias")
+def weight_and_bias() -> Figures:
+    x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
+    prediction = linear(x, w, b)
+    prediction.retain_grad()
+    loss = 0.5 * mse_loss(prediction, y)
+    loss.backward()
+    FusedSGD([w, b], lr=0.1).step()
+    return {
+        "prediction": prediction.item(),
+        "loss": loss.item(),
+        "dL/dprediction": prediction.grad.item(),
+        "dL/dw": w.grad.item(),
+        "dL/db": b.grad.item(),
+        "w, b": [w.item(), b.item()],
+        "new prediction": linear(x, w, b).item(),
+        "new loss": 0.5 * linear_mse_loss(x, w, y, b).item(),
+    }
+
+
+@lesson("B2", "Five steps")
+def five_steps_with_bias() -> Figures:
+    x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
+    optimizer = FusedSGD([w, b], lr=0.1)
+    rows = []
+    for _ in range(5):
+        prediction = linear(x, w, b).item()
+        [loss] = descend(lambda: 0.5 * linear_mse_loss(x, w, y, b), optimizer, steps=1)
+        rows.append([prediction, loss, w.item(), b.item()])
+    return {"prediction, loss before; w, b after": rows}
+
+
+@lesson("B3", "Learning-rate sweep")
+def learning_rate_sweep() -> Figures:
+    figures: Figures = {}
+    for lr in (0.01, 0.1, 0.5):
+        x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
+        figures[f"losses at lr {lr}"] = descend(
+            lambda x=x, w=w, y=y, b=b: 0.5 * linear_mse_loss(x, w, y, b), FusedSGD([w, b], lr=lr), steps=5
+        )
+    return figures
+
+
+@lesson("B4", "Centered check")
+def centered_check() -> Figures:
+    x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
+
+    def loss() -> Tensor:
+        return 0.5 * linear_mse_loss(x, w, y, b)
+
+    return {"dL/dw": centered(loss, w), "dL/db": centered(loss, b)}
+
+
+@lesson("B5", "Scalar reverse-mode autodiff")
+def scalar_autodiff() -> Figures:
+    w, b, a = Value(1), Value(0), Value(3)
+    loss = (w * 2 + b - 6) ** 2 * 0.5
+    loss.backward()
+    square = a * a
+    square.backward()
+    return {"loss": loss.data, "dL/dw": w.grad, "dL/db": b.grad, "a*a": square.data, "d(a*a)/da": a.grad}
+
+
+SHIPMENTS = [[1], [2], [3]]
+
+
+@lesson("B6", "Three shipments")
+def three_shipments() -> Figures:
+    x, y, w, b = data(SHIPMENTS), data(3, 5, 7), parameter([0]), parameter([0])
+    optimizer = FusedSGD([w, b], lr=0.08)
+    figures: Figures = {}
+    for step in range(20):
+        [loss] = descend(lambda: 0.5 * linear_mse_loss(x, w, y, b), optimizer, steps=1)
+        if step in (0, 1, 19):
+            figures[f"step {step}: loss before; w, b after"] = [loss, w.item(), b.item()]
+    return figures
+
+
+@lesson("B7", "Train/validation mismatch")
+def train_validation_mismatch() -> Figures:
+    x, train, validation, w = data(SHIPMENTS), data(4, 8, 12), data(2, 4, 6), parameter([2])
+    optimizer = FusedSGD([w], lr=0.02)
+    rows = []
+    for _ in range(4):
+        descend(lambda: 0.5 * linear_mse_loss(x, w, train), optimizer, steps=1)
+        rows.append([0.5 * linear_mse_loss(x, w, y).item() for y in (train, validation)] + [w.item()])
+    return {"train, validation, w": rows}
+
+
+@lesson("B8", "The same through a Linear layer")
+def linear_layer() -> Figures:
+    x, y = data(SHIPMENTS), data([3], [5], [7])
+    model = gradkernels.nn.Linear(1, 1, dtype=torch.float64)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    half_mse = gradkernels.nn.MSELoss()
+    optimizer = FusedSGD(model.parameters(), lr=0.08)
+    before = 0.5 * half_mse(model(x), y)
+    before.backward()
+    optimizer.step()
+    return {
+        "before": before.item(),
+        "weight gradient": model.weight.grad.item(),
+        "bias gradient": model.bias.grad.item(),
+        "after": 0.5 * half_mse(model(x), y).item(),
+    }
+
+
+@lesson("B9", "Accumulation without and with zeroing")
+def zeroing() -> Figures:
+    x, y, w = data([2]), data(6), parameter([1])
+    gradients = []
+    for zero in (False, False, True):
+        if zero:
+            w.grad = None
+        (0.5 * linear_mse_loss(x, w, y)).backward()
+        gradients.append(w.grad.item())
+    return {"gradients": gradients}
+
+
+# C. Delivery time: distance in hundreds of km, weight in kg -> hours
+
+DELIVERIES = [[2, 3], [1.5, 1], [4, 5], [0.8, 0.5], [3.2, 2.5]]
+HOURS = [5, 3.2, 9.5, 2.1, 6.8]
+
+
+@lesson("C1", "Two steps by hand")
+def two_steps() -> Figures:
+    x, y, w = data(2, 3), data(5), parameter(1, 2)
+    optimizer = FusedSGD([w], lr=0.05)
+    rows = []
+    for _ in range(2):
+        prediction = linear(x, w).item()
+        [loss] = descend(lambda: linear_mse_loss(x, w, y), optimizer, steps=1)
+        rows.append([prediction, loss, w.grad.tolist(), w.tolist()])
+    return {"prediction, loss, gradient, weights after": rows}
+
+
+def deliveries(
+    make: Callable[..., torch.optim.Optimizer], steps: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], list[list[float]]]:
+    """The losses before, and the weights after, each step of ``make([w])`` on the five deliveries."""
+    x, y, w = data(DELIVERIES, dtype=dtype), data(HOURS, dtype=dtype), parameter(0.8, 1.5, dtype=dtype)
+    optimizer = make([w])
+    losses, weights = [], []
+    for _ in range(steps):
+        losses += descend(lambda: linear_mse_loss(x, w, y), optimizer, steps=1)
+        weights.append(w.tolist())
+    return losses, weights
+
+
+@lesson("C2", "Three learning rates, float32")
+def three_learning_rates() -> Figures:
+    return {
+        "losses at lr 0.05": deliveries(lambda p: FusedSGD(p, lr=0.05), 12)[0],
+        "12th loss at lr 0.001": deliveries(lambda p: FusedSGD(p, lr=0.001), 12)[0][-1],
+        "2nd loss at lr 1.5": deliveries(lambda p: FusedSGD(p, lr=1.5), 2)[0][-1],
+    }
+
+
+@lesson("C3", "Adam beside torch's, float32")
+def adam() -> Figures:
+    options = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
+    return {
+        "weights": deliveries(lambda p: FusedAdam(p, **options), 20)[1],
+        "torch's": deliveries(lambda p: torch.optim.Adam(p, **options, foreach=False), 20)[1],
+    }
+
+
+@lesson("C4", "Schedules of torch")
+def schedules() -> Figures:
+    x, y = data(DELIVERIES), data(HOURS)
+    figures: Figures = {}
+    for name, make in (("ours", FusedSGD), ("torch's", torch.optim.SGD)):
+        w = parameter(0.8, 1.5)
+        optimizer = make([w], lr=0.05)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+        rates = []
+        for validation in (0.9, 0.5, 0.5, 0.5, 0.4, 0.4, 0.4, 0.3):
+            descend(lambda w=w: linear_mse_loss(x, w, y), optimizer, steps=1)
+            rates.append(optimizer.param_groups[0]["lr"])
+            plateau.step(validation)
+        figures[f"plateau: rates, weights, {name}"] = [rates, w.tolist()]
+
+        w = parameter(0.8, 1.5)
+        optimizer = make([w], lr=0.05)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-4)
+        rates = []
+        for _ in range(11):
+            rates.append(optimizer.param_groups[0]["lr"])
+            descend(lambda w=w: linear_mse_loss(x, w, y), optimizer, steps=1)
+            cosine.step()
+        figures[f"cosine: rates, weights, {name}"] = [rates, w.tolist()]
+    return figures
+
+
+@lesson("C5", "A weight that gets no signal")
+def no_signal() -> Figures:
+    x, y, w = data(DELIVERIES), data(HOURS), parameter(0.8, 1.5)
+    x[:, 1] = 0
+    loss = linear_mse_loss(x, w, y)
+    loss.backward()
+    report = gradcheck(linear_mse_loss, (x, w, y))
+    return {
+        "loss": loss.item(),
+        "gradient": w.grad.tolist(),
+        "gradient check": [str(diagnosis) for diagnosis in report.inputs[0].diagnoses],
+    }
+
+
+# D. A bowl, matrix form and the canonical loop
+
+
+def bowl(point: Tensor) -> Tensor:
+    """``x^2 + 3 y^2``, as a weighted squared error against the origin."""
+    return mse_loss(point, torch.zeros_like(point), weight=data(1, 3), reduction="sum")
+
+
+@lesson("D1", "A bowl")
+def descend_the_bowl() -> Figures:
+    point = parameter(4, 3)
+    descend(lambda: bowl(point), FusedSGD([point], lr=0.1), steps=1)
+    far = parameter(4, 3)
+    tracks: dict[str, list[list[float]]] = {"ours": [], "torch's": []}
+    for make, track in ((FusedSGD, tracks["ours"]), (torch.optim.SGD, tracks["torch's"])):
+        p = parameter(4, 3)
+        optimizer = make([p], lr=0.1)
+        for _ in range(20):
+            descend(lambda p=p: bowl(p), optimizer, steps=1)
+            track.append(p.tolist())
+    return {
+        "gradient": point.grad.tolist(),
+        "one step": point.tolist(),
+        "losses at lr 0.4": descend(lambda: bowl(far), FusedSGD([far], lr=0.4), steps=5),
+        **{f"20 steps, {name}": track for name, track in tracks.items()},
+    }
+
+
+def hundred_samples() -> tuple[Tensor, Tensor, Tensor]:
+    rng = np.random.default_rng(0)
+    return data(rng.normal(size=(100, 5))), parameter(rng.normal(size=5)), data(rng.normal(size=100))
+
+
+@lesson("D2", "Linear regression in matrix form")
+def matrix_form() -> Figures:
+    x, w, y = hundred_samples()
+    linear_mse_loss(x, w, y).backward()
+    with torch.no_grad():
+        formula = 2 / 100 * matmul(x.T, matmul(x, w) - y)
+    return {"shape": list(w.grad.shape), "backward": w.grad.tolist(), "(2/n) X^T (X w - y)": formula.tolist()}
+
+
+@lesson("D3", "Clipping by the global norm")
+def clipping() -> Figures:
+    x, y = data(DELIVERIES), data(HOURS)
+    figures: Figures = {}
+    for max_norm in (1.0, 1000.0):
+        w, b = parameter(8, 15), parameter([2])
+        optimizer = FusedSGD([w, b], lr=0.1, max_norm=max_norm)
+        descend(lambda w=w, b=b: linear_mse_loss(x, w, y, b), optimizer, steps=1)
+
+        v, c = parameter(8, 15), parameter([2])
+        linear_mse_loss(x, v, y, c).backward()
+        norm = torch.nn.utils.clip_grad_norm_([v, c], max_norm)
+        torch.optim.SGD([v, c], lr=0.1).step()
+        figures[f"max_norm {max_norm}: norm, weights"] = [optimizer.grad_norm.item(), *w.tolist(), b.item()]
+        figures[f"max_norm {max_norm}: norm, weights, torch's"] = [norm.item(), *v.tolist(), c.item()]
+    return figures
+
+
+@lesson("D4", "Monotone check")
+def monotone() -> Figures:
+    x, y = data(DELIVERIES), data(HOURS)
+    figures: Figures = {}
+    for name, uphill in (("downhill", False), ("sign flipped", True)):
+        w = parameter(0.8, 1.5)
+        optimizer = FusedSGD([w], lr=0.01, maximize=uphill)
+        losses = descend(lambda w=w: linear_mse_loss(x, w, y), optimizer, steps=50)
+        rises = [step for step in range(1, 50) if losses[step] > losses[step - 1] + 1e-12]
+        figures[f"first step that made the loss rise, {name}"] = rises[0] if rises else "none"
+    return figures
+
+
+@lesson("D5", "(n, 1) against (n,)")
+def mismatched_shapes() -> Figures:
+    figures: Figures = {}
+    column, row, x, w = torch.ones(4, 1), torch.ones(4), torch.ones(4, 3), torch.ones(1, 3)
+    for name, call in (
+        ("mse_loss", lambda: mse_loss(column, row)),
+        ("linear_mse_loss", lambda: linear_mse_loss(x, w, row)),
+    ):
+        try:
+            figures[name] = list(call().shape)
+        except ValueError as error:
+            figures[name] = str(error)
+    return figures
+
+
+def readable(figure: object) -> str:
+    if isinstance(figure, float):
+        return f"{figure:.7g}"
+    if isinstance(figure, list):
+        return "[" + ", ".join(readable(part) for part in figure) + "]"
+    return str(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lessons", nargs="*", default=list(LESSONS), metavar="LESSON", help="A1, A2, ... D5")
+    parser.add_argument("--backend", choices=("auto", "triton", "fallback", "reference"), default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.lessons) - set(LESSONS)):
+        parser.error(f"no lesson {', '.join(unknown)}; there are {', '.join(LESSONS)}")
+    with gradkernels.use_backend(options.backend), torch.device(options.device):
+        for number in options.lessons:
+            title, function = LESSONS[number]
+            print(f"{number}  {title}")
+            for name, figure in function().items():
+                nested = isinstance(figure, list) and figure and isinstance(figure[0], list)
+                lines = [readable(row) for row in figure] if nested else [readable(figure)]
+                print(f"    {name}: " + ("\n" + " " * 8).join(["", *lines] if nested else lines))
+
+
+if __name__ == "__main__":
+    main()
