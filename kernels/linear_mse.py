@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .matmul import check_linear, linear, product, scale_and_add, sum_to
+from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, mse_loss, wanted_gradients
 from .registration import Operator, autocast_cast, autocast_float32, needs_derivative, served_by_torch
 
@@ -72,7 +72,7 @@ def linear_mse_loss(
     _check("linear_mse_loss", input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
     samples = _sample_weights(sample_weight, weight, target)
     if samples is None and served_by_torch(input) and input.nbytes + target.nbytes <= _SMALL:
-        predictions = torch.nn.functional.linear(input, weight, bias)
+        predictions = linear_in_torch(input, weight, bias)
         return torch.ops.aten.mse_loss.default(predictions, target, checks.REDUCTIONS.index(reduction))
     if reduction == "none":
         predictions = linear(input, weight, bias)

@@ -66,7 +66,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = _one_bias_per_column("matmul", bias, right.shape[-1], scalar=other.dim() == 1, why=why)
     if served_by_torch(input):
         result = torch.matmul(input, other)
-        return result if bias is None else result + bias
+        return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
     result = product(left, right, bias)
     if other.dim() == 1:
         result = result.squeeze(-1)
@@ -104,13 +104,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     checks.tensors("linear", {"input": input, "weight": weight, "bias": bias})
     check_linear("linear", input, weight, bias)
     if served_by_torch(input):
-        return torch.nn.functional.linear(input, weight, bias)
+        return linear_in_torch(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
     result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
     if weight.dim() == 1:
         result = result.squeeze(-1)
     return result.squeeze(0) if input.dim() == 1 else result
+
+
+def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's own linear, which has no bias for a 1-D weight."""
+    if weight.dim() == 1 and bias is not None:
+        return torch.matmul(input, weight) + bias.reshape(())
+    return torch.nn.functional.linear(input, weight, bias)
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -364,6 +364,28 @@ def test_docstring_examples_run(name: str) -> None:
     assert result.failed == 0
 
 
+@pytest.mark.parametrize("backend", ["fallback", "reference"])
+def test_public_ops_serve_every_shape_of_the_references(backend: str) -> None:
+    rng = np.random.default_rng(0)
+    with use_backend(backend):
+        for input_shape, other_shape in MATMUL_SHAPES:
+            input, other = random(rng, *input_shape), random(rng, *other_shape)
+            for bias in (None, random(rng, other_shape[-1] if len(other_shape) > 1 else 1)):
+                tensors = [None if array is None else torch.tensor(array) for array in (input, other, bias)]
+                expected = matmul.forward(input, other, bias)
+                what = f"{input_shape} @ {other_shape} on {backend}"
+                assert_matches(gradkernels.matmul(*tensors), torch_matmul(*tensors), expected, what)
+        for input_shape, weight_shape, target_shape, _ in LINEAR_SHAPES:
+            shapes = (input_shape, weight_shape, target_shape)
+            input, weight, target = (random(rng, *shape) for shape in shapes)
+            for bias in (None, random(rng, weight_shape[0] if len(weight_shape) > 1 else 1)):
+                arrays = (input, weight, target, bias)
+                tensors = [None if array is None else torch.tensor(array) for array in arrays]
+                ours = gradkernels.linear_mse_loss(*tensors)
+                theirs = torch_linear_mse(*tensors, reduction="mean")
+                assert_matches(ours, theirs, linear_mse.forward(*arrays), f"{shapes} on {backend}")
+
+
 OPTIMIZERS = [
     (FusedSGD, {"lr": 0.1}),
     (FusedSGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01, "maximize": True}),
