@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
@@ -23,37 +23,40 @@ def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> Non
 
 
 def tensors(op: str, arguments: Mapping[str, Tensor | None]) -> None:
-    """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are on one device.
+    """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
 
     Under autocast dtypes may differ: the op casts, as torch's does.
     """
-    first_name, first = None, None
+    first_name, first = "", None
     for name, tensor in arguments.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served"
-            )
         if tensor.layout is not torch.strided:
             raise RuntimeError(
                 f"{op}: {name} has layout {tensor.layout}; only dense (strided) tensors are served"
             )
         if first is None:
-            first_name, first = name, tensor
+            if tensor.dtype not in DTYPES:
+                raise TypeError(_not_served(op, name, tensor))
+            first_name, first, dtype, device = name, tensor, tensor.dtype, tensor.device
             continue
-        if tensor.device != first.device:
+        if tensor.device != device:
             raise RuntimeError(
-                f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}; "
-                "all tensors must be on one device"
+                f"{op}: {first_name} is on {device} but {name} is on {tensor.device}; all tensors must be on one device"
             )
-        if tensor.dtype != first.dtype and not autocast_enabled(first):
-            raise TypeError(
-                f"{op}: {first_name} has dtype {first.dtype} but {name} has dtype {tensor.dtype}; "
-                "all must have one dtype"
-            )
+        if tensor.dtype is not dtype:
+            if tensor.dtype not in DTYPES:
+                raise TypeError(_not_served(op, name, tensor))
+            if not autocast_enabled(first):
+                raise TypeError(
+                    f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
+                )
+
+
+def _not_served(op: str, name: str, tensor: Tensor) -> str:
+    return f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served"
 
 
 def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:

@@ -16,7 +16,14 @@ from torch import Tensor
 from . import backends, checks
 from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, mse_loss, wanted_gradients
-from .registration import Operator, autocast_cast, autocast_float32, needs_derivative, served_by_torch
+from .registration import (
+    Operator,
+    autocast_cast,
+    autocast_float32,
+    needs_derivative,
+    served_by_torch,
+    torch_mse_loss,
+)
 
 # What a cache holds anyway: below it a second pass over the data costs nothing, and storing the predictions little.
 _SMALL = 1 << 20
@@ -73,7 +80,7 @@ def linear_mse_loss(
     samples = _sample_weights(sample_weight, weight, target)
     if samples is None and served_by_torch(input) and input.nbytes + target.nbytes <= _SMALL:
         predictions = linear_in_torch(input, weight, bias)
-        return torch.ops.aten.mse_loss.default(predictions, target, checks.REDUCTIONS.index(reduction))
+        return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
     if reduction == "none":
         predictions = linear(input, weight, bias)
         return mse_loss(predictions, target, weight=samples, reduction="none")

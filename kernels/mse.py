@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .registration import Operator, autocast_float32, served_by_torch
+from .registration import Operator, autocast_float32, served_by_torch, torch_mse_loss
 
 
 def mse_loss(
@@ -54,7 +54,7 @@ def mse_loss(
     """
     _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
     if weight is None and served_by_torch(input):
-        return torch.ops.aten.mse_loss.default(input, target, checks.REDUCTIONS.index(reduction))
+        return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction)
     total, weights = _weighted_sums(input, target, weight)

@@ -15,7 +15,7 @@ This is the only module of the ops that leans on private parts of torch:
   not traceable with a jvp.
 * The dispatch key ``Batched``, ``torch._remove_batch_dim`` and ``_add_batch_dim``: the older vmap, by which
   ``autograd.grad(is_grads_batched=True)`` and gradcheck's batched checks work. It has no register_vmap.
-* ``torch._C._AutoDispatchBelowAutograd``, ``_are_functorch_transforms_active``: what C++ kernels use.
+* ``torch._C._nn.mse_loss``, ``_AutoDispatchBelowAutograd``, ``_are_functorch_transforms_active``: what C++ kernels use.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,10 +39,13 @@ _NAMESPACE = __name__.partition(".")[0]
 _DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
 _DEVICE_TYPES = frozenset(key.lower() for key in _DEVICE_KEYS)
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_LEGACY_VMAP = "VmapMode"
+_LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
+
+# torch.nn.functional.mse_loss past its own checks and broadcasting, which took 2 of its 5 us.
+torch_mse_loss = torch._C._nn.mse_loss
 
 OPERATORS: list["Operator"] = []
 
