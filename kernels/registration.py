@@ -45,7 +45,7 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 
 # torch.nn.functional.mse_loss past its own checks and broadcasting, which took 2 of its 5 us.
-torch_mse_loss = torch._C._nn.mse_loss
+torch_mse_loss: Callable[..., Tensor] = torch._C._nn.mse_loss
 
 OPERATORS: list["Operator"] = []
 
