@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
-from .regions import MARKS, Region, mark, markable, marked_empties, unwritten
+from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
 from .report import to_json
 from .shadow import LAUNCHES, Access, Cells, Clock
 
@@ -156,7 +156,8 @@ def memory_check(
     - elements without a writer, of tensors made inside the block that a kernel stored to, and of ``outputs``.
 
     A pointer's tensor is known from the argument it was computed from. Addresses that a kernel loads from
-    memory (a table of pointers) are looked up among ``tensors`` and the launch's arguments.
+    memory (a table of pointers) are looked up among ``tensors``, those whose ``data_ptr()`` was called inside
+    the block, and the launch's arguments.
 
     Args:
         tensors: those that kernels reach through tables of pointers, by name or in a sequence.
@@ -187,7 +188,7 @@ def memory_check(
             )
         mark(tensor)
         checker.created(tensor, name)
-    with watch(checker), marked_empties(checker.created):
+    with watch(checker), watched_tensors(checker.created, checker.register):
         yield report
         checker.finish()
     if report.faults and raise_exception:
@@ -206,13 +207,16 @@ class _Checker:
 
     def __init__(self, report: MemoryReport, registered: dict[str, Tensor]) -> None:
         self.report = report
-        self.registered = [Region.of(name, tensor) for name, tensor in registered.items()]
-        self.regions: list[Region] = []  # of the launch: its arguments in order, then the registered ones
+        self.kept: list[Any] = []
+        self.registered: dict[tuple[Any, ...], Region] = {}
+        for name, tensor in registered.items():
+            self.register(tensor, name)
+        self.arguments: list[Region] = []
+        self.table: tuple[list[Region], np.ndarray] | None = None  # all regions by address, and their starts
         self.shadows: dict[int, Cells] = {}
         self.clock = Clock()
         self.empties: dict[int, tuple[Tensor, str]] = {}
         self.stored: dict[int, tuple[str, str]] = {}  # storage -> kernel and argument that stored to it
-        self.kept: list[Any] = []
         self.sites: dict[tuple[str, int], int] = {}
         self.found: dict[tuple[str, str, str, str], int] = {}
         self.pending: list[tuple[Region, np.ndarray, np.ndarray]] = []
@@ -224,6 +228,15 @@ class _Checker:
         self.kept.append(tensor.untyped_storage())
         self.empties[tensor.untyped_storage().data_ptr()] = (tensor.detach(), name)
 
+    def register(self, tensor: Tensor, name: str = "") -> None:
+        """A tensor whose address may stand in a table of pointers."""
+        region = Region.of(name or "a tensor whose data_ptr() was called", tensor.detach())
+        key = (region.start, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if key not in self.registered:
+            self.registered[key] = region
+            self.table = None
+            self.kept.append(tensor.untyped_storage())
+
     def launch(self, kernel: str, arguments: list[tuple[str, Tensor]]) -> None:
         if self.clock.launch + 1 >= LAUNCHES:
             self.shadows.clear()
@@ -231,13 +244,13 @@ class _Checker:
         self.clock.start_launch()
         self.index = None
         self.kernel = kernel
-        self.arguments = len(arguments)
-        self.regions = [Region.of(name, tensor) for name, tensor in arguments] + self.registered
+        self.arguments = [Region.of(name, tensor) for name, tensor in arguments]
+        self.table = None
         self.kept += [tensor.untyped_storage() for _, tensor in arguments]
         self.report.traffic.append(Traffic(kernel))
 
     def launched(self) -> None:
-        self.regions = []
+        self.arguments = []
 
     def access(
         self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
@@ -293,8 +306,8 @@ class _Checker:
         else:
             groups = [(int(tag), np.flatnonzero(tags == tag)) for tag in np.unique(tags)]
         for tag, lanes in groups:
-            if 0 < tag <= self.arguments:
-                yield self.regions[tag - 1], lanes
+            if 0 < tag <= len(self.arguments):
+                yield self.arguments[tag - 1], lanes
             else:
                 yield from self._looked_up(addresses, lanes)
 
@@ -305,19 +318,21 @@ class _Checker:
 
         An address just past the end of a registered tensor is taken for a fault of that one.
         """
+        if self.table is None:
+            known = sorted([*self.registered.values(), *self.arguments], key=lambda r: (r.start, r.end))
+            self.table = known, np.array([region.start for region in known], dtype=np.uint64)
+        known, starts = self.table
         chosen = addresses if lanes is None else addresses[lanes]
-        known = self.regions
-        starts = np.array([region.start for region in known], dtype=np.uint64)
-        order = np.argsort(starts, kind="stable")
-        place = np.searchsorted(starts[order], chosen, side="right") - 1
-        owner = np.where(place >= 0, order[np.maximum(place, 0)], -1) if known else np.full(len(chosen), -1)
-        for number in np.unique(owner):
-            which = np.flatnonzero(owner == number)
+        place = np.searchsorted(starts, chosen, side="right") - 1
+        for number in np.unique(place):
+            which = np.flatnonzero(place == number)
+            low, high = int(chosen[which].min()), int(chosen[which].max())
             region: Region | None = known[int(number)] if number >= 0 else None
-            if region is not None:
-                reach = max(region.end - region.start, 4096) if number >= self.arguments else 0
-                if int(chosen[which].min()) >= region.end + reach:
-                    region = None
+            if region is not None and high >= region.end:
+                around = [r for r in known[: int(number)] if high < r.end]
+                argument = any(region is other for other in self.arguments)
+                reach = 0 if argument else max(region.end - region.start, 4096)
+                region = around[-1] if around else region if low < region.end + reach else None
             yield region, which if lanes is None else lanes[which]
 
     def _legal(

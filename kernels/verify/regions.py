@@ -56,12 +56,16 @@ def markable(tensor: Any) -> bool:
 
 
 CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
+_data_ptr = torch._C.TensorBase.data_ptr
 METHODS = ("new_empty", "new_empty_strided")
 
 
 @contextmanager
-def marked_empties(created: Callable[[Tensor], None]) -> Iterator[None]:
-    """Mark what torch.empty and its kin hand out inside the block, and report it to ``created``."""
+def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor], None]) -> Iterator[None]:
+    """Mark what torch.empty and its kin hand out inside the block, and report it to ``created``.
+
+    A CPU tensor whose ``data_ptr`` is called is reported to ``asked``: its address may go into a table.
+    """
 
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
@@ -73,13 +77,21 @@ def marked_empties(created: Callable[[Tensor], None]) -> Iterator[None]:
 
         return create
 
+    def data_ptr(tensor: Tensor) -> int:
+        address = _data_ptr(tensor)
+        if tensor.device.type == "cpu":
+            asked(tensor)
+        return address
+
     with ExitStack() as stack:
         for owner, name in CREATORS:
             original = getattr(owner, name)
             setattr(owner, name, wrapped(original))
             stack.callback(setattr, owner, name, original)
-        for name in METHODS:  # inherited from torch._C.TensorBase: shadowed, then uncovered again
-            setattr(Tensor, name, wrapped(getattr(Tensor, name)))
+        # Inherited from torch._C.TensorBase: shadowed, then uncovered again.
+        methods = {name: wrapped(getattr(Tensor, name)) for name in METHODS} | {"data_ptr": data_ptr}
+        for name, method in methods.items():
+            setattr(Tensor, name, method)
             stack.callback(delattr, Tensor, name)
         yield
 
@@ -121,7 +133,7 @@ class Region:
         for stride, size in reversed(levels):
             nested = nested and stride >= span
             span += stride * (size - 1)
-        start = tensor.data_ptr()
+        start = _data_ptr(tensor)
         end = start + (span if tensor.numel() else 0)
         return Region(name, tensor, start, end, tuple(levels), nested)
 
