@@ -4,6 +4,7 @@
 kernels interpreted on the CPU or, marked ``gpu``, on the device that is there.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -15,6 +16,7 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from gradkernels import use_backend  # noqa: E402
+from gradkernels.verify import memory_check  # noqa: E402
 
 DEVICES = {"fallback": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
 
@@ -49,3 +51,14 @@ def seeded_and_poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def memory_watched(request: pytest.FixtureRequest, seeded_and_poisoned: None) -> Iterator[None]:
+    """Every interpreted kernel that a test launches runs under the memory checker."""
+    unwatched = request.node.get_closest_marker("unwatched")
+    if GPU or unwatched or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    with memory_check():
+        yield

@@ -12,9 +12,13 @@ from gradkernels.verify import InterpreterChangedError, MemoryFaultError, memory
 from gradkernels.verify import interpreter as hooks  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
-    isinstance(tl.sum, triton.runtime.JITFunction), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"
-)
+pytestmark = [
+    pytest.mark.unwatched,
+    pytest.mark.skipif(
+        isinstance(tl.sum, triton.runtime.JITFunction),
+        reason="needs Triton's interpreter (TRITON_INTERPRET=1)",
+    ),
+]
 
 
 @triton.jit

@@ -21,6 +21,8 @@ MARKS = {
     torch.int64: 0xA5A5A5A5A5A5A5A5,
 }
 
+MAX_MARKED = 1 << 28
+
 
 def _words(address: int, count: int, itemsize: int) -> np.ndarray:
     """The memory at ``address`` as unsigned integers."""
@@ -46,13 +48,10 @@ def unwritten(tensor: Tensor) -> np.ndarray:
 
 
 def markable(tensor: Any) -> bool:
-    """Whether unwritten elements of ``tensor`` can be told."""
-    return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and tensor.dtype in MARKS
-        and tensor.numel() > 0
-    )
+    """Whether unwritten elements of ``tensor`` can be told; marking more than MAX_MARKED bytes takes too long."""
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in MARKS:
+        return False
+    return 0 < tensor.untyped_storage().nbytes() <= MAX_MARKED
 
 
 CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
@@ -70,7 +69,7 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
             tensor = original(*args, **kwargs)
-            if markable(tensor):
+            if not torch.compiler.is_compiling() and markable(tensor):
                 mark(tensor)
                 created(tensor)
             return tensor
