@@ -189,6 +189,13 @@ def test_output_that_no_program_wrote():
     assert "the first at [9, 3]" in fault.text
 
 
+def test_scratch_may_be_larger_than_what_is_used():
+    with memory_check():
+        scratch, y = torch.empty(100), torch.empty(50)
+        copy(torch.ones(50), scratch, 50)
+        copy(scratch, y, 50)
+
+
 def test_outputs_made_before_the_block():
     y = torch.zeros(100)
     with memory_check(outputs={"y": y}, raise_exception=False) as report:

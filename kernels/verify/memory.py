@@ -153,7 +153,8 @@ def memory_check(
       are marked too. One-byte and 16-bit integers have no value to spare and are not tracked;
     - races: two programs of a launch touch one address, one of them writes, not both atomically, and no
       acquire/release atomic orders them;
-    - elements without a writer, of tensors made inside the block that a kernel stored to, and of ``outputs``.
+    - elements without a writer, of tensors made inside the block that kernels stored to and never loaded from
+      (what is loaded again is scratch, of which the loads are checked), and of ``outputs``.
 
     A pointer's tensor is known from the argument it was computed from. Addresses that a kernel loads from
     memory (a table of pointers) are looked up among ``tensors``, those whose ``data_ptr()`` was called inside
@@ -216,6 +217,7 @@ class _Checker:
         self.shadows: dict[int, Cells] = {}
         self.clock = Clock()
         self.empties: dict[int, tuple[Tensor, str]] = {}
+        self.read: set[int] = set()
         self.stored: dict[int, tuple[str, str]] = {}  # storage -> kernel and argument that stored to it
         self.sites: dict[tuple[str, int], int] = {}
         self.found: dict[tuple[str, str, str, str], int] = {}
@@ -364,6 +366,8 @@ class _Checker:
             entry.stored += moved
         else:
             entry.atomics += moved
+        if not stores:
+            self.read.add(base)
         if not reads:
             self.stored[base] = (self.kernel, region.name)
         if kind.startswith("atomic"):
@@ -439,7 +443,7 @@ class _Checker:
         """At the end of the block: which elements nothing has written."""
         for base, (tensor, given) in self.empties.items():
             kernel, argument = self.stored.get(base, ("", ""))
-            if not kernel and not given:
+            if not given and (not kernel or base in self.read):
                 continue
             left = unwritten(tensor)
             if left.any() and base in self.shadows:
