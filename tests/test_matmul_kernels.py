@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from gradkernels.triton import config
+from gradkernels.triton import matmul as module
 from gradkernels.triton.contraction import contract
 from gradkernels.triton.matmul import matmul_forward
 
@@ -119,6 +121,29 @@ def test_result_and_addend_of_other_dtypes():
     assert doubled.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_tensor_descriptors(transposed, dtype, monkeypatch):
+    """Several tiles for each program, ragged at every edge, with each kind of addend."""
+    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(config, "matmul", lambda *_: config.MatmulConfig("descriptor", 32, 32, 16, 4, 1))
+    operands = [random(72, 40, dtype=dtype), random(40, 104, dtype=dtype)]
+    left, right = (x.mT.contiguous().mT if swap else x for x, swap in zip(operands, transposed, strict=True))
+    for extra in (None, (104,), (72, 1), (72, 104)):
+        check(left, right, None if extra is None else random(*extra, dtype=dtype), [])
+
+
+@pytest.mark.parametrize("mode", ["dot", "outer"])
+def test_every_way_gives_the_same(mode, monkeypatch):
+    """What the choice of kernel would not take for these sizes: small tiles, many groups, several splits."""
+    monkeypatch.setattr(module, "_plans", {})
+    block_k = 1 if mode == "outer" else 16
+    monkeypatch.setattr(config, "matmul", lambda *_: config.MatmulConfig(mode, 16, 16, block_k, 4, 1))
+    monkeypatch.setitem(config.LEAST_STEPS, mode, 2)
+    check(random(2, 150, 70), random(2, 70, 33), random(33), [])
+    check(random(3, 20, 30), random(3, 30, 24), random(20, 1), [0])
+
+
 def test_split_sums_have_the_same_bits_in_every_run():
     input, other = random(2, 20000), random(20000, 3)
     first = check(input, other, None, [])
@@ -187,3 +212,80 @@ def test_normal_form_keeps_the_count():
         summed = math.prod(size for dim, size in enumerate(batch) if dim in sum_dims)
         assert form.batches * form.m.size * form.n.size == kept * M * N
         assert form.k.size * math.prod(dim.size for dim in form.sums) == summed * K
+
+
+def tf32(x):
+    """As cvt.rna.tf32.f32: 10 bits of mantissa, ties away from zero."""
+    bits = x.view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def bf16(x):
+    return torch.from_numpy(x).bfloat16().float().numpy()
+
+
+def three_tf32(x, y):
+    """What ``input_precision="tf32x3"`` compiles to: the corrections first, their NaN dropped, then the product."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        x_big, y_big = tf32(x), tf32(y)
+        x_small, y_small = tf32(x - x_big), tf32(y - y_big)
+        correction = x_small @ y_big + x_big @ y_small
+        return np.where(np.isnan(correction), np.float32(0), correction) + x_big @ y_big
+
+
+def six_bf16(x, y):
+    """Likewise ``"bf16x6"``: three bfloat16 pieces each, the six largest products, smallest first."""
+    pieces = []
+    for operand in (x, y):
+        first = bf16(operand)
+        second = bf16(operand - first)
+        pieces.append((first, second, bf16(operand - first - second)))
+    (x1, x2, x3), (y1, y2, y3) = pieces
+    return (((x2 @ y2 + x1 @ y3) + x3 @ y1) + x1 @ y2) + x2 @ y1 + x1 @ y1
+
+
+@pytest.mark.parametrize("split", [three_tf32, six_bf16])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_split_products_are_as_exact_as_float32(split, scale):
+    """The interpreter ignores the precision of a dot product, so the split is followed in NumPy."""
+    generator = np.random.default_rng(0)
+    x, y = (generator.standard_normal(shape).astype(np.float32) for shape in ((64, 512), (512, 64)))
+    x, y = x * np.float32(scale), y * np.logspace(-3, 3, 512, dtype=np.float32)[:, None]
+    ours, plain = (torch.from_numpy(product) for product in (split(x, y), x @ y))
+    assert_matches(ours, plain, x.astype(np.float64) @ y.astype(np.float64))
+
+
+def test_a_single_tf32_product_is_not():
+    generator = np.random.default_rng(0)
+    x, y = (generator.standard_normal(shape).astype(np.float32) for shape in ((64, 512), (512, 64)))
+    ours, plain = (torch.from_numpy(product) for product in (tf32(x) @ tf32(y), x @ y))
+    with pytest.raises(AssertionError):
+        assert_matches(ours, plain, x.astype(np.float64) @ y.astype(np.float64))
+
+
+def test_three_tf32_products_keep_infinities_and_nan():
+    x = np.array([[np.inf, 1], [np.nan, 1], [3e38, 1], [1e-30, 1]], np.float32)
+    y = np.array([[0.1, 0.0, -2], [1.3, 1, 1]], np.float32)
+    with np.errstate(all="ignore"):
+        expected = x @ y
+    np.testing.assert_allclose(three_tf32(x, y), expected, rtol=1e-6)
+    # The limit of the method: within 2^-12 of float32's largest number, rounding to tf32 gives infinity.
+    assert np.isinf(three_tf32(np.full((1, 1), np.finfo(np.float32).max), np.full((1, 1), np.float32(0.5))))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend", "setting", "precision"),
+    [
+        (torch.float32, "cuda", "ieee", "tf32x3"),
+        (torch.float32, "cuda", "none", "tf32x3"),
+        (torch.float32, "cuda", "tf32", "tf32"),
+        (torch.float32, "hip", "none", "bf16x6"),
+        (torch.float32, "hip", "tf32", "tf32"),
+        (torch.float32, "interpreter", "tf32", "ieee"),
+        (torch.float64, "cuda", "tf32", "ieee"),
+        (torch.bfloat16, "cuda", "tf32", "ieee"),
+    ],
+)
+def test_precision_follows_torchs_setting(dtype, backend, setting, precision):
+    assert config.dot_precision(dtype, config.Target(backend, 90), setting) == precision
