@@ -126,7 +126,8 @@ def test_result_and_addend_of_other_dtypes():
 def test_tensor_descriptors(transposed, dtype, monkeypatch):
     """Several tiles for each program, ragged at every edge, with each kind of addend."""
     monkeypatch.setattr(module, "_plans", {})
-    monkeypatch.setattr(config, "matmul", lambda *_: config.MatmulConfig("descriptor", 32, 32, 16, 4, 1))
+    way = config.MatmulWay("descriptor", config.MatmulConfig(32, 32, 16, 4, 1))
+    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
     operands = [random(72, 40, dtype=dtype), random(40, 104, dtype=dtype)]
     left, right = (x.mT.contiguous().mT if swap else x for x, swap in zip(operands, transposed, strict=True))
     for extra in (None, (104,), (72, 1), (72, 104)):
@@ -137,8 +138,8 @@ def test_tensor_descriptors(transposed, dtype, monkeypatch):
 def test_every_way_gives_the_same(mode, monkeypatch):
     """What the choice of kernel would not take for these sizes: small tiles, many groups, several splits."""
     monkeypatch.setattr(module, "_plans", {})
-    block_k = 1 if mode == "outer" else 16
-    monkeypatch.setattr(config, "matmul", lambda *_: config.MatmulConfig(mode, 16, 16, block_k, 4, 1))
+    way = config.MatmulWay(mode, config.MatmulConfig(16, 16, 1 if mode == "outer" else 16, 4, 1))
+    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
     monkeypatch.setitem(config.LEAST_STEPS, mode, 2)
     check(random(2, 150, 70), random(2, 70, 33), random(33), [])
     check(random(3, 20, 30), random(3, 30, 24), random(20, 1), [0])

@@ -61,20 +61,27 @@ def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
 
 
 class MatmulConfig(NamedTuple):
-    """Which way a product is computed, the tile of one program, and how it is compiled.
+    """The tile of one program and how it is compiled."""
 
-    Attributes:
-        mode: "small", "column", "outer", "dot" or "descriptor": see kernels/triton/matmul.py.
-        precision: of the dot product.
-    """
-
-    mode: str
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_K: int
     num_warps: int
     num_stages: int
-    precision: str = "ieee"
+
+
+def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> MatmulConfig:
+    """The tile for one product of an (M, K) by a (K, N) matrix by dot products of ``dtype``."""
+    stages = 2 if target.backend == "hip" else 3
+    block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
+    if dtype == torch.float64:
+        if target == ("cuda", 100):  # where triton 3.6 fails to compile more
+            block_m = block_n = 16
+        return MatmulConfig(block_m, block_n, 16, 4, stages)
+    block_k = 64 if dtype.itemsize == 2 else 32
+    if min(M, N) > 64 and triton.cdiv(M, 128) * triton.cdiv(N, 128) >= PROGRAMS // 4:
+        return MatmulConfig(128, 128, block_k, 8, stages)
+    return MatmulConfig(block_m, block_n, block_k, 4, stages)
 
 
 class Operands(NamedTuple):
@@ -91,15 +98,25 @@ class Operands(NamedTuple):
     columns: bool
 
 
-def matmul(
+class MatmulWay(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        mode: "small", "column", "outer", "dot" or "descriptor": see kernels/triton/matmul.py.
+    """
+
+    mode: str
+    tile: MatmulConfig
+
+
+def matmul_way(
     dtype: torch.dtype,
     sizes: tuple[int, int, int],
     batches: int,
     sums: int,
     operands: Operands,
-    precision: str,
     target: Target,
-) -> MatmulConfig:
+) -> MatmulWay:
     """How ``batches`` products of (M, K) by (K, N) matrices are computed.
 
     Args:
@@ -108,41 +125,36 @@ def matmul(
         batches: matrices in the result.
         sums: products summed into each of them.
         operands: their layout.
-        precision: of a dot product.
         target: what is compiled for.
     """
     M, N, K = sizes
     if sums == 1 and K <= 32 and K * min(M, N) <= 256:
-        return MatmulConfig("small", 256, 1, triton.next_power_of_2(max(K, 1)), 4, 1)
+        return MatmulWay("small", MatmulConfig(256, 1, triton.next_power_of_2(max(K, 1)), 4, 1))
     if N == 1:
         # 4096 elements of the left operand a step, long in the direction in which it is contiguous.
         block_m = 1 if M == 1 else 4 if M <= 4 or K > 512 else 16 if K > 64 else 64
         if operands.columns:
             block_m = 256 if M > 64 else 16
-        return MatmulConfig("column", block_m, 1, 4096 // block_m, 4, 1)
+        return MatmulWay("column", MatmulConfig(block_m, 1, 4096 // block_m, 4, 1))
     if sums == 1 and K <= 4:
-        return MatmulConfig("outer", 64, 128, 1, 4, 1)
-
-    stages = 2 if target.backend == "hip" else 3
-    half = dtype.itemsize == 2
-    block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
+        return MatmulWay("outer", MatmulConfig(64, 128, 1, 4, 1))
+    small = matmul(dtype, min(M, 64), min(N, 64), K, target)
     if dtype == torch.float64:
-        if target == ("cuda", 100):  # where triton 3.6 fails to compile more
-            block_m = block_n = 16
-        return MatmulConfig("dot", block_m, block_n, 16, 4, stages, precision)
+        return MatmulWay("dot", small)
     if not operands.aligned:
-        block = max(block_m, block_n)
-        return MatmulConfig("dot", block, block, 32, 4, stages, precision)
-    block_k = 64 if half else 32
+        block = max(small.BLOCK_M, small.BLOCK_N)
+        return MatmulWay("dot", small._replace(BLOCK_M=block, BLOCK_N=block, BLOCK_K=32))
     tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
-    pieces = max(1, sums * K // block_k // LEAST_STEPS["dot"])
+    pieces = max(1, sums * K // small.BLOCK_K // LEAST_STEPS["dot"])
     if min(M, N) <= 64 or tiles * pieces < PROGRAMS // 4:
-        skinny = (block_m == 16) + (block_n == 16)
-        return MatmulConfig("dot", block_m, block_n, block_k << skinny, 4, stages, precision)
+        narrow = (small.BLOCK_M == 16) + (small.BLOCK_N == 16)
+        return MatmulWay("dot", small._replace(BLOCK_K=small.BLOCK_K << narrow))
     tma = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
     if tma and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
-        return MatmulConfig("descriptor", 128, 256 if half else 128, block_k, 8, 3, precision)
-    return MatmulConfig("dot", 128, 128, block_k, 8, stages, precision)
+        return MatmulWay(
+            "descriptor", MatmulConfig(128, 256 if dtype.itemsize == 2 else 128, small.BLOCK_K, 8, 3)
+        )
+    return MatmulWay("dot", MatmulConfig(128, 128, small.BLOCK_K, 8, small.num_stages))
 
 
 # How many steps along a sum a piece of it has at least.

@@ -407,31 +407,30 @@ def _plan(
     widest = 16 // dtype.itemsize
     output_vector = widest if n.size % widest == 0 else 1
     aligned = input_vector > 1 and other_vector > 1
-    tile = config.matmul(
-        operand, (m.size, n.size, k.size), form.batches, math.prod(dim.size for dim in form.sums),
-        config.Operands(aligned, aligned and output_vector > 1, input_axis == 0),
-        config.dot_precision(operand, target, precision), target,
-    )  # fmt: skip
+    sums = math.prod(dim.size for dim in form.sums)
+    operands = config.Operands(aligned, aligned and output_vector > 1, input_axis == 0)
+    sizes = (m.size, n.size, k.size)
+    mode, tile = config.matmul_way(operand, sizes, form.batches, sums, operands, target)
 
     options: dict[str, Any] = {
         "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages
     }  # fmt: skip
-    if tile.mode == "small":
+    if mode == "small":
         options |= {"DOUBLE": double, "BLOCK": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K}
         return shape, form.swapped, _small(form, options, input.device)
     options |= {
         "ADDEND_ROW": addend is not None and m.addend == 0,
         "ADDEND_VECTOR": addend_vector if addend_axis == 1 else 0,
-        "PRECISION": tile.precision, "GROUP_M": 8,
+        "PRECISION": config.dot_precision(operand, target, precision), "GROUP_M": 8,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
     }  # fmt: skip
-    if tile.mode == "descriptor":
+    if mode == "descriptor":
         options |= {"INPUT_TRANSPOSED": input_axis == 0, "OTHER_TRANSPOSED": other_axis == 0}
         return shape, form.swapped, _descriptor(form, options, input.device)
     options |= {
         "INPUT_CONTIGUOUS": input_axis, "INPUT_VECTOR": input_vector,
         "OTHER_CONTIGUOUS": other_axis, "OTHER_VECTOR": other_vector, "OUTPUT_VECTOR": output_vector,
-        "MODE": tile.mode, "DOUBLE": double, "WIDEN": widen,
+        "MODE": mode, "DOUBLE": double, "WIDEN": widen,
     }  # fmt: skip
     return shape, form.swapped, _general(form, options, input.device)
 
