@@ -1,0 +1,131 @@
+"""What can be known about MPS without one: the fallback calls nothing that torch lacks there, and no float64."""
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD
+from gradkernels.fallback import linear_mse, matmul, mse
+from torch.testing._internal import common_mps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+N, D, K = 6, 4, 3
+
+
+def _missing_on_mps() -> frozenset[str]:
+    """The names in torch's own list of what is not implemented on MPS for any dtype."""
+    tree = ast.parse(inspect.getsource(common_mps))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "").startswith(
+            "UNIMPLEMENTED_XFAILLIST"
+        ):
+            assert isinstance(node.value, ast.Dict)
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(value, ast.Constant) and value.value is None:
+                    assert isinstance(key, ast.Constant)
+                    names.add(key.value.removeprefix("nn.functional.").replace(".", "_"))
+    return frozenset(names)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
+        self.dtypes |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+@contextmanager
+def _as_on_mps(float64: bool = False) -> Iterator[None]:
+    with _Recorder() as recorder:
+        yield
+    assert recorder.names, "nothing was called"
+    missing = recorder.names & _missing_on_mps()
+    assert not missing, f"torch lacks {sorted(missing)} on MPS"
+    assert float64 or torch.float64 not in recorder.dtypes, "MPS has no float64"
+
+
+def _linear_mse(make: Callable[..., torch.Tensor]) -> None:
+    x, w, y, b, s = make(N, D), make(K, D), make(N, K), make(K), make(N, 1).expand(N, K)
+    for samples in (None, s):
+        for reduction in ("mean", "sum"):
+            linear_mse.linear_mse_forward(x, w, y, b, samples, reduction, [True] * 3, x.dtype)
+    linear_mse.linear_mse_backward(make(), y, w, 0.5, [True, True])
+
+
+def _matmul(make: Callable[..., torch.Tensor]) -> None:
+    left, right = make(2, N, D), make(2, D, K)
+    matmul.matmul_forward(left, right, None, [], left.dtype)
+    matmul.matmul_forward(left, right[0], make(K), [], left.dtype)
+    matmul.matmul_forward(left, right, make(1, N, K), [0], left.dtype)
+    matmul.matmul_forward(left, right, make(K), [], torch.float32)
+
+
+def _mse(make: Callable[..., torch.Tensor]) -> None:
+    x, y, w = make(N, D), make(N, D), make(N, D)
+    for weight in (None, w):
+        for reduction, kept in (("mean", 0), ("sum", 1), ("none", 0)):
+            grad = make(N, D) if reduction == "none" else make(N)[0] if kept == 0 else make(N)
+            mse.mse_forward(x, y, weight, reduction, kept, x.dtype)
+            mse.mse_backward(grad, x, y, weight, reduction, kept, [True, True, weight is not None])
+            tangents = (grad, x, y, weight)
+            mse.mse_hvp(
+                grad, x, y, weight, *tangents, reduction, kept, [True, True, True, weight is not None]
+            )
+        mse.mse_forward_backward(x, y, weight, "mean", [True, True, weight is not None], x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # meta takes the branches of a device that is not the CPU
+@pytest.mark.parametrize("launchers", [_matmul, _mse, _linear_mse])
+def test_the_fallback_calls_only_what_mps_has(
+    launchers: Callable[..., None], device: str, dtype: torch.dtype
+) -> None:
+    def make(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
+    with _as_on_mps():
+        launchers(make)
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (FusedSGD, {}),
+        (FusedSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (FusedAdam, {"amsgrad": True}),
+        (FusedAdamW, {"maximize": True}),
+    ],
+)
+def test_a_step_calls_only_what_mps_has(
+    cls: type[torch.optim.Optimizer], options: dict[str, Any], clipped: bool
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((3,), (2, 5))]
+        guard = {"max_norm": 1.0, "on_nonfinite": "skip"} if clipped else {}
+        optimizer = cls(params, lr=0.1, **options, **guard)
+        # The sums of squares are in float64 on the CPU, and by the device's type in float32 on MPS.
+        with _as_on_mps(float64=clipped):
+            for _ in range(2):
+                for param in params:
+                    param.grad = torch.ones_like(param)
+                optimizer.step()
+
+
+def test_the_check_sees_a_missing_operator_and_float64() -> None:
+    with pytest.raises(AssertionError, match="frexp"), _as_on_mps():
+        torch.frexp(torch.ones(2))
+    with pytest.raises(AssertionError, match="float64"), _as_on_mps():
+        torch.ones(2).double()
