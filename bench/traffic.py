@@ -1,0 +1,305 @@
+"""Bytes moved and launches of every op, without a GPU: ``python -m bench traffic``.
+
+Ours are counted at the load and store instructions of the interpreted kernels, caches ignored
+(gradkernels.verify.memory_check); ``distinct`` leaves out what a launch loads again. Beside them stand the
+compulsory bytes (each input read once, each output written once) and what eager torch moves for the same job:
+the inputs plus the outputs of each aten op, views left out. (What an op moves within itself is not seen: on
+CUDA mse_loss writes the elementwise loss and reads it again, 7 elements per element with backward and not 5.)
+"""
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to count.
+
+    Attributes:
+        name: op, shape and dtype.
+        ours, eager: the same job by gradkernels and by plain torch.
+        compulsory: bytes that must move at least.
+        limit: what ours may move at most, relative to ``compulsory``; None where tiles are read from cache
+            many times, and only the distinct bytes say something.
+        distinct_limit: likewise for the distinct bytes.
+        launches: how many ours may make at most.
+    """
+
+    name: str
+    ours: Callable[[], Any]
+    eager: Callable[[], Any]
+    compulsory: int
+    limit: float | None
+    distinct_limit: float
+    launches: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a job moved, in bytes, against its limits."""
+
+    name: str
+    launches: int
+    moved: int
+    distinct: int
+    compulsory: int
+    eager: int
+    limit: float | None
+    distinct_limit: float
+    launch_limit: int
+
+    @property
+    def ratio(self) -> float:
+        return self.moved / self.compulsory
+
+    @property
+    def passed(self) -> bool:
+        return (
+            (self.limit is None or self.ratio <= self.limit)
+            and self.distinct / self.compulsory <= self.distinct_limit
+            and self.launches <= self.launch_limit
+        )
+
+
+class EagerTraffic(TorchDispatchMode):
+    """Counts what aten ops read and write: inputs plus outputs, each element of a tensor once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name():
+            self.moved += sum(_bytes(item) for item in tree_leaves((args, kwargs, result)))
+        return result
+
+
+def _bytes(item: Any) -> int:
+    if not isinstance(item, Tensor):
+        return 0
+    sizes = zip(item.shape, item.stride(), strict=True)
+    elements = 1
+    for size, stride in sizes:
+        elements *= size if stride != 0 else min(size, 1)
+    return elements * item.element_size()
+
+
+def _backward(loss: Callable[..., Tensor], *inputs: Tensor, wrt: Sequence[int]) -> Callable[[], Any]:
+    leaves = [t.detach().requires_grad_(i in wrt) for i, t in enumerate(inputs)]
+    grad = torch.ones((), dtype=inputs[0].dtype)
+    return lambda: torch.autograd.grad(loss(*leaves), [leaves[i] for i in wrt], grad)
+
+
+def jobs() -> Iterator[Job]:
+    """The lines of the report."""
+    import gradkernels
+
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def plain(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
+        return functional.mse_loss(functional.linear(x, w, b), y)
+
+    for n, d, dtype in ((8192, 256, torch.float32), (8192, 256, torch.bfloat16)):
+        inputs = randn(n, d, dtype=dtype), randn(1, d, dtype=dtype), randn(n, 1, dtype=dtype)
+        inputs += (randn(1, dtype=dtype),)
+        size = inputs[0].element_size()
+        yield Job(
+            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x1 {_name(dtype)}",
+            _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
+            _backward(plain, *inputs, wrt=(1, 3)),
+            size * (n * d + n + 2 * d + 2),
+            1.10,
+            1.10,
+            2,
+        )
+    n, d, k = 1024, 128, 128
+    inputs = randn(n, d), randn(k, d), randn(n, k), randn(k)
+    yield Job(
+        f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} float32",
+        _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
+        _backward(plain, *inputs, wrt=(1, 3)),
+        4 * (2 * n * d + 3 * n * k + 2 * d * k + 2 * k),  # X twice, target, the error written and read
+        None,
+        1.25,
+        4,
+    )
+    n = 1 << 17
+    pair = randn(n), randn(n)
+    yield Job(
+        f"mse, loss and backward through autograd, {n} float32",
+        _backward(gradkernels.mse_loss, *pair, wrt=(0,)),
+        _backward(functional.mse_loss, *pair, wrt=(0,)),
+        4 * 5 * n,
+        1.01,
+        1.01,
+        3,
+    )
+    yield Job(
+        f"mse_loss_and_grad, {n} float32",
+        lambda: gradkernels.mse_loss_and_grad(*pair),
+        _backward(functional.mse_loss, *pair, wrt=(0,)),
+        4 * 3 * n,
+        1.01,
+        1.01,
+        2,
+    )
+    tall = randn(4096, 16), randn(16, 8)
+    yield Job(
+        "matmul, 4096x16 @ 16x8 float32",
+        lambda: gradkernels.matmul(*tall),
+        lambda: torch.matmul(*tall),
+        4 * (4096 * 16 + 16 * 8 + 4096 * 8),
+        1.20,
+        1.01,
+        1,
+    )
+    square = randn(256, 256), randn(256, 256)
+    yield Job(
+        "matmul, 256x256 @ 256x256 float32",
+        lambda: gradkernels.matmul(*square),
+        lambda: torch.matmul(*square),
+        4 * 3 * 256 * 256,
+        None,
+        1.01,
+        1,
+    )
+    yield from _optimizer_jobs(randn)
+
+
+def _optimizer_jobs(randn: Callable[..., Tensor]) -> Iterator[Job]:
+    import gradkernels
+
+    shapes = [(1 << 16,), (300, 41), (1000,)] + [(64,)] * 20
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    table: list[tuple[str, type, type, dict[str, Any], int, int]] = [
+        ("adam", gradkernels.FusedAdam, torch.optim.Adam, {}, 28, 1),
+        ("adamw, clipped", gradkernels.FusedAdamW, torch.optim.AdamW, {"max_norm": 1.0}, 32, 2),
+        ("sgd", gradkernels.FusedSGD, torch.optim.SGD, {"lr": 0.1}, 12, 1),
+        ("sgd, momentum", gradkernels.FusedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 20, 1),
+    ]
+    for name, ours, theirs, options, per_element, launches in table:
+        plain = {key: value for key, value in options.items() if key != "max_norm"}
+        steps = []
+        for cls, chosen in ((ours, options), (theirs, {**plain, "foreach": False})):
+            params = [randn(*shape).requires_grad_() for shape in shapes]
+            optimizer = cls(params, **chosen)
+            for param in params:
+                param.grad = randn(*param.shape)
+            optimizer.step()  # the first step makes the state
+            if cls is theirs and "max_norm" in options:
+                steps.append(_clipped(params, options["max_norm"], optimizer))
+            else:
+                steps.append(optimizer.step)
+        yield Job(
+            f"{name} step, {len(shapes)} tensors, {count} float32 parameters",
+            *steps,
+            per_element * count,
+            1.02,
+            1.02,
+            launches,
+        )
+
+
+def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
+        optimizer.step()
+
+    return step
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def count(job: Job) -> Count:
+    """Run a job both ways and count."""
+    import gradkernels
+    from gradkernels.verify import memory_check
+
+    with gradkernels.use_backend("triton"), memory_check() as report:
+        job.ours()
+    with EagerTraffic() as eager:
+        job.eager()
+    moved = report.loaded + report.stored
+    return Count(
+        job.name,
+        report.launches,
+        moved,
+        moved - report.reread,
+        job.compulsory,
+        eager.moved,
+        job.limit,
+        job.distinct_limit,
+        job.launches,
+    )
+
+
+HEADER = (
+    "job",
+    "launches",
+    "moved",
+    "distinct",
+    "compulsory",
+    "moved / compulsory",
+    "eager / ours",
+    "limits",
+)
+
+
+def _row(c: Count) -> tuple[str, ...]:
+    limits = f"{'-' if c.limit is None else c.limit} ({c.distinct_limit} distinct), {c.launch_limit} launches"
+    return (
+        c.name,
+        str(c.launches),
+        f"{c.moved:,}",
+        f"{c.distinct:,}",
+        f"{c.compulsory:,}",
+        f"{c.ratio:.3f}",
+        f"{c.eager / c.moved:.2f}",
+        limits if c.passed else f"OVER: {limits}",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; the exit status is 1 if a limit is exceeded."""
+    parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("counting traffic needs the triton package (pip install triton)")
+    if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before triton is first imported
+        command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+    from gradkernels.verify.console import print_table
+    from gradkernels.verify.report import to_json
+
+    counts = [count(job) for job in jobs()]
+    print_table(HEADER, [_row(c) for c in counts])
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(
+            to_json([asdict(c) | {"ratio": c.ratio, "passed": c.passed} for c in counts])
+        )
+    return 0 if all(c.passed for c in counts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

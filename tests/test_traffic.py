@@ -1,0 +1,70 @@
+"""The bytes that the kernels move, against the compulsory bytes: the limits are the jobs' own."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import traffic
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.unwatched,
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="counts under the interpreter, on a machine without a GPU"
+    ),
+]
+JOBS = list(traffic.jobs())
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_no_job_moves_more_than_its_limits(job):
+    count = traffic.count(job)
+    assert count.passed, count
+    if job.name.startswith("linear_mse") and "x1 " in job.name:
+        assert count.eager / count.moved >= 1.8
+    if "adam step" in job.name:
+        assert count.eager / count.moved >= 2.5
+
+
+def test_a_count_over_any_limit_fails():
+    count = traffic.Count("x", 2, 105, 100, 100, 300, 1.05, 1.0, 2)
+    assert count.passed
+    for worse in ({"moved": 106}, {"distinct": 101}, {"launches": 3}):
+        assert not replace(count, **worse).passed
+    assert replace(count, moved=300, limit=None).passed
+
+
+def test_a_wasteful_job_is_seen():
+    import gradkernels
+
+    job = next(job for job in JOBS if job.name.startswith("mse_loss_and_grad"))
+    a, b = torch.randn(2, 1 << 17).unbind()
+    twice = replace(job, ours=lambda: [gradkernels.mse_loss_and_grad(a, b) for _ in range(2)])
+    assert not traffic.count(twice).passed
+
+
+def test_eager_traffic_counts_inputs_and_outputs_once_and_no_views():
+    a, b = torch.randn(100), torch.randn(1)
+    with traffic.EagerTraffic() as eager:
+        c = a + b.expand(100)
+    assert eager.moved == 4 * (100 + 1 + 100)
+    with traffic.EagerTraffic() as eager:
+        c.view(10, 10).t().mul_(2)
+    assert eager.moved == 4 * 200
+
+
+def test_the_command_starts_its_own_interpreter(monkeypatch, tmp_path):
+    """Without TRITON_INTERPRET it goes on in a child process, whose status it hands back."""
+    called = []
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+    def run(command, env, check):
+        called.append((command, env["TRITON_INTERPRET"]))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(traffic.subprocess, "run", run)
+    assert traffic.main(["--json", "x.json"]) == 3
+    assert called == [([sys.executable, "-m", traffic.__spec__.name, "--json", "x.json"], "1")]
