@@ -8,6 +8,7 @@ save where ``on_nonfinite="raise"`` must and where torch's own loop serves (spar
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any, ClassVar
 
@@ -327,7 +328,7 @@ class FusedStep(torch.optim.Optimizer):
         self._update_eager()
 
     def _update_eager(self) -> None:
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [param.grad for param in params]
         kinds = [self._kind(group) for group in self.param_groups]
         capturing = _capturing()
@@ -347,7 +348,7 @@ class FusedStep(torch.optim.Optimizer):
             plan = self._plan
         try:
             for part in plan.parts:
-                part.bucket.grads = [local[slot] for slot in part.slots]
+                part.bucket.grads = local if len(plan.parts) == 1 else [local[slot] for slot in part.slots]
             self._launch(plan)
         finally:
             for part in plan.parts:
@@ -492,12 +493,13 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 
 
 def _values(state: dict[Tensor, Any]) -> list[Any]:
-    return [value for values in state.values() for value in values.values()]
+    return list(chain.from_iterable(map(dict.values, state.values())))
 
 
 def _layouts(tensors: list[Tensor]) -> list[Any]:
-    """The dtype and the strides of each: an address says neither."""
-    return [tensor.dtype for tensor in tensors] + list(map(Tensor.stride, tensors))
+    """The dtypes, and the strides unless all are contiguous: an address says neither."""
+    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
+    return dtypes if all(map(Tensor.is_contiguous, tensors)) else dtypes + list(map(Tensor.stride, tensors))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -22,6 +22,12 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
     decision = decide(guard)
     if decision.skip is True:
         return
+    steps = bucket.states["step"]
+    if isinstance(decision.skip, Tensor):
+        torch._foreach_add_(steps, (~decision.skip).to(steps[0].dtype))
+    else:
+        # A tensor with alpha: a bare 1 would be wrapped into a tensor once per step on the CPU.
+        torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device=steps[0].device), alpha=1)
     for group in sorted(set(bucket.groups)):
         chosen = [i for i, owner in enumerate(bucket.groups) if owner == group]
         if _fused_is_right(bucket):
@@ -29,12 +35,6 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
         else:
             for i in chosen:
                 _update(bucket, i, options[group], decision)
-    steps = bucket.states["step"]
-    if isinstance(decision.skip, Tensor):
-        torch._foreach_add_(steps, (~decision.skip).to(steps[0].dtype))
-    else:
-        # A tensor with alpha: a bare 1 would be wrapped into a tensor once per step on the CPU.
-        torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device=steps[0].device), alpha=1)
 
 
 def _fused_is_right(bucket: Bucket) -> bool:
@@ -66,8 +66,7 @@ def _fused(bucket: Bucket, chosen: list[int], options: AdamOptions, decision: De
         pick["exp_avg"],
         pick["exp_avg_sq"],
         pick.get("max_exp_avg_sq", []),
-        # The kernel reads the count after this step; ours is raised at the end, if the step is not skipped.
-        torch._foreach_add(pick["step"], 1),
+        pick["step"],
         amsgrad="max_exp_avg_sq" in pick,
         lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         beta1=float(options.beta1),
@@ -106,7 +105,7 @@ def _update(bucket: Bucket, i: int, options: AdamOptions, decision: Decision) ->
     m = state["exp_avg"].to(wide)
     m = m + (g - m) * (1 - beta1)
     v = state["exp_avg_sq"].to(wide) * beta2 + g * g * (1 - beta2)
-    step = _number(state["step"] + 1, p)
+    step = _number(state["step"], p)
     largest = v
     if "max_exp_avg_sq" in state:
         largest = torch.maximum(state["max_exp_avg_sq"].to(wide), v)
@@ -119,7 +118,7 @@ def _update(bucket: Bucket, i: int, options: AdamOptions, decision: Decision) ->
     out = {"param": param, **state}
     if bucket.seed is not None:
         for (key, value), draw in zip(
-            new.items(), draws(param, bucket.seed, bucket.indices[i], state["step"]), strict=False
+            new.items(), draws(param, bucket.seed, bucket.indices[i], state["step"] - 1), strict=False
         ):
             new[key] = stochastic_bfloat16(value, draw)
     if "master_param" in state:

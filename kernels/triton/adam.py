@@ -163,12 +163,25 @@ def _adam_step_kernel(
 
 
 @triton.jit
+def _product(a, a_low, b, b_low):
+    """(a + a_low) (b + b_low) as a float64 and what it lacks."""
+    high = a * b
+    low = tl.fma(a, b, -high) + (a * b_low + a_low * b)
+    total = high + low
+    return total, low - (total - high)
+
+
+@triton.jit
 def _power(base, exponent):
-    """base^exponent by squaring, for a whole exponent >= 0."""
-    result = tl.full((), 1.0, tl.float64)
+    """base^exponent for a whole exponent >= 0, by squaring, with the digits that 1 - beta^t cancels down to."""
+    result, result_low = tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
+    base_low = tl.full((), 0.0, tl.float64)
     while exponent > 0:
-        result = tl.where(exponent & 1 != 0, result * base, result)
-        base = base * base
+        odd = (exponent & 1) != 0
+        product, product_low = _product(result, result_low, base, base_low)
+        result = tl.where(odd, product, result)
+        result_low = tl.where(odd, product_low, result_low)
+        base, base_low = _product(base, base_low, base, base_low)
         exponent = exponent >> 1
     return result
 
