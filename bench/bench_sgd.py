@@ -1,0 +1,58 @@
+"""FusedSGD: one step over any number of parameters.
+
+bytes   parameter and gradient read, parameter written: 3 elements; with momentum the buffer is read and written: 5.
+FLOPs   2 a parameter; with momentum and weight decay 6.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import gradkernels
+import torch
+from gradkernels.reference import sgd as reference
+
+from .case import OURS, Case, Op, Sweep
+from .optimizer import apex, compiled_stepper, step_case, stepper, torch_steppers
+
+
+def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    momentum = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
+    for variant, options, elements, operations in (("plain", {"lr": 0.01}, 3, 2), ("momentum", momentum, 5, 6)):
+        contenders = (
+            stepper(OURS, lambda params, options=options: gradkernels.FusedSGD(params, **options)),
+            *torch_steppers(partial(torch.optim.SGD, **options)),
+            compiled_stepper(partial(torch.optim.SGD, **options)),
+            apex("FusedSGD", **options),
+        )
+        states = ("momentum_buffer",) if "momentum" in options else ()
+        step = partial(reference.step, **options)
+        yield step_case("sgd", variant, shape, dtype, contenders, step, states, elements, operations)
+
+
+OP = Op(
+    name="sgd",
+    axes=("tensors", "numel"),
+    build=build,
+    shapes={
+        "cpu": ((1, 2), (1, 1 << 12), (1, 1 << 20), (1, 10**7), (10, 10**5), (300, 1000), (3000, 1000)),
+        "cuda": ((1, 2), (1, 1 << 20), (1, 10**8), (1, 10**9), (300, 10**5), (3000, 1000), (5000, 100)),
+    },
+    quick={
+        "cpu": ((1, 2), (1000, 1000), (1, 1 << 20)),
+        "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**8)),
+    },
+    dtypes={
+        "cpu": (torch.float32, torch.bfloat16),
+        "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    },
+    sweeps={
+        "cpu": (
+            Sweep("numel", tuple(10**k for k in range(3, 9)), (1, 1)),
+            Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
+        ),
+        "cuda": (
+            Sweep("numel", tuple(10**k for k in range(3, 10)), (1, 1)),
+            Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
+        ),
+    },
+)

@@ -1,0 +1,222 @@
+"""Whole training steps: predict, loss, gradients, update.
+
+regression   N rows of D features: linear_mse_loss and FusedSGD, against linear, mse_loss and SGD.
+MLP          three layers of linear and relu, mse_loss and FusedSGD with momentum, against torch's.
+block        AdamW over the parameter list of transformer blocks (the update alone).
+
+bytes        what must move at least: the data, and the parameters' traffic of the update.
+FLOPs        four (regression) or six (MLP) per weight and row.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import gradkernels
+import numpy as np
+import torch
+from gradkernels.reference import adam, linear_mse, matmul, mse, sgd
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .case import OURS, Call, Case, Contender, Op, compiled, randn
+from .optimizer import step_case, stepper, torch_steppers
+
+STEPS = 3  # before the weights are checked
+LR, MOMENTUM = 0.01, 0.9
+WIDTHS = (64, 256, 256, 1)
+
+
+def _plain(input: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.mse_loss(functional.linear(input, weight, bias), target)
+
+
+def _trainer(
+    name: str, loss: Callable[..., Tensor], optimizer: Callable[..., torch.optim.Optimizer], compile: bool = False
+) -> Contender:
+    """``loss(input, target, *params)``, backward, step; it gives the parameters."""
+    program = compiled(name, loss)
+
+    def prepare(input: Tensor, target: Tensor, params: Sequence[Tensor]) -> Call:
+        own = [param.clone().requires_grad_() for param in params]
+        update = optimizer(own)
+        forward = program.prepare(input, target, *own) if compile else partial(loss, input, target, *own)
+
+        def call() -> list[Tensor]:
+            update.zero_grad()
+            forward().backward()
+            update.step()
+            return own
+
+        return call
+
+    return Contender(name, prepare, slow_start=compile)
+
+
+def _trainers(ours: Callable[..., Tensor], plain: Callable[..., Tensor], **options: Any) -> tuple[Contender, ...]:
+    fused = partial(torch.optim.SGD, fused=True, **options)
+    return (
+        _trainer(OURS, ours, lambda params: gradkernels.FusedSGD(params, **options)),
+        _trainer("eager", plain, partial(torch.optim.SGD, **options)),
+        _trainer("fused", plain, fused),
+        _trainer("compile", plain, fused, compile=True),
+    )
+
+
+def _ours(input: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return gradkernels.linear_mse_loss(input, weight, target, bias)
+
+
+def regression(n: int, d: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        input, target, weight, bias = (
+            randn(shape, dtype, device, generator) for shape in ((n, d), (n, 1), (1, d), (1,))
+        )
+        return input, target, [weight, bias]
+
+    def expected(input: np.ndarray, target: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
+        weight, bias = params
+        for _ in range(STEPS):
+            _, grad_weight, _, grad_bias, _ = linear_mse.backward(np.ones(()), input, weight, target, bias)
+            weight, bias = (
+                sgd.step(param, grad, lr=LR)[0] for param, grad in ((weight, grad_weight), (bias, grad_bias))
+            )
+        return [weight, bias]
+
+    return Case(
+        "training",
+        "regression",
+        f"{n} x {d}",
+        {"N": n, "D": d},
+        dtype,
+        (n * d + n + 3 * (d + 1)) * dtype.itemsize,
+        4 * n * d,
+        make,
+        _trainers(_ours, _plain, lr=LR),
+        expected,
+        calls=STEPS,
+        compile=n == 10**6,
+    )
+
+
+def _mlp(
+    linear: Callable[..., Tensor], loss: Callable[..., Tensor], input: Tensor, target: Tensor, *params: Tensor
+) -> Tensor:
+    output = linear(input, *params[:2])
+    for weight, bias in zip(params[2::2], params[3::2], strict=True):
+        output = linear(torch.relu(output), weight, bias)
+    return loss(output, target)
+
+
+def mlp(n: int, dtype: torch.dtype) -> Case:
+    pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    weights = sum(inner * outer + outer for inner, outer in pairs)
+
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        params = []
+        for inner, outer in pairs:
+            params += [
+                randn((outer, inner), dtype, device, generator) / inner**0.5,
+                randn((outer,), dtype, device, generator),
+            ]
+        input, target = (randn((n, width), dtype, device, generator) for width in (WIDTHS[0], WIDTHS[-1]))
+        return input, target, params
+
+    def expected(input: np.ndarray, target: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
+        states: list[dict] = [{} for _ in params]
+        for _ in range(STEPS):
+            layers = list(zip(params[::2], params[1::2], strict=True))
+            hidden, outputs = [input], []
+            for weight, bias in layers:
+                outputs.append(matmul.forward(hidden[-1], weight.T, bias))
+                hidden.append(np.maximum(outputs[-1], 0))
+            grad, _, _ = mse.backward(np.ones(()), outputs[-1], target)
+            grads: list[np.ndarray] = []
+            for i, (weight, bias) in reversed(list(enumerate(layers))):
+                grad = grad if i == len(layers) - 1 else grad * (outputs[i] > 0)
+                grad, grad_weight, grad_bias = matmul.backward(grad, hidden[i], weight.T, bias)
+                grads = [grad_weight.T, grad_bias, *grads]
+            stepped = [
+                sgd.step(*triple, lr=LR, momentum=MOMENTUM) for triple in zip(params, grads, states, strict=True)
+            ]
+            params, states = map(list, zip(*stepped, strict=True))
+        return params
+
+    return Case(
+        "training",
+        "MLP " + "-".join(map(str, WIDTHS)),
+        f"{n} rows",
+        {"N": n},
+        dtype,
+        (n * (WIDTHS[0] + WIDTHS[-1]) + 5 * weights) * dtype.itemsize,
+        6 * n * weights,
+        make,
+        _trainers(
+            partial(
+                _mlp, lambda *inputs: gradkernels.linear(*inputs), lambda *inputs: gradkernels.mse_loss(*inputs)
+            ),
+            partial(_mlp, functional.linear, functional.mse_loss),
+            lr=LR,
+            momentum=MOMENTUM,
+        ),
+        expected,
+        calls=STEPS,
+        compile=True,
+    )
+
+
+def block(width: int, layers: int, dtype: torch.dtype) -> Case:
+    d = width
+    shapes = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return step_case(
+        "training",
+        "AdamW on transformer blocks",
+        (len(shapes) * layers, 0),
+        dtype,
+        (
+            stepper(OURS, lambda params: gradkernels.FusedAdamW(params)),
+            *torch_steppers(torch.optim.AdamW),
+        ),
+        partial(adam.step, decoupled_weight_decay=True, weight_decay=0.01),
+        ("exp_avg", "exp_avg_sq"),
+        7,
+        15,
+        tensors=shapes * layers,
+        label=f"{layers} of width {d}",
+    )
+
+
+def build(shape: tuple[Any, ...], dtype: torch.dtype) -> Iterator[Case]:
+    kind, *sizes = shape
+    yield {"regression": regression, "mlp": mlp, "block": block}[kind](*sizes, dtype)
+
+
+OP = Op(
+    name="training",
+    axes=("kind", "size", "width"),
+    build=build,
+    shapes={
+        "cpu": (
+            ("regression", 4, 2),
+            ("regression", 5, 3),
+            ("regression", 10**6, 64),
+            ("mlp", 8192),
+            ("block", 256, 2),
+            ("block", 512, 12),
+        ),
+        "cuda": (
+            ("regression", 4, 2),
+            ("regression", 5, 3),
+            ("regression", 10**6, 64),
+            ("mlp", 65536),
+            ("block", 1024, 12),
+            ("block", 4096, 4),
+        ),
+    },
+    quick={
+        "cpu": (("regression", 4, 2), ("regression", 10**6, 64), ("mlp", 8192), ("block", 256, 2)),
+        "cuda": (("regression", 4, 2), ("regression", 10**6, 64), ("mlp", 65536), ("block", 1024, 12)),
+    },
+    dtypes={"cpu": (torch.float32,), "cuda": (torch.float32,)},
+    sweeps={"cpu": ()},
+)

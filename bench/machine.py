@@ -1,0 +1,108 @@
+"""The machine a run is about: what it is, and how fast it copies and multiplies, measured at the start of the run."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import gradkernels
+import torch
+
+from .case import dtype_name
+from .timing import WallTimer, in_turns, summarise
+
+
+def _said_by(*command: str) -> str:
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return run.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The header of a report: device, driver, versions, commit, date. No host name, no path."""
+    facts: dict[str, Any] = {"device_type": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+            or "unknown",
+            "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",
+        }
+    elif device.type == "cpu":
+        facts |= {"device": f"{_cpu_name()}, {os.cpu_count()} cores", "threads": torch.get_num_threads()}
+    else:
+        facts |= {"device": f"{device.type} on {_cpu_name()}"}
+    commit = _said_by("git", "rev-parse", "--short=10", "HEAD")
+    changed = commit and _said_by("git", "status", "--porcelain", "--untracked-files=no")
+    return facts | {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "python": platform.python_version(),
+        "gradkernels": gradkernels.__version__,
+        "commit": (commit + (" and changes" if changed else "")) or "unknown",
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+    }
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """The machine's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+
+
+def measure_rates(device: torch.device, timer: WallTimer, seconds: float, full: bool = True) -> dict[str, Any]:
+    """The two limits: bytes copied per second (read + written) and floating-point operations per second by dtype.
+
+    Args:
+        full: at the sizes that reach the limits; a rehearsal takes small ones.
+    """
+
+    def fastest(calls: list[Any], work: float) -> float:
+        samplers = [timer.per_call([call])[0] for call in calls]
+        return max(work / summarise(rounds, "").median for rounds in in_turns(samplers, seconds, timer.pause))
+
+    numel = max(8 * timer.cache_bytes, 1 << 28) // 4 if full else 1 << 10
+    source = torch.randn(numel, device=device)
+    target = torch.empty_like(source)
+    rates: dict[str, Any] = {"copy": fastest([lambda: target.copy_(source)], 8 * numel), "matmul": {}}
+    del source, target
+    size = (8192 if device.type == "cuda" else 2048) if full else 32
+    types = (
+        (torch.float32, torch.bfloat16, torch.float16)
+        if device.type == "cuda"
+        else (torch.float32, torch.float64, torch.bfloat16)
+    )
+    for dtype in types:
+        if dtype == torch.float64 and device.type == "mps":
+            continue
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        rates["matmul"][dtype_name(dtype)] = fastest([lambda a=a, b=b: a @ b], 2.0 * size**3)
+    return rates

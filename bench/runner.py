@@ -1,0 +1,183 @@
+"""Run cases: check first, then time; a result that is wrong gets no time."""
+
+import contextlib
+import gc
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gradkernels.verify.tolerance import compare
+from torch import Tensor
+
+from .case import OURS, Call, Case, Contender, Results, dtype_name, poisoned
+from .timing import Timing, WallTimer, in_turns, input_sets, summarise
+
+SCHEMA = 1
+MICRO = 1e6
+
+
+def to_numpy(inputs: Any) -> Any:
+    """The inputs as float64 arrays, lists and tuples of tensors included."""
+    if isinstance(inputs, Tensor):
+        return inputs.detach().to("cpu", torch.float64).numpy()
+    return type(inputs)(map(to_numpy, inputs)) if isinstance(inputs, (list, tuple)) else inputs
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a case may take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 << 30
+
+
+class Runner:
+    """Checks and times cases on one device.
+
+    Args:
+        device: where the inputs live.
+        timer: the clock; it decides how often a call is repeated and what can be told apart.
+        seconds: of timing for each contender of each case.
+        quick: contenders that compile for seconds only run on the cases that ask for them.
+    """
+
+    def __init__(self, device: torch.device, timer: WallTimer, seconds: float, quick: bool) -> None:
+        self.device, self.timer, self.seconds, self.quick = device, timer, seconds, quick
+
+    def run(self, cases: Iterable[Case], progress: Callable[[Case], None] = lambda case: None) -> Iterator[dict]:
+        """One record per case, as it is done."""
+        for case in cases:
+            progress(case)
+            yield self.case(case)
+
+    def case(self, case: Case) -> dict[str, Any]:
+        """Check every contender of a case, time those that pass, and give the record."""
+        record: dict[str, Any] = {
+            "op": case.op,
+            "variant": case.variant,
+            "label": case.label,
+            "sizes": case.sizes,
+            "dtype": dtype_name(case.dtype),
+            "bytes": case.bytes,
+            "flops": case.flops,
+        }
+        # Inputs, each contender's copies and results, and the reference's float64 temporaries.
+        needed = 8 * case.bytes * max(1, 4 // case.dtype.itemsize)
+        if needed > free_bytes(self.device):
+            return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB"}
+        if any(contender.slow_start for contender in case.contenders):
+            torch._dynamo.reset()  # else the ninth shape of a function would run uncompiled, without a word
+        try:
+            return record | self._checked_and_timed(case)
+        except torch.OutOfMemoryError:
+            return record | {"skipped": "out of memory"}
+        finally:
+            gc.collect()
+
+    def _inputs(self, case: Case, number: int) -> tuple[Any, ...]:
+        generator = torch.Generator(self.device).manual_seed(number)
+        return case.make(self.device, generator)
+
+    def _checked_and_timed(self, case: Case) -> dict[str, Any]:
+        inputs = self._inputs(case, 0)
+        expected = case.reference(*to_numpy(inputs))
+        outcomes: dict[str, dict[str, Any]] = {}
+        yardstick: list[Tensor] = []
+        ours, plain, *others = case.contenders
+        for contender in (plain, ours, *others):
+            outcome, results = self._first_results(case, contender, inputs)
+            yardstick = yardstick or results
+            outcomes[contender.name] = outcome | verdict(results, yardstick, expected) if results else outcome
+        if outcomes[plain.name]["status"] != "ok":
+            raise RuntimeError(f"{case.name}: torch's own result cannot be had: {outcomes[plain.name]['note']}")
+        del expected, yardstick, results
+        running = [c for c in case.contenders if outcomes[c.name]["status"] == "ok"]
+        sets = input_sets(case.bytes, self.timer.cache_bytes)
+        more = [self._inputs(case, number) for number in range(1, sets)]
+        calls = [[contender.prepare(*one) for one in (inputs, *more)] for contender in running]
+        for contender, timings in zip(running, self._timed(calls), strict=True):
+            outcomes[contender.name] |= timings
+        cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
+        return {
+            "cache": "cold" if cold else "warm",
+            "contenders": {contender.name: outcomes[contender.name] for contender in case.contenders},
+        }
+
+    def _first_results(
+        self, case: Case, contender: Contender, inputs: tuple[Any, ...]
+    ) -> tuple[dict[str, Any], list[Tensor]]:
+        """The seconds of the first call and the results to check, or why there are none."""
+        if contender.absent:
+            return {"status": "absent", "note": contender.absent}, []
+        if contender.slow_start and self.quick and not case.compile:
+            return {"status": "left out", "note": "compiles for seconds: not at this shape with --quick"}, []
+        try:
+            with poisoned(contender.name == OURS), quiet():
+                call = contender.prepare(*inputs)
+                results, seconds = self.timer.first_call(call)
+                for _ in range(case.calls - 1):
+                    results = call()
+                return {"first_call_s": seconds}, [result.detach().clone() for result in case.pick(results)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a contender's failure is its row, not the end of the run
+            note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+            return {"status": "failed", "note": note[:200]}, []
+
+    def _timed(self, calls: list[list[Call]]) -> list[dict[str, Any]]:
+        with quiet():
+            included = [self.timer.per_call(sets) for sets in calls]
+            free = [self.timer.on_device(sets) for sets in calls]
+            results: list[dict[str, Any]] = [{} for _ in calls]
+            for key, samplers in (("call", included), ("device", free)):
+                taken = [(i, *found) for i, found in enumerate(samplers) if found is not None]
+                rounds = in_turns([sampler for _, sampler, _ in taken], self.seconds, self.timer.pause)
+                for (i, _, method), samples in zip(taken, rounds, strict=True):
+                    results[i][key] = in_microseconds(summarise(samples, method))
+        return results
+
+    def sweep_point(self, case: Case) -> dict[str, float] | None:
+        """Microseconds of ours and of plain torch for one point of the scale study; None where memory is short."""
+        record = self.case(case)
+        if "skipped" in record:
+            return None
+        ours, plain = (record["contenders"][contender.name] for contender in case.contenders[:2])
+        if "call" not in ours:
+            raise RuntimeError(f"{case.name}: {ours['status']}: {ours['note']}")
+        return {"ours": ours["call"]["median_us"], "torch": plain["call"]["median_us"]}
+
+
+def verdict(results: Results, yardstick: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Whether results are within the tolerance policy, ``yardstick`` being plain torch's; a wrong one loses its time."""
+    if len(results) != len(expected):
+        return {"status": "wrong", "note": f"{len(results)} results instead of {len(expected)}", "first_call_s": None}
+    found = [compare(*triple) for triple in zip(results, yardstick, expected, strict=True)]
+    wrong = [f"result {i}: {comparison}" for i, comparison in enumerate(found) if not comparison.passed]
+    if wrong:
+        return {"status": "wrong", "note": "; ".join(wrong), "first_call_s": None}
+    return {"status": "ok"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch's remarks on determinism and compilation are not the reader's concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def in_microseconds(timing: Timing) -> dict[str, Any]:
+    return {
+        "median_us": timing.median * MICRO,
+        "p20_us": timing.p20 * MICRO,
+        "p80_us": timing.p80 * MICRO,
+        "rounds_us": [seconds * MICRO for seconds in timing.rounds],
+        "samples": timing.samples,
+        "method": timing.method,
+    }
