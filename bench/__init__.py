@@ -1,1 +1,4 @@
-"""Throughput of every op against what one would use instead: ``python -m bench`` (``python -m gradkernels.bench``)."""
+"""Throughput of every op against what one would use instead: ``python -m bench``.
+
+Once installed it is ``python -m gradkernels.bench``.
+"""

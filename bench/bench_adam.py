@@ -1,7 +1,7 @@
 """FusedAdam and FusedAdamW: one step over any number of parameters.
 
-bytes   parameter, gradient and both moments read, all but the gradient written: 7 elements. Clipping reads the
-        gradient once more: 8.
+bytes   parameter, gradient and both moments read, all but the gradient written: 7 elements. Clipping reads
+        the gradient once more: 8.
 FLOPs   about 15 a parameter; 17 with clipping.
 """
 

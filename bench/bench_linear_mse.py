@@ -1,8 +1,8 @@
-"""linear_mse_loss: predictions of N rows of D features for K outputs, their mean squared error, its gradients.
+"""linear_mse_loss: predictions of K outputs from N rows of D features, their mean squared error, its gradients.
 
-bytes   X once (N D), target once (N K), weight and bias read and their gradients written (2 (D + 1) K): times the
-        size of an element. Plain torch reads X twice and moves the predictions several times; the count is the
-        same for all, so that GB/s compares.
+bytes   X once (N D), target once (N K), weight and bias read and their gradients written (2 (D + 1) K), times
+        the size of an element. Plain torch reads X twice and moves the predictions several times; the count is
+        the same for all, so that GB/s compares.
 FLOPs   2 N D K for the predictions, as many for the weight's gradient, 5 N K for the error.
 """
 
@@ -36,8 +36,12 @@ def _explicit(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor, _: Te
     return [loss, grad_weight, grad_bias]
 
 
-def _grad_and_value(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (grad_weight, grad_bias), value = torch.func.grad_and_value(_plain, argnums=(1, 3))(input, weight, target, bias)
+def _grad_and_value(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (grad_weight, grad_bias), value = torch.func.grad_and_value(_plain, argnums=(1, 3))(
+        input, weight, target, bias
+    )
     return value, grad_weight, grad_bias
 
 
@@ -60,7 +64,9 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         _, grad_weight, _, grad_bias, _ = reference.backward(grad, input, weight, target, bias)
         return [reference.forward(input, weight, target, bias), grad_weight, grad_bias]
 
-    def variant(name: str, contenders: tuple[Contender, ...], expect: Callable[..., list[np.ndarray]]) -> Case:
+    def variant(
+        name: str, contenders: tuple[Contender, ...], expect: Callable[..., list[np.ndarray]]
+    ) -> Case:
         return Case(
             "linear_mse",
             name,
@@ -137,7 +143,14 @@ OP = Op(
     },
     quick={
         "cpu": ((4, 2, 1), (1000, 16, 1), (65536, 64, 1), (10**6, 64, 1), (8192, 256, 16)),
-        "cuda": ((4, 2, 1), (1000, 16, 1), (10**6, 64, 1), (2 * 10**5, 1024, 1), (10**6, 64, 8), (32768, 1024, 1024)),
+        "cuda": (
+            (4, 2, 1),
+            (1000, 16, 1),
+            (10**6, 64, 1),
+            (2 * 10**5, 1024, 1),
+            (10**6, 64, 8),
+            (32768, 1024, 1024),
+        ),
     },
     dtypes={
         "cpu": (torch.float32, torch.float64, torch.bfloat16),

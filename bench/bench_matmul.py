@@ -1,7 +1,7 @@
 """matmul: B products of (M, K) by (K, N), all of their own operands.
 
-bytes   both operands read and the result written: B (M K + K N + M N) times the size of an element; the backward is
-        two more products of the same three matrices.
+bytes   both operands read and the result written: B (M K + K N + M N) times the size of an element; the
+        backward is two more products of the same three matrices.
 FLOPs   2 B M N K a product.
 """
 
@@ -133,7 +133,13 @@ OP = Op(
         ),
     },
     quick={
-        "cpu": ((1, 4096, 8, 8), (1, 10**6, 64, 1), (2048, 8, 8, 8), (1, 255, 257, 253), (1, 1024, 1024, 1024)),
+        "cpu": (
+            (1, 4096, 8, 8),
+            (1, 10**6, 64, 1),
+            (2048, 8, 8, 8),
+            (1, 255, 257, 253),
+            (1, 1024, 1024, 1024),
+        ),
         "cuda": (
             (1, 40960, 2, 2),
             (1, 40960, 16, 16),

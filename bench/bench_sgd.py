@@ -1,6 +1,7 @@
 """FusedSGD: one step over any number of parameters.
 
-bytes   parameter and gradient read, parameter written: 3 elements; with momentum the buffer is read and written: 5.
+bytes   parameter and gradient read, parameter written: 3 elements; with momentum the buffer is read and written
+        as well: 5.
 FLOPs   2 a parameter; with momentum and weight decay 6.
 """
 
@@ -17,7 +18,10 @@ from .optimizer import apex, compiled_stepper, step_case, stepper, torch_stepper
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
     momentum = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
-    for variant, options, elements, operations in (("plain", {"lr": 0.01}, 3, 2), ("momentum", momentum, 5, 6)):
+    for variant, options, elements, operations in (
+        ("plain", {"lr": 0.01}, 3, 2),
+        ("momentum", momentum, 5, 6),
+    ):
         contenders = (
             stepper(OURS, lambda params, options=options: gradkernels.FusedSGD(params, **options)),
             *torch_steppers(partial(torch.optim.SGD, **options)),

@@ -8,6 +8,7 @@ bytes        what must move at least: the data, and the parameters' traffic of t
 FLOPs        four (regression) or six (MLP) per weight and row.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ import gradkernels
 import numpy as np
 import torch
 from gradkernels.reference import adam, linear_mse, matmul, mse, sgd
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from .case import OURS, Call, Case, Contender, Op, compiled, randn
@@ -32,7 +33,10 @@ def _plain(input: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def _trainer(
-    name: str, loss: Callable[..., Tensor], optimizer: Callable[..., torch.optim.Optimizer], compile: bool = False
+    name: str,
+    loss: Callable[..., Tensor],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    compile: bool = False,
 ) -> Contender:
     """``loss(input, target, *params)``, backward, step; it gives the parameters."""
     program = compiled(name, loss)
@@ -53,7 +57,9 @@ def _trainer(
     return Contender(name, prepare, slow_start=compile)
 
 
-def _trainers(ours: Callable[..., Tensor], plain: Callable[..., Tensor], **options: Any) -> tuple[Contender, ...]:
+def _trainers(
+    ours: Callable[..., Tensor], plain: Callable[..., Tensor], **options: Any
+) -> tuple[Contender, ...]:
     fused = partial(torch.optim.SGD, fused=True, **options)
     return (
         _trainer(OURS, ours, lambda params: gradkernels.FusedSGD(params, **options)),
@@ -109,7 +115,7 @@ def _mlp(
 
 
 def mlp(n: int, dtype: torch.dtype) -> Case:
-    pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    pairs = list(itertools.pairwise(WIDTHS))
     weights = sum(inner * outer + outer for inner, outer in pairs)
 
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
@@ -137,7 +143,8 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
                 grad, grad_weight, grad_bias = matmul.backward(grad, hidden[i], weight.T, bias)
                 grads = [grad_weight.T, grad_bias, *grads]
             stepped = [
-                sgd.step(*triple, lr=LR, momentum=MOMENTUM) for triple in zip(params, grads, states, strict=True)
+                sgd.step(*triple, lr=LR, momentum=MOMENTUM)
+                for triple in zip(params, grads, states, strict=True)
             ]
             params, states = map(list, zip(*stepped, strict=True))
         return params
@@ -153,7 +160,9 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
         make,
         _trainers(
             partial(
-                _mlp, lambda *inputs: gradkernels.linear(*inputs), lambda *inputs: gradkernels.mse_loss(*inputs)
+                _mlp,
+                lambda *inputs: gradkernels.linear(*inputs),
+                lambda *inputs: gradkernels.mse_loss(*inputs),
             ),
             partial(_mlp, functional.linear, functional.mse_loss),
             lr=LR,
@@ -167,7 +176,20 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
 
 def block(width: int, layers: int, dtype: torch.dtype) -> Case:
     d = width
-    shapes = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    shapes = [
+        (d,),
+        (d,),
+        (3 * d, d),
+        (3 * d,),
+        (d, d),
+        (d,),
+        (d,),
+        (d,),
+        (4 * d, d),
+        (4 * d,),
+        (d, 4 * d),
+        (d,),
+    ]
     return step_case(
         "training",
         "AdamW on transformer blocks",

@@ -23,8 +23,8 @@ class Contender:
 
     Attributes:
         name: the column in the report; ``OURS`` for the package.
-        prepare: takes one set of inputs and gives the call to be timed, which returns the results to be checked.
-            What must not be timed (copies of parameters, an optimizer's construction) happens in it.
+        prepare: takes one set of inputs and gives the call to be timed, which returns the results to be
+            checked. What must not be timed (copies of parameters, an optimizer's construction) happens in it.
         absent: why it cannot run here; empty if it can.
         slow_start: it compiles for seconds; ``--quick`` runs it only where the case asks for it.
     """
@@ -48,7 +48,8 @@ class Case:
         bytes: what the job must move at least: every input read once, every result written once.
         flops: additions and multiplications, two to a fused pair.
         make: inputs on a device, from a seeded generator; never zeros.
-        contenders: ours first, then the plain torch path that the tolerance policy measures against, then others.
+        contenders: ours first, then the plain torch path that the tolerance policy measures against, then the
+            others.
         reference: the expected results as NumPy float64 arrays, from the inputs as such arrays.
         pick: the part of the results that ``reference`` gives, where checking all of it would take minutes.
         calls: how often the job is done before the results are checked (optimizers: several steps).
@@ -154,7 +155,7 @@ def compiled(
     """A contender that goes through ``torch.compile(target)``, once per case and for its exact shape.
 
     Args:
-        run: ``run(compiled target, *inputs)`` gives the results; by default the compiled target is called itself.
+        run: ``run(compiled target, *inputs)`` gives the results; by default the compiled target does.
         options: Inductor's.
     """
 
@@ -164,7 +165,9 @@ def compiled(
 
     def prepare(*inputs: Any) -> Call:
         return (
-            functools.partial(program(), *inputs) if run is None else functools.partial(run, program(), *inputs)
+            functools.partial(program(), *inputs)
+            if run is None
+            else functools.partial(run, program(), *inputs)
         )
 
     return Contender(name, prepare, slow_start=True)
@@ -190,7 +193,10 @@ def poisoned(active: bool = True) -> Iterator[None]:
     if not active:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

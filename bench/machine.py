@@ -1,6 +1,7 @@
-"""The machine a run is about: what it is, and how fast it copies and multiplies, measured at the start of the run."""
+"""The machine a run is about: what it is, how fast it copies and multiplies (measured at the start of the run)."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -51,7 +52,9 @@ def describe(device: torch.device) -> dict[str, Any]:
             "capability": f"sm_{properties.major}{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
-            "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+            "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
+                "\n"
+            )[0]
             or "unknown",
             "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",
         }
@@ -78,8 +81,10 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
 
 
-def measure_rates(device: torch.device, timer: WallTimer, seconds: float, full: bool = True) -> dict[str, Any]:
-    """The two limits: bytes copied per second (read + written) and floating-point operations per second by dtype.
+def measure_rates(
+    device: torch.device, timer: WallTimer, seconds: float, full: bool = True
+) -> dict[str, Any]:
+    """The two limits: bytes copied a second (read + written) and floating-point operations a second by dtype.
 
     Args:
         full: at the sizes that reach the limits; a rehearsal takes small ones.
@@ -91,9 +96,8 @@ def measure_rates(device: torch.device, timer: WallTimer, seconds: float, full: 
 
     numel = max(8 * timer.cache_bytes, 1 << 28) // 4 if full else 1 << 10
     source = torch.randn(numel, device=device)
-    target = torch.empty_like(source)
-    rates: dict[str, Any] = {"copy": fastest([lambda: target.copy_(source)], 8 * numel), "matmul": {}}
-    del source, target
+    copy = fastest([functools.partial(torch.empty_like(source).copy_, source)], 8 * numel)
+    rates: dict[str, Any] = {"copy": copy, "matmul": {}}
     size = (8192 if device.type == "cuda" else 2048) if full else 32
     types = (
         (torch.float32, torch.bfloat16, torch.float16)
@@ -104,5 +108,5 @@ def measure_rates(device: torch.device, timer: WallTimer, seconds: float, full: 
         if dtype == torch.float64 and device.type == "mps":
             continue
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates["matmul"][dtype_name(dtype)] = fastest([lambda a=a, b=b: a @ b], 2.0 * size**3)
+        rates["matmul"][dtype_name(dtype)] = fastest([functools.partial(torch.matmul, a, b)], 2.0 * size**3)
     return rates

@@ -1,4 +1,4 @@
-"""What the declarations of the optimizers share: a list of parameters, ten steps to check, one step to time."""
+"""What the declarations of the optimizers share: lists of parameters, ten steps to check, one step to time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ Reference = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> list[Tensor]:
-    """Parameters of a contender's own, with the common gradients (torch's clipping writes them: then copies)."""
+    """Parameters of a contender's own, with the common gradients; copies where torch's clipping writes them."""
     copies = [param.clone().requires_grad_() for param in params]
     for copy, grad in zip(copies, grads, strict=True):
         copy.grad = grad.clone() if clip else grad
@@ -26,7 +26,7 @@ def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> li
 
 
 def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Contender:
-    """A contender whose call is one ``step``, after torch's ``clip_grad_norm_`` if ``clip``; it gives the optimizer."""
+    """A contender whose call is one ``step``, after torch's clipping if ``clip``; it gives the optimizer."""
 
     def prepare(params: list[Tensor], grads: list[Tensor]) -> Call:
         copies = _copies(params, grads, clip)
@@ -109,10 +109,15 @@ def step_case(
 
     def pick(optimizer: Any) -> list[Tensor]:
         params = optimizer.param_groups[0]["params"]
-        return [joined(params), *(joined([optimizer.state[param][name] for param in params]) for name in states)]
+        return [
+            joined(params),
+            *(joined([optimizer.state[param][name] for param in params]) for name in states),
+        ]
 
     def expected(params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
-        param, grad = (np.concatenate([each.reshape(-1)[::stride] for each in part]) for part in (params, grads))
+        param, grad = (
+            np.concatenate([each.reshape(-1)[::stride] for each in part]) for part in (params, grads)
+        )
         if clip:
             norm = np.sqrt(sum(float(np.square(each).sum()) for each in grads))
             grad = grad * min(1.0, MAX_NORM / (norm + 1e-6))

@@ -1,6 +1,7 @@
 """Run cases: check first, then time; a result that is wrong gets no time."""
 
 import contextlib
+import dataclasses
 import gc
 import os
 import traceback
@@ -16,7 +17,6 @@ from torch import Tensor
 from .case import OURS, Call, Case, Contender, Results, dtype_name, poisoned
 from .timing import Timing, WallTimer, in_turns, input_sets, summarise
 
-SCHEMA = 1
 MICRO = 1e6
 
 
@@ -50,14 +50,17 @@ class Runner:
     def __init__(self, device: torch.device, timer: WallTimer, seconds: float, quick: bool) -> None:
         self.device, self.timer, self.seconds, self.quick = device, timer, seconds, quick
 
-    def run(self, cases: Iterable[Case], progress: Callable[[Case], None] = lambda case: None) -> Iterator[dict]:
+    def run(
+        self, cases: Iterable[Case], progress: Callable[[Case], None] = lambda case: None
+    ) -> Iterator[dict]:
         """One record per case, as it is done."""
         for case in cases:
             progress(case)
             yield self.case(case)
 
-    def case(self, case: Case) -> dict[str, Any]:
-        """Check every contender of a case, time those that pass, and give the record."""
+    def case(self, case: Case, contenders: int | None = None) -> dict[str, Any]:
+        """Check the first so many contenders of a case (all), time those that pass, and give the record."""
+        case = dataclasses.replace(case, contenders=case.contenders[:contenders])
         record: dict[str, Any] = {
             "op": case.op,
             "variant": case.variant,
@@ -95,7 +98,9 @@ class Runner:
             yardstick = yardstick or results
             outcomes[contender.name] = outcome | verdict(results, yardstick, expected) if results else outcome
         if outcomes[plain.name]["status"] != "ok":
-            raise RuntimeError(f"{case.name}: torch's own result cannot be had: {outcomes[plain.name]['note']}")
+            raise RuntimeError(
+                f"{case.name}: torch's own result cannot be had: {outcomes[plain.name]['note']}"
+            )
         del expected, yardstick, results
         running = [c for c in case.contenders if outcomes[c.name]["status"] == "ok"]
         sets = input_sets(case.bytes, self.timer.cache_bytes)
@@ -142,21 +147,18 @@ class Runner:
                     results[i][key] = in_microseconds(summarise(samples, method))
         return results
 
-    def sweep_point(self, case: Case) -> dict[str, float] | None:
-        """Microseconds of ours and of plain torch for one point of the scale study; None where memory is short."""
-        record = self.case(case)
-        if "skipped" in record:
-            return None
-        ours, plain = (record["contenders"][contender.name] for contender in case.contenders[:2])
-        if "call" not in ours:
-            raise RuntimeError(f"{case.name}: {ours['status']}: {ours['note']}")
-        return {"ours": ours["call"]["median_us"], "torch": plain["call"]["median_us"]}
-
 
 def verdict(results: Results, yardstick: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Whether results are within the tolerance policy, ``yardstick`` being plain torch's; a wrong one loses its time."""
+    """Whether results are within the tolerance policy, ``yardstick`` being plain torch's.
+
+    A wrong one loses even the time of its first call.
+    """
     if len(results) != len(expected):
-        return {"status": "wrong", "note": f"{len(results)} results instead of {len(expected)}", "first_call_s": None}
+        return {
+            "status": "wrong",
+            "note": f"{len(results)} results instead of {len(expected)}",
+            "first_call_s": None,
+        }
     found = [compare(*triple) for triple in zip(results, yardstick, expected, strict=True)]
     wrong = [f"result {i}: {comparison}" for i, comparison in enumerate(found) if not comparison.passed]
     if wrong:

@@ -1,7 +1,7 @@
-"""How long a call takes: synchronised wall clock on CPU, MPS and XPU, events and graph replay on CUDA and ROCm.
+"""How long a call takes: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA and ROCm.
 
-Contenders are timed in turns, round after round, so that a machine that slows down slows them all. Every round
-keeps its median: how far these lie apart is the noise that ``compare`` takes into account.
+Contenders are timed in turns, round after round, so that a machine that slows down slows them all. Every
+round keeps its median: how far these lie apart is the noise that ``compare`` takes into account.
 """
 
 import gc
@@ -21,7 +21,9 @@ import torch
 from .case import Call
 
 ROUNDS = 7
-MAX_SETS = 64  # sets of inputs to rotate; a job so small that they fit into the cache all the same is timed warm
+MAX_SETS = (
+    64  # sets of inputs to rotate; a job so small that they fit into the cache all the same is timed warm
+)
 
 Sampler = Callable[[], float]
 
@@ -96,9 +98,7 @@ class WallTimer:
     ) -> None:
         self.clock, self.least = clock, least
         self.cache_bytes = _cpu_cache_bytes()
-        self.synchronize = (
-            (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
-        )
+        self.synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
 
     def first_call(self, call: Call) -> tuple[Any, float]:
         """The results and seconds of a call that may compile."""
@@ -130,7 +130,7 @@ class WallTimer:
 
 
 class CudaTimer(WallTimer):
-    """CUDA events; without the launch: graph replay over rotated inputs, or else events after a flush of the L2.
+    """CUDA events; launch-free: graph replay over rotated inputs, or else events after a flush of the L2.
 
     Args:
         cuda: ``torch.cuda``; a rehearsal without a GPU puts a stand-in here.

@@ -1,0 +1,247 @@
+"""``python -m bench`` in a checkout, ``python -m gradkernels.bench`` once installed."""
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OPS = ("matmul", "mse", "linear_mse", "sgd", "adam", "training")
+EXAMPLES = """
+other commands:
+  report FILE...          pictures and an HTML page from results (beside each file, or --out DIR)
+  compare BEFORE AFTER    case by case, noise taken into account; exit status 1 if something became slower
+  aot                     what the compiler makes of every kernel (needs triton, no GPU)
+  traffic                 bytes moved and launches of every op, counted under the interpreter
+
+examples:
+  python -m bench --quick
+  python -m bench linear_mse --shape 200000x512x1 --dtype bfloat16
+  python -m bench adam --json before.json
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Check every op against its NumPy reference, then time it beside what one would use.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
+    made.add_argument(
+        "--dtype", action="append", metavar="NAME", help="float32, bfloat16, ...; may be repeated"
+    )
+    made.add_argument(
+        "--shape",
+        action="append",
+        metavar="AxB",
+        help="the sizes of the op's axes instead of the declared ones",
+    )
+    made.add_argument("--quick", action="store_true", help="fewer shapes and shorter timings: minutes in all")
+    made.add_argument(
+        "--device", help="cuda, cpu, mps, xpu (default: the accelerator that is there, else cpu)"
+    )
+    made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
+    made.add_argument("--seconds", type=float, metavar="S", help="of timing per contender and case")
+    made.add_argument("--scale", action="store_true", help="also how time grows with each size")
+    made.add_argument("--json", type=Path, metavar="FILE")
+    made.add_argument("--csv", type=Path, metavar="FILE")
+    made.add_argument("--plot", type=Path, metavar="DIR", help="pictures and report.html (needs matplotlib)")
+    made.add_argument(
+        "--out",
+        metavar="DIR",
+        help="bench.json, bench.csv and the report in a folder; {device} is this machine's name",
+    )
+    return made
+
+
+def shape_of(text: str, axes: Sequence[str]) -> tuple[Any, ...]:
+    """``"1000x64x1"`` or ``"mlp,8192"`` as the sizes of an op's axes."""
+    parts = [int(part) if part.isdigit() else part for part in re.split(r"(?<=\d)[x*]|,", text)]
+    if axes[0] != "kind" and (len(parts) != len(axes) or not all(isinstance(part, int) for part in parts)):
+        raise argparse.ArgumentTypeError(f"--shape {text}: expected {'x'.join(axes)} as numbers")
+    return tuple(parts)
+
+
+def declared(names: Sequence[str]) -> list[Any]:
+    """The declarations of these ops (default: all)."""
+    unknown = [name for name in names if name not in OPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown op {unknown[0]!r}; expected {', '.join(OPS)}")
+    return [importlib.import_module(f".bench_{name}", __package__).OP for name in names or OPS]
+
+
+def pick_device(name: str | None) -> Any:
+    """The device asked for, or the accelerator that is there; a device that is not there is an error."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device(name) if name else accelerator or torch.device("cpu")
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise argparse.ArgumentTypeError(f"--device {name}: this machine has no {device.type} device")
+    return device
+
+
+def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str) -> list[Any]:
+    """What the arguments select."""
+    import torch
+
+    dtypes = [getattr(torch, name) for name in arguments.dtype or ()]
+    cases = []
+    for op in ops:
+        if arguments.shape:
+            first = op.dtypes.get(device_type, op.dtypes["cpu"])[:1]
+            for text in arguments.shape:
+                for dtype in dtypes or first:
+                    cases += op.build(shape_of(text, op.axes), dtype)
+        else:
+            cases += [
+                case for case in op.cases(device_type, arguments.quick) if not dtypes or case.dtype in dtypes
+            ]
+    return cases
+
+
+def run(argv: Sequence[str]) -> int:
+    """Check, time, print, write; exit status 1 if a result of ours is wrong."""
+    made = parser()
+    arguments = made.parse_args(argv)
+    import torch
+
+    from . import machine, results
+    from .console import Screen, header
+    from .runner import Runner
+    from .scale import study
+    from .timing import timer_for
+
+    try:
+        device = pick_device(arguments.device)
+        ops = declared(arguments.ops)
+        cases = cases_of(ops, arguments, device.type)
+    except (argparse.ArgumentTypeError, AttributeError, RuntimeError) as error:
+        made.error(str(error))
+    if arguments.precision:
+        torch.backends.cuda.matmul.fp32_precision = arguments.precision
+    screen = Screen()
+    seconds = arguments.seconds or (0.14 if arguments.quick else 0.7)
+    timer = timer_for(device)
+    runner = Runner(device, timer, seconds, arguments.quick)
+    document: dict[str, Any] = {
+        "schema": results.SCHEMA,
+        "machine": machine.describe(device),
+        "limits": machine.measure_rates(device, timer, min(seconds, 0.5)),
+        "settings": {"quick": arguments.quick, "seconds": seconds},
+        "cases": [],
+    }
+    for line in header(document["machine"], document["limits"]):
+        screen.line(line)
+    sweeps = sum(len(op.sweep(device.type)) for op in ops) if arguments.scale else 0
+    with screen.progress(len(cases) + sweeps) as advance:
+        document["cases"] = list(runner.run(cases, lambda case: advance(case.name)))
+        if arguments.scale:
+            short = Runner(device, timer, seconds / 3, arguments.quick)
+            document["scale"] = [found for op in ops for found in study(op, short, torch.float32, advance)]
+    screen.document(document)
+    write(document, arguments, screen)
+    return 0 if results.all_right(document) else 1
+
+
+def write(document: dict[str, Any], arguments: argparse.Namespace, screen: Any) -> None:
+    """The files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
+    from . import machine, results
+
+    jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
+    if arguments.out:
+        folder = Path(arguments.out.replace("{device}", machine.slug(document["machine"])))
+        jsons, csvs, plots = [*jsons, folder / "bench.json"], [*csvs, folder / "bench.csv"], [*plots, folder]
+    for path in jsons:
+        results.write_json(document, path)
+    for path in csvs:
+        results.write_csv(document, path)
+    for path in (*jsons, *csvs):
+        screen.line(f"written: {path}")
+    for folder in plots:
+        draw(document, folder, screen)
+
+
+def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
+    """The report, or a word on why there is none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        screen.line(
+            "no pictures: matplotlib is not installed; elsewhere, `python -m bench report FILE` draws them"
+        )
+        return False
+    from . import report
+
+    screen.line(f"written: {report.write(document, folder)}")
+    return True
+
+
+def report_command(argv: Sequence[str]) -> int:
+    made = argparse.ArgumentParser(
+        prog="python -m bench report", description="Pictures and an HTML page from results."
+    )
+    made.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    made.add_argument("--out", type=Path, metavar="DIR", help="default: beside each file")
+    arguments = made.parse_args(argv)
+    from . import machine, results
+    from .console import Screen
+
+    several = len(arguments.files) > 1
+    drawn = []
+    for path in arguments.files:
+        document = results.load(path)
+        folder = arguments.out or path.parent
+        if arguments.out and several:
+            folder = folder / machine.slug(document["machine"])
+        drawn.append(draw(document, folder, Screen()))
+    return 0 if all(drawn) else 1
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    from . import compare, results
+    from .console import Screen
+
+    made = argparse.ArgumentParser(
+        prog="python -m bench compare",
+        description=compare.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("before", type=Path)
+    made.add_argument("after", type=Path)
+    made.add_argument(
+        "--threshold", type=float, default=compare.THRESHOLD, help="smallest change that counts (0.05)"
+    )
+    arguments = made.parse_args(argv)
+    before, after = results.load(arguments.before), results.load(arguments.after)
+    screen = Screen()
+    if before["machine"]["device"] != after["machine"]["device"]:
+        screen.line("the two runs are of different machines", "bad")
+    changes = compare.compare_runs(before, after, arguments.threshold)
+    screen.table(f"{arguments.before} -> {arguments.after}", compare.COLUMNS, compare.rows(changes))
+    counts = {
+        word: sum(change.verdict == word for change in changes)
+        for word in ("wrong", "slower", "faster", "noise")
+    }
+    screen.line(", ".join(f"{count} {word}" for word, count in counts.items()) + f", of {len(changes)} cases")
+    return 1 if compare.regressed(changes) else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["report"]:
+        return report_command(argv[1:])
+    if argv[:1] == ["compare"]:
+        return compare_command(argv[1:])
+    if argv[:1] in (["aot"], ["traffic"]):
+        return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+    return run(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

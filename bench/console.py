@@ -1,0 +1,198 @@
+"""What a run prints: header, progress, tables. With rich where it is installed, else plain lines."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .case import OURS
+from .results import (
+    SHORT,
+    baselines,
+    groups,
+    microseconds,
+    outcome,
+    rates,
+    ratio,
+    remarks,
+    summaries,
+)
+
+try:
+    import rich.console
+    import rich.markup
+    import rich.progress
+    import rich.table
+except ImportError:
+    rich = None  # type: ignore[assignment]
+
+Cell = tuple[str, str]  # the text, and "good", "bad", "dim" or ""
+COLOURS = {"good": "green", "bad": "bold red", "dim": "dim", "": ""}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def times(value: float) -> Cell:
+    """A ratio: how many times faster than the baseline."""
+    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x", "good" if value >= 1 else "bad"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
+
+
+def header(machine: dict[str, Any], limits: dict[str, Any]) -> list[str]:
+    """Machine, versions and limits, a line each."""
+    gpu = [f"{key} {machine[key]}" for key in ("capability", "driver", "runtime") if key in machine]
+    threads = [f"{machine['threads']} threads"] if "threads" in machine else []
+    versions = [f"{key} {machine[key]}" for key in ("torch", "triton", "numpy", "python", "gradkernels")]
+    matmul = ", ".join(f"{SHORT[name]} {number(rate / 1e12)}" for name, rate in limits["matmul"].items())
+    return [
+        " · ".join([machine["device"], *gpu, *threads]),
+        " · ".join(versions),
+        f"commit {machine['commit']} · {machine['date']} · float32 products: {machine['fp32_precision']}",
+        f"measured limits: copy {number(limits['copy'] / 1e9)} GB/s · matmul {matmul} TFLOP/s",
+    ]
+
+
+def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    """Columns and rows of one op's variant."""
+    others = baselines(records)
+    free = any("device" in outcome(record) for record in records)
+    columns = ["shape", "dtype", "us", "GB/s", "TF/s", "copy%", "mm%", *others, "first s"]
+    if free:
+        columns[3:3] = ["free us"]
+    rows: list[list[Cell]] = []
+    for record in records:
+        ours = outcome(record)
+        row: list[Cell] = [(record["label"], ""), (SHORT[record["dtype"]], "dim")]
+        speed = rates(record, limits)
+        if speed is None:
+            rows.append([*row, (ours["status"].upper(), "bad"), *[("-", "dim")] * (len(columns) - 3)])
+            continue
+        row.append((number(microseconds(ours, "call")), ""))
+        if free:
+            row.append((number(microseconds(ours, "device")), ""))
+        row += [(number(value), "") for value in (speed.gb_per_s, speed.tflop_per_s)]
+        row += [(percent(value), "") for value in (speed.copy_share, speed.matmul_share)]
+        for name in others:
+            value, status = ratio(record, name), outcome(record, name)["status"]
+            row.append(
+                times(value)
+                if value is not None
+                else ("·", "dim")
+                if status == "left out"
+                else ("-", "dim")
+                if status in ("none", "absent")
+                else (status.upper(), "bad")
+            )
+        rows.append([*row, (number(ours["first_call_s"]), "dim")])
+    return columns, rows
+
+
+class Screen:
+    """Where a run is shown: a terminal, or a file that it is redirected to."""
+
+    def __init__(self, width: int | None = None) -> None:
+        self.rich = rich and rich.console.Console(width=width, highlight=False)
+
+    def line(self, text: str = "", style: str = "") -> None:
+        if self.rich:
+            self.rich.print(rich.markup.escape(text), style=COLOURS.get(style, style) or None)
+        else:
+            print(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        if self.rich:
+            drawn = rich.table.Table(
+                title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD
+            )
+            drawn.padding = (0, 1, 0, 0)
+            for i, column in enumerate(columns):
+                drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+            for row in rows:
+                drawn.add_row(
+                    *(
+                        f"[{COLOURS[s]}]{rich.markup.escape(t)}[/]" if s else rich.markup.escape(t)
+                        for t, s in row
+                    )
+                )
+            self.rich.print(drawn)
+            return
+        widths = [
+            max(len(line[i]) for line in [columns, *([t for t, _ in r] for r in rows)])
+            for i in range(len(columns))
+        ]
+        print(f"\n{title}")
+        for line in [list(columns), *([text for text, _ in row] for row in rows)]:
+            first, *rest = zip(line, widths, strict=True)
+            print(" ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]))
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
+        """A bar that moves on each time it is told what comes next."""
+        if not self.rich:
+            done = iter(range(1, total + 1))
+            yield lambda name: print(f"[{next(done, total)}/{total}] {name}", file=sys.stderr, flush=True)
+            return
+        columns = (
+            rich.progress.BarColumn(24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.description}"),
+        )
+        with rich.progress.Progress(*columns, console=self.rich, transient=True) as bar:
+            task = bar.add_task("", total=total, completed=-1)
+            yield lambda name: bar.update(task, advance=1, description=rich.markup.escape(name))
+
+    def document(self, document: dict[str, Any]) -> None:
+        """All tables of a run, its summary, and what the numbers do not say."""
+        records = document["cases"]
+        for (op, variant), found in groups(records).items():
+            self.table(f"{op}: {variant}", *table(found, document["limits"]))
+        rows = [
+            [
+                (s.op, ""),
+                (s.baseline, ""),
+                times(s.geometric_mean),
+                times(s.worst),
+                (f"{len(s.losses)} of {s.cases}", ""),
+            ]
+            for s in summaries(records)
+        ]
+        self.table(
+            f"{OURS} against each baseline, launch included (above 1: {OURS} is faster)",
+            ("op", "baseline", "geo. mean", "worst", "slower"),
+            rows,
+        )
+        for s in summaries(records):
+            if s.losses:
+                self.line(f"slower than {s.baseline}:", "bold")
+                for name, value in s.losses:
+                    self.line(f"  {times(value)[0]}  {name}", "bad")
+        if scale := document.get("scale"):
+            self.table("Scale: time = fixed + c size^p", *scale_table(scale))
+        for remark in remarks(document):
+            self.line(f"note: {remark}", "dim")
+
+
+def scale_table(scale: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
+    """Per sweep: the fit of ours and of torch."""
+    columns = ["op", "axis", "from", "to", "p", "fixed us", "knee", "torch p", "torch fixed", "torch knee"]
+    rows: list[list[Cell]] = []
+    for sweep in scale:
+        values = [point["value"] for point in sweep["points"]]
+        row: list[Cell] = [(f"{sweep['op']}: {sweep['variant']}", ""), (sweep["axis"], "")]
+        row += [(f"{value:.2g}", "") for value in (values[0], values[-1])]
+        for fit in (sweep["ours"], sweep["torch"]):
+            row += [(number(fit["exponent"]), ""), (number(fit["fixed_us"]), "")]
+            row.append((f"{fit['knee']:.2g}" if fit["knee"] else "beyond", ""))
+        rows.append(row)
+    return columns, rows

@@ -1,0 +1,143 @@
+"""Pictures and one self-contained HTML page from results: ``python -m bench report FILE...``."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .case import OURS
+from .console import Cell, header, scale_table, table, times
+from .results import groups, remarks, summaries
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root {{ --ink: #1f2933; --faint: #66727f; --line: #e3e8ed; --card: #f6f8fa; --good: #0b7a5c;
+          --bad: #b42318; }}
+  body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 1080px;
+         margin: 0 auto; padding: 2rem 1.2rem 4rem; }}
+  h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }}
+  h2 {{ font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }}
+  h3 {{ font-size: 1rem; margin: 1.4rem 0 .3rem; }}
+  p.machine {{ color: var(--faint); margin: .1rem 0; font-size: .9rem; }}
+  .cards {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: .8rem;
+           margin: 1.2rem 0; }}
+  .card {{ background: var(--card); border-radius: 8px; padding: .7rem .9rem; }}
+  .card b {{ font-size: 1.45rem; display: block; }}
+  .card span {{ color: var(--faint); font-size: .85rem; }}
+  .wide {{ overflow-x: auto; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }}
+  th, td {{ padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
+           white-space: nowrap; }}
+  th {{ color: var(--faint); font-weight: 600; }}
+  th:first-child, td:first-child {{ text-align: left; }}
+  .good {{ color: var(--good); }}
+  .bad {{ color: var(--bad); font-weight: 600; }}
+  .dim {{ color: var(--faint); }}
+  img {{ max-width: 100%; height: auto; }}
+  ul {{ padding-left: 1.2rem; }} li {{ font-size: .9rem; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+LEGEND = (
+    "Every contender's result is checked against NumPy float64 before it is timed; a wrong one has no time. "
+    "us: median of a call in a loop, launch included. free us: without the launch (graph replay, or events after "
+    "a cache flush). GB/s: compulsory bytes (each input read once, each result written once) over time, "
+    "launch-free where that was measured. copy% and mm%: of this machine's copy and matmul rate, measured at the "
+    "start of the run; a job that fits the cache, or only reads, can pass 100. Other columns: the baseline's time "
+    "over gradkernels', launch included. first s: the first call, compilation included."
+)
+
+
+def pictures(document: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draw every picture of a run as PNG.
+
+    Returns:
+        ``{"roofline" | "<op>" | "scale": path}``.
+    """
+    import matplotlib.pyplot as plt
+
+    from . import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"roofline": plots.roofline}
+    for op in dict.fromkeys(record["op"] for record in document["cases"]):
+        drawn[op] = lambda document, op=op: plots.ratios(document, op)
+    if document.get("scale"):
+        drawn["scale"] = plots.scale
+    paths = {}
+    with plt.rc_context(plots.STYLE):
+        for name, draw in drawn.items():
+            figure = draw(document)
+            paths[name] = folder / f"{name}.png"
+            figure.savefig(paths[name])
+            plt.close(figure)
+    return paths
+
+
+def _image(path: Path, text: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    out = io.StringIO()
+    out.write('<div class="wide"><table><tr>')
+    out.write("".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>\n")
+    for row in rows:
+        cells = (f'<td class="{style}">{html.escape(text)}</td>' for text, style in row)
+        out.write(f"<tr>{''.join(cells)}</tr>\n")
+    out.write("</table></div>")
+    return out.getvalue()
+
+
+def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
+    """The whole report as one HTML file that needs no other."""
+    machine, records, limits = document["machine"], document["cases"], document["limits"]
+    body = [f'<p class="machine">{html.escape(line)}</p>' for line in header(machine, limits)]
+    found = summaries(records)
+    body.append('<div class="cards">')
+    for s in found:
+        text, style = times(s.geometric_mean)
+        body.append(
+            f'<div class="card"><b class="{style}">{text}</b>{html.escape(f"{s.op} against {s.baseline}")}<br>'
+            f"<span>worst {times(s.worst)[0]}, slower in {len(s.losses)} of {s.cases}</span></div>"
+        )
+    body.append("</div>")
+    body.append(f'<p class="dim">{LEGEND}</p>')
+    body.append(_image(paths["roofline"], "roofline"))
+    for op in dict.fromkeys(record["op"] for record in records):
+        body.append(
+            f"<h2>{html.escape(op)}</h2>" + _image(paths[op], f"{op}: ratio to each baseline over size")
+        )
+        of_op = [record for record in records if record["op"] == op]
+        for (_, variant), group in groups(of_op).items():
+            body.append(f"<h3>{html.escape(variant)}</h3>" + _table(*table(group, limits)))
+    if scale := document.get("scale"):
+        body.append("<h2>Scale</h2>" + _image(paths["scale"], "time over size"))
+        body.append(_table(*scale_table(scale)))
+    body.append(f"<h2>Where {OURS} is slower</h2><ul>")
+    for s in found:
+        for name, value in s.losses:
+            body.append(
+                f'<li><b class="bad">{times(value)[0]}</b> {html.escape(f"{name}, against {s.baseline}")}</li>'
+            )
+    body.append("</ul><h2>Notes</h2><ul>")
+    body += [f"<li>{html.escape(remark)}</li>" for remark in remarks(document)]
+    body.append("</ul>")
+    title = html.escape(f"{OURS} on {machine['device']}")
+    return PAGE.format(title=title, body="\n".join(body))
+
+
+def write(document: dict[str, Any], folder: Path) -> Path:
+    """The pictures and ``report.html`` in a folder; gives the page's path."""
+    path = folder / "report.html"
+    path.write_text(page(document, pictures(document, folder)))
+    return path

@@ -1,0 +1,182 @@
+"""What follows from the measured numbers (rates, shares of the limits, ratios, losses), and their files."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .case import OURS
+
+SCHEMA = 1
+SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def case_name(record: dict[str, Any]) -> str:
+    return f"{record['op']} {record['variant']} {record['label']} {record['dtype']}"
+
+
+def outcome(record: dict[str, Any], contender: str = OURS) -> dict[str, Any]:
+    """What became of a contender: its ``status``, and its timings where that is ok."""
+    if "skipped" in record:
+        return {"status": "skipped", "note": record["skipped"]}
+    return record["contenders"].get(contender, {"status": "none", "note": "not among this op's contenders"})
+
+
+def microseconds(found: dict[str, Any], key: str) -> float | None:
+    """The median of ``call`` (launch included) or ``device`` (launch-free); None where it was not taken."""
+    timing = found.get(key)
+    return timing["median_us"] if timing else None
+
+
+def best_microseconds(found: dict[str, Any]) -> float | None:
+    """What rates are computed from: launch-free where that could be measured, else the whole call."""
+    return microseconds(found, "device") or microseconds(found, "call")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one contender in one case; the shares are of the machine's measured limits, None where unknown."""
+
+    gb_per_s: float
+    tflop_per_s: float
+    copy_share: float
+    matmul_share: float | None
+
+
+def rates(record: dict[str, Any], limits: dict[str, Any], contender: str = OURS) -> Rates | None:
+    us = best_microseconds(outcome(record, contender))
+    if us is None:
+        return None
+    moved, done = record["bytes"] / us * 1e6, record["flops"] / us * 1e6
+    matmul = limits["matmul"].get(record["dtype"])
+    return Rates(moved / 1e9, done / 1e12, moved / limits["copy"], done / matmul if matmul else None)
+
+
+def ratio(record: dict[str, Any], baseline: str, key: str = "call") -> float | None:
+    """The baseline's time over ours: above 1 we are faster."""
+    ours, theirs = (microseconds(outcome(record, name), key) for name in (OURS, baseline))
+    return theirs / ours if ours and theirs else None
+
+
+def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The contenders besides ours that were timed at least once, in the order of declaration."""
+    names: dict[str, None] = {}
+    for record in records:
+        for name, found in record.get("contenders", {}).items():
+            if name != OURS and found["status"] in ("ok", "wrong", "failed"):
+                names[name] = None
+    return list(names)
+
+
+def groups(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The records by op and variant."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["op"], record["variant"]), []).append(record)
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One op against one baseline, launch included."""
+
+    op: str
+    baseline: str
+    geometric_mean: float
+    worst: float
+    worst_case: str
+    losses: list[tuple[str, float]]
+    cases: int
+
+
+def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
+    found = []
+    for op in dict.fromkeys(record["op"] for record in records):
+        of_op = [record for record in records if record["op"] == op]
+        for baseline in baselines(of_op):
+            pairs = [(case_name(r), value) for r in of_op if (value := ratio(r, baseline)) is not None]
+            if not pairs:
+                continue
+            worst_case, worst = min(pairs, key=lambda pair: pair[1])
+            mean = float(np.exp(np.mean(np.log([value for _, value in pairs]))))
+            losses = sorted((pair for pair in pairs if pair[1] < 1), key=lambda pair: pair[1])
+            found.append(Summary(op, baseline, mean, worst, worst_case, losses, len(pairs)))
+    return found
+
+
+def remarks(document: dict[str, Any]) -> list[str]:
+    """What the numbers do not say: wrong and failed results, contenders that are absent, cases skipped."""
+    records = document["cases"]
+    found: dict[str, None] = {}
+    for record in records:
+        if "skipped" in record:
+            found[f"{case_name(record)}: skipped, {record['skipped']}"] = None
+        for name, result in record.get("contenders", {}).items():
+            if result["status"] in ("wrong", "failed"):
+                found[f"{case_name(record)}: {name} {result['status'].upper()}: {result['note']}"] = None
+            elif result["status"] == "absent":
+                found[f"{record['op']}: {name} is {result['note']}"] = None
+            elif result["status"] == "left out":
+                found[f"{record['op']}: {name} was timed on some shapes only (·): it {result['note']}"] = None
+    for sweep in document.get("scale", ()):
+        if sweep["stopped"]:
+            found[f"scale of {sweep['op']} {sweep['variant']}: {sweep['stopped']}"] = None
+    return list(found)
+
+
+def all_right(document: dict[str, Any]) -> bool:
+    """Whether every result of ours that was checked is right."""
+    stops = [sweep["stopped"] for sweep in document.get("scale", ())]
+    return all(outcome(record)["status"] in ("ok", "skipped") for record in document["cases"]) and not any(
+        stop.startswith(("wrong", "failed")) for stop in stops
+    )
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """A file written by ``write_json``.
+
+    Raises:
+        ValueError: it is something else, or of another schema.
+    """
+    document = json.loads(Path(path).read_text())
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: not a result of python -m bench --json (schema {SCHEMA})")
+    return document
+
+
+def write_json(document: dict[str, Any], path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+CSV_COLUMNS = (
+    *("op", "variant", "label", "dtype", "bytes", "flops", "cache", "contender", "status", "first_call_s"),
+    *("call_us", "call_p20_us", "call_p80_us", "device_us", "device_p20_us", "device_p80_us", "gb_per_s"),
+    *("tflop_per_s", "copy_share", "matmul_share", "ratio_to_gradkernels", "device", "date", "commit"),
+)
+
+
+def write_csv(document: dict[str, Any], path: str | Path) -> None:
+    """One line per case and contender; each carries its machine, date and commit."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {key: document["machine"][key] for key in ("device", "date", "commit")}
+    with path.open("w", newline="") as file:
+        lines = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
+        lines.writeheader()
+        for record in document["cases"]:
+            for name in record.get("contenders", {OURS: {}}):
+                found, speed = outcome(record, name), rates(record, document["limits"], name)
+                line = record | machine | found | (vars(speed) if speed else {})
+                for key in ("call", "device"):
+                    for column in ("median", "p20", "p80"):
+                        timing = found.get(key) or {}
+                        field = f"{key}_us" if column == "median" else f"{key}_{column}_us"
+                        line[field] = timing.get(f"{column}_us")
+                line["device"] = machine["device"]
+                lines.writerow(line | {"contender": name, "ratio_to_gradkernels": ratio(record, name)})
