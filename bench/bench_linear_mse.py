@@ -1,8 +1,8 @@
-"""linear_mse_loss: predictions of K outputs from N rows of D features, their mean squared error, its gradients.
+"""linear_mse_loss: predictions of K outputs from N rows of D features, their squared error, its gradients.
 
 bytes   X once (N D), target once (N K), weight and bias read and their gradients written (2 (D + 1) K), times
-        the size of an element. Plain torch reads X twice and moves the predictions several times; the count is
-        the same for all, so that GB/s compares.
+        the size of an element. Plain torch reads X twice and moves the predictions several times; the count
+        is the same for all, so that GB/s compares.
 FLOPs   2 N D K for the predictions, as many for the weight's gradient, 5 N K for the error.
 """
 

@@ -1,6 +1,6 @@
 """FusedSGD: one step over any number of parameters.
 
-bytes   parameter and gradient read, parameter written: 3 elements; with momentum the buffer is read and written
+bytes   parameter and gradient read, parameter written: 3 elements; with momentum the buffer read and written
         as well: 5.
 FLOPs   2 a parameter; with momentum and weight decay 6.
 """
@@ -25,7 +25,7 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         contenders = (
             stepper(OURS, lambda params, options=options: gradkernels.FusedSGD(params, **options)),
             *torch_steppers(partial(torch.optim.SGD, **options)),
-            compiled_stepper(partial(torch.optim.SGD, **options)),
+            *compiled_stepper(partial(torch.optim.SGD, **options), shape),
             apex("FusedSGD", **options),
         )
         states = ("momentum_buffer",) if "momentum" in options else ()
@@ -42,8 +42,8 @@ OP = Op(
         "cuda": ((1, 2), (1, 1 << 20), (1, 10**8), (1, 10**9), (300, 10**5), (3000, 1000), (5000, 100)),
     },
     quick={
-        "cpu": ((1, 2), (1000, 1000), (1, 1 << 20)),
-        "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**8)),
+        "cpu": ((1, 2), (1000, 1000), (1, 1 << 20), (1, 10**7)),
+        "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**7), (1, 10**9)),
     },
     dtypes={
         "cpu": (torch.float32, torch.bfloat16),

@@ -28,8 +28,8 @@ class Change:
 
     Attributes:
         name: of the case.
-        verdict: ``slower``, ``faster``, ``same``, ``noise`` (beyond the threshold, but not beyond the noise or
-            not against torch), ``wrong`` (was right), ``gone``, ``new``.
+        verdict: ``slower``, ``faster``, ``same``, ``noise`` (beyond the threshold, but not beyond the noise
+            or not against torch), ``wrong`` (was right), ``gone``, ``new``.
         before, after: microseconds.
         relative: how the ratio of our time to torch's changed; 1.2 is a fifth slower.
     """

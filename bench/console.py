@@ -31,12 +31,11 @@ COLOURS = {"good": "green", "bad": "bold red", "dim": "dim", "": ""}
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without an exponent."""
+    """Three significant digits and at most three decimals."""
     if value is None:
         return "-"
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{decimals}f}"
 
 
 def times(value: float) -> Cell:
@@ -163,7 +162,7 @@ class Screen:
                 (s.baseline, ""),
                 times(s.geometric_mean),
                 times(s.worst),
-                (f"{len(s.losses)} of {s.cases}", ""),
+                (f"{s.clear_losses} of {s.cases}", ""),
             ]
             for s in summaries(records)
         ]
@@ -174,9 +173,11 @@ class Screen:
         )
         for s in summaries(records):
             if s.losses:
-                self.line(f"slower than {s.baseline}:", "bold")
-                for name, value in s.losses:
-                    self.line(f"  {times(value)[0]}  {name}", "bad")
+                self.line(f"{s.op}: slower than {s.baseline}", "bold")
+                for loss in s.losses:
+                    self.line(
+                        f"  {times(loss.ratio)[0]}  {loss.case}{loss.remark}", "" if loss.remark else "bad"
+                    )
         if scale := document.get("scale"):
             self.table("Scale: time = fixed + c size^p", *scale_table(scale))
         for remark in remarks(document):

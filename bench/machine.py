@@ -1,4 +1,4 @@
-"""The machine a run is about: what it is, how fast it copies and multiplies (measured at the start of the run)."""
+"""The machine a run is about: what it is, and how fast it copies and multiplies when the run starts."""
 
 import datetime
 import functools

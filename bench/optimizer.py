@@ -1,4 +1,4 @@
-"""What the declarations of the optimizers share: lists of parameters, ten steps to check, one step to time."""
+"""What the optimizers' declarations share: lists of parameters, ten steps to check, one step to time."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ Reference = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> list[Tensor]:
-    """Parameters of a contender's own, with the common gradients; copies where torch's clipping writes them."""
+    """A contender's own parameters, with the common gradients; copies where torch's clipping writes them."""
     copies = [param.clone().requires_grad_() for param in params]
     for copy, grad in zip(copies, grads, strict=True):
         copy.grad = grad.clone() if clip else grad
@@ -49,8 +49,14 @@ def torch_steppers(build: Callable[..., torch.optim.Optimizer], clip: bool = Fal
     return [stepper(name, partial(build, **way), clip) for name, way in ways.items()]
 
 
-def compiled_stepper(build: Build) -> Contender:
-    """``torch.compile`` of the step."""
+def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Contender]:
+    """``torch.compile`` of the step, for one large tensor.
+
+    Each optimizer compiles a program of its own: over many tensors, or over several sets of inputs, that
+    takes minutes.
+    """
+    if shape[0] > 1 or shape[1] < 10**7:
+        return []
 
     def prepare(params: list[Tensor], grads: list[Tensor]) -> Call:
         optimizer = build(_copies(params, grads, False))
@@ -62,7 +68,7 @@ def compiled_stepper(build: Build) -> Contender:
 
         return call
 
-    return Contender("compile", prepare, slow_start=True)
+    return [Contender("compile", prepare, slow_start=True)]
 
 
 def apex(name: str, **options: Any) -> Contender:
@@ -139,5 +145,5 @@ def step_case(
         expected,
         pick,
         calls=steps,
-        compile=label is None and shape == (1, 1 << 20),
+        compile=shape == (1, 10**7),
     )

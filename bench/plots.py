@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .case import OURS
-from .results import SHORT, baselines, groups, outcome, rates, ratio
+from .results import SHORT, baselines, groups, rates, ratio, ratio_rounds
 
 INK, FAINT, PAPER = "#1f2933", "#9aa5b1", "#ffffff"
 COLOURS = ("#2f6fdb", "#e07b00", "#0c9b74", "#c43d7f", "#7654d4", "#8a6d3b")
@@ -43,12 +43,17 @@ STYLE = {
 }
 
 
-def _si(value: float, _: Any = None) -> str:
+def _si(value: float, _: Any = None, unit: str = "") -> str:
     """1500 as 1.5k: for the ticks of a logarithmic axis."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, "")):
         if value >= limit:
-            return f"{value / limit:g}{unit}"
+            return f"{value / (limit or 1):g}" + (f" {letter}{unit}" if unit else letter)
     return f"{value:g}"
+
+
+def _three(value: float, unit: str = "") -> str:
+    """With three significant digits."""
+    return _si(float(f"{value:.3g}"), unit=unit)
 
 
 def _microseconds(value: float, _: Any = None) -> str:
@@ -56,12 +61,15 @@ def _microseconds(value: float, _: Any = None) -> str:
 
 
 def _bytes(value: float, _: Any = None) -> str:
-    return f"{_si(value)}B"
+    return _si(value, unit="B")
 
 
 def _caption(figure: Figure, machine: dict[str, Any]) -> None:
     text = f"{machine['device']} · torch {machine['torch']} · {machine['date']} · commit {machine['commit']}"
-    figure.text(0.995, 0.005, text, ha="right", va="bottom", fontsize=8, color=FAINT)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0, 0.035, 1, 0.965))
+    figure.text(0.995, 0.008, text, ha="right", va="bottom", fontsize=8, color=FAINT)
 
 
 def roofline(document: dict[str, Any]) -> Figure:
@@ -69,62 +77,52 @@ def roofline(document: dict[str, Any]) -> Figure:
     limits, records = document["limits"], document["cases"]
     ops = list(dict.fromkeys(record["op"] for record in records))
     figure, axes = plt.subplots(figsize=(10, 6.4), layout="constrained")
-    highest = 0.0
-    left, right = np.inf, 0.0
+    intensities: list[float] = []
     for record in records:
         speeds = [rates(record, limits, name) for name in (OURS, *baselines([record])[:1])]
         if speeds[0] is None:
             continue
         x = record["flops"] / record["bytes"]
-        left, right = min(left, x), max(right, x)
-        colour = COLOURS[ops.index(record["op"]) % len(COLOURS)]
-        ys = [speed.tflop_per_s for speed in speeds if speed]
+        intensities.append(x)
+        ys = [1e12 * speed.tflop_per_s for speed in speeds if speed]
+        colour, mark = COLOURS[ops.index(record["op"]) % len(COLOURS)], DTYPE_MARKS[record["dtype"]]
         size = 14 + 9 * max(0.0, np.log10(record["bytes"]) - 3)
-        axes.plot([x] * len(ys), ys, color=colour, linewidth=0.9, alpha=0.45, zorder=2)
-        mark = DTYPE_MARKS[record["dtype"]]
-        axes.scatter(x, ys[0], size, marker=mark, color=colour, edgecolor=PAPER, linewidth=0.6, zorder=4)
-        if len(ys) > 1:
-            axes.scatter(
-                x, ys[1], size, marker=mark, facecolor=PAPER, edgecolor=colour, linewidth=1.1, zorder=3
-            )
-        highest = max(highest, *ys)
+        axes.plot([x] * len(ys), ys, color=colour, linewidth=0.9, alpha=0.45, zorder=3)
+        axes.scatter(x, ys[0], size, marker=mark, color=colour, edgecolor=PAPER, linewidth=0.6, zorder=5)
+        for y in ys[1:]:
+            axes.scatter(x, y, size, marker=mark, facecolor=PAPER, edgecolor=colour, linewidth=1.1, zorder=4)
     used = {record["dtype"] for record in records}
-    x = np.geomspace(left / 2 if right else 0.1, max(right * 2, 10.0), 400)
-    roofs = sorted(
-        ((name, rate / 1e12) for name, rate in limits["matmul"].items() if name in used),
-        key=lambda pair: pair[1],
-    )
-    slope = limits["copy"] / 1e12
-    for i, (name, rate) in enumerate(roofs):
-        axes.plot(x, np.minimum(slope * x, rate), color=INK, linewidth=1.6, zorder=1)
-        crowded = i > 0 and rate < 1.25 * roofs[i - 1][1]
+    roofs = sorted((rate, name) for name, rate in limits["matmul"].items() if name in used)
+    ridge = max((rate / limits["copy"] for rate, _ in roofs), default=1.0)
+    x = np.geomspace(min(intensities, default=1.0) / 2, max([*intensities, 12 * ridge]) * 2, 400)
+    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
+    shift = 4
+    for i, (rate, name) in enumerate(roofs):
+        axes.plot(x, np.minimum(limits["copy"] * x, rate), color=INK, linewidth=1.6, zorder=2)
+        shift = shift + 12 if i and rate < 1.3 * roofs[i - 1][0] else 4
         axes.annotate(
-            f"matmul {SHORT[name]}: {rate:.3g} TFLOP/s",
+            f"matmul {SHORT[name]}: {_three(rate, 'FLOP/s')}",
             (x[-1], rate),
-            xytext=(-4, 15 if crowded else 4),
+            xytext=(-4, shift),
             textcoords="offset points",
             ha="right",
             fontsize=9,
         )
-    start = x[0] * 1.15
-    angle_anchor = axes.annotate(
-        f"copy: {limits['copy'] / 1e9:.3g} GB/s",
-        (start, slope * start),
-        xytext=(2, 10),
-        textcoords="offset points",
+    start = x[0] * 1.2
+    axes.text(
+        start,
+        1.12 * limits["copy"] * start,
+        f"copy: {_three(limits['copy'], 'B/s')}",
         fontsize=9,
+        rotation=45,
         rotation_mode="anchor",
+        transform_rotates_text=True,
     )
-    axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
-    axes.set_ylim(top=max(highest, *(rate for _, rate in roofs), slope * x[0]) * 2.5)
-    figure.canvas.draw()
-    ends = axes.transData.transform([(start, slope * start), (start * 2, slope * start * 2)])
-    angle_anchor.set_rotation(np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1])))
     axes.set_xlabel("arithmetic intensity (FLOP per compulsory byte)")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel("FLOP/s")
     axes.set_title("Roofline: how far from what this machine can do")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_si))
+    axes.yaxis.set_major_formatter(FuncFormatter(_si))
     keys = [_key(COLOURS[i % len(COLOURS)], "o", op) for i, op in enumerate(ops)]
     keys += [
         Line2D([], [], marker="o", linestyle="", color=FAINT, markerfacecolor=colour, label=label)
@@ -200,8 +198,7 @@ def ratios(document: dict[str, Any], op: str) -> Figure:
 
 def _spread(record: dict[str, Any], baseline: str) -> tuple[float, float]:
     """The 20th and 80th percentile of the ratio over the rounds."""
-    ours, theirs = (np.array(outcome(record, name)["call"]["rounds_us"]) for name in (OURS, baseline))
-    low, high = np.percentile(theirs / ours, (20, 80))
+    low, high = np.percentile(ratio_rounds(record, baseline), (20, 80))
     return float(low), float(high)
 
 
@@ -237,7 +234,7 @@ def _sweep(axes: Axes, sweep: dict[str, Any]) -> None:
         if who == "ours" and found["knee"] and found["knee"] > x[0]:
             axes.axvline(found["knee"], color=INK, linestyle=":", linewidth=1.2)
             axes.annotate(
-                " " + _si(float(f"{found['knee']:.2g}")),
+                f" {_three(found['knee'])}",
                 (found["knee"], 0.02),
                 xycoords=("data", "axes fraction"),
                 fontsize=9,

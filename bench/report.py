@@ -46,14 +46,14 @@ PAGE = """<!doctype html>
 {body}
 </html>
 """
-LEGEND = (
-    "Every contender's result is checked against NumPy float64 before it is timed; a wrong one has no time. "
-    "us: median of a call in a loop, launch included. free us: without the launch (graph replay, or events after "
-    "a cache flush). GB/s: compulsory bytes (each input read once, each result written once) over time, "
-    "launch-free where that was measured. copy% and mm%: of this machine's copy and matmul rate, measured at the "
-    "start of the run; a job that fits the cache, or only reads, can pass 100. Other columns: the baseline's time "
-    "over gradkernels', launch included. first s: the first call, compilation included."
-)
+LEGEND = """
+Every contender's result is checked against NumPy float64 before it is timed; a wrong one has no time.
+<b>us</b>: median of a call in a loop, launch included. <b>free us</b>: without the launch (graph replay, or events
+after a cache flush). <b>GB/s</b>: compulsory bytes (each input read once, each result written once) over time,
+launch-free where that was measured. <b>copy%</b> and <b>mm%</b>: of this machine's copy and matmul rate, measured
+at the start of the run; a job that fits the cache, or only reads, can pass 100. Other columns: the baseline's time
+over gradkernels', launch included. <b>first s</b>: the first call, compilation included.
+"""
 
 
 def pictures(document: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -105,11 +105,9 @@ def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
     found = summaries(records)
     body.append('<div class="cards">')
     for s in found:
-        text, style = times(s.geometric_mean)
-        body.append(
-            f'<div class="card"><b class="{style}">{text}</b>{html.escape(f"{s.op} against {s.baseline}")}<br>'
-            f"<span>worst {times(s.worst)[0]}, slower in {len(s.losses)} of {s.cases}</span></div>"
-        )
+        (text, style), name = times(s.geometric_mean), html.escape(f"{s.op} against {s.baseline}")
+        slower = f"worst {times(s.worst)[0]}, slower in {s.clear_losses} of {s.cases}"
+        body.append(f'<div class="card"><b class="{style}">{text}</b>{name}<br><span>{slower}</span></div>')
     body.append("</div>")
     body.append(f'<p class="dim">{LEGEND}</p>')
     body.append(_image(paths["roofline"], "roofline"))
@@ -125,10 +123,9 @@ def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
         body.append(_table(*scale_table(scale)))
     body.append(f"<h2>Where {OURS} is slower</h2><ul>")
     for s in found:
-        for name, value in s.losses:
-            body.append(
-                f'<li><b class="bad">{times(value)[0]}</b> {html.escape(f"{name}, against {s.baseline}")}</li>'
-            )
+        for loss in s.losses:
+            text = html.escape(f"{loss.case}, against {s.baseline}{loss.remark}")
+            body.append(f'<li><b class="bad">{times(loss.ratio)[0]}</b> {text}</li>')
     body.append("</ul><h2>Notes</h2><ul>")
     body += [f"<li>{html.escape(remark)}</li>" for remark in remarks(document)]
     body.append("</ul>")

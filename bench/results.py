@@ -81,6 +81,19 @@ def groups(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict
 
 
 @dataclass(frozen=True)
+class Loss:
+    """A case in which a baseline is faster; ``clear`` if it was in every round."""
+
+    case: str
+    ratio: float
+    clear: bool
+
+    @property
+    def remark(self) -> str:
+        return "" if self.clear else " (within the noise)"
+
+
+@dataclass(frozen=True)
 class Summary:
     """One op against one baseline, launch included."""
 
@@ -89,8 +102,18 @@ class Summary:
     geometric_mean: float
     worst: float
     worst_case: str
-    losses: list[tuple[str, float]]
+    losses: list[Loss]
     cases: int
+
+    @property
+    def clear_losses(self) -> int:
+        return sum(loss.clear for loss in self.losses)
+
+
+def ratio_rounds(record: dict[str, Any], baseline: str, key: str = "call") -> np.ndarray:
+    """The ratio in each round: its spread is the noise."""
+    ours, theirs = (np.array(outcome(record, name)[key]["rounds_us"]) for name in (OURS, baseline))
+    return theirs / ours
 
 
 def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
@@ -98,13 +121,16 @@ def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
     for op in dict.fromkeys(record["op"] for record in records):
         of_op = [record for record in records if record["op"] == op]
         for baseline in baselines(of_op):
-            pairs = [(case_name(r), value) for r in of_op if (value := ratio(r, baseline)) is not None]
-            if not pairs:
-                continue
-            worst_case, worst = min(pairs, key=lambda pair: pair[1])
-            mean = float(np.exp(np.mean(np.log([value for _, value in pairs]))))
-            losses = sorted((pair for pair in pairs if pair[1] < 1), key=lambda pair: pair[1])
-            found.append(Summary(op, baseline, mean, worst, worst_case, losses, len(pairs)))
+            timed = [
+                Loss(case_name(record), value, bool(ratio_rounds(record, baseline).max() < 1))
+                for record in of_op
+                if (value := ratio(record, baseline)) is not None
+            ]
+            timed.sort(key=lambda each: each.ratio)
+            if timed:
+                mean = float(np.exp(np.mean(np.log([each.ratio for each in timed]))))
+                losses = [each for each in timed if each.ratio < 1]
+                found.append(Summary(op, baseline, mean, timed[0].ratio, timed[0].case, losses, len(timed)))
     return found
 
 

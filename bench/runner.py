@@ -75,7 +75,8 @@ class Runner:
         if needed > free_bytes(self.device):
             return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB"}
         if any(contender.slow_start for contender in case.contenders):
-            torch._dynamo.reset()  # else the ninth shape of a function would run uncompiled, without a word
+            torch._dynamo.reset()  # the ninth shape of a function would run uncompiled, without a word:
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         try:
             return record | self._checked_and_timed(case)
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""How long a call takes: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA and ROCm.
+"""How long a call takes: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA, ROCm.
 
 Contenders are timed in turns, round after round, so that a machine that slows down slows them all. Every
 round keeps its median: how far these lie apart is the noise that ``compare`` takes into account.
