@@ -92,7 +92,10 @@ def measure_rates(
 
     def fastest(calls: list[Any], work: float) -> float:
         samplers = [timer.per_call([call])[0] for call in calls]
-        return max(work / summarise(rounds, "").median for rounds in in_turns(samplers, seconds, timer.pause))
+        return max(
+            work / summarise(rounds, "").median
+            for rounds in in_turns(samplers, seconds, timer.pause, timer.clock)
+        )
 
     numel = max(8 * timer.cache_bytes, 1 << 28) // 4 if full else 1 << 10
     source = torch.randn(numel, device=device)

@@ -37,6 +37,10 @@ def free_bytes(device: torch.device) -> int:
         return 8 << 30
 
 
+class NoYardstickError(RuntimeError):
+    """Plain torch cannot do the job, so nothing can be measured against it."""
+
+
 class Runner:
     """Checks and times cases on one device.
 
@@ -70,10 +74,10 @@ class Runner:
             "bytes": case.bytes,
             "flops": case.flops,
         }
-        # Inputs, each contender's copies and results, and the reference's float64 temporaries.
-        needed = 8 * case.bytes * max(1, 4 // case.dtype.itemsize)
-        if needed > free_bytes(self.device):
-            return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB"}
+        reference_bytes = 12 * case.bytes // case.dtype.itemsize  # float64, and its temporaries
+        for place, needed in ((torch.device("cpu"), reference_bytes), (self.device, 2 * case.bytes)):
+            if needed > free_bytes(place):
+                return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB on {place.type}"}
         if any(contender.slow_start for contender in case.contenders):
             torch._dynamo.reset()  # the ninth shape of a function would run uncompiled, without a word:
             torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -81,15 +85,23 @@ class Runner:
             return record | self._checked_and_timed(case)
         except torch.OutOfMemoryError:
             return record | {"skipped": "out of memory"}
+        except NoYardstickError as error:
+            return record | {"skipped": f"plain torch has no result: {error}"}
         finally:
             gc.collect()
 
-    def _inputs(self, case: Case, number: int) -> tuple[Any, ...]:
+    def inputs(self, case: Case, number: int) -> tuple[Any, ...]:
+        """The inputs of a case; each number has its own random ones."""
         generator = torch.Generator(self.device).manual_seed(number)
         return case.make(self.device, generator)
 
-    def _checked_and_timed(self, case: Case) -> dict[str, Any]:
-        inputs = self._inputs(case, 0)
+    def checked(self, case: Case) -> tuple[tuple[Any, ...], dict[str, dict[str, Any]]]:
+        """The inputs, and what became of each contender on them: ``status``, and a ``note`` or the first call's time.
+
+        Raises:
+            NoYardstickError: plain torch's own result cannot be had.
+        """
+        inputs = self.inputs(case, 0)
         expected = case.reference(*to_numpy(inputs))
         outcomes: dict[str, dict[str, Any]] = {}
         yardstick: list[Tensor] = []
@@ -99,19 +111,25 @@ class Runner:
             yardstick = yardstick or results
             outcomes[contender.name] = outcome | verdict(results, yardstick, expected) if results else outcome
         if outcomes[plain.name]["status"] != "ok":
-            raise RuntimeError(
-                f"{case.name}: torch's own result cannot be had: {outcomes[plain.name]['note']}"
-            )
-        del expected, yardstick, results
+            raise NoYardstickError(outcomes[plain.name]["note"])
+        return inputs, outcomes
+
+    def _checked_and_timed(self, case: Case) -> dict[str, Any]:
+        inputs, outcomes = self.checked(case)
         running = [c for c in case.contenders if outcomes[c.name]["status"] == "ok"]
         sets = input_sets(case.bytes, self.timer.cache_bytes)
-        more = [self._inputs(case, number) for number in range(1, sets)]
-        calls = [[contender.prepare(*one) for one in (inputs, *more)] for contender in running]
-        for contender, timings in zip(running, self._timed(calls), strict=True):
-            outcomes[contender.name] |= timings
+        rotated = [inputs, *(self.inputs(case, number) for number in range(1, sets))]
+        # What a contender keeps (an optimizer's copies and state) is at most about half of what its call moves.
+        together = sets * case.bytes * (1 + len(running) / 2) < free_bytes(self.device)
+        for turn in [running] if together else [[contender] for contender in running]:
+            calls = [[contender.prepare(*one) for one in rotated] for contender in turn]
+            for contender, timings in zip(turn, self._timed(calls), strict=True):
+                outcomes[contender.name] |= timings
+            del calls
         cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
         return {
             "cache": "cold" if cold else "warm",
+            "in_turns": together,
             "contenders": {contender.name: outcomes[contender.name] for contender in case.contenders},
         }
 
@@ -143,7 +161,9 @@ class Runner:
             results: list[dict[str, Any]] = [{} for _ in calls]
             for key, samplers in (("call", included), ("device", free)):
                 taken = [(i, *found) for i, found in enumerate(samplers) if found is not None]
-                rounds = in_turns([sampler for _, sampler, _ in taken], self.seconds, self.timer.pause)
+                rounds = in_turns(
+                    [sampler for _, sampler, _ in taken], self.seconds, self.timer.pause, self.timer.clock
+                )
                 for (i, _, method), samples in zip(taken, rounds, strict=True):
                     results[i][key] = in_microseconds(summarise(samples, method))
         return results

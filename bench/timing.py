@@ -57,8 +57,13 @@ def summarise(rounds: Sequence[Sequence[float]], method: str) -> Timing:
     return Timing(float(median), float(p20), float(p80), medians, sum(map(len, rounds)), method)
 
 
-def in_turns(samplers: Sequence[Sampler], seconds: float, pause: float = 0.0) -> list[list[list[float]]]:
-    """Samples per sampler and round, about ``seconds`` for each sampler.
+def in_turns(
+    samplers: Sequence[Sampler],
+    seconds: float,
+    pause: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[list[list[float]]]:
+    """Samples per sampler and round, about ``seconds`` on the clock for each sampler.
 
     Each round gives every sampler its turn of at least one sample, with a rest of ``pause`` seconds before it
     (a chip under steady load lowers its clock).
@@ -69,8 +74,8 @@ def in_turns(samplers: Sequence[Sampler], seconds: float, pause: float = 0.0) ->
             if pause:
                 time.sleep(pause)
             samples: list[float] = []
-            stop = time.perf_counter() + seconds / ROUNDS
-            while not samples or time.perf_counter() < stop:
+            stop = clock() + seconds / ROUNDS
+            while not samples or clock() < stop:
                 samples.append(sampler())
             rounds.append(samples)
     return taken
