@@ -1,7 +1,8 @@
 # `make demo` trains a model on real data, `make test` runs the tests; each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= bench/results/local
+# Where a benchmark run writes; {device} stands for the name of the device.
+OUT ?= bench/results/{device}
 RUN := $(VENV)/bin/python
 # Where nvidia-smi or rocm-smi answers, torch's ordinary wheels are right; elsewhere the pinned CPU build.
 CONSTRAINTS := $(shell (nvidia-smi || rocm-smi) >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
@@ -27,8 +28,8 @@ test-full: setup
 	$(RUN) -m pytest -n 2 --durations=30
 
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
-test-gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider
+test-gpu: build/here/gradkernels
+	PYTHONPATH=build/here $(PYTHON) -m pytest -m gpu -p no:cacheprovider
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -38,11 +39,18 @@ lint: setup
 fuzz: setup
 	GRADKERNELS_FUZZ_EXAMPLES=2000 $(RUN) -m pytest tests/test_fuzz.py
 
+# About four minutes on two cores: every result checked, then timed; writes bench.json, bench.csv, the report.
 bench: setup
-	$(RUN) -m bench --quick --json $(OUT)/bench.json
+	$(RUN) -m bench --quick --scale --out "$(OUT)"
 
-bench-gpu:
-	$(PYTHON) -m bench --device cuda --quick --json $(OUT)/bench.json
+# Offline, with the Python at hand; without matplotlib there, `python -m bench report` draws the report elsewhere.
+bench-gpu: build/here/gradkernels
+	PYTHONPATH=build/here $(PYTHON) -m bench --device cuda --quick --scale --out "$(OUT)"
+
+# The folder under the name that it is imported by, for a Python into which nothing may be installed.
+build/here/gradkernels:
+	mkdir -p build/here
+	ln -sfn ../../kernels $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

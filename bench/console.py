@@ -104,7 +104,7 @@ class Screen:
 
     def line(self, text: str = "", style: str = "") -> None:
         if self.rich:
-            self.rich.print(rich.markup.escape(text), style=COLOURS.get(style, style) or None)
+            self.rich.print(rich.markup.escape(text), style=COLOURS.get(style, style) or None, soft_wrap=True)
         else:
             print(text)
 
@@ -137,7 +137,7 @@ class Screen:
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         """A bar that moves on each time it is told what comes next."""
-        if not self.rich:
+        if not (self.rich and self.rich.is_terminal):
             done = iter(range(1, total + 1))
             yield lambda name: print(f"[{next(done, total)}/{total}] {name}", file=sys.stderr, flush=True)
             return
