@@ -57,6 +57,11 @@ def _trainer(
     return Contender(name, prepare, slow_start=compile)
 
 
+def _joined(params: Sequence[Tensor]) -> list[Tensor]:
+    """All parameters as one result: held against the tolerance on their common scale."""
+    return [torch.cat([param.detach().reshape(-1) for param in params])]
+
+
 def _trainers(
     ours: Callable[..., Tensor], plain: Callable[..., Tensor], **options: Any
 ) -> tuple[Contender, ...]:
@@ -87,7 +92,7 @@ def regression(n: int, d: int, dtype: torch.dtype) -> Case:
             weight, bias = (
                 sgd.step(param, grad, lr=LR)[0] for param, grad in ((weight, grad_weight), (bias, grad_bias))
             )
-        return [weight, bias]
+        return [np.concatenate([weight.reshape(-1), bias])]
 
     return Case(
         "training",
@@ -100,6 +105,7 @@ def regression(n: int, d: int, dtype: torch.dtype) -> Case:
         make,
         _trainers(_ours, _plain, lr=LR),
         expected,
+        _joined,
         calls=STEPS,
         compile=n == 10**6,
     )
@@ -147,7 +153,7 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
                 for triple in zip(params, grads, states, strict=True)
             ]
             params, states = map(list, zip(*stepped, strict=True))
-        return params
+        return [np.concatenate([param.reshape(-1) for param in params])]
 
     return Case(
         "training",
@@ -169,6 +175,7 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
             momentum=MOMENTUM,
         ),
         expected,
+        _joined,
         calls=STEPS,
         compile=True,
     )

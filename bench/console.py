@@ -40,7 +40,7 @@ def number(value: float | None) -> str:
 
 def times(value: float) -> Cell:
     """A ratio: how many times faster than the baseline."""
-    return f"{value:.2f}x" if value < 100 else f"{value:.0f}x", "good" if value >= 1 else "bad"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}", "good" if value >= 1 else "bad"
 
 
 def percent(value: float | None) -> str:
@@ -65,7 +65,7 @@ def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[li
     """Columns and rows of one op's variant."""
     others = baselines(records)
     free = any("device" in outcome(record) for record in records)
-    columns = ["shape", "dtype", "us", "GB/s", "TF/s", "copy%", "mm%", *others, "first s"]
+    columns = ["shape", "dtype", "us", "GB/s", "TF/s", "cp%", "mm%", *others, "1st s"]
     if free:
         columns[3:3] = ["free us"]
     rows: list[list[Cell]] = []
@@ -111,7 +111,11 @@ class Screen:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         if self.rich:
             drawn = rich.table.Table(
-                title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD
+                title=title,
+                title_justify="left",
+                title_style="bold",
+                show_edge=False,
+                box=rich.box.SIMPLE_HEAD,
             )
             drawn.padding = (0, 1, 0, 0)
             for i, column in enumerate(columns):
@@ -185,15 +189,15 @@ class Screen:
 
 
 def scale_table(scale: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Per sweep: the fit of ours and of torch."""
-    columns = ["op", "axis", "from", "to", "p", "fixed us", "knee", "torch p", "torch fixed", "torch knee"]
+    """Per sweep: fixed cost, knee and exponent, ours and then torch's."""
+    columns = ["sweep", "axis", "to", "fixed us", "knee", "p", "torch's", "knee", "p"]
     rows: list[list[Cell]] = []
     for sweep in scale:
-        values = [point["value"] for point in sweep["points"]]
         row: list[Cell] = [(f"{sweep['op']}: {sweep['variant']}", ""), (sweep["axis"], "")]
-        row += [(f"{value:.2g}", "") for value in (values[0], values[-1])]
+        row.append((f"{sweep['points'][-1]['value']:.2g}", ""))
         for fit in (sweep["ours"], sweep["torch"]):
-            row += [(number(fit["exponent"]), ""), (number(fit["fixed_us"]), "")]
+            row.append((number(fit["fixed_us"]), ""))
             row.append((f"{fit['knee']:.2g}" if fit["knee"] else "beyond", ""))
+            row.append((number(fit["exponent"]), ""))
         rows.append(row)
     return columns, rows

@@ -96,27 +96,25 @@ def roofline(document: dict[str, Any]) -> Figure:
     ridge = max((rate / limits["copy"] for rate, _ in roofs), default=1.0)
     x = np.geomspace(min(intensities, default=1.0) / 2, max([*intensities, 12 * ridge]) * 2, 400)
     axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
-    shift = 4
+    shift = -3
     for i, (rate, name) in enumerate(roofs):
         axes.plot(x, np.minimum(limits["copy"] * x, rate), color=INK, linewidth=1.6, zorder=2)
-        shift = shift + 12 if i and rate < 1.3 * roofs[i - 1][0] else 4
+        shift = shift + 11 if i and rate < 1.3 * roofs[i - 1][0] else -3
         axes.annotate(
-            f"matmul {SHORT[name]}: {_three(rate, 'FLOP/s')}",
+            f"{SHORT[name]} matmul {_three(rate, 'FLOP/s')}",
             (x[-1], rate),
-            xytext=(-4, shift),
+            xytext=(5, shift),
             textcoords="offset points",
-            ha="right",
             fontsize=9,
         )
     start = x[0] * 1.2
-    axes.text(
-        start,
-        1.12 * limits["copy"] * start,
-        f"copy: {_three(limits['copy'], 'B/s')}",
+    copy = axes.annotate(
+        f"copy {_three(limits['copy'], 'B/s')}",
+        (start, limits["copy"] * start),
+        xytext=(-2, 7),
+        textcoords="offset points",
         fontsize=9,
-        rotation=45,
         rotation_mode="anchor",
-        transform_rotates_text=True,
     )
     axes.set_xlabel("arithmetic intensity (FLOP per compulsory byte)")
     axes.set_ylabel("FLOP/s")
@@ -133,6 +131,9 @@ def roofline(document: dict[str, Any]) -> Figure:
         handles=keys, loc="outside right upper", fontsize=9, title="larger mark: more bytes", title_fontsize=8
     )
     _caption(figure, document["machine"])
+    figure.canvas.draw()  # the layout decides the angle of the copy roof on the page
+    ends = axes.transData.transform([(start, start), (2 * start, 2 * start)])
+    copy.set_rotation(np.degrees(np.arctan2(*(ends[1] - ends[0])[::-1])))
     return figure
 
 
@@ -172,7 +173,9 @@ def ratios(document: dict[str, Any], op: str) -> Figure:
                 )  # fmt: skip
                 drawn += [*y, *low, *high]
         axes.axhline(1, color=INK, linewidth=1.2)
+        sizes = [record["bytes"] for record in found]
         axes.set(xscale="log", yscale="log", title=variant, xlabel="compulsory bytes of the job")
+        axes.set_xlim(min(sizes) / 3, max(sizes) * 3)
         axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
     top, bottom = max(drawn) * 1.4, min(min(drawn) / 1.4, 0.7)
     for axes in all_axes[0]:
@@ -215,7 +218,7 @@ def scale(document: dict[str, Any]) -> Figure:
     for axes in list(all_axes.flat)[len(sweeps) :]:
         axes.set_visible(False)
     keys = [_key(COLOURS[0], "o", OURS), _key(FAINT, "o", "plain torch")]
-    keys.append(Line2D([], [], color=INK, linestyle=":", label="knee: fixed cost = growing part"))
+    keys.append(Line2D([], [], color=INK, linestyle=":", label="knee: twice the fixed cost"))
     figure.legend(handles=keys, loc="outside lower left", ncols=3, fontsize=9)
     figure.suptitle("Scale: time = fixed + c · size^p", x=0.01, ha="left", weight="bold", fontsize=13)
     _caption(figure, document["machine"])
@@ -228,10 +231,11 @@ def _sweep(axes: Axes, sweep: dict[str, Any]) -> None:
     for who, colour in (("torch", FAINT), ("ours", COLOURS[0])):
         y = np.array([point[f"{who}_us"] for point in sweep["points"]])
         found = sweep[who]
-        growth = (smooth / x[-1]) ** found["exponent"]
-        axes.plot(smooth, found["fixed_us"] + found["slope_us"] * growth, color=colour, linewidth=1.4)
+        if found["exponent"]:
+            curve = found["fixed_us"] + found["c"] * smooth ** found["exponent"]
+            axes.plot(smooth, curve, color=colour, linewidth=1.4)
         axes.scatter(x, y, 26, color=colour, edgecolor=PAPER, linewidth=0.6, zorder=3)
-        if who == "ours" and found["knee"] and found["knee"] > x[0]:
+        if who == "ours" and found["knee"]:
             axes.axvline(found["knee"], color=INK, linestyle=":", linewidth=1.2)
             axes.annotate(
                 f" {_three(found['knee'])}",
@@ -240,6 +244,9 @@ def _sweep(axes: Axes, sweep: dict[str, Any]) -> None:
                 fontsize=9,
             )
     axes.set(xscale="log", yscale="log", xlabel=sweep["axis"])
-    axes.set_title(f"{sweep['op']} over {sweep['axis']}  (p = {sweep['ours']['exponent']:g})", fontsize=11)
+    exponent = sweep["ours"]["exponent"]
+    axes.set_title(
+        f"{sweep['op']} over {sweep['axis']}" + (f"  (p = {exponent:g})" if exponent else ""), fontsize=11
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(_si))
     axes.yaxis.set_major_formatter(FuncFormatter(_microseconds))

@@ -1,7 +1,8 @@
 """How time grows with one size while the others stay.
 
 The model is ``time = fixed + c * size ** p``. ``fixed`` is what a call costs whatever its size (launch,
-checks); the knee is the size at which the two parts are equal: beyond it the launch no longer dominates.
+checks): the least time measured. The knee is the size at which a call takes twice that: beyond it the launch no
+longer dominates. The exponent ``p`` is the slope of ``time - fixed`` beyond the knee, in logarithms.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,31 +19,28 @@ LONGEST_US = 5e5  # no further point once a call takes so long
 
 
 def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | None]:
-    """The curve with the least relative error: its exponent, fixed part, growing part at the last size, knee.
+    """Fixed cost, knee and exponent of measured times; knee and exponent are None where no size goes beyond it.
 
-    The exponent is searched; for each, ``fixed`` and ``c`` follow from least squares and are kept from being
-    negative. The knee is None where the largest size does not reach it.
+    ``c`` is in microseconds, and ``relative_error`` the largest of the fit beyond the knee.
     """
     n, t = np.asarray(sizes, dtype=float), np.asarray(times_us, dtype=float)
-    best = (np.inf, 1.0, 0.0, 0.0)
-    for p in np.arange(0.3, 3.2, 0.01):
-        terms = np.stack([np.ones_like(n), (n / n[-1]) ** p]) / t  # relative errors
-        (fixed, slope), *_ = np.linalg.lstsq(terms.T, np.ones_like(t), rcond=None)
-        if fixed < 0 or slope < 0:
-            only = 0 if slope < 0 else 1
-            scale = terms[only].sum() / (terms[only] ** 2).sum()
-            fixed, slope = (scale, 0.0) if only == 0 else (0.0, scale)
-        error = float(np.square(fixed * terms[0] + slope * terms[1] - 1).sum())
-        if error < best[0]:
-            best = (error, float(p), float(fixed), float(slope))
-    error, exponent, fixed, slope = best
-    knee = n[-1] * (fixed / slope) ** (1 / exponent) if slope > 0 else np.inf
+    fixed = float(t.min())
+    found: dict[str, float | None] = {"fixed_us": fixed, "knee": None, "exponent": None, "c": None}
+    dominated = np.flatnonzero(t <= 2 * fixed)[-1]
+    if dominated > len(n) - 3:  # a slope needs two sizes
+        return found
+    beyond = slice(dominated + 1, None)
+    knee = np.interp(
+        np.log(2 * fixed), np.log(t[dominated : dominated + 2]), np.log(n[dominated : dominated + 2])
+    )
+    exponent, intercept = np.polyfit(np.log(n[beyond]), np.log(t[beyond] - fixed), 1)
+    model = fixed + np.exp(intercept) * n[beyond] ** exponent
     return {
-        "exponent": round(exponent, 2),
         "fixed_us": fixed,
-        "slope_us": slope,
-        "knee": float(knee) if knee <= n[-1] else None,
-        "relative_error": float(np.sqrt(error / len(n))),
+        "knee": float(np.exp(knee)),
+        "exponent": round(float(exponent), 2),
+        "c": float(np.exp(intercept)),
+        "relative_error": float(np.abs(model / t[beyond] - 1).max()),
     }
 
 
