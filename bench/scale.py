@@ -27,7 +27,7 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
     fixed = float(t.min())
     found: dict[str, float | None] = {"fixed_us": fixed, "knee": None, "exponent": None, "c": None}
     dominated = np.flatnonzero(t <= 2 * fixed)[-1]
-    if dominated > len(n) - 3:  # a slope needs two sizes
+    if dominated > len(n) - 4:  # fewer than three sizes make no slope
         return found
     beyond = slice(dominated + 1, None)
     knee = np.interp(
