@@ -85,8 +85,8 @@ def _linear_mse_chunks_kernel(
         for k in tl.static_range(K):
             products = tl.zeros((ROWS, CHUNK), ACC)
             for j in tl.static_range(CHUNKS):
-                weight = tl.broadcast_to(weights[j * K + k][None, :], (ROWS, CHUNK))
-                products = tl.fma(xs[j], weight, products)
+                spread = tl.broadcast_to(weights[j * K + k][None, :], (ROWS, CHUNK))
+                products = tl.fma(xs[j], spread, products)
             error = tl.sum(products, axis=1)
             if b_ptr is not None:
                 error += biases[k]
@@ -116,6 +116,54 @@ def _linear_mse_chunks_kernel(
                 tl.store(at, tl.sum(grads[j * K + k], axis=0), mask=cols < D // ALIGN * ALIGN)
     for k in tl.static_range(K):
         tl.store(sums_ptr + program * (K + 1) + k, tl.sum(bias_grads[k], axis=0))
+    tl.store(sums_ptr + program * (K + 1) + K, tl.sum(losses, axis=0))
+
+
+@triton.jit
+def _linear_mse_dot_kernel(
+    x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, grad_ptr, sums_ptr,
+    N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
+    ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    OPERAND: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program p of P: the row tiles p, p + P, ..., each read once and used in two matrix products.
+
+    x_ptr      (N, D), any strides; ALIGN divides D and stride_xn; COLS is D or the next power of 2
+    w_ptr      (K, D), any strides; OUTPUTS is K or the next power of 2
+    y_ptr      (N, K), any strides
+    b_ptr      (K,) or None
+    s_ptr      (N, K), any strides, or None
+    error_ptr  (N, K) or None: E
+    grad_ptr   (P, K, D) or None: this program's part of E^T X
+    sums_ptr   (P, K + 1): its part of sum_n E, and of the sum of s e^2
+    Bytes: X, Y and s once, E once, and for each program W once and K * D + K + 1 partial sums.
+    """
+    program = tl.program_id(0)
+    cols = tl.arange(0, COLS)
+    ks = tl.arange(0, OUTPUTS).to(tl.int64)
+    inside_d = cols < D // ALIGN * ALIGN
+    w_at = w_ptr + ks[None, :] * stride_wk + cols.to(tl.int64)[:, None] * stride_wd
+    w = tl.load(w_at, mask=inside_d[:, None] & (ks < K)[None, :], other=0.0).to(OPERAND)
+    grads = tl.zeros((COLS, OUTPUTS), ACC)
+    bias_grads = tl.zeros((OUTPUTS,), ACC)
+    losses = tl.zeros((OUTPUTS,), ACC)
+    for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        x_at = x_ptr + rows[:, None] * (stride_xn // ALIGN * ALIGN) + cols.to(tl.int64)[None, :] * stride_xd
+        x = tl.load(x_at, mask=(rows < N)[:, None] & inside_d[None, :], other=0.0).to(OPERAND)
+        products = tl.dot(x, w, out_dtype=ACC)
+        error, square = _errors(
+            products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr,
+            stride_yn, stride_yk, stride_sn, stride_sk, ACC,
+        )  # fmt: skip
+        losses += tl.sum(square, axis=0)
+        bias_grads += tl.sum(error, axis=0)
+        if grad_ptr is not None:
+            grads = tl.dot(tl.trans(x), error.to(OPERAND), grads, out_dtype=ACC)
+    if grad_ptr is not None:
+        at = grad_ptr + (program.to(tl.int64) * K + ks[None, :]) * D + cols[:, None]
+        tl.store(at, grads, mask=inside_d[:, None] & (ks < K)[None, :])
+    tl.store(sums_ptr + program * (K + 1) + ks, bias_grads, mask=ks < K)
     tl.store(sums_ptr + program * (K + 1) + K, tl.sum(losses, axis=0))
 
 
@@ -298,18 +346,43 @@ class Chunks(NamedTuple):
     num_warps: int
 
 
-def chunks(K: int, D: int, dtype: torch.dtype, acc: torch.dtype) -> Chunks | None:
-    """The ``chunks`` config for K outputs of D inputs of ``dtype``; None where registers do not suffice."""
-    wide = 2 if acc == torch.float64 else 1
+def chunks(K: int, D: int, itemsize: int, acc: torch.dtype, target: config.Target) -> Chunks | None:
+    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes; None where registers do not suffice.
+
+    A chunk is 16 bytes for each lane: of one warp, so that a row is added up without leaving it, as long as the
+    gradients of four rows fit into its registers; of eight warps for longer rows.
+    """
     D = max(D, 1)
-    if K > 8 or K * D * wide > 16384:
+    size = K * D * acc.itemsize // 4
+    if K > 8 or size > 16384:
         return None
-    if K * D * wide <= 2048:
-        chunk = 128 // wide
-        rows = 4 if K * D * wide > 512 else 8
-        return Chunks(rows, chunk, triton.cdiv(D, chunk), 1, 4)
-    chunk = 1024 // wide
-    return Chunks(1, chunk, triton.cdiv(D, chunk), 1, 8)
+    if size <= 2048:
+        num_warps, chunk = 4, min(32 * 16 // itemsize, max(16, triton.next_power_of_2(D)))
+        rows = max(4, min(4096 // triton.next_power_of_2(size), 8192 // itemsize // chunk))
+    else:
+        rows = 1 if K == 1 else 16384 // triton.next_power_of_2(size)
+        num_warps, chunk = 8, min(256 // rows * 16 // itemsize, triton.next_power_of_2(D))
+    # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
+    stages = 1 if target.backend == "hip" else 3 if rows * D * itemsize <= 32768 else 2
+    return Chunks(rows, chunk, triton.cdiv(D, chunk), stages, num_warps)
+
+
+class Dot(NamedTuple):
+    """The config of the ``dot`` plan."""
+
+    ROWS: int
+    COLS: int
+    OUTPUTS: int
+    STAGES: int
+    num_warps: int
+
+
+def dot(K: int, D: int, dtype: torch.dtype, target: config.Target) -> Dot | None:
+    """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
+    cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
+    if dtype.itemsize != 2 or outputs > 64 or cols * outputs > 8192:
+        return None
+    return Dot(64, cols, outputs, 1 if target.backend == "hip" else 2, 4 if cols * outputs <= 4096 else 8)
 
 
 def programs(N: int, itemsize: int, acc: torch.dtype) -> int:
@@ -375,6 +448,30 @@ def _by_chunks(job: _Job, config_: Chunks) -> None:
     job.add_up(grads, sums[:, :K], sums[:, K])
 
 
+def _operand(job: _Job, target: config.Target) -> torch.dtype:
+    """What matrix instructions multiply."""
+    if job.acc == torch.float64 or target.backend == "interpreter":
+        return job.acc  # the interpreter multiplies the bits of bfloat16; float32 holds the same values
+    return torch.promote_types(job.input.dtype, job.weight.dtype)
+
+
+def _by_dot(job: _Job, config_: Dot) -> None:
+    """One read of X, a tile of rows at a time, for both products."""
+    N, D = job.input.shape
+    K = job.weight.shape[0]
+    P = programs(N, job.input.element_size(), job.acc)
+    grads = None if job.grad_weight is None else job.partials(P, K, D)
+    sums = job.partials(P, K + 1)
+    launch(
+        _linear_mse_dot_kernel, (P,), job.input, job.weight, job.target, job.bias, job.sample_weight,
+        job.error, grads, sums, N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
+        device=job.input.device, ALIGN=math.gcd(16, D, job.input.stride(0)),
+        OPERAND=_OPERAND[_operand(job, config.target_of(job.input.device))], ACC=_ACC[job.acc],
+        **config_._asdict(),
+    )  # fmt: skip
+    job.add_up(grads, sums[:, :K], sums[:, K])
+
+
 def _by_tiles(job: _Job) -> None:
     """A matrix product that ends in the errors, and E^T X by another."""
     N, D = job.input.shape
@@ -385,22 +482,36 @@ def _by_tiles(job: _Job) -> None:
     if error is None and job.grad_weight is not None:
         error = job.input.new_empty((N, K), dtype=operand)
     target = config.target_of(device)
-    # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
-    dot = job.acc if job.acc == torch.float64 or target.backend == "interpreter" else operand
-    tile = config.matmul(dot, N, K, D, target)
+    multiplied = _operand(job, target)
+    tile = config.matmul(multiplied, N, K, D, target)
     m_tiles, tiles = triton.cdiv(N, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
     biases, losses = job.partials(m_tiles, K), job.partials(tiles)
     launch(
         _linear_mse_tiles_kernel, (tiles,), job.input, job.weight, job.target, job.bias, job.sample_weight,
         error, None if job.grad_bias is None else biases, losses,
         N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
-        device=device, GROUP_M=8, OPERAND=_OPERAND[dot], ACC=_ACC[job.acc],
-        PRECISION=config.dot_precision(dot, target, torch.backends.cuda.matmul.fp32_precision), **tile._asdict(),
+        device=device, GROUP_M=8, OPERAND=_OPERAND[multiplied], ACC=_ACC[job.acc],
+        PRECISION=config.dot_precision(multiplied, target, torch.backends.cuda.matmul.fp32_precision), **tile._asdict(),
     )  # fmt: skip
     job.add_up(None, biases, losses)
     if job.grad_weight is not None and error is not None:
         product = matmul_forward(error.to(operand).t(), job.input.to(operand), None, [], job.acc)
         torch.mul(product, 2 / job.divisor, out=job.grad_weight)
+
+
+def _by_plan(job: _Job) -> None:
+    K, D = job.weight.shape
+    target = config.target_of(job.input.device)
+    operand = torch.promote_types(job.input.dtype, job.weight.dtype)
+    in_chunks = chunks(K, D, job.input.element_size(), job.acc, target)
+    in_dots = dot(K, D, operand, target)
+    # From five outputs on, 16-bit sums are bound by instructions, unless they are matrix instructions.
+    if in_chunks and not (in_dots and K > 4):
+        _by_chunks(job, in_chunks)
+    elif in_dots:
+        _by_dot(job, in_dots)
+    else:
+        _by_tiles(job)
 
 
 def linear_mse_forward(
@@ -429,10 +540,7 @@ def linear_mse_forward(
         job = _Job(
             input, weight, target, bias, sample_weight, loss, error, grad_weight, grad_bias, divisor, acc
         )
-        if found := chunks(K, D, input.dtype, acc):
-            _by_chunks(job, found)
-        else:
-            _by_tiles(job)
+        _by_plan(job)
     return [loss, *(result for result in (error, grad_weight, grad_bias) if result is not None)]
 
 

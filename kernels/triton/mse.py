@@ -127,9 +127,10 @@ def _mse_forward_kernel(
     total = tl.sum(tl.sum(sums, axis=1), axis=0)
     if FLAT:
         if program == programs - 1:
-            row, cols, mask = _tail(n)
+            # A branch may not give a name another type: these are not the loop's.
+            tail_row, tail_cols, tail_mask = _tail(n)
             rest = _forward_tile(
-                row, cols, mask, x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+                tail_row, tail_cols, tail_mask, x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
                 stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ELEMENTWISE, 1, ACC,
             )  # fmt: skip
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
@@ -199,9 +200,9 @@ def _mse_backward_kernel(
     )  # fmt: skip
     if FLAT:
         if program == tl.num_programs(0) - 1:
-            row, cols, mask = _tail(n)
+            tail_row, tail_cols, tail_mask = _tail(n)
             _backward_tile(
-                row, cols, mask, g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+                tail_row, tail_cols, tail_mask, g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
                 stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
                 1, ACC,
             )  # fmt: skip
@@ -299,9 +300,9 @@ def _mse_hvp_kernel(
         )  # fmt: skip
     total = tl.sum(sums, axis=0)
     if program == programs - 1:
-        cols = even + tl.arange(0, 16).to(tl.int64)
+        tail = even + tl.arange(0, 16).to(tl.int64)
         rest = _hvp_tile(
-            cols, cols < n, base, g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
+            tail, tail < n, base, g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
             out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, slice_, scale, ELEMENTWISE, ACC,
         )  # fmt: skip
         total += tl.sum(rest, axis=0)
