@@ -123,14 +123,14 @@ def _linear_mse_chunks_kernel(
 def _linear_mse_dot_kernel(
     x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, grad_ptr, sums_ptr,
     N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
-    ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
-    OPERAND: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr,
+    ALIGN_K: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program p of P: the row tiles p, p + P, ..., each read once and used in two matrix products.
 
     x_ptr      (N, D), any strides; ALIGN divides D and stride_xn; COLS is D or the next power of 2
     w_ptr      (K, D), any strides; OUTPUTS is K or the next power of 2
-    y_ptr      (N, K), any strides
+    y_ptr      (N, K), any strides; ALIGN_K divides K and stride_yn
     b_ptr      (K,) or None
     s_ptr      (N, K), any strides, or None
     error_ptr  (N, K) or None: E
@@ -154,7 +154,7 @@ def _linear_mse_dot_kernel(
         products = tl.dot(x, w, out_dtype=ACC)
         error, square = _errors(
             products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr,
-            stride_yn, stride_yk, stride_sn, stride_sk, ACC,
+            stride_yn, stride_yk, stride_sn, stride_sk, ALIGN_K, ACC,
         )  # fmt: skip
         losses += tl.sum(square, axis=0)
         bias_grads += tl.sum(error, axis=0)
@@ -170,18 +170,19 @@ def _linear_mse_dot_kernel(
 @triton.jit
 def _errors(
     products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr, stride_yn, stride_yk, stride_sn, stride_sk,
-    ACC: tl.constexpr,
+    ALIGN_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """E and s e^2 of a tile from its part of X W^T; E is written if there is a place for it.
 
-    rows, ks are 64-bit offsets (R,) and (C,); what lies outside (N, K) is 0.
+    rows, ks are 64-bit offsets (R,) and (C,); what lies outside (N, K) is 0. ALIGN_K divides K and stride_yn.
     """
+    K = K // ALIGN_K * ALIGN_K
     inside = (rows < N)[:, None] & (ks < K)[None, :]
     error = products
     if b_ptr is not None:
         error += tl.load(b_ptr + ks, mask=ks < K, other=0.0).to(ACC)[None, :]
-    y = tl.load(y_ptr + rows[:, None] * stride_yn + ks[None, :] * stride_yk, mask=inside, other=0.0)
-    error = tl.where(inside, error - y.to(ACC), 0.0)
+    y_at = y_ptr + rows[:, None] * (stride_yn // ALIGN_K * ALIGN_K) + ks[None, :] * stride_yk
+    error = tl.where(inside, error - tl.load(y_at, mask=inside, other=0.0).to(ACC), 0.0)
     weighted = error
     if s_ptr is not None:
         scale = tl.load(s_ptr + rows[:, None] * stride_sn + ks[None, :] * stride_sk, mask=inside, other=0.0)
@@ -193,17 +194,49 @@ def _errors(
 
 
 @triton.jit
-def _linear_mse_tiles_kernel(
-    x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, bias_ptr, loss_ptr,
-    N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
+def _product(
+    a_ptr, b_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """This program's tile of A (M, K) times B (K, N), its row tile, and its 64-bit row and column numbers."""
+    tile = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    # Tiles of GROUP_M rows run side by side, so that they share columns of B in the cache.
+    group = tile // (GROUP_M * n_tiles)
+    group_rows = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + tile % (GROUP_M * n_tiles) % group_rows
+    tile_n = tile % (GROUP_M * n_tiles) // group_rows
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K).to(tl.int64)
+    a_tile = a_ptr + rows[:, None] * stride_am + ks[None, :] * stride_ak
+    b_tile = b_ptr + ks[:, None] * stride_bk + cols[None, :] * stride_bn
+    products = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k in tl.range(0, K, BLOCK_K):
+        inside = k + ks < K
+        a = tl.load(a_tile, mask=(rows < M)[:, None] & inside[None, :], other=0.0).to(OPERAND)
+        b = tl.load(b_tile, mask=inside[:, None] & (cols < N)[None, :], other=0.0).to(OPERAND)
+        products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACC)
+        a_tile += BLOCK_K * stride_ak
+        b_tile += BLOCK_K * stride_bk
+    return products, tile_m, rows, cols
+
+
+@triton.jit
+def _linear_mse_tiles_kernel(
+    x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, bias_ptr, loss_ptr,
+    N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
+    ALIGN: tl.constexpr, ALIGN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of E = s * (X W^T + b - Y), and its part of the loss and of sum_n E.
 
-    x_ptr      (N, D), any strides
+    x_ptr      (N, D), any strides; ALIGN divides D, stride_xn and stride_wk
     w_ptr      (K, D), any strides
-    y_ptr      (N, K), any strides
+    y_ptr      (N, K), any strides; ALIGN_K divides K and stride_yn
     b_ptr      (K,) or None
     s_ptr      (N, K), any strides, or None
     error_ptr  (N, K) or None
@@ -211,48 +244,43 @@ def _linear_mse_tiles_kernel(
     loss_ptr   (tiles,): sum of s e^2
     Bytes: X and W once for each tile column and row (from cache where tiles share them), Y and s once, E once.
     """
-    tile = tl.program_id(0)
-    m_tiles = tl.cdiv(N, BLOCK_M)
-    n_tiles = tl.cdiv(K, BLOCK_N)
-    # Tiles of GROUP_M rows run side by side, so that they share rows of W in the cache.
-    group = tile // (GROUP_M * n_tiles)
-    group_rows = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + tile % (GROUP_M * n_tiles) % group_rows
-    tile_n = tile % (GROUP_M * n_tiles) // group_rows
-    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ks = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ds = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_tile = x_ptr + rows[:, None] * stride_xn + ds[None, :] * stride_xd
-    w_tile = w_ptr + ks[None, :] * stride_wk + ds[:, None] * stride_wd
-    products = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for d in tl.range(0, D, BLOCK_K):
-        inside = d + ds < D
-        x = tl.load(x_tile, mask=(rows < N)[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_tile, mask=(ks < K)[None, :] & inside[:, None], other=0.0)
-        products = tl.dot(
-            x.to(OPERAND), w.to(OPERAND), products, input_precision=PRECISION, out_dtype=ACC
-        )  # fmt: skip
-        x_tile += BLOCK_K * stride_xd
-        w_tile += BLOCK_K * stride_wd
+    products, tile_m, rows, ks = _product(
+        x_ptr, w_ptr, N, K, D // ALIGN * ALIGN,
+        stride_xn // ALIGN * ALIGN, stride_xd, stride_wd, stride_wk // ALIGN * ALIGN,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, OPERAND, PRECISION, ACC,
+    )  # fmt: skip
     error, square = _errors(
-        products,
-        rows,
-        ks,
-        N,
-        K,
-        y_ptr,
-        b_ptr,
-        s_ptr,
-        error_ptr,
-        stride_yn,
-        stride_yk,
-        stride_sn,
-        stride_sk,
-        ACC,
-    )
+        products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr,
+        stride_yn, stride_yk, stride_sn, stride_sk, ALIGN_K, ACC,
+    )  # fmt: skip
     if bias_ptr is not None:
         tl.store(bias_ptr + tile_m.to(tl.int64) * K + ks, tl.sum(error, axis=0), mask=ks < K)
-    tl.store(loss_ptr + tile, tl.sum(tl.sum(square, axis=1), axis=0))
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.sum(square, axis=1), axis=0))
+
+
+@triton.jit
+def _linear_mse_grad_input_kernel(
+    g_ptr, error_ptr, w_ptr, grad_ptr, N, D, K, stride_en, stride_ek, stride_wk, stride_wd, factor,
+    ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_M, BLOCK_N) tile of grad_X = g * factor * E W; the small factor meets the sums, not the operands.
+
+    g_ptr      ()
+    error_ptr  (N, K), any strides; ALIGN divides D, K, stride_en and stride_wk
+    w_ptr      (K, D), any strides
+    grad_ptr   (N, D)
+    Bytes: E and W once for each tile column and row (from cache where tiles share them), grad_X once.
+    """
+    products, _, rows, ds = _product(
+        error_ptr, w_ptr, N, D // ALIGN * ALIGN, K // ALIGN * ALIGN,
+        stride_en // ALIGN * ALIGN, stride_ek, stride_wk // ALIGN * ALIGN, stride_wd,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, OPERAND, PRECISION, ACC,
+    )  # fmt: skip
+    grad = products * (tl.load(g_ptr).to(ACC) * factor)
+    at = grad_ptr + rows[:, None] * (D // ALIGN * ALIGN) + ds[None, :]
+    mask = (rows < N)[:, None] & (ds < D // ALIGN * ALIGN)[None, :]
+    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -294,15 +322,15 @@ def _linear_mse_sum_kernel(
 
 
 @triton.jit
-def _linear_mse_grad_input_kernel(
+def _linear_mse_outer_kernel(
     g_ptr, error_ptr, w_ptr, grad_ptr, N, D, stride_en, stride_ek, stride_wk, stride_wd, factor,
-    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One (ROWS, COLS) tile of grad_X = g * factor * E W for few outputs.
 
     g_ptr      ()
     error_ptr  (N, K), any strides
-    w_ptr      (K, D), any strides
+    w_ptr      (K, D), any strides; ALIGN divides D and stride_wk
     grad_ptr   (N, D)
     Bytes: grad_X once; E and W from cache.
     """
@@ -310,14 +338,17 @@ def _linear_mse_grad_input_kernel(
     col_tiles = tl.cdiv(D, COLS)
     rows = (tile // col_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tile % col_tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+    inside = cols < D // ALIGN * ALIGN
     grad = tl.zeros((ROWS, COLS), ACC)
     for k in tl.static_range(K):
         error = tl.load(error_ptr + rows * stride_en + k * stride_ek, mask=rows < N, other=0.0).to(ACC)
-        weight = tl.load(w_ptr + k * stride_wk + cols * stride_wd, mask=cols < D, other=0.0).to(ACC)
+        weight = tl.load(
+            w_ptr + k * (stride_wk // ALIGN * ALIGN) + cols * stride_wd, mask=inside, other=0.0
+        ).to(ACC)
         grad += error[:, None] * weight[None, :]
     grad *= tl.load(g_ptr).to(ACC) * factor
-    mask = (rows < N)[:, None] & (cols < D)[None, :]
-    tl.store(grad_ptr + rows[:, None] * D + cols[None, :], grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    at = grad_ptr + rows[:, None] * (D // ALIGN * ALIGN) + cols[None, :]
+    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=(rows < N)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -330,10 +361,15 @@ def _linear_mse_grad_target_kernel(
     error_ptr, grad_ptr  (size,)
     Bytes: E once, grad_Y once.
     """
+    scale = tl.load(g_ptr).to(ACC) * -factor
+    even = size // 16 * 16  # a mask that is constant over 16 bytes keeps the loads wide
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    error = tl.load(error_ptr + offsets, mask=offsets < size, other=0.0).to(ACC)
-    grad = error * (tl.load(g_ptr).to(ACC) * -factor)
-    tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < size)
+    grad = tl.load(error_ptr + offsets, mask=offsets < even, other=0.0).to(ACC) * scale
+    tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=offsets < even)
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        tail = even + tl.arange(0, 16).to(tl.int64)
+        rest = tl.load(error_ptr + tail, mask=tail < size, other=0.0).to(ACC) * scale
+        tl.store(grad_ptr + tail, rest.to(grad_ptr.dtype.element_ty), mask=tail < size)
 
 
 class Chunks(NamedTuple):
@@ -448,11 +484,26 @@ def _by_chunks(job: _Job, config_: Chunks) -> None:
     job.add_up(grads, sums[:, :K], sums[:, K])
 
 
-def _operand(job: _Job, target: config.Target) -> torch.dtype:
-    """What matrix instructions multiply."""
-    if job.acc == torch.float64 or target.backend == "interpreter":
-        return job.acc  # the interpreter multiplies the bits of bfloat16; float32 holds the same values
-    return torch.promote_types(job.input.dtype, job.weight.dtype)
+class _Multiply(NamedTuple):
+    """How a matrix product is compiled."""
+
+    operand: torch.dtype
+    tile: config.MatmulConfig
+    precision: str
+
+
+def _multiply(
+    M: int, N: int, K: int, align: int, operand: torch.dtype, acc: torch.dtype, device: torch.device
+) -> _Multiply:
+    """The plan of an (M, K) by (K, N) product of ``operand``, whose rows all begin at multiples of ``align``."""
+    target = config.target_of(device)
+    # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
+    operand = acc if acc == torch.float64 or target.backend == "interpreter" else operand
+    tile = config.matmul(operand, M, N, K, target)
+    if align * operand.itemsize < 16:  # each element needs an address of its own, and registers for it
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 64))
+    precision = config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision)
+    return _Multiply(operand, tile, precision)
 
 
 def _by_dot(job: _Job, config_: Dot) -> None:
@@ -466,8 +517,9 @@ def _by_dot(job: _Job, config_: Dot) -> None:
         _linear_mse_dot_kernel, (P,), job.input, job.weight, job.target, job.bias, job.sample_weight,
         job.error, grads, sums, N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
         device=job.input.device, ALIGN=math.gcd(16, D, job.input.stride(0)),
-        OPERAND=_OPERAND[_operand(job, config.target_of(job.input.device))], ACC=_ACC[job.acc],
-        **config_._asdict(),
+        ALIGN_K=math.gcd(16, K, job.target.stride(0)),
+        OPERAND=_OPERAND[_multiply(N, K, D, 16, job.input.dtype, job.acc, job.input.device).operand],
+        ACC=_ACC[job.acc], **config_._asdict(),
     )  # fmt: skip
     job.add_up(grads, sums[:, :K], sums[:, K])
 
@@ -481,17 +533,17 @@ def _by_tiles(job: _Job) -> None:
     error = job.error
     if error is None and job.grad_weight is not None:
         error = job.input.new_empty((N, K), dtype=operand)
-    target = config.target_of(device)
-    multiplied = _operand(job, target)
-    tile = config.matmul(multiplied, N, K, D, target)
-    m_tiles, tiles = triton.cdiv(N, tile.BLOCK_M), triton.cdiv(N, tile.BLOCK_M) * triton.cdiv(K, tile.BLOCK_N)
-    biases, losses = job.partials(m_tiles, K), job.partials(tiles)
+    align = math.gcd(16, D, job.input.stride(0), job.weight.stride(0))
+    align_k = math.gcd(16, K, job.target.stride(0))
+    plan = _multiply(N, K, D, min(align, align_k), operand, job.acc, device)
+    m_tiles, n_tiles = triton.cdiv(N, plan.tile.BLOCK_M), triton.cdiv(K, plan.tile.BLOCK_N)
+    biases, losses = job.partials(m_tiles, K), job.partials(m_tiles * n_tiles)
     launch(
-        _linear_mse_tiles_kernel, (tiles,), job.input, job.weight, job.target, job.bias, job.sample_weight,
-        error, None if job.grad_bias is None else biases, losses,
+        _linear_mse_tiles_kernel, (m_tiles * n_tiles,), job.input, job.weight, job.target, job.bias,
+        job.sample_weight, error, None if job.grad_bias is None else biases, losses,
         N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
-        device=device, GROUP_M=8, OPERAND=_OPERAND[multiplied], ACC=_ACC[job.acc],
-        PRECISION=config.dot_precision(multiplied, target, torch.backends.cuda.matmul.fp32_precision), **tile._asdict(),
+        device=device, ALIGN=align, ALIGN_K=align_k, GROUP_M=8,
+        OPERAND=_OPERAND[plan.operand], PRECISION=plan.precision, ACC=_ACC[job.acc], **plan.tile._asdict(),
     )  # fmt: skip
     job.add_up(None, biases, losses)
     if job.grad_weight is not None and error is not None:
@@ -556,19 +608,28 @@ def linear_mse_backward(
     if wide:  # Triton passes a Python float as float32
         grad_output, factor = grad_output.to(acc) * factor, 1.0
     results = []
-    if needs[0] and K <= 8:
+    if needs[0]:
         grad_input = torch.empty((N, D), dtype=weight.dtype, device=device)
-        cols = min(max(triton.next_power_of_2(D), 16), 1024)
-        rows = 2048 // cols
-        launch(
-            _linear_mse_grad_input_kernel, (triton.cdiv(N, rows) * triton.cdiv(D, cols),),
-            grad_output, error, weight, grad_input, N, D, *error.stride(), *weight.stride(), factor,
-            device=device, K=K, ROWS=rows, COLS=cols, ACC=_ACC[acc],
-        )  # fmt: skip
+        operands = grad_output, error, weight, grad_input
+        if K <= 8:
+            cols = min(max(triton.next_power_of_2(D), 16), 1024)
+            rows = 2048 // cols
+            launch(
+                _linear_mse_outer_kernel, (triton.cdiv(N, rows) * triton.cdiv(D, cols),), *operands,
+                N, D, *error.stride(), *weight.stride(), factor, device=device, K=K, ROWS=rows, COLS=cols,
+                ALIGN=math.gcd(16, D, weight.stride(0)), ACC=_ACC[acc],
+            )  # fmt: skip
+        else:
+            align = math.gcd(16, D, K, error.stride(0), weight.stride(0))
+            plan = _multiply(N, D, K, align, weight.dtype, acc, device)
+            tiles = triton.cdiv(N, plan.tile.BLOCK_M) * triton.cdiv(D, plan.tile.BLOCK_N)
+            launch(
+                _linear_mse_grad_input_kernel, (tiles,), *operands,
+                N, D, K, *error.stride(), *weight.stride(), factor, device=device, ALIGN=align,
+                GROUP_M=8, OPERAND=_OPERAND[plan.operand],
+                PRECISION=plan.precision, ACC=_ACC[acc], **plan.tile._asdict(),
+            )  # fmt: skip
         results.append(grad_input)
-    elif needs[0]:
-        product = matmul_forward(error.to(weight.dtype), weight, None, [], acc)
-        results.append(product.mul_(grad_output.to(acc) * factor).to(weight.dtype))
     if needs[1]:
         error = error.contiguous()
         grad_target = torch.empty_like(error)

@@ -130,7 +130,8 @@ def _mse_forward_kernel(
             # A branch may not give a name another type: these are not the loop's.
             tail_row, tail_cols, tail_mask = _tail(n)
             rest = _forward_tile(
-                tail_row, tail_cols, tail_mask, x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+                tail_row, tail_cols, tail_mask,
+                x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
                 stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ELEMENTWISE, 1, ACC,
             )  # fmt: skip
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
@@ -202,7 +203,8 @@ def _mse_backward_kernel(
         if program == tl.num_programs(0) - 1:
             tail_row, tail_cols, tail_mask = _tail(n)
             _backward_tile(
-                tail_row, tail_cols, tail_mask, g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+                tail_row, tail_cols, tail_mask,
+                g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
                 stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
                 1, ACC,
             )  # fmt: skip
