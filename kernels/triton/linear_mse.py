@@ -385,22 +385,30 @@ class Chunks(NamedTuple):
 def chunks(K: int, D: int, itemsize: int, acc: torch.dtype, target: config.Target) -> Chunks | None:
     """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes; None where registers do not suffice.
 
-    A chunk is 16 bytes for each lane: of one warp, so that a row is added up without leaving it, as long as the
-    gradients of four rows fit into its registers; of eight warps for longer rows.
+    A chunk is 16 bytes for each lane. Short rows lie in one warp, so that a row is added up without leaving it;
+    longer ones in eight. A lane holds the gradients and the weights of its columns: 64 float32 each at most.
     """
-    D = max(D, 1)
-    size = K * D * acc.itemsize // 4
-    if K > 8 or size > 16384:
+    if K > 8:
         return None
-    if size <= 2048:
-        num_warps, chunk = 4, min(32 * 16 // itemsize, max(16, triton.next_power_of_2(D)))
-        rows = max(4, min(4096 // triton.next_power_of_2(size), 8192 // itemsize // chunk))
-    else:
-        rows = 1 if K == 1 else 16384 // triton.next_power_of_2(size)
-        num_warps, chunk = 8, min(256 // rows * 16 // itemsize, triton.next_power_of_2(D))
+    wide = acc.itemsize // 4
+    size = triton.next_power_of_2(max(D, 16))
     # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
-    stages = 1 if target.backend == "hip" else 3 if rows * D * itemsize <= 32768 else 2
-    return Chunks(rows, chunk, triton.cdiv(D, chunk), stages, num_warps)
+    most = 1 if target.backend == "hip" else 3
+
+    def config_of(rows: int, chunk: int, num_warps: int) -> Chunks:
+        stages = most if rows * D * itemsize <= 32768 else min(most, 2)
+        return Chunks(rows, chunk, triton.cdiv(max(D, 1), chunk), stages, num_warps)
+
+    chunk = min(32 * 16 // itemsize, size)
+    values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
+    if values <= 2048:
+        rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
+        return config_of(max(4, rows), chunk, 4)
+    for rows in (1,) if K == 1 else (4, 2, 1):
+        chunk = min(256 // rows * 16 // itemsize, size)
+        if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
+            return config_of(rows, chunk, 8)
+    return None
 
 
 class Dot(NamedTuple):
