@@ -1,0 +1,207 @@
+"""What the optimizers' tests share: runs beside torch.optim and NumPy, compared after every step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import gradkernels
+import numpy as np
+import torch
+from gradkernels.reference import adam, sgd
+from gradkernels.verify.tolerance import compare
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .helpers import to_numpy
+
+FUSED = {
+    torch.optim.SGD: gradkernels.FusedSGD,
+    torch.optim.Adam: gradkernels.FusedAdam,
+    torch.optim.AdamW: gradkernels.FusedAdamW,
+}
+NAMES = ("SGD", "Adam", "AdamW")
+SHAPES = ((1023,), (7, 9), (65,), (0, 3), (1,), ())
+STEPS = 12
+
+Gradients = list["Tensor | None"]
+
+
+def theirs_for(name: str) -> Any:
+    """torch.optim's class of this name."""
+    return getattr(torch.optim, name)
+
+
+def ours_for(name: str) -> Any:
+    """The drop-in for torch.optim's class of this name."""
+    return FUSED[theirs_for(name)]
+
+
+def spread(shape: Iterable[int], centre: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random signs; sizes from a quarter of ``centre`` to four times it, so that no element hides another."""
+    size = 2 ** (4 * torch.rand(tuple(shape), dtype=torch.float64) - 2)
+    sign = torch.randint(0, 2, tuple(shape), dtype=torch.float64) * 2 - 1
+    return (centre * sign * size).to(dtype)
+
+
+def make_params(
+    shapes: Iterable[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Parameter]:
+    """Parameters small enough for a few steps to be seen in bfloat16."""
+    return [torch.nn.Parameter(spread(shape, 0.03, dtype)) for shape in shapes]
+
+
+def copies(params: Iterable[Tensor], device: torch.device | str = "cpu") -> list[torch.nn.Parameter]:
+    """The same values and strides again, as parameters on ``device``."""
+    return [torch.nn.Parameter(param.detach().clone().to(device)) for param in params]
+
+
+def settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The param groups without their parameters and without what selects among torch's implementations."""
+    left_out = ("params", "foreach", "fused")
+    return [{k: v for k, v in group.items() if k not in left_out} for group in optimizer.param_groups]
+
+
+class Feed:
+    """Gradients for every step: each element keeps its direction, and all shrink after a third of the run."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._base = [spread(param.shape, 4.0) for param in params]
+        self._dtypes = [param.dtype for param in params]
+
+    def __call__(self, step: int) -> Gradients:
+        size = 1.0 if step <= STEPS // 3 else 0.25
+        return [
+            (size * base * (1 + 0.3 * torch.randn_like(base))).to(dtype)
+            for base, dtype in zip(self._base, self._dtypes, strict=True)
+        ]
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters, group by group."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def set_gradients(
+    optimizer: Optimizer, gradients: Gradients, lay_out: Callable[[Tensor], Tensor] = torch.clone
+) -> None:
+    """Give each parameter its own copy of a gradient; ``lay_out`` may choose other strides."""
+    for param, grad in zip(parameters(optimizer), gradients, strict=True):
+        param.grad = None if grad is None else lay_out(grad.to(param.device, param.grad_dtype))
+
+
+class ReferenceRun:
+    """The NumPy steps beside a torch optimizer, under whatever its param groups say when each step is taken.
+
+    Each parameter starts from the value and the state that it has when the run first meets it.
+    """
+
+    def __init__(self, optimizer: Optimizer, sgd_step: Any = sgd.step, adam_step: Any = adam.step) -> None:
+        self._optimizer = optimizer
+        self._step = sgd_step if isinstance(optimizer, torch.optim.SGD) else adam_step
+        self._names = (
+            ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+            if isinstance(optimizer, torch.optim.SGD)
+            else ("lr", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+        )
+        self.values: dict[Tensor, dict[str, np.ndarray]] = {}
+        self.scales: dict[Tensor, dict[str, np.ndarray]] = {}
+
+    def step(self, gradients: Gradients) -> None:
+        """Step every parameter that has a gradient, and widen the scales to the largest values met so far."""
+        given = iter(gradients)
+        for group in self._optimizer.param_groups:
+            options: dict[str, Any] = {name: float(group[name]) for name in self._names}
+            if "betas" in group:
+                options["betas"] = tuple(float(beta) for beta in group["betas"])
+            for param in group["params"]:
+                grad = next(given)
+                if param not in self.values:
+                    state = {k: to_numpy(v) for k, v in self._optimizer.state.get(param, {}).items()}
+                    self._record(param, {"param": to_numpy(param).copy(), **state})
+                if grad is None:
+                    continue
+                state = dict(self.values[param])
+                value, state = self._step(state.pop("param"), to_numpy(grad), state, **options)
+                self._record(param, {"param": value, **state})
+
+    def _record(self, param: Tensor, values: dict[str, np.ndarray]) -> None:
+        self.values[param] = values
+        scales = self.scales.setdefault(param, {})
+        for name, array in values.items():
+            scales[name] = np.maximum(scales.get(name, 0.0), np.abs(array))
+
+
+def assert_same_state(ours: Optimizer, theirs: Optimizer, reference: ReferenceRun, when: str = "") -> None:
+    """Every parameter and every state tensor: the same keys and dtypes, the values within the policy.
+
+    Each element is measured on its own scale, the largest value that it has had in this run.
+    """
+    for index, (mine, other) in enumerate(zip(parameters(ours), parameters(theirs), strict=True)):
+        where = f"parameter {index} {tuple(other.shape)} {other.dtype} {when}"
+        assert (mine in ours.state) == (other in theirs.state), f"state of {where}"
+        my_state, other_state = ours.state.get(mine, {}), theirs.state.get(other, {})
+        assert my_state.keys() == other_state.keys(), where
+        for name, tensor in {"param": other, **other_state}.items():
+            result = mine if name == "param" else my_state[name]
+            if name == "step":
+                assert (result.dtype, result.shape) == (tensor.dtype, tensor.shape), where
+                assert result.device == mine.device, where
+                assert result.item() == tensor.item(), where
+                continue
+            if tensor is None:
+                assert result is None, where
+                continue
+            expected, scale = reference.values[other][name], reference.scales[other][name]
+            comparison = compare(result, tensor, expected, scale)
+            assert comparison.passed, f"{name} of {where}: {comparison}"
+
+
+def assert_moved(theirs: Optimizer, reference: ReferenceRun, start: list[np.ndarray]) -> None:
+    """Assert that steps which do nothing would be noticed: the run went further than the tolerance."""
+    for param, before in zip(parameters(theirs), start, strict=True):
+        if param.numel() == 0:
+            continue
+        expected, scale = reference.values[param]["param"], reference.scales[param]["param"]
+        stuck = compare(torch.from_numpy(before).to(param.dtype), param, expected, scale)
+        assert not stuck.passed, f"the run of {tuple(param.shape)} {param.dtype} is too short: {stuck}"
+
+
+def assert_same_run(
+    ours: Optimizer,
+    theirs: Optimizer,
+    feed: Callable[[int], Gradients] | None = None,
+    steps: int = STEPS,
+    lay_out: Callable[[Tensor], Tensor] = torch.clone,
+    after_step: Callable[[Optimizer, int], None] = lambda optimizer, step: None,
+) -> ReferenceRun:
+    """Step both with the same gradients, comparing after each; ``after_step`` runs schedulers and such."""
+    feed = Feed(parameters(theirs)) if feed is None else feed
+    reference = ReferenceRun(theirs)
+    start = [to_numpy(param).copy() for param in parameters(theirs)]
+    for step in range(1, steps + 1):
+        gradients = feed(step)
+        set_gradients(ours, gradients, lay_out)
+        set_gradients(theirs, gradients)
+        reference.step(gradients)
+        theirs.step()
+        ours.step()
+        for param, grad in zip(parameters(ours), gradients, strict=True):
+            assert grad is None or torch.equal(param.grad.to("cpu"), grad), "a gradient was written"
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+        for optimizer in (theirs, ours):
+            after_step(optimizer, step)
+        assert settings(ours) == settings(theirs), f"param groups at step {step}"
+    assert_moved(theirs, reference, start)
+    return reference
+
+
+def make_pair(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shapes: Iterable[tuple[int, ...]] = SHAPES,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Ours and torch's optimizer of this name, on equal parameters."""
+    params = make_params(shapes, dtype)
+    ours = ours_for(name)(copies(params, device), **options)
+    return ours, theirs_for(name)(params, foreach=False, **options)
