@@ -1,0 +1,756 @@
+"""What torch's optimizers promise besides numbers: checkpoints, hooks, copies, groups, layouts, rare types.
+
+Backends matter only where tensors are laid out; everything else runs on the fallback.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .optimizers import (
+    NAMES,
+    STEPS,
+    Feed,
+    ReferenceRun,
+    assert_same_run,
+    assert_same_state,
+    copies,
+    make_pair,
+    make_params,
+    ours_for,
+    parameters,
+    set_gradients,
+    settings,
+    spread,
+    theirs_for,
+)
+
+FULL_OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.004, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "Adam": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+}
+SMALL = ((65,), (7, 9), ())
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def run(optimizer: Optimizer, gradients: list[list[Tensor]]) -> None:
+    for each in gradients:
+        set_gradients(optimizer, each)
+        optimizer.step()
+
+
+def some_gradients(optimizer: Optimizer, steps: int) -> list[list[Tensor]]:
+    feed = Feed(parameters(optimizer))
+    return [feed(step) for step in range(1, steps + 1)]
+
+
+def assert_equal_bits(first: Optimizer, second: Optimizer) -> None:
+    """Parameters and state tensors, bit for bit."""
+    for one, other in zip(parameters(first), parameters(second), strict=True):
+        assert torch.equal(one, other)
+        assert first.state[one].keys() == second.state[other].keys()
+        for key, value in first.state[one].items():
+            assert torch.equal(value, second.state[other][key]), key
+
+
+# Checkpoints.
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_dict_is_torch_s(name: str) -> None:
+    ours, theirs = make_pair(name, **FULL_OPTIONS[name])
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shape_of(item) for key, item in value.items() if key != "foreach"}
+        if isinstance(value, list):
+            return [shape_of(item) for item in value]
+        return (
+            (value.dtype, value.shape, value.device, value.stride()) if isinstance(value, Tensor) else value
+        )
+
+    assert shape_of(ours.state_dict()) == shape_of(theirs.state_dict())
+    for optimizer in (ours, theirs):
+        run(optimizer, some_gradients(optimizer, 2))
+    assert shape_of(ours.state_dict()) == shape_of(theirs.state_dict())
+
+
+@pytest.mark.parametrize("changed", [{}, {"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)
+def test_checkpoints_move_both_ways_in_mid_run(name: str, changed: dict[str, Any]) -> None:
+    """torch's checkpoint continues here and ours there; loaded flags such as ``fused`` change nothing."""
+    if name == "SGD" and "capturable" in changed:
+        pytest.skip("torch's SGD has no capturable")
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    assert_same_run(ours, theirs, steps=6)
+    for group in theirs.param_groups:
+        group.update(changed)
+    next_ours = ours_for(name)(copies(parameters(theirs)), lr=9.0)
+    next_ours.load_state_dict(through_a_file(theirs.state_dict()))
+    next_theirs = theirs_for(name)(copies(parameters(ours)), lr=9.0, foreach=False)
+    next_theirs.load_state_dict(through_a_file(ours.state_dict()))
+    for group in next_theirs.param_groups:
+        group.update(foreach=False)
+    after = next_ours.param_groups[0]
+    assert {key: after[key] for key in changed} == changed
+    # Each goes on from the other's numbers, so each has its own run to compare with.
+    twin_theirs = theirs_for(name)(copies(parameters(theirs)), foreach=False, **FULL_OPTIONS[name])
+    for group in theirs.param_groups:
+        group.update(dict.fromkeys(changed, False))
+    twin_theirs.load_state_dict(theirs.state_dict())
+    for group in next_ours.param_groups:
+        group.update(dict.fromkeys(changed, False))
+    assert_same_run(next_ours, twin_theirs, steps=8)
+    twin_ours = ours_for(name)(copies(parameters(ours)))
+    twin_ours.load_state_dict(ours.state_dict())
+    assert_same_run(twin_ours, next_theirs, steps=8)
+
+
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name: str) -> None:
+    ours, _ = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    gradients = some_gradients(ours, STEPS)
+    run(ours, gradients[:5])
+    resumed = ours_for(name)(copies(parameters(ours)))
+    resumed.load_state_dict(through_a_file(ours.state_dict()))
+    run(ours, gradients[5:])
+    run(resumed, gradients[5:])
+    assert_equal_bits(ours, resumed)
+
+
+def test_loading_into_a_running_optimizer_goes_back(name: str) -> None:
+    """State tensors are replaced under a plan that is already warm."""
+    ours, _ = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    gradients = some_gradients(ours, STEPS)
+    run(ours, gradients[:3])
+    values, state = (
+        [param.detach().clone() for param in ours.param_groups[0]["params"]],
+        copy.deepcopy(ours.state_dict()),
+    )
+    run(ours, gradients[3:])
+    first = [param.detach().clone() for param in parameters(ours)]
+    ours.load_state_dict(state)
+    with torch.no_grad():
+        for param, value in zip(parameters(ours), values, strict=True):
+            param.copy_(value)
+    run(ours, gradients[3:])
+    assert all(torch.equal(param, value) for param, value in zip(parameters(ours), first, strict=True))
+
+
+@pytest.mark.parametrize("step_type", [float, int, torch.tensor])
+def test_old_checkpoints_load(name: str, step_type: Any) -> None:
+    """Before torch 1.12 ``step`` was a number, and the groups lacked most of today's keys."""
+    ours, theirs = make_pair(
+        name, shapes=SMALL, **{"lr": 0.004, "momentum": 0.9} if name == "SGD" else {"lr": 0.004}
+    )
+    assert_same_run(ours, theirs, steps=4)
+    old = theirs.state_dict()
+    for group in old["param_groups"]:
+        for key in (
+            "maximize",
+            "foreach",
+            "capturable",
+            "differentiable",
+            "fused",
+            "decoupled_weight_decay",
+            "nesterov",
+        ):
+            group.pop(key, None)
+        if name != "SGD":
+            del group["amsgrad"]
+    for state in old["state"].values():
+        if "step" in state:
+            state["step"] = step_type(float(state["step"]))
+    ours_again = ours_for(name)(copies(parameters(theirs)), lr=9.0)
+    theirs_again = theirs_for(name)(copies(parameters(theirs)), lr=9.0, foreach=False)
+    ours_again.load_state_dict(copy.deepcopy(old))
+    theirs_again.load_state_dict(copy.deepcopy(old))
+    for group in theirs_again.param_groups:
+        group["foreach"] = False
+    assert settings(ours_again) == settings(theirs_again)
+    assert_same_run(ours_again, theirs_again, steps=8)
+
+
+def test_loading_casts_state_to_the_parameter_but_step_stays(name: str) -> None:
+    """As torch: moments follow a bfloat16 model; ``step`` is never below float32."""
+    _ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    run(theirs, some_gradients(theirs, 3))
+    low = ours_for(name)([torch.nn.Parameter(param.detach().bfloat16()) for param in parameters(theirs)])
+    low.load_state_dict(theirs.state_dict())
+    for state in low.state.values():
+        for key, value in state.items():
+            assert value.dtype == (torch.float32 if key == "step" else torch.bfloat16)
+    run(low, some_gradients(low, 2))
+
+
+def test_refuses_a_checkpoint_of_other_groups_as_torch_does(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=SMALL)
+    state = ours.state_dict()
+    state["param_groups"][0]["params"] = [0]
+    texts = []
+    for optimizer in (ours, theirs):
+        with pytest.raises(ValueError) as caught:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+# Copies.
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("warm", [0, 3])
+def test_copies_go_on_alone_with_everything(name: str, clone: Callable[[Any], Any], warm: int) -> None:
+    ours = ours_for(name)(
+        make_params(SMALL),
+        **FULL_OPTIONS[name],
+        max_norm=2.0,
+        on_nonfinite="skip",
+        seed=5,
+        stochastic_rounding=False,
+    )
+    gradients = some_gradients(ours, STEPS)
+    run(ours, gradients[:warm])
+    twin = clone(ours)
+    assert twin.max_norm == 2.0
+    assert twin.on_nonfinite == "skip"
+    assert twin.seed == 5
+    assert twin._step_supports_amp_scaling
+    untouched = [param.detach().clone() for param in parameters(twin)]
+    run(ours, gradients[warm:])
+    assert all(torch.equal(param, value) for param, value in zip(parameters(twin), untouched, strict=True))
+    run(twin, gradients[warm:])
+    assert_equal_bits(ours, twin)
+
+
+# Calls around the step.
+
+
+def test_a_closure_is_called_once_with_gradients_enabled(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL))
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        ours.zero_grad()
+        loss = sum(param.square().sum() for param in parameters(ours))
+        loss.backward()
+        return loss.detach()
+
+    before = [param.detach().clone() for param in parameters(ours)]
+    with torch.no_grad():
+        loss = ours.step(closure)
+        assert not torch.is_grad_enabled()
+    assert calls == [True]
+    assert float(loss) == pytest.approx(float(sum(value.square().sum() for value in before)), rel=1e-6)
+    assert not any(torch.equal(param, value) for param, value in zip(parameters(ours), before, strict=True))
+    assert ours.step() is None
+
+
+def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str) -> None:
+    theirs_for(name)(make_params(SMALL))  # torch wraps `step` per class: super().step() would run hooks twice
+    ours = ours_for(name)(make_params(SMALL), lr=1.0)
+    log: list[str] = []
+    handles = [
+        ours.register_step_pre_hook(lambda optimizer, args, kwargs: log.append("pre")),
+        ours.register_step_post_hook(lambda optimizer, args, kwargs: log.append("post")),
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: log.append("global pre")),
+        register_optimizer_step_post_hook(lambda optimizer, args, kwargs: log.append("global post")),
+    ]
+    try:
+        run(ours, some_gradients(ours, 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert log == ["global pre", "pre", "post", "global post"]
+
+
+def test_a_pre_hook_that_changes_gradients_and_rates_is_heard(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=SMALL, lr=0.004)
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    for optimizer in (ours, theirs):
+        optimizer.register_step_pre_hook(hook)
+    gradients = some_gradients(theirs, STEPS)
+    reference = ReferenceRun(theirs)
+    for each in gradients:
+        for optimizer in (ours, theirs):
+            set_gradients(optimizer, each)
+            optimizer.step()
+        for group in theirs.param_groups:
+            assert group["lr"] == ours.param_groups[0]["lr"]
+        reference.step(each)  # the hook ran before the step: the groups say what the step used
+        assert_same_state(ours, theirs, reference)
+
+
+def test_state_dict_hooks_run(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL))
+    log: list[str] = []
+    ours.register_state_dict_pre_hook(lambda optimizer: log.append("save pre"))
+    ours.register_state_dict_post_hook(lambda optimizer, state: log.append("save post"))
+    ours.register_load_state_dict_pre_hook(lambda optimizer, state: log.append("load pre"))
+    ours.register_load_state_dict_post_hook(lambda optimizer: log.append("load post"))
+    ours.load_state_dict(ours.state_dict())
+    assert log == ["save pre", "save post", "load pre", "load post"]
+
+
+def test_zero_grad(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL))
+    set_gradients(ours, some_gradients(ours, 1)[0])
+    ours.zero_grad(set_to_none=False)
+    assert all(int(param.grad.count_nonzero()) == 0 for param in parameters(ours))
+    ours.zero_grad()
+    assert all(param.grad is None for param in parameters(ours))
+
+
+def test_it_is_a_torch_optimizer(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL))
+    assert isinstance(ours, theirs_for(name))
+    theirs = theirs_for(name)(make_params(SMALL))
+    assert ours.defaults == theirs.defaults
+    assert list(ours.defaults) == list(theirs.defaults)
+
+
+# Groups.
+
+
+def test_groups_with_their_own_options_and_dtypes(name: str, device: torch.device) -> None:
+    """Four dtypes in one group, and a second group with other options: as many buckets as there are kinds."""
+    params = [*make_params(((65,), ()), torch.float32), *make_params(((65,),), torch.bfloat16)]
+    params += [*make_params(((7, 9),), torch.float64), *make_params(((63,),), torch.float16)]
+    others = make_params(((33,), (5, 3)), torch.float32)
+    second = {"lr": 0.002, "weight_decay": 0.3, "maximize": True}
+    eps = {} if name == "SGD" else {"eps": 0.1}
+    ours = ours_for(name)(
+        [{"params": copies(params, device)}, {"params": copies(others, device), **second}],
+        **FULL_OPTIONS[name],
+        **eps,
+    )
+    theirs = theirs_for(name)(
+        [{"params": params}, {"params": others, **second}], **FULL_OPTIONS[name], **eps, foreach=False
+    )
+    assert_same_run(ours, theirs, steps=10)
+
+
+def test_add_param_group_in_mid_run(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    assert_same_run(ours, theirs, steps=4)
+    late = make_params(((33,),))
+    ours.add_param_group({"params": copies(late), "lr": 0.01})
+    theirs.add_param_group({"params": late, "lr": 0.01})
+    assert_same_run(ours, theirs, steps=8)
+
+
+def test_named_parameters(name: str) -> None:
+    params = dict(zip("abc", make_params(SMALL), strict=True))
+    ours = ours_for(name)(zip("abc", copies(params.values()), strict=True), **FULL_OPTIONS[name])
+    theirs = theirs_for(name)(params.items(), **FULL_OPTIONS[name], foreach=False)
+    assert ours.param_groups[0]["param_names"] == ["a", "b", "c"]
+    assert_same_run(ours, theirs)
+    assert ours.state_dict()["param_groups"][0]["param_names"] == ["a", "b", "c"]
+
+
+def test_a_parameter_whose_gradients_come_and_go(name: str, device: torch.device) -> None:
+    """A late first gradient, gaps, a step without any: each parameter has its own first step and count."""
+    ours, theirs = make_pair(name, device, shapes=((65,), (7, 9), (33,), ()), **FULL_OPTIONS[name])
+    feed = Feed(parameters(theirs))
+    absent = {1: (1, 2, 3), 2: (2, 3), 3: (2,), 5: (0, 3), 6: (0, 1, 2, 3), 7: (1,), 9: (2,)}
+
+    def gappy(step: int) -> list[Tensor | None]:
+        return [None if i in absent.get(step, ()) else grad for i, grad in enumerate(feed(step))]
+
+    reference = assert_same_run(ours, theirs, gappy)
+    if name != "SGD":
+        assert [int(reference.values[param]["step"]) for param in parameters(theirs)] == [10, 9, 7, 8]
+
+
+def test_parameters_without_gradients_have_no_state(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    for optimizer in (ours, theirs):
+        grads: list[Tensor | None] = [torch.ones(65), None, None]
+        set_gradients(optimizer, grads)
+        optimizer.step()
+        assert [param in optimizer.state for param in parameters(optimizer)] == [True, False, False]
+    plain = ours_for(name)(make_params(SMALL))
+    plain.step()  # nothing to do is not an error
+    assert len(plain.state) == 0
+
+
+def test_options_changed_by_hand_between_steps(name: str) -> None:
+    """Every option is read at each step, whatever was planned before."""
+    ours, theirs = make_pair(name, shapes=SMALL, lr=0.004)
+    changes: dict[int, dict[str, Any]] = {
+        2: {"weight_decay": 0.2},
+        4: {"lr": 0.001, "maximize": True},
+        6: {"momentum": 0.5, "dampening": 0.25} if name == "SGD" else {"betas": (0.5, 0.7)},
+        8: {"dampening": 0.0, "nesterov": True} if name == "SGD" else {"eps": 0.01},
+        10: {"weight_decay": 0.0, "maximize": False},
+        11: {"momentum": 0.0, "nesterov": False} if name == "SGD" else {},
+    }
+
+    def change(optimizer: Optimizer, step: int) -> None:
+        optimizer.param_groups[0].update(changes.get(step, {}))
+
+    assert_same_run(ours, theirs, after_step=change)
+
+
+@pytest.mark.parametrize("kind", ["lr", "betas", "weight_decay", "all"])
+def test_options_given_as_tensors_are_read_at_each_step(name: str, kind: str, device: torch.device) -> None:
+    """0-d tensors on the CPU, rewritten in place between the steps, as a scheduler does with a tensor lr."""
+    if (name == "SGD" and kind == "betas") or (name != "SGD" and kind in ("weight_decay", "all")):
+        pytest.skip("torch's class takes no such tensor")
+    given = {
+        "lr": torch.tensor(0.004, dtype=torch.float64),
+        "weight_decay": torch.tensor(0.1, dtype=torch.float64),
+        "betas": (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)),
+    }
+    chosen = [kind] if kind != "all" else ["lr", "weight_decay"]
+    params = make_params(SMALL)
+    ours = ours_for(name)(copies(params, device), **{key: copy.deepcopy(given[key]) for key in chosen})
+    theirs = theirs_for(name)(params, **{key: copy.deepcopy(given[key]) for key in chosen}, foreach=False)
+
+    def change(optimizer: Optimizer, step: int) -> None:
+        for key in chosen:
+            for value in given[key] if isinstance(given[key], tuple) else (given[key],):
+                assert isinstance(value, Tensor)
+            tensors = optimizer.param_groups[0][key]
+            for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
+                tensor.mul_(0.97)
+
+    assert_same_run(ours, theirs, after_step=change)
+
+
+# Layouts.
+
+
+def transposed(grad: Tensor) -> Tensor:
+    return grad.transpose(0, -1).contiguous().transpose(0, -1) if grad.ndim > 1 else grad.clone()
+
+
+def every_other(grad: Tensor) -> Tensor:
+    """The same values with a NaN between any two: a kernel that walks raw memory picks them up."""
+    wide = torch.full((*grad.shape, 2), float("nan"), dtype=grad.dtype, device=grad.device)
+    wide[..., 0] = grad
+    return wide[..., 0]
+
+
+def misaligned(grad: Tensor) -> Tensor:
+    flat = torch.full((grad.numel() + 3,), float("nan"), dtype=grad.dtype, device=grad.device)
+    view = flat[1 : 1 + grad.numel()].view(grad.shape)
+    return view.copy_(grad)
+
+
+def as_before(grad: Tensor) -> Tensor:
+    return grad.clone()
+
+
+LAYOUTS = {function.__name__: function for function in (transposed, every_other, misaligned)}
+LAID_OUT = ((33, 5), (4, 3, 2, 5), (65,), ())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", ["gradient", "parameter", "both"])
+def test_any_strides(name: str, layout: str, of: str, device: torch.device) -> None:
+    """torch's fused=True walks raw memory here and goes silently wrong (pytorch#110758)."""
+    params = make_params(LAID_OUT)
+    ours_params = copies(params, device)
+    if of != "gradient":
+        ours_params = [torch.nn.Parameter(LAYOUTS[layout](param.detach())) for param in ours_params]
+    ours = ours_for(name)(ours_params, **FULL_OPTIONS[name])
+    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    assert_same_run(ours, theirs, lay_out=LAYOUTS[layout] if of != "parameter" else as_before)
+
+
+def test_channels_last_against_contiguous(name: str, device: torch.device) -> None:
+    params = make_params(((4, 3, 5, 5), (2, 3, 4, 4)))
+    ours_params = [
+        torch.nn.Parameter(param.detach().clone().to(memory_format=torch.channels_last).to(device))
+        for param in params
+    ]
+    ours = ours_for(name)(ours_params, **FULL_OPTIONS[name])
+    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    assert_same_run(ours, theirs)
+    assert all(param.is_contiguous(memory_format=torch.channels_last) for param in parameters(ours))
+    if name != "SGD":  # whose buffer is a clone of the first gradient
+        for param in parameters(ours):
+            for key, value in ours.state[param].items():
+                assert key == "step" or value.stride() == param.stride()
+
+
+def test_expanded_gradients(name: str, device: torch.device) -> None:
+    """One stored value for all: what ``param.sum().backward()`` gives."""
+    ours, theirs = make_pair(name, device, shapes=((33, 5), (65,), ()), **FULL_OPTIONS[name])
+    sizes = [spread((), 4.0, torch.float32) for _ in parameters(theirs)]
+
+    def constant(step: int) -> list[Tensor | None]:
+        return [size.expand(param.shape) * 1.0 for size, param in zip(sizes, parameters(theirs), strict=True)]
+
+    assert_same_run(ours, theirs, constant, lay_out=lambda grad: grad.flatten()[0].expand(grad.shape))
+
+
+def test_the_same_address_with_other_strides(name: str, device: torch.device) -> None:
+    """An allocator hands freed memory out again: a plan must know the gradient's strides, not its address."""
+    ours, theirs = make_pair(name, device, shapes=((16, 16),), **FULL_OPTIONS[name])
+    buffer = torch.empty(16, 16, device=device)
+    param = parameters(ours)[0]
+    reference = ReferenceRun(theirs)
+    for step, grads in enumerate(some_gradients(theirs, STEPS), start=1):
+        set_gradients(theirs, grads)
+        view = buffer if step % 3 else buffer.t()
+        param.grad = view.copy_(grads[0])
+        reference.step(grads)
+        theirs.step()
+        ours.step()
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+
+
+def test_parameters_moved_to_other_memory_between_steps(name: str, device: torch.device) -> None:
+    """``param.data = ...`` keeps the object and changes what it points to."""
+    ours, theirs = make_pair(name, device, shapes=((65,), (7, 9)), **FULL_OPTIONS[name])
+    kept = []
+
+    def move(optimizer: Optimizer, step: int) -> None:
+        if optimizer is ours and step % 2:
+            for param in parameters(ours):
+                kept.append(param.data)  # so that the old address is not handed out again
+                param.data = param.data.clone()
+
+    assert_same_run(ours, theirs, after_step=move)
+
+
+def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, device: torch.device) -> None:
+    """Views of one flat buffer at odd offsets: FSDP's shards."""
+    params = make_params(((5,), (64,), (1,), (130,)))
+    sizes = [param.numel() for param in params]
+    flat = torch.full((sum(sizes) + 2 * len(sizes) + 1,), 7.0, device=device)
+    views, mask, start = [], torch.ones(len(flat), dtype=torch.bool), 1
+    for param in params:
+        view = flat[start : start + param.numel()]
+        view.copy_(param.detach())
+        mask[start : start + param.numel()] = False
+        views.append(view.requires_grad_())
+        start += param.numel() + 2
+    ours = ours_for(name)(views, **FULL_OPTIONS[name])
+    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    assert_same_run(ours, theirs, lay_out=misaligned)
+    assert bool((flat.cpu()[mask] == 7.0).all())
+
+
+def test_only_zero_size_tensors(name: str, device: torch.device) -> None:
+    ours = ours_for(name)([torch.nn.Parameter(torch.empty(0, 3, device=device))], **FULL_OPTIONS[name])
+    run(ours, [[torch.empty(0, 3)]] * 2)
+    if name != "SGD":
+        assert ours.state[parameters(ours)[0]]["step"].item() == 2
+
+
+def test_the_version_counter_moves(name: str, device: torch.device) -> None:
+    """Backward through a graph recorded before the step must refuse: torch's fused=True lets it pass."""
+    ours = ours_for(name)(copies(make_params(((65,),)), device))
+    (param,) = parameters(ours)
+    loss = (param * param).sum()
+    before = param._version
+    run(ours, some_gradients(ours, 1))
+    assert param._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_unaltered_parameters_keep_their_version(name: str) -> None:
+    ours = ours_for(name)(make_params(((65,), (7, 9))))
+    before = parameters(ours)[1]._version
+    set_gradients(ours, [torch.ones(65), None])
+    ours.step()
+    assert parameters(ours)[1]._version == before
+
+
+def test_bits_are_the_same_from_run_to_run_and_do_not_depend_on_company(
+    name: str, device: torch.device
+) -> None:
+    """A parameter moves alike alone and among others, in whatever order."""
+    params = make_params(((1023,), (7, 9), (65,)))
+    gradients = some_gradients(theirs_for(name)(params), 4)
+    results = []
+    for order in ((0, 1, 2), (2, 1, 0), (0, 1, 2)):
+        chosen = copies([params[i] for i in order], device)
+        run(ours_for(name)(chosen, **FULL_OPTIONS[name]), [[each[i] for i in order] for each in gradients])
+        results.append(dict(zip(order, chosen, strict=True)))
+    alone = copies(params[:1], device)
+    run(ours_for(name)(alone, **FULL_OPTIONS[name]), [each[:1] for each in gradients])
+    for index in range(3):
+        assert torch.equal(results[0][index], results[1][index])
+        assert torch.equal(results[0][index], results[2][index])
+    assert torch.equal(results[0][0], alone[0])
+
+
+# What goes through torch's own loop.
+
+
+def test_sparse_gradients(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=((20, 3), (7,)), lr=0.01)
+    dense = [grads[0] * (torch.arange(20) % 4 == 0).unsqueeze(1) for grads in some_gradients(theirs, 10)]
+    plain = [torch.ones(7) * step for step in range(10)]
+    if name != "SGD":
+        texts = []
+        for optimizer in (ours, theirs):
+            set_gradients(optimizer, [dense[0].to_sparse(), plain[0]])
+            before = [param.detach().clone() for param in parameters(optimizer)]
+            with pytest.raises(RuntimeError) as caught:
+                optimizer.step()
+            texts.append(str(caught.value))
+            assert all(torch.equal(p, b) for p, b in zip(parameters(optimizer), before, strict=True))
+        assert texts[0] == texts[1]
+        return
+    for grad, other in zip(dense, plain, strict=True):
+        for optimizer in (ours, theirs):
+            set_gradients(optimizer, [grad.to_sparse(), other])
+            optimizer.step()
+    for one, other in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def complex_params() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.complex(spread((9,), 0.03), spread((9,), 0.03))), *make_params(((65,),))]
+
+
+def test_complex_parameters(name: str) -> None:
+    params = complex_params()
+    ours = ours_for(name)(copies(params), **FULL_OPTIONS[name])
+    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    for _ in range(10):
+        grads = [torch.complex(spread((9,), 4.0), spread((9,), 4.0)), spread((65,), 4.0, torch.float32)]
+        for optimizer in (ours, theirs):
+            set_gradients(optimizer, grads)
+            optimizer.step()
+    assert torch.equal(parameters(ours)[0], parameters(theirs)[0])  # torch's own loop: the same bits
+    torch.testing.assert_close(parameters(ours)[1], parameters(theirs)[1])
+    for key, value in theirs.state[parameters(theirs)[0]].items():
+        assert torch.equal(ours.state[parameters(ours)[0]][key], value), key
+
+
+def test_differentiable(name: str) -> None:
+    """The step itself is differentiated, with respect to the gradient and the learning rate."""
+    results = []
+    grad = spread((5,), 4.0).requires_grad_()
+    start = spread((5,), 0.03)
+    for cls in (ours_for(name), theirs_for(name)):
+        lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
+        param = start.clone().requires_grad_()
+        moved = param.clone()
+        optimizer = cls([moved.detach().requires_grad_()], lr=lr, differentiable=True)
+        leaf = parameters(optimizer)[0]
+        leaf = leaf.clone()
+        optimizer.param_groups[0]["params"] = [leaf]
+        leaf.grad = grad
+        optimizer.step()
+        results.append(torch.autograd.grad((leaf * torch.arange(5.0)).sum(), [grad, lr]))
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
+    assert int(results[0][0].count_nonzero()) > 0
+    assert results[0][1].item() != 0
+
+
+@pytest.mark.parametrize("what", ["complex", "sparse", "integer"])
+def test_fused_true_refuses_what_torch_s_refuses(name: str, what: str) -> None:
+    texts = []
+    for cls in (ours_for(name), theirs_for(name)):
+        if what == "complex":
+            params = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+            grads = [torch.ones(3, dtype=torch.complex64)]
+        elif what == "integer":
+            params = [torch.ones(3, dtype=torch.int64)]
+            grads = [torch.ones(3, dtype=torch.int64)]
+        else:
+            params, grads = make_params(((5, 3),)), [torch.ones(5, 3).to_sparse()]
+        optimizer = cls(params, lr=1, fused=True)  # construction passes, as torch's does
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        with pytest.raises(RuntimeError) as caught:
+            optimizer.step()
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}], ids=str
+)
+def test_foreach_and_fused_select_nothing(name: str, flags: dict[str, bool]) -> None:
+    results = []
+    gradients = None
+    for given in ({}, flags):
+        torch.manual_seed(1)
+        ours = ours_for(name)(make_params(SMALL), **FULL_OPTIONS[name], **given)
+        gradients = gradients or some_gradients(ours, 4)
+        run(ours, gradients)
+        results.append(ours)
+        for key, value in given.items():
+            assert ours.param_groups[0][key] is value
+    assert_equal_bits(*results)
+
+
+# Our own options.
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_norm": -1.0}, "max_norm"),
+        ({"max_norm": float("nan")}, "max_norm"),
+        ({"on_nonfinite": "explode"}, "explode"),
+    ],
+    ids=str,
+)
+def test_our_options_are_checked(name: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        ours_for(name)(make_params(SMALL), **options)
+
+
+def test_our_options_are_keyword_only_and_stay_out_of_the_groups(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL), max_norm=1.0, on_nonfinite="skip")
+    theirs = theirs_for(name)(make_params(SMALL))
+    assert ours.param_groups[0].keys() == theirs.param_groups[0].keys()
+    assert ours.defaults.keys() == theirs.defaults.keys()
+    with pytest.raises(TypeError):
+        ours_for(name)(make_params(SMALL), *([0.1] * 8))
+
+
+def test_the_signature_begins_as_torch_s(name: str) -> None:
+    mine = list(inspect.signature(ours_for(name)).parameters.values())
+    other = list(inspect.signature(theirs_for(name)).parameters.values())
+    known = {parameter.name: parameter for parameter in mine}
+    for parameter in other:
+        assert known[parameter.name].default == parameter.default, parameter.name
+        assert known[parameter.name].kind == parameter.kind, parameter.name
+    positional = [p.name for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == [p.name for p in other if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def test_no_gradient_is_kept_alive_by_the_optimizer(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL), max_norm=1.0)
+    run(ours, some_gradients(ours, 2))
+    watched = [weakref.ref(param.grad) for param in parameters(ours)]
+    ours.zero_grad()
+    assert [ref() for ref in watched] == [None] * len(watched)
