@@ -172,10 +172,14 @@ def assert_same_run(
     steps: int = STEPS,
     lay_out: Callable[[Tensor], Tensor] = torch.clone,
     after_step: Callable[[Optimizer, int], None] = lambda optimizer, step: None,
+    reference: ReferenceRun | None = None,
 ) -> ReferenceRun:
-    """Step both with the same gradients, comparing after each; ``after_step`` runs schedulers and such."""
+    """Step both with the same gradients, comparing after each; ``after_step`` runs schedulers and such.
+
+    A run that goes on from an earlier one passes that one's ``reference``.
+    """
     feed = Feed(parameters(theirs)) if feed is None else feed
-    reference = ReferenceRun(theirs)
+    reference = ReferenceRun(theirs) if reference is None else reference
     start = [to_numpy(param).copy() for param in parameters(theirs)]
     for step in range(1, steps + 1):
         gradients = feed(step)

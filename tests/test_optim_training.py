@@ -1,0 +1,561 @@
+"""What training asks of a step beyond the update: AMP, clipping, the guard, low precision done well."""
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import use_backend
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .helpers import assert_matches, to_numpy
+from .optimizers import (
+    NAMES,
+    STEPS,
+    Feed,
+    ReferenceRun,
+    assert_moved,
+    assert_same_run,
+    assert_same_state,
+    copies,
+    make_pair,
+    make_params,
+    ours_for,
+    parameters,
+    set_gradients,
+    theirs_for,
+)
+
+SMALL = ((65,), (7, 9), ())
+SCALE = 256.0  # a power of two: scaling and unscaling are exact
+OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.004, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+    "Adam": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+}
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def bits(optimizer: Optimizer) -> list[Tensor]:
+    """Copies of the parameters and of every state tensor that is not all zero.
+
+    A first step skipped on the device may leave zeros where torch, which decides on the host, leaves nothing.
+    """
+    kept = [param.detach().clone() for param in parameters(optimizer)]
+    for state in optimizer.state.values():
+        kept += [value.clone() for value in state.values() if value.count_nonzero()]
+    return kept
+
+
+def assert_same_bits(before: list[Tensor], after: list[Tensor]) -> None:
+    assert len(before) == len(after), "state appeared"
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def assert_only_zero_state(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            assert value.isfinite().all(), key
+            assert int(value.count_nonzero()) == 0, key
+
+
+# AMP.
+
+
+def amp_step(optimizer: Any, scale: float | None, overflow: bool | None) -> None:
+    """What GradScaler.step does to an optimizer that takes the scale itself."""
+    device = parameters(optimizer)[0].device
+    if scale is not None:
+        optimizer.grad_scale = torch.tensor(scale, device=device)
+    if overflow is not None:
+        optimizer.found_inf = torch.tensor(float(overflow), device=device)
+    optimizer.step()
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+@pytest.mark.parametrize("skipped", [(1, 2, 6), (5,)], ids=["first", "later"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_skipped_step_never_happened(
+    name: str, skipped: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Overflow on the very first steps too: torch's fused SGD then uses memory that nobody wrote.
+
+    Dampening makes the first step that is taken count as the first, whatever was skipped before it.
+    """
+    options = OPTIONS[name] if name == "SGD" else {**OPTIONS[name], "eps": 0.01}
+    ours, theirs = make_pair(name, device, dtype, SMALL, **options)
+    feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
+    start = [to_numpy(param).copy() for param in parameters(theirs)]
+    for step in range(1, STEPS + 1):
+        gradients = feed(step)
+        set_gradients(ours, [grad * SCALE for grad in gradients])
+        if step in skipped:
+            parameters(ours)[1].grad[-1, -1] = float("inf")
+            before = bits(ours)
+            amp_step(ours, SCALE, True)
+            assert_same_bits(before, bits(ours))
+            if step <= 2 and skipped[0] == 1:
+                assert_only_zero_state(ours)
+            continue
+        amp_step(ours, SCALE, False)
+        for param, grad in zip(parameters(ours), gradients, strict=True):
+            assert torch.equal(param.grad.cpu(), grad), "the unscaled gradient is left behind, as torch does"
+        set_gradients(theirs, gradients)
+        reference.step(gradients)
+        theirs.step()
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+    assert_moved(theirs, reference, start)
+    assert ours.steps_skipped == len(skipped)
+
+
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale_clip_step"])
+def test_grad_scaler(name: str, clip: bool, device: torch.device) -> None:
+    """torch's own GradScaler on both: the same scales, the same numbers, overflow at steps 1 and 5."""
+    options = {**OPTIONS[name], "lr": 0.1} if clip and name == "SGD" else OPTIONS[name]
+    ours, theirs = make_pair(name, device, shapes=SMALL, **options)
+    feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
+    start = [to_numpy(param).copy() for param in parameters(theirs)]
+    scalers = {
+        optimizer: torch.amp.GradScaler(kind, init_scale=64.0, growth_interval=3, backoff_factor=0.5)
+        for optimizer, kind in ((ours, device.type), (theirs, "cpu"))
+    }
+    for step in range(1, STEPS + 1):
+        gradients = feed(step)
+        for optimizer, scaler in scalers.items():
+            scaler.scale(
+                torch.zeros((), device=parameters(optimizer)[0].device)
+            )  # makes the scale on first use
+            set_gradients(optimizer, [grad * scaler.get_scale() for grad in gradients])
+            if step in (1, 5):
+                parameters(optimizer)[1].grad[0, 0] = float("nan")
+            if clip:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters(optimizer), 2.0, foreach=False)
+            scaler.step(optimizer)
+            scaler.update()
+            assert not hasattr(optimizer, "grad_scale")
+        assert scalers[ours].get_scale() == scalers[theirs].get_scale()
+        if step in (1, 5):
+            continue
+        if clip:
+            gradients = clipped(gradients, 2.0)[0]
+        reference.step(gradients)
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+    assert scalers[ours].get_scale() != 64.0
+    assert_moved(theirs, reference, start)
+
+
+@pytest.mark.parametrize(
+    ("scale", "overflow"), [(4.0, None), (None, False)], ids=["scale_only", "found_inf_only"]
+)
+def test_either_half_of_the_protocol_works_alone(
+    name: str, scale: float | None, overflow: bool | None
+) -> None:
+    """A user may set ``grad_scale`` without a scaler; after ``unscale_`` only ``found_inf`` comes."""
+    ours, theirs = make_pair(name, shapes=SMALL, **OPTIONS[name])
+    feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
+    for step in range(1, 5):
+        gradients = feed(step)
+        set_gradients(ours, [grad * (scale or 1.0) for grad in gradients])
+        amp_step(ours, scale, overflow)
+        set_gradients(theirs, gradients)
+        reference.step(gradients)
+        theirs.step()
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+
+
+def test_amp_survives_deepcopy(name: str) -> None:
+    ours = copy.deepcopy(ours_for(name)(make_params(SMALL)))
+    set_gradients(ours, [torch.full(shape, SCALE) for shape in SMALL])
+    amp_step(ours, SCALE, False)
+    assert all(bool((param.grad == 1).all()) for param in parameters(ours))
+
+
+def test_strided_and_expanded_gradients_are_unscaled_too(name: str, device: torch.device) -> None:
+    ours, theirs = make_pair(name, device, shapes=((6, 5), (7, 9)), **OPTIONS[name])
+    reference = ReferenceRun(theirs)
+    gradients = [torch.randn(6, 5), torch.randn(7, 9)]
+    set_gradients(ours, gradients, lambda grad: (grad * SCALE).t().contiguous().t())
+    amp_step(ours, SCALE, False)
+    set_gradients(theirs, gradients)
+    reference.step(gradients)
+    theirs.step()
+    assert_same_state(ours, theirs, reference)
+    for param, grad in zip(parameters(ours), gradients, strict=True):
+        assert torch.equal(param.grad.cpu(), grad)
+
+
+# Clipping.
+
+
+def clipped(gradients: list[Tensor], max_norm: float) -> tuple[list[Tensor], float]:
+    """The float64 gradients scaled as clip_grad_norm_ does, and their norm."""
+    norm = float(np.sqrt(sum(float(grad.double().square().sum()) for grad in gradients)))
+    return [grad.double() * min(1.0, max_norm / (norm + 1e-6)) for grad in gradients], norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [None, SCALE], ids=["plain", "amp"])
+def test_max_norm_is_clip_grad_norm_then_step(
+    name: str, dtype: torch.dtype, scale: float | None, device: torch.device
+) -> None:
+    """Large, small and middling gradients in turn: some steps are clipped and some are not."""
+    options = {**OPTIONS[name], "lr": 0.1} if name == "SGD" else OPTIONS[name]
+    ours, theirs = make_pair(name, device, dtype, ((1023,), (7, 9), (0, 3), ()), **options)
+    ours.max_norm = None  # set below: an attribute, not a param group entry
+    params = copies(parameters(theirs), device)
+    ours = ours_for(name)([{"params": params[:2]}, {"params": params[2:]}], **options, max_norm=2.0)
+    feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
+    start = [to_numpy(param).copy() for param in parameters(theirs)]
+    was_clipped = []
+    for step in range(1, STEPS + 1):
+        gradients = [grad * 2.0 ** (-(step % 3) * 4) for grad in feed(step)]
+        exact, norm = clipped(gradients, 2.0)
+        was_clipped.append(norm > 2.0)
+        given = [grad * (scale or 1.0) for grad in gradients]
+        set_gradients(ours, given)
+        amp_step(ours, scale, None if scale is None else False)
+        set_gradients(theirs, gradients)
+        their_norm = torch.nn.utils.clip_grad_norm_(parameters(theirs), 2.0, foreach=False)
+        theirs.step()
+        reference.step(exact)
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+        assert_matches(ours.grad_norm.to(their_norm.dtype), their_norm, np.asarray(norm), "grad_norm")
+        for param, grad in zip(parameters(ours), gradients, strict=True):
+            assert torch.equal(param.grad.cpu(), grad), "p.grad stays unclipped (and unscaled)"
+    assert set(was_clipped) == {True, False}
+    assert_moved(theirs, reference, start)
+
+
+def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: torch.device) -> None:
+    """One norm for everything: four dtypes, strides of all kinds, a parameter without a gradient."""
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    params = [param for dtype in dtypes for param in make_params(((9, 7), (33,)), dtype)]
+    options = {**OPTIONS[name], "lr": 0.05}
+    if name != "SGD":
+        options["eps"] = 0.01
+    ours = ours_for(name)(copies(params, device), **options, max_norm=0.5)
+    theirs = theirs_for(name)(params, **options, foreach=False)
+    feed, reference = Feed(params), ReferenceRun(theirs)
+    for step in range(1, 11):
+        gradients: list[Any] = [None if i == step % 8 else grad for i, grad in enumerate(feed(step))]
+        present = iter(clipped([grad for grad in gradients if grad is not None], 0.5)[0])
+        exact = [None if grad is None else next(present) for grad in gradients]
+        set_gradients(
+            ours, gradients, lambda grad: grad.t().contiguous().t() if grad.ndim == 2 else grad.clone()
+        )
+        ours.step()
+        for param, grad in zip(parameters(theirs), exact, strict=True):
+            param.grad = None if grad is None else grad.to(param.dtype)
+        theirs.step()
+        reference.step(exact)
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+
+
+def test_clipping_non_finite_gradients_does_what_clip_grad_norm_does(name: str, device: torch.device) -> None:
+    for bad in (float("inf"), float("nan")):
+        ours, theirs = make_pair(name, device, shapes=SMALL, lr=0.1)
+        ours = ours_for(name)(copies(parameters(theirs), device), lr=0.1, max_norm=1.0)
+        for step in range(3):
+            gradients = [torch.ones(shape) for shape in SMALL]
+            if step == 1:
+                gradients[0][3] = bad
+            set_gradients(ours, gradients)
+            set_gradients(theirs, gradients)
+            torch.nn.utils.clip_grad_norm_(parameters(theirs), 1.0, foreach=False)
+            ours.step()
+            theirs.step()
+        for one, other in zip(parameters(ours), parameters(theirs), strict=True):
+            assert torch.equal(one.isnan().cpu(), other.isnan()), bad
+            torch.testing.assert_close(one.cpu(), other, equal_nan=True)
+
+
+def test_grad_norm_without_clipping(name: str, device: torch.device) -> None:
+    """An infinite max_norm measures and never clips."""
+    ours, theirs = make_pair(name, device, shapes=SMALL, **OPTIONS[name])
+    ours = ours_for(name)(copies(parameters(theirs), device), **OPTIONS[name], max_norm=float("inf"))
+    assert ours.grad_norm is None
+    feed = Feed(parameters(theirs))
+    norms = []
+
+    def watched(step: int) -> list[Any]:
+        gradients = feed(step)
+        norms.append(clipped(gradients, 1.0)[1])
+        return gradients
+
+    def look(optimizer: Optimizer, step: int) -> None:
+        if optimizer is ours:
+            assert float(ours.grad_norm) == pytest.approx(norms[-1], rel=1e-6)
+
+    assert_same_run(ours, theirs, watched, steps=6, after_step=look)
+
+
+# The guard.
+
+BAD_PLACES = [(0, 0), (0, 64), (1, 62), (2, 0)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_skip_leaves_everything_untouched(name: str, bad: float, device: torch.device) -> None:
+    """Wherever the one bad element is, at the first step and later, with and without clipping."""
+    ours, theirs = make_pair(name, device, shapes=SMALL, **OPTIONS[name])
+    clip = {} if bad > 0 else {"max_norm": 1e6}
+    ours = ours_for(name)(copies(parameters(theirs), device), **OPTIONS[name], on_nonfinite="skip", **clip)
+    feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
+    assert ours.steps_skipped == 0
+    skipped = 0
+    for step in range(1, 11):
+        gradients = feed(step)
+        if step in (1, 2, 5, 9):
+            tensor, element = BAD_PLACES[skipped]
+            spoilt = [grad.clone() for grad in gradients]
+            spoilt[tensor].view(-1)[element] = bad
+            set_gradients(ours, spoilt)
+            before = bits(ours)
+            ours.step()
+            assert_same_bits(before, bits(ours))
+            skipped += 1
+            assert ours.steps_skipped == skipped
+            continue
+        set_gradients(ours, gradients)
+        set_gradients(theirs, gradients)
+        ours.step()
+        theirs.step()
+        reference.step(gradients)
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+    assert ours.steps_skipped == 4
+
+
+def test_large_finite_gradients_are_not_taken_for_infinite(name: str, device: torch.device) -> None:
+    """1e30 squared overflows float32: the guard must look at the gradients, not at their norm."""
+    start = make_params(((65,),))
+    ours = ours_for(name)(copies(start, device), lr=1e-32 if name == "SGD" else 0.01, on_nonfinite="skip")
+    set_gradients(ours, [torch.full((65,), 1e30)])
+    ours.step()
+    assert ours.steps_skipped == 0
+    assert not torch.equal(parameters(ours)[0].cpu(), start[0])
+    assert bool(parameters(ours)[0].isfinite().all())
+
+
+def test_raise_names_the_parameters_and_changes_nothing(name: str, device: torch.device) -> None:
+    named = dict(zip(("encoder.weight", "bias", "scale"), copies(make_params(SMALL), device), strict=True))
+    ours = ours_for(name)(named.items(), **OPTIONS[name], on_nonfinite="raise", max_norm=1.0)
+    plain = ours_for(name)(make_params(SMALL), **OPTIONS[name], on_nonfinite="raise")
+    for step in range(3):
+        good = [torch.ones(shape) for shape in SMALL]
+        bad = [good[0] * (float("nan") if step else 1.0), good[1], good[2] * float("-inf")]
+        for optimizer in (ours, plain):
+            set_gradients(optimizer, bad)
+            before = bits(optimizer)
+            with pytest.raises(FloatingPointError) as caught:
+                optimizer.step()
+            assert_same_bits(before, bits(optimizer))
+            text = str(caught.value)
+            if optimizer is ours:
+                assert "scale" in text
+                assert "bias" not in text
+                assert ("encoder.weight" in text) == (step > 0)
+            else:
+                assert "2" in text
+            set_gradients(optimizer, good)
+            optimizer.step()
+    if name != "SGD":
+        assert ours.state[named["bias"]]["step"].item() == 3
+
+
+def test_the_guard_is_off_unless_asked_for(name: str) -> None:
+    ours = ours_for(name)(make_params(SMALL), lr=0.1)
+    set_gradients(ours, [torch.full(shape, float("nan")) for shape in SMALL])
+    ours.step()
+    assert all(bool(param.isnan().all()) for param in parameters(ours))
+    assert ours.steps_skipped == 0
+
+
+# Low precision.
+
+
+def stalled(optimizer_class: Any, device: torch.device | str, steps: int = 30, **options: Any) -> Any:
+    """1000 weights of 1.0 in bfloat16, each step worth -0.001: a quarter of the distance to the next number."""
+    param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
+    optimizer = optimizer_class([param], lr=0.001, **options)
+    for _ in range(steps):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_master_weights_train_where_plain_bfloat16_stalls(name: str, device: torch.device) -> None:
+    for optimizer_class in (theirs_for(name), ours_for(name)):
+        (plain,) = parameters(stalled(optimizer_class, "cpu"))
+        assert bool((plain == 1.0).all()), "the stall itself"
+    optimizer = stalled(ours_for(name), device, master_weights=True)
+    (param,) = parameters(optimizer)
+    master = optimizer.state[param]["master_param"]
+    assert float((master - 0.97).abs().max()) < 30 * torch.finfo(torch.float32).eps
+    assert torch.equal(param, master.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_stochastic_rounding_trains_where_plain_bfloat16_stalls(name: str, device: torch.device) -> None:
+    """On average each step counts in full: the mean of 1000 weights is right to six of its standard errors.
+
+    Rounded to a neighbour at distance d, a step of 0.001 has the variance 0.001 (d - 0.001), d = 2^-8 below 1.
+    """
+    optimizer = stalled(ours_for(name), device, stochastic_rounding=True)
+    (param,) = parameters(optimizer)
+    assert param.dtype == torch.bfloat16
+    standard_error = (30 * 0.001 * (2**-8 - 0.001) / 1000) ** 0.5
+    assert abs(float(param.double().mean()) - 0.97) < 6 * standard_error
+    again = parameters(stalled(ours_for(name), device, stochastic_rounding=True))[0]
+    other = parameters(stalled(ours_for(name), device, stochastic_rounding=True, seed=1))[0]
+    assert torch.equal(param, again)
+    assert not torch.equal(param, other)
+    # Independent draws: neighbours, and halves of the tensor, agree no more often than chance has it.
+    values = param.double()
+    spread = (values - values.mean()) / values.std()
+    for shift in (1, 2, 32, 500):
+        assert abs(float((spread * spread.roll(shift)).mean())) < 6 / 1000**0.5, (
+            f"correlated at distance {shift}"
+        )
+
+
+def test_stochastic_rounding_never_moves_a_representable_result(device: torch.device) -> None:
+    param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
+    optimizer = ours_for("SGD")([param], lr=2.0**-8, stochastic_rounding=True)
+    for step in range(1, 5):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert bool((param == 1 - step * 2.0**-8).all())
+
+
+def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=device))
+    optimizer = ours_for("SGD")([param], lr=1.0, stochastic_rounding=True)
+    param.grad = torch.tensor(
+        [float("inf"), float("-inf"), float("nan"), 0.0], dtype=torch.bfloat16, device=device
+    )
+    optimizer.step()
+    expected = torch.tensor([float("-inf"), float("inf"), float("nan"), 1.0], dtype=torch.bfloat16)
+    torch.testing.assert_close(param.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_both_backends_draw_the_same_numbers() -> None:
+    """With powers of two nothing but the draw decides, so the bits must agree."""
+    results = []
+    gradients = 2.0 ** -torch.randint(0, 4, (6, 1023)).float()
+    for backend in ("fallback", "triton"):
+        params = [
+            torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((1023,), (33, 31))
+        ]
+        with use_backend(backend):
+            optimizer = ours_for("SGD")(params, lr=2.0**-10, stochastic_rounding=True, seed=3)
+            for grad in gradients:
+                for param in params:
+                    param.grad = grad.view(param.shape).bfloat16()
+                optimizer.step()
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(results[0][0], results[0][1].view(-1)), "two tensors must not share their draws"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_master_weights_are_the_float32_run(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Master and moments are those of a float32 model under the same (16-bit) gradients; float32 has none."""
+    low = make_params(SMALL, dtype)
+    theirs = theirs_for(name)(
+        [torch.nn.Parameter(p.detach().float()) for p in low], **OPTIONS[name], foreach=False
+    )
+    wide = make_params(((5,),))
+    ours = ours_for(name)([*copies(low, device), *copies(wide, device)], **OPTIONS[name], master_weights=True)
+    feed, reference = Feed(low), ReferenceRun(theirs)
+    for step in range(1, 11):
+        gradients = feed(step)
+        set_gradients(ours, [*gradients, torch.ones(5)])
+        set_gradients(theirs, [grad.float() for grad in gradients])
+        ours.step()
+        theirs.step()
+        reference.step(gradients)
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=False):
+            state = dict(ours.state[mine])
+            master = state.pop("master_param")
+            assert torch.equal(mine, master.to(dtype))
+            assert state.keys() == theirs.state[other].keys()
+            state.pop("step", None)
+            for key, value in {"param": master, **state}.items():
+                expected = theirs.state[other][key] if key != "param" else other.detach()
+                scale = reference.scales[other][key]
+                assert_matches(value, expected, reference.values[other][key], f"{key} at step {step}", scale)
+    assert "master_param" not in ours.state[parameters(ours)[-1]]
+
+
+@pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
+def test_low_precision_runs_resume_with_the_same_bits(name: str, option: str) -> None:
+    gradients = [[torch.randn(65).bfloat16()] for _ in range(8)]
+
+    def go(optimizer: Any, part: list[list[Tensor]]) -> Any:
+        for each in part:
+            set_gradients(optimizer, each)
+            optimizer.step()
+        return optimizer
+
+    start = make_params(((65,),), torch.bfloat16)
+    straight = go(ours_for(name)(copies(start), **OPTIONS[name], **{option: True}), gradients)
+    first = go(ours_for(name)(copies(start), **OPTIONS[name], **{option: True}), gradients[:4])
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = ours_for(name)(copies(parameters(first)), **{option: True})
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    go(resumed, gradients[4:])
+    assert torch.equal(parameters(straight)[0], parameters(resumed)[0])
+    state, other = straight.state[parameters(straight)[0]], resumed.state[parameters(resumed)[0]]
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        assert value.dtype == other[key].dtype, key
+        assert torch.equal(value, other[key]), key
+
+
+def test_master_weights_and_torch_checkpoints(name: str) -> None:
+    """Torch's has no masters: they are made from the parameters. Ours loads there: the extra key is carried."""
+    gradients = [torch.randn(65).bfloat16()]
+    theirs = theirs_for(name)(make_params(((65,),), torch.bfloat16), **OPTIONS[name], foreach=False)
+    set_gradients(theirs, gradients)
+    theirs.step()
+    ours = ours_for(name)(copies(parameters(theirs)), **OPTIONS[name], master_weights=True)
+    ours.load_state_dict(theirs.state_dict())
+    set_gradients(ours, gradients)
+    ours.step()
+    state = ours.state[parameters(ours)[0]]
+    assert state["master_param"].dtype == torch.float32
+    assert torch.equal(state["master_param"].bfloat16(), parameters(ours)[0])
+    theirs.load_state_dict(ours.state_dict())
+    set_gradients(theirs, gradients)
+    theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
+    ids=str,
+)
+def test_gradients_of_another_dtype(
+    name: str, dtype: torch.dtype, grad_dtype: torch.dtype, device: torch.device
+) -> None:
+    """``Parameter.grad_dtype``: no gradient is rounded to the parameter's dtype on the way."""
+    ours, theirs = make_pair(name, device, dtype, SMALL, **OPTIONS[name])
+    for param in parameters(ours):
+        param.grad_dtype = grad_dtype
+    feed = Feed([torch.empty(shape, dtype=grad_dtype) for shape in SMALL])
+    assert_same_run(ours, theirs, feed)
+    assert all(param.grad.dtype == grad_dtype for param in parameters(ours))
