@@ -37,8 +37,8 @@ from .optimizers import (
 
 FULL_OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.004, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-    "Adam": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
-    "AdamW": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+    "Adam": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
 }
 SMALL = ((65,), (7, 9), ())
 

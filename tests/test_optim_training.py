@@ -33,8 +33,8 @@ SMALL = ((65,), (7, 9), ())
 SCALE = 256.0  # a power of two: scaling and unscaling are exact
 OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.004, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
-    "Adam": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
-    "AdamW": {"lr": 0.004, "weight_decay": 0.1, "amsgrad": True},
+    "Adam": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
 }
 
 
@@ -210,8 +210,7 @@ def test_max_norm_is_clip_grad_norm_then_step(
 ) -> None:
     """Large, small and middling gradients in turn: some steps are clipped and some are not."""
     options = {**OPTIONS[name], "lr": 0.1} if name == "SGD" else OPTIONS[name]
-    ours, theirs = make_pair(name, device, dtype, ((1023,), (7, 9), (0, 3), ()), **options)
-    ours.max_norm = None  # set below: an attribute, not a param group entry
+    _, theirs = make_pair(name, device, dtype, ((1023,), (7, 9), (0, 3), ()), **options)
     params = copies(parameters(theirs), device)
     ours = ours_for(name)([{"params": params[:2]}, {"params": params[2:]}], **options, max_norm=2.0)
     feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
@@ -237,8 +236,8 @@ def test_max_norm_is_clip_grad_norm_then_step(
 
 
 def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: torch.device) -> None:
-    """One norm for everything: four dtypes, strides of all kinds, a parameter without a gradient."""
-    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    """One norm for everything: three dtypes, strides of all kinds, a parameter without a gradient."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
     params = [param for dtype in dtypes for param in make_params(((9, 7), (33,)), dtype)]
     options = {**OPTIONS[name], "lr": 0.05}
     if name != "SGD":
@@ -247,7 +246,7 @@ def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: tor
     theirs = theirs_for(name)(params, **options, foreach=False)
     feed, reference = Feed(params), ReferenceRun(theirs)
     for step in range(1, 11):
-        gradients: list[Any] = [None if i == step % 8 else grad for i, grad in enumerate(feed(step))]
+        gradients: list[Any] = [None if i == step % 6 else grad for i, grad in enumerate(feed(step))]
         present = iter(clipped([grad for grad in gradients if grad is not None], 0.5)[0])
         exact = [None if grad is None else next(present) for grad in gradients]
         set_gradients(
@@ -263,7 +262,7 @@ def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: tor
 
 def test_clipping_non_finite_gradients_does_what_clip_grad_norm_does(name: str, device: torch.device) -> None:
     for bad in (float("inf"), float("nan")):
-        ours, theirs = make_pair(name, device, shapes=SMALL, lr=0.1)
+        _, theirs = make_pair(name, device, shapes=SMALL, lr=0.1)
         ours = ours_for(name)(copies(parameters(theirs), device), lr=0.1, max_norm=1.0)
         for step in range(3):
             gradients = [torch.ones(shape) for shape in SMALL]
@@ -307,7 +306,7 @@ BAD_PLACES = [(0, 0), (0, 64), (1, 62), (2, 0)]
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_skip_leaves_everything_untouched(name: str, bad: float, device: torch.device) -> None:
     """Wherever the one bad element is, at the first step and later, with and without clipping."""
-    ours, theirs = make_pair(name, device, shapes=SMALL, **OPTIONS[name])
+    _, theirs = make_pair(name, device, shapes=SMALL, **OPTIONS[name])
     clip = {} if bad > 0 else {"max_norm": 1e6}
     ours = ours_for(name)(copies(parameters(theirs), device), **OPTIONS[name], on_nonfinite="skip", **clip)
     feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
@@ -336,10 +335,10 @@ def test_skip_leaves_everything_untouched(name: str, bad: float, device: torch.d
 
 
 def test_large_finite_gradients_are_not_taken_for_infinite(name: str, device: torch.device) -> None:
-    """1e30 squared overflows float32: the guard must look at the gradients, not at their norm."""
+    """The squares, 1e38 each, overflow float32 in sum: the guard must look at the gradients, not their norm."""
     start = make_params(((65,),))
-    ours = ours_for(name)(copies(start, device), lr=1e-32 if name == "SGD" else 0.01, on_nonfinite="skip")
-    set_gradients(ours, [torch.full((65,), 1e30)])
+    ours = ours_for(name)(copies(start, device), lr=1e-20 if name == "SGD" else 0.01, on_nonfinite="skip")
+    set_gradients(ours, [torch.full((65,), 1e19)])
     ours.step()
     assert ours.steps_skipped == 0
     assert not torch.equal(parameters(ours)[0].cpu(), start[0])
@@ -384,7 +383,7 @@ def test_the_guard_is_off_unless_asked_for(name: str) -> None:
 
 
 def stalled(optimizer_class: Any, device: torch.device | str, steps: int = 30, **options: Any) -> Any:
-    """1000 weights of 1.0 in bfloat16, each step worth -0.001: a quarter of the distance to the next number."""
+    """1000 weights of 1.0 in bfloat16, each step worth -0.001: a quarter of the way to the next."""
     param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
     optimizer = optimizer_class([param], lr=0.001, **options)
     for _ in range(steps):
@@ -409,19 +408,19 @@ def test_master_weights_train_where_plain_bfloat16_stalls(name: str, device: tor
 def test_stochastic_rounding_trains_where_plain_bfloat16_stalls(name: str, device: torch.device) -> None:
     """On average each step counts in full: the mean of 1000 weights is right to six of its standard errors.
 
-    Rounded to a neighbour at distance d, a step of 0.001 has the variance 0.001 (d - 0.001), d = 2^-8 below 1.
+    Between neighbours at the distance d, here 2^-8, a step of 0.001 has the variance 0.001 (d - 0.001).
     """
     optimizer = stalled(ours_for(name), device, stochastic_rounding=True)
     (param,) = parameters(optimizer)
     assert param.dtype == torch.bfloat16
     standard_error = (30 * 0.001 * (2**-8 - 0.001) / 1000) ** 0.5
-    assert abs(float(param.double().mean()) - 0.97) < 6 * standard_error
+    values = param.detach().double()
+    assert abs(float(values.mean()) - 0.97) < 6 * standard_error
     again = parameters(stalled(ours_for(name), device, stochastic_rounding=True))[0]
     other = parameters(stalled(ours_for(name), device, stochastic_rounding=True, seed=1))[0]
     assert torch.equal(param, again)
     assert not torch.equal(param, other)
     # Independent draws: neighbours, and halves of the tensor, agree no more often than chance has it.
-    values = param.double()
     spread = (values - values.mean()) / values.std()
     for shift in (1, 2, 32, 500):
         assert abs(float((spread * spread.roll(shift)).mean())) < 6 / 1000**0.5, (
@@ -527,7 +526,7 @@ def test_low_precision_runs_resume_with_the_same_bits(name: str, option: str) ->
 
 
 def test_master_weights_and_torch_checkpoints(name: str) -> None:
-    """Torch's has no masters: they are made from the parameters. Ours loads there: the extra key is carried."""
+    """Torch's has no masters: they are made from the parameters. Ours loads there, extra key and all."""
     gradients = [torch.randn(65).bfloat16()]
     theirs = theirs_for(name)(make_params(((65,),), torch.bfloat16), **OPTIONS[name], foreach=False)
     set_gradients(theirs, gradients)
