@@ -50,22 +50,24 @@ MUTANTS = {
     ),
     "sgd: weights never move": Mutant(sgd, "p - lr * g", "p"),
     "no bias correction": Mutant(
-        adam, "(m / (1 - beta1**t)) / (np.sqrt(w / (1 - beta2**t))", "m / (np.sqrt(w)"
+        adam, "(m / _correction(beta1, t)) / (np.sqrt(w / _correction(beta2, t))", "m / (np.sqrt(w)"
     ),
-    "no bias correction of the first moment": Mutant(adam, "m / (1 - beta1**t)", "m"),
-    "bias correction one step late": Mutant(adam, "(1 - beta1**t)", "(1 - beta1 ** (t + 1))"),
-    "second bias correction one step late": Mutant(adam, "(1 - beta2**t)", "(1 - beta2 ** (t + 1))"),
+    "no bias correction of the first moment": Mutant(adam, "m / _correction(beta1, t)", "m"),
+    "bias correction one step late": Mutant(adam, "_correction(beta1, t)", "_correction(beta1, t + 1)"),
+    "second bias correction one step late": Mutant(
+        adam, "_correction(beta2, t)", "_correction(beta2, t + 1)"
+    ),
     "step counted twice": Mutant(adam, "np.asarray(0.0)) + 1", "np.asarray(0.0)) + 2"),
     "eps inside the root": Mutant(
         adam,
-        "np.sqrt(w / (1 - beta2**t)) + eps",
-        "np.sqrt(w / (1 - beta2**t) + eps)",
+        "np.sqrt(w / _correction(beta2, t)) + eps",
+        "np.sqrt(w / _correction(beta2, t) + eps)",
         (*FINE[:1], torch.float16),
     ),
     "eps before the correction": Mutant(
         adam,
-        "np.sqrt(w / (1 - beta2**t)) + eps",
-        "(np.sqrt(w) + eps) / np.sqrt(1 - beta2**t)",
+        "np.sqrt(w / _correction(beta2, t)) + eps",
+        "(np.sqrt(w) + eps) / np.sqrt(_correction(beta2, t))",
         (*FINE[:1], torch.float16),
     ),
     "weight decay after the update": Mutant(
@@ -84,7 +86,7 @@ MUTANTS = {
     "1 - beta1 in float32": Mutant(
         adam, "(1 - beta1) * g", "float(np.float32(1) - np.float32(beta1)) * g", FINE[:1]
     ),
-    "amsgrad of the corrected moment": Mutant(adam, "zeros), v)", "zeros), v / (1 - beta2**t))"),
+    "amsgrad of the corrected moment": Mutant(adam, "zeros), v)", "zeros), v / _correction(beta2, t))"),
     "amsgrad ignored": Mutant(adam, "w = np.maximum(", "w = v; np.maximum(", FINE),
     "adam: maximize ignored": Mutant(adam, "g = -g\n    ", "pass\n    "),
     "adam: weights never move": Mutant(adam, "p = p - lr * (m", "p = p - 0 * (m"),

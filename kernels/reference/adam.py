@@ -93,5 +93,10 @@ def step(
     if amsgrad:
         w = np.maximum(old.get("max_exp_avg_sq", zeros), v)
         new_state["max_exp_avg_sq"] = np.asarray(w)
-    p = p - lr * (m / (1 - beta1**t)) / (np.sqrt(w / (1 - beta2**t)) + eps)
+    p = p - lr * (m / _correction(beta1, t)) / (np.sqrt(w / _correction(beta2, t)) + eps)
     return np.asarray(p), new_state
+
+
+def _correction(beta: float, t: Any) -> Any:
+    """``1 - beta^t`` as ``(1 - beta) (1 + beta + ... + beta^(t-1))``: the difference would lose three digits."""
+    return (1 - beta) * np.sum(beta ** np.arange(t))
