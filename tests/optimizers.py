@@ -5,6 +5,7 @@ from typing import Any
 
 import gradkernels
 import numpy as np
+import pytest
 import torch
 from gradkernels.reference import adam, sgd
 from gradkernels.verify.tolerance import compare
@@ -23,6 +24,17 @@ SHAPES = ((1023,), (7, 9), (65,), (0, 3), (1,), ())
 STEPS = 12
 
 Gradients = list["Tensor | None"]
+
+# Every optimizer on both implementations; on the kernels Adam, which shares AdamW's, waits for the full run.
+on_both_backends = pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=pytest.mark.full if (name, backend) == ("Adam", "triton") else ())
+        for backend in ("fallback", "triton")
+        for name in NAMES
+    ],
+    indirect=["backend"],
+)
 
 
 def theirs_for(name: str) -> Any:

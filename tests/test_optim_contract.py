@@ -27,6 +27,7 @@ from .optimizers import (
     copies,
     make_pair,
     make_params,
+    on_both_backends,
     ours_for,
     parameters,
     set_gradients,
@@ -338,6 +339,7 @@ def test_it_is_a_torch_optimizer(name: str) -> None:
 # Groups.
 
 
+@on_both_backends
 def test_groups_with_their_own_options_and_dtypes(name: str, device: torch.device) -> None:
     """Four dtypes in one group, and a second group with other options: as many buckets as there are kinds."""
     params = [*make_params(((65,), ()), torch.float32), *make_params(((65,),), torch.bfloat16)]
@@ -374,6 +376,7 @@ def test_named_parameters(name: str) -> None:
     assert ours.state_dict()["param_groups"][0]["param_names"] == ["a", "b", "c"]
 
 
+@on_both_backends
 def test_a_parameter_whose_gradients_come_and_go(name: str, device: torch.device) -> None:
     """A late first gradient, gaps, a step without any: each parameter has its own first step and count."""
     ours, theirs = make_pair(name, device, shapes=((65,), (7, 9), (33,), ()), **FULL_OPTIONS[name])
@@ -419,6 +422,7 @@ def test_options_changed_by_hand_between_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lr", "betas", "weight_decay", "all"])
+@on_both_backends
 def test_options_given_as_tensors_are_read_at_each_step(name: str, kind: str, device: torch.device) -> None:
     """0-d tensors on the CPU, rewritten in place between the steps, as a scheduler does with a tensor lr."""
     if (name == "SGD" and kind == "betas") or (name != "SGD" and kind in ("weight_decay", "all")):
@@ -474,6 +478,7 @@ LAID_OUT = ((33, 5), (4, 3, 2, 5), (65,), ())
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", ["gradient", "parameter", "both"])
+@on_both_backends
 def test_any_strides(name: str, layout: str, of: str, device: torch.device) -> None:
     """torch's fused=True walks raw memory here and goes silently wrong (pytorch#110758)."""
     params = make_params(LAID_OUT)
@@ -485,6 +490,7 @@ def test_any_strides(name: str, layout: str, of: str, device: torch.device) -> N
     assert_same_run(ours, theirs, lay_out=LAYOUTS[layout] if of != "parameter" else as_before)
 
 
+@on_both_backends
 def test_channels_last_against_contiguous(name: str, device: torch.device) -> None:
     params = make_params(((4, 3, 5, 5), (2, 3, 4, 4)))
     ours_params = [
@@ -501,6 +507,7 @@ def test_channels_last_against_contiguous(name: str, device: torch.device) -> No
                 assert key == "step" or value.stride() == param.stride()
 
 
+@on_both_backends
 def test_expanded_gradients(name: str, device: torch.device) -> None:
     """One stored value for all: what ``param.sum().backward()`` gives."""
     ours, theirs = make_pair(name, device, shapes=((33, 5), (65,), ()), **FULL_OPTIONS[name])
@@ -512,6 +519,7 @@ def test_expanded_gradients(name: str, device: torch.device) -> None:
     assert_same_run(ours, theirs, constant, lay_out=lambda grad: grad.flatten()[0].clone().expand(grad.shape))
 
 
+@on_both_backends
 def test_the_same_address_with_other_strides(name: str, device: torch.device) -> None:
     """An allocator hands freed memory out again: a plan must know the gradient's strides, not its address."""
     ours, theirs = make_pair(name, device, shapes=((16, 16),), **FULL_OPTIONS[name])
@@ -528,6 +536,7 @@ def test_the_same_address_with_other_strides(name: str, device: torch.device) ->
         assert_same_state(ours, theirs, reference, f"at step {step}")
 
 
+@on_both_backends
 def test_parameters_moved_to_other_memory_between_steps(name: str, device: torch.device) -> None:
     """``param.data = ...`` keeps the object and changes what it points to."""
     ours, theirs = make_pair(name, device, shapes=((65,), (7, 9)), **FULL_OPTIONS[name])
@@ -542,6 +551,7 @@ def test_parameters_moved_to_other_memory_between_steps(name: str, device: torch
     assert_same_run(ours, theirs, after_step=move)
 
 
+@on_both_backends
 def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, device: torch.device) -> None:
     """Views of one flat buffer at odd offsets: FSDP's shards."""
     params = make_params(((5,), (64,), (1,), (130,)))
@@ -560,6 +570,7 @@ def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, devic
     assert bool((flat.cpu()[mask] == 7.0).all())
 
 
+@on_both_backends
 def test_only_zero_size_tensors(name: str, device: torch.device) -> None:
     ours = ours_for(name)([torch.nn.Parameter(torch.empty(0, 3, device=device))], **FULL_OPTIONS[name])
     run(ours, [[torch.empty(0, 3)]] * 2)
@@ -567,6 +578,7 @@ def test_only_zero_size_tensors(name: str, device: torch.device) -> None:
         assert ours.state[parameters(ours)[0]]["step"].item() == 2
 
 
+@on_both_backends
 def test_the_version_counter_moves(name: str, device: torch.device) -> None:
     """Backward through a graph recorded before the step must refuse: torch's fused=True lets it pass."""
     ours = ours_for(name)(copies(make_params(((65,),)), device))
@@ -587,6 +599,7 @@ def test_unaltered_parameters_keep_their_version(name: str) -> None:
     assert parameters(ours)[1]._version == before
 
 
+@on_both_backends
 def test_bits_are_the_same_from_run_to_run_and_do_not_depend_on_company(
     name: str, device: torch.device
 ) -> None:

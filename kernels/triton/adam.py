@@ -133,8 +133,8 @@ def _adam_step_kernel(
 
     # In float64, once per program: 1 - beta^t loses all digits in float32.
     t_new = step.to(tl.int64) + 1
-    correction1 = 1.0 - _power(beta1, t_new)
-    correction2 = 1.0 - _power(beta2, t_new)
+    correction1 = _correction(1.0 - beta1, t_new)
+    correction2 = _correction(1.0 - beta2, t_new)
     scalars = (
         (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC),
         tl.where(decoupled, 0.0, decay).to(ACC),
@@ -163,25 +163,12 @@ def _adam_step_kernel(
 
 
 @triton.jit
-def _product(a, a_low, b, b_low):
-    """(a + a_low) (b + b_low) as a float64 and what it lacks."""
-    high = a * b
-    low = tl.fma(a, b, -high) + (a * b_low + a_low * b)
-    total = high + low
-    return total, low - (total - high)
-
-
-@triton.jit
-def _power(base, exponent):
-    """base^exponent for a whole exponent >= 0, by squaring, with the digits that 1 - beta^t cancels down to."""
-    result, result_low = tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
-    base_low = tl.full((), 0.0, tl.float64)
+def _correction(one_less, exponent):
+    """1 - (1 - one_less)^exponent by squaring, for a whole exponent >= 0: nothing cancels."""
+    result = tl.full((), 0.0, tl.float64)
     while exponent > 0:
-        odd = (exponent & 1) != 0
-        product, product_low = _product(result, result_low, base, base_low)
-        result = tl.where(odd, product, result)
-        result_low = tl.where(odd, product_low, result_low)
-        base, base_low = _product(base, base_low, base, base_low)
+        result = tl.where(exponent & 1 != 0, result + one_less * (1.0 - result), result)
+        one_less = one_less * (2.0 - one_less)
         exponent = exponent >> 1
     return result
 
