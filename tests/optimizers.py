@@ -25,16 +25,32 @@ STEPS = 12
 
 Gradients = list["Tensor | None"]
 
-# Every optimizer on both implementations; on the kernels Adam, which shares AdamW's, waits for the full run.
-on_both_backends = pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        pytest.param(name, backend, marks=pytest.mark.full if (name, backend) == ("Adam", "triton") else ())
+
+def cases_on_both_backends(
+    argnames: str, cases: Iterable[tuple[Any, ...]], on_kernels: Callable[..., bool]
+) -> pytest.MarkDecorator:
+    """Every optimizer and every case on both implementations.
+
+    An interpreted program is slow: on the kernels only the cases that ``on_kernels`` accepts are run by default,
+    and Adam, which shares AdamW's kernel, waits for the full run.
+    """
+    listed = list(cases)
+    params = [
+        pytest.param(
+            name,
+            backend,
+            *case,
+            marks=() if backend == "fallback" or (name != "Adam" and on_kernels(*case)) else pytest.mark.full,
+            id="-".join(map(str, (name, backend, *case))),
+        )
         for backend in ("fallback", "triton")
         for name in NAMES
-    ],
-    indirect=["backend"],
-)
+        for case in listed
+    ]
+    return pytest.mark.parametrize(("name", "backend", *argnames.split()), params, indirect=["backend"])
+
+
+on_both_backends = cases_on_both_backends("", [()], lambda: True)
 
 
 def theirs_for(name: str) -> Any:

@@ -130,7 +130,8 @@ def _sgd_step_kernel(
     if UNSCALE:
         inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if skipped_ptr is not None:
-        tl.store(skipped_ptr, tl.load(skipped_ptr) + 1, mask=(pid == 0) & skip)
+        counts = (pid == 0) & skip
+        tl.store(skipped_ptr, tl.load(skipped_ptr, mask=counts) + 1, mask=counts)
 
     scalars = (
         lr.to(ACC),
