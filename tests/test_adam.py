@@ -1,0 +1,295 @@
+"""FusedAdam and FusedAdamW: the update rule against NumPy and torch, the tables, one launch, CUDA graphs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import FusedAdam, FusedAdamW, use_backend
+from gradkernels.reference import adam as reference
+from torch import Tensor
+from torch.optim import Adam, AdamW
+
+from .helpers import DTYPES, assert_matches, to_numpy
+
+PAIRS = [pytest.param(FusedAdam, Adam, id="Adam"), pytest.param(FusedAdamW, AdamW, id="AdamW")]
+
+
+def leaves(tensors: list[Tensor], device: torch.device) -> list[torch.nn.Parameter]:
+    """The values and strides of ``tensors`` as parameters on ``device``."""
+    return [torch.nn.Parameter(tensor.detach().clone().to(device)) for tensor in tensors]
+
+
+def assert_run_matches(
+    ours: type, theirs: type, start: list[Tensor], device: torch.device, steps: int = 3, **options: Any
+) -> None:
+    """Step ours, torch's plain loop and NumPy with the same random gradients; compare every tensor each time."""
+    mine, other = leaves(start, device), leaves(start, torch.device("cpu"))
+    our_run, their_run = ours(mine, **options), theirs(other, foreach=False, **options)
+    decay = {"weight_decay": 0.01} if theirs is AdamW else {}
+    rule = {**decay, **options, "decoupled_weight_decay": theirs is AdamW}
+    values: list[tuple[np.ndarray, Any]] = [(to_numpy(p), None) for p in start]
+    for step in range(1, steps + 1):
+        for i, (p, q) in enumerate(zip(mine, other, strict=True)):
+            # Not near 0, where torch's float16 loop divides 0 by 0.
+            q.grad = ((1 + torch.rand(q.shape)) * (torch.randint(0, 2, q.shape) * 2 - 1)).to(q.dtype)
+            p.grad = q.grad.to(device)
+            values[i] = reference.step(values[i][0], to_numpy(q.grad), values[i][1], **rule)
+        our_run.step()
+        their_run.step()
+        for p, q, (value, state) in zip(mine, other, values, strict=True):
+            assert_matches(p, q, value, f"parameter of shape {tuple(p.shape)} at step {step}")
+            assert our_run.state[p].keys() == their_run.state[q].keys() == state.keys()
+            for key, tensor in our_run.state[p].items():
+                assert_matches(tensor, their_run.state[q][key], state[key], f"{key} at step {step}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.1}, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}], ids=str
+)
+def test_matches_torch_and_numpy(
+    ours: type, theirs: type, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    start = [0.5 * torch.randn(shape, dtype=torch.float64) for shape in ((65,), (3, 5), (0, 2))]
+    start = [tensor.to(dtype) for tensor in start]
+    assert_run_matches(ours, theirs, start, device, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
+    sizes = (4095, 4096, 4097, 8192)
+    start = [torch.randn(size).to(dtype) for size in sizes]
+    params = leaves(start, device)
+    shifted = torch.randn(4098, device=device).to(dtype)
+    params.append(torch.nn.Parameter(shifted[1:-1]))  # 4096 elements, but not at a multiple of 16 bytes
+    assert params[-1].data_ptr() % 16
+    before = to_numpy(shifted)
+    optimizer = FusedAdam(params, lr=0.1)
+    for p in params:
+        p.grad = torch.randn(p.shape, device=device).to(dtype)
+    expected = [reference.step(to_numpy(p), to_numpy(p.grad), lr=0.1)[0] for p in params]
+    other = leaves(params, torch.device("cpu"))
+    for p, q in zip(params, other, strict=True):
+        q.grad = p.grad.cpu()
+    Adam(other, lr=0.1, foreach=False).step()
+    optimizer.step()
+    for p, q, value in zip(params, other, expected, strict=True):
+        assert_matches(p, q, value, f"{p.numel()} elements")
+    after = to_numpy(shifted)
+    assert after[0] == before[0]
+    assert after[-1] == before[-1]
+
+
+@pytest.mark.parametrize("step", [1, 2, 1000, 10**6, 2**24 - 2])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9999), (0.99, 0.0)], ids=str)
+def test_bias_corrections_at_any_step(step: int, betas: tuple[float, float], device: torch.device) -> None:
+    start = [torch.randn(64)]
+    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    p.grad = torch.randn(64).to(device)
+    q.grad = p.grad.cpu()
+    state = {"exp_avg": torch.randn(64), "exp_avg_sq": torch.rand(64), "step": torch.tensor(step - 1.0)}
+    ours, theirs = FusedAdam([p], betas=betas), Adam([q], betas=betas, foreach=False)
+    ours.state[p] = {key: value.clone().to(device) for key, value in state.items()}
+    theirs.state[q] = {key: value.clone() for key, value in state.items()}
+    value, _ = reference.step(
+        to_numpy(p), to_numpy(q.grad), {key: to_numpy(v) for key, v in state.items()}, betas=betas
+    )
+    ours.step()
+    theirs.step()
+    assert_matches(p, q, value)
+    assert ours.state[p]["step"].item() == step
+
+
+def test_denormal_second_moments_are_not_taken_for_zero(device: torch.device) -> None:
+    # exp_avg_sq is 1e-41: a root that flushes it to 0 would divide by eps alone.
+    start = [torch.zeros(8)]
+    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    q.grad = torch.full((8,), 1e-19)
+    p.grad = q.grad.to(device)
+    value, _ = reference.step(to_numpy(q), to_numpy(q.grad), eps=1e-30)
+    FusedAdam([p], eps=1e-30).step()
+    Adam([q], eps=1e-30, foreach=False).step()
+    assert_matches(p, q, value)
+    assert p.detach().abs().max() > 1e-4
+
+
+class Launches:
+    """Counts the launches of the optimizers' kernels and the uploads of their tables."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from gradkernels.triton import adam, grad_norm, tables
+
+        self.launches = 0
+        self.uploads = 0
+        for module in (adam, grad_norm):
+            monkeypatch.setattr(module, "launch", self._counting(module.launch, "launches"))
+        monkeypatch.setattr(tables.Table, "upload", self._counting(tables.Table.upload, "uploads"))
+
+    def _counting(self, function: Any, name: str) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            setattr(self, name, getattr(self, name) + 1)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize(
+    ("options", "launches"), [({}, 1), ({"max_norm": 1.0, "on_nonfinite": "skip"}, 2)], ids=str
+)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_one_launch_for_any_number_of_tensors(
+    options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in (*range(1, 20), 5000)]
+    groups = [{"params": params[:9], "lr": 0.1}, {"params": params[9:], "weight_decay": 0.1}]
+    optimizer = FusedAdamW(groups, **options)
+    count = Launches(monkeypatch)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        count.launches = 0
+        optimizer.step()
+        assert count.launches == launches
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_tables_are_uploaded_only_when_they_change(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(5, device=device)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = FusedAdam(params, lr=0.1)
+    optimizer.step()
+    count = Launches(monkeypatch)
+
+    def uploads() -> int:
+        count.uploads = 0
+        optimizer.step()
+        return count.uploads
+
+    assert uploads() == 0
+    params[1].grad = params[1].grad.clone()  # elsewhere in memory: the rows
+    assert uploads() == 1
+    optimizer.param_groups[0]["lr"] = 0.05  # the options
+    assert uploads() == 1
+    assert uploads() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ours", [FusedAdam, FusedAdamW])
+def test_a_captured_step_replays_with_live_rates(ours: type) -> None:
+    device = torch.device("cuda")
+    start = [torch.randn(size) for size in (7, 5000)]
+    params, eager = leaves(start, device), leaves(start, device)
+    rates = [torch.tensor(1e-3, device=device) for _ in range(2)]
+    optimizer = ours(
+        params, lr=rates[0], weight_decay=0.1, capturable=True, max_norm=1.0, on_nonfinite="skip"
+    )
+    plain = ours(eager, lr=rates[1], weight_decay=0.1, capturable=True, max_norm=1.0, on_nonfinite="skip")
+    for p, q in zip(params, eager, strict=True):
+        p.grad, q.grad = torch.randn_like(p), torch.zeros_like(q)
+        q.grad.copy_(p.grad)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(4):
+        for p, q in zip(params, eager, strict=True):
+            p.grad.copy_(torch.randn_like(p) if step != 2 else torch.full_like(p, torch.nan))
+            q.grad.copy_(p.grad)
+        for rate in rates:
+            rate.fill_(1e-2 / (step + 1))
+        graph.replay()
+        plain.step()
+        for p, q in zip(params, eager, strict=True):
+            assert torch.equal(p, q)
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(value, plain.state[q][key]), key
+        assert torch.equal(optimizer.grad_norm, plain.grad_norm) or step == 2
+    assert optimizer.steps_skipped == plain.steps_skipped == 1
+
+
+@pytest.mark.gpu
+def test_capture_is_refused_where_it_cannot_be_right() -> None:
+    device = torch.device("cuda")
+    params = [torch.nn.Parameter(torch.randn(5, device=device)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    reasons = [
+        ({"capturable": False}, "capturable is False"),
+        ({"capturable": True}, "has made no step yet"),
+        ({"capturable": True, "on_nonfinite": "raise"}, "on the host"),
+    ]
+    for options, reason in reasons:
+        optimizer = FusedAdam(params, **options)
+        with pytest.raises(RuntimeError, match=reason), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    params[1].grad = None
+    with (
+        pytest.raises(RuntimeError, match="parameter 1 has no gradient"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ours", [FusedAdam, FusedAdamW])
+def test_nothing_waits_for_the_device(ours: type) -> None:
+    model = torch.nn.Linear(8, 8, device="cuda")
+    optimizer = ours(model.parameters(), max_norm=1.0, on_nonfinite="skip")
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
+    for step in range(3):
+        if step == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            scaler.scale(model(torch.randn(4, 8, device="cuda")).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            norm = optimizer.grad_norm
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(norm)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "on_nonfinite": "skip"}], ids=str)
+def test_compile_captures_one_mutating_operator(options: dict[str, Any]) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    start = [torch.randn(4, 3), torch.randn(5)]
+    mine, eager = leaves(start, torch.device("cpu")), leaves(start, torch.device("cpu"))
+    rate = torch.tensor(0.1)
+    ours, plain = FusedAdamW(mine, lr=rate, **options), FusedAdamW(eager, lr=0.1, **options)
+    torch._dynamo.reset()
+    step = torch.compile(ours.step, backend=backend)
+    with use_backend("fallback"):
+        for number in range(4):
+            rate.fill_(0.1 / (number + 1))
+            plain.param_groups[0]["lr"] = rate.item()
+            for p, q in zip(mine, eager, strict=True):
+                p.grad = torch.randn_like(p) if number != 2 or not options else torch.full_like(p, torch.inf)
+                q.grad = p.grad.clone()
+            step()
+            plain.step()
+            for p, q in zip(mine, eager, strict=True):
+                assert torch.equal(p, q)
+            if options:
+                assert torch.equal(ours.grad_norm, plain.grad_norm)
+    assert ours.steps_skipped == plain.steps_skipped == (1 if options else 0)
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("optimizer_step" in name for name in called) == 1, called

@@ -1,0 +1,177 @@
+"""FusedSGD: the update rule against NumPy and torch, first steps, the tables, one launch, CUDA graphs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import FusedSGD
+from gradkernels.reference import sgd as reference
+from torch import Tensor
+from torch.optim import SGD
+
+from .helpers import DTYPES, assert_matches, to_numpy
+from .test_adam import leaves
+
+RULES = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.3},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.3, "maximize": True},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", RULES, ids=str)
+def test_matches_torch_and_numpy(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    start = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((65,), (3, 5), (0, 2))]
+    mine, other = leaves(start, device), leaves(start, torch.device("cpu"))
+    ours, theirs = FusedSGD(mine, lr=0.1, **options), SGD(other, lr=0.1, foreach=False, **options)
+    values: list[tuple[np.ndarray, Any]] = [(to_numpy(p), None) for p in start]
+    for step in range(1, 5):
+        for i, (p, q) in enumerate(zip(mine, other, strict=True)):
+            if (step, i) == (1, 1):
+                continue  # its first gradient comes a step later
+            q.grad = torch.randn(q.shape, dtype=torch.float64).to(dtype)
+            p.grad = q.grad.to(device)
+            values[i] = reference.step(values[i][0], to_numpy(q.grad), values[i][1], lr=0.1, **options)
+        ours.step()
+        theirs.step()
+        for p, q, (value, state) in zip(mine, other, values, strict=True):
+            assert_matches(p, q, value, f"parameter of shape {tuple(p.shape)} at step {step}")
+            assert ours.state.get(p, {}).keys() == theirs.state.get(q, {}).keys()
+            for key, tensor in ours.state.get(p, {}).items():
+                assert_matches(tensor, theirs.state[q][key], state[key], f"{key} at step {step}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
+    storage = torch.randn(4098, device=device).to(dtype)
+    before = to_numpy(storage)
+    params = [
+        torch.nn.Parameter(torch.randn(size, device=device).to(dtype)) for size in (4095, 4096, 4097, 8192)
+    ]
+    params.append(torch.nn.Parameter(storage[1:-1]))  # 4096 elements, but not at a multiple of 16 bytes
+    assert params[-1].data_ptr() % 16
+    other = leaves(params, torch.device("cpu"))
+    for p, q in zip(params, other, strict=True):
+        q.grad = torch.randn(q.shape).to(dtype)
+        p.grad = q.grad.to(device)
+    expected = [reference.step(to_numpy(p), to_numpy(p.grad), lr=0.1, momentum=0.9)[0] for p in params]
+    FusedSGD(params, lr=0.1, momentum=0.9).step()
+    SGD(other, lr=0.1, momentum=0.9, foreach=False).step()
+    for p, q, value in zip(params, other, expected, strict=True):
+        assert_matches(p, q, value, f"{p.numel()} elements")
+    after = to_numpy(storage)
+    assert after[0] == before[0]
+    assert after[-1] == before[-1]
+
+
+def test_a_first_step_that_was_skipped_is_still_to_come(device: torch.device) -> None:
+    # Dampening is not applied to the first gradient, whichever step that is.
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = FusedSGD([p], lr=1.0, momentum=0.5, dampening=0.5, on_nonfinite="skip")
+    p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert torch.equal(p, torch.ones_like(p))
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(p, torch.zeros_like(p))  # buffer = 1
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, -1.0))  # buffer = 0.5 * 1 + 0.5 * 1
+
+
+def test_a_loaded_buffer_has_had_its_first_step(device: torch.device) -> None:
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    options: dict[str, Any] = {"lr": 1.0, "momentum": 0.5, "dampening": 0.5}
+    saved = SGD([p], **options).state_dict()
+    saved["state"] = {0: {"momentum_buffer": torch.full((3,), 4.0)}}
+    optimizer = FusedSGD([p], **options)
+    optimizer.load_state_dict(saved)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(p, torch.full_like(p, 1 - 2.5))
+
+
+@pytest.mark.parametrize(("options", "launches"), [({}, 1), ({"max_norm": 1.0}, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_one_launch_for_any_number_of_tensors(
+    options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradkernels.triton import grad_norm, sgd
+
+    made = []
+    for module in (sgd, grad_norm):
+        real = module.launch
+        monkeypatch.setattr(module, "launch", lambda *a, real=real, **k: (made.append(a), real(*a, **k)))
+    params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in range(1, 17)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    FusedSGD(params, lr=0.1, momentum=0.9, **options).step()
+    assert len(made) == launches
+
+
+def replay(optimizer: FusedSGD, gradients: list[list[Tensor]], rates: list[float]) -> None:
+    """Capture one step after a first one, then replay it with these gradients and learning rates."""
+    params = optimizer.param_groups[0]["params"]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for grads, rate in zip(gradients, rates, strict=True):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad.copy_(grad)
+        optimizer.param_groups[0]["lr"].fill_(rate)
+        graph.replay()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_replays_with_live_rates() -> None:
+    device = torch.device("cuda")
+    start = [torch.randn(size) for size in (7, 5000)]
+    params, eager = leaves(start, device), leaves(start, device)
+    gradients = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    rates = [0.1, 0.01, 0.5]
+    options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.1}
+    decay = torch.tensor(0.1, device=device)
+    optimizer = FusedSGD(
+        params, lr=torch.tensor(0.1, device=device), weight_decay=decay, capturable=True, **options
+    )
+    plain = FusedSGD(eager, lr=0.1, weight_decay=0.1, **options)
+    for p, q in zip(params, eager, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    plain.step()
+    replay(optimizer, gradients, rates)
+    for grads, rate in zip(gradients, rates, strict=True):
+        plain.param_groups[0]["lr"] = torch.tensor(rate).item()
+        for q, grad in zip(eager, grads, strict=True):
+            q.grad = grad
+        plain.step()
+    for p, q in zip(params, eager, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.gpu
+def test_stochastic_rounding_draws_anew_at_each_replay() -> None:
+    p = torch.nn.Parameter(torch.ones(4096, device="cuda", dtype=torch.bfloat16))
+    rate = torch.tensor(1e-3, device="cuda")
+    optimizer = FusedSGD([p], lr=rate, capturable=True, stochastic_rounding=True)
+    p.grad = torch.ones_like(p)
+    replay(optimizer, [[torch.ones_like(p)]] * 100, [1e-3] * 100)
+    # 101 steps of 1e-3, each far below the spacing of bfloat16 at 1.
+    assert abs(p.detach().float().mean().item() - (1 - 0.101)) < 5e-3
+
+
+@pytest.mark.gpu
+def test_capture_without_capturable_is_refused() -> None:
+    p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    p.grad = torch.ones_like(p)
+    optimizer = FusedSGD([p], lr=0.1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable is False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
