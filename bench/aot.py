@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel, without a GPU: ``python -m bench.aot``.
 
-Each specimen calls an op's own launchers on tensors without memory (torch's meta device), under a driver that
-compiles for the wanted chip and launches nothing. What was compiled is then disassembled: registers, spills,
-shared memory, the widths of global loads and stores, the matrix instructions.
+Each specimen calls an op's own launchers under a driver that compiles for the wanted chip and launches nothing.
+What was compiled is then disassembled: registers, spills, shared memory, the widths of global loads and stores,
+the matrix instructions.
 """
 
 import argparse
@@ -14,14 +14,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from .specimens import SPECIMENS
 
 # Backend, architecture, lanes of a warp, and the shared memory in bytes that one program may have.
 TARGETS = {
@@ -31,81 +31,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, 65536),
 }
 MATRIX = re.compile(r"HGMMA|QGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma\w*")
-FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Specimen:
-    """One representative call of an op's launchers.
-
-    Attributes:
-        op: the module under ``kernels/triton``.
-        shapes: the class of shapes it stands for.
-        call: makes the call, given the module and a dtype.
-        dtypes: that it is compiled for.
-        wide: whether shapes and addresses allow 128-bit loads and stores throughout.
-    """
-
-    op: str
-    shapes: str
-    call: Callable[[Any, torch.dtype], object]
-    dtypes: tuple[torch.dtype, ...] = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
-    wide: bool = True
-
-    def __str__(self) -> str:
-        return f"{self.op}: {self.shapes}"
-
-
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory, at an aligned address."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _matmul(
-    left: tuple[int, ...],
-    right: tuple[int, ...],
-    addend: tuple[int, ...] | None = None,
-    sum_dims: Sequence[int] = (),
-    transposed: tuple[bool, bool] = (False, False),
-) -> Callable[[Any, torch.dtype], object]:
-    def call(module: Any, dtype: torch.dtype) -> object:
-        operands = []
-        for shape, swap in zip((left, right), transposed, strict=True):
-            operands.append(
-                meta(*shape[:-2], *shape[:-3:-1], dtype=dtype).mT if swap else meta(*shape, dtype=dtype)
-            )
-        extra = None if addend is None else meta(*addend, dtype=dtype)
-        return module.matmul_forward(*operands, extra, list(sum_dims), dtype)
-
-    return call
-
-
-SPECIMENS = (
-    Specimen("matmul", "large", _matmul((4096, 4096), (4096, 4096))),
-    Specimen("matmul", "large, bias", _matmul((4096, 1024), (1024, 4096), (4096,))),
-    Specimen(
-        "matmul",
-        "linear: transposed right",
-        _matmul((4096, 1024), (1024, 4096), (4096,), transposed=(False, True)),
-    ),
-    Specimen(
-        "matmul",
-        "gradient of weight: transposed left",
-        _matmul((1024, 65536), (65536, 512), transposed=(True, False)),
-    ),
-    Specimen("matmul", "odd sizes", _matmul((1001, 333), (333, 777), (777,)), wide=False),
-    Specimen("matmul", "many of 512 by 64 by 512", _matmul((64, 512, 64), (64, 64, 512))),
-    Specimen("matmul", "sum over the batch", _matmul((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
-    Specimen(
-        "matmul", "tall data, small result", _matmul((16, 1 << 20), (1 << 20, 8), transposed=(True, False))
-    ),
-    Specimen("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1))),
-    Specimen("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096))),
-    Specimen("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1))),
-    Specimen("matmul", "outer product", _matmul((4096, 1), (1, 4096))),
-    Specimen("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), wide=False),
-    Specimen("matmul", "many of 8 by 8 by 8", _matmul((1 << 16, 8, 8), (1 << 16, 8, 8)), wide=False),
-)
 
 
 @dataclass
@@ -115,7 +40,8 @@ class Row:
     Attributes:
         registers: per thread. spills: bytes of stack or loads and stores of it, per thread.
         shared: bytes of shared memory per program.
-        loads, stores: how many instructions access global memory, by bits each.
+        wide_loads, wide_stores: whether shapes and addresses allow 128 bits at a time.
+        loads, stores: how many instructions access global memory, by bits each; "tensor" copies whole tiles.
         matrix: how many matrix instructions there are, by name.
     """
 
@@ -124,7 +50,8 @@ class Row:
     dtype: str
     target: str
     kernel: str
-    wide: bool = False
+    wide_loads: bool = False
+    wide_stores: bool = False
     registers: int = 0
     spills: int = 0
     shared: int = 0
@@ -231,25 +158,15 @@ def _amd(compiled: Any, row: Row) -> None:
     row.matrix = dict(Counter(MATRIX.findall(code)))
 
 
-def _begin(target: str) -> list[str]:
-    """Make ``target`` what this process compiles for; the list that launches will be noted in."""
+def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
+    """Compile and disassemble specimens (number, dtype) for one target, the only one of this process."""
+    from importlib import import_module
+
     import triton
-    from gradkernels.triton import config, launch
+    from gradkernels.triton import launch
 
     launched: list[str] = []
     triton.runtime.driver.set_active(null_driver(target, launched))
-    launch._compiled.clear()
-    config.target_of.cache_clear()
-    return launched
-
-
-def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
-    """Compile and disassemble specimens (number, dtype) for one target, in this process."""
-    from importlib import import_module
-
-    from gradkernels.triton import launch
-
-    launched = _begin(target)
     rows = []
     for number, dtype in which:
         specimen = SPECIMENS[number]
@@ -261,27 +178,32 @@ def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
             rows.append(Row(*head, kernel="", error=f"{type(error).__name__}: {error}"[:300]))
             continue
         kernels = {compiled.hash: compiled for compiled, _ in launch._compiled.values()}
-        for compiled in (kernels[key] for key in dict.fromkeys(launched)):
+        for place, compiled in enumerate(kernels[key] for key in dict.fromkeys(launched)):
             metadata = compiled.metadata
-            row = Row(*head, metadata.name, specimen.wide, shared=metadata.shared, warps=metadata.num_warps)
+            wide = (specimen.loads and place == 0, specimen.stores and place == 0)
+            row = Row(*head, metadata.name, *wide, shared=metadata.shared, warps=metadata.num_warps)
             (_nvidia if metadata.target.backend == "cuda" else _amd)(compiled, row)
             rows.append(row)
     return rows
 
 
-def _compiled_not_interpreted() -> None:
+def _job(job: tuple[str, list[tuple[int, str]]]) -> list[Row]:
     os.environ.pop("TRITON_INTERPRET", None)
+    return inspect(*job)
 
 
-def report(targets: Iterable[str], specimens: Iterable[tuple[int, str]], workers: int = 2) -> Iterator[Row]:
-    """The rows of all specimens (number, dtype) on all targets, in order, from a pool of processes."""
+def report(targets: Sequence[str], specimens: Iterable[tuple[int, str]], workers: int = 2) -> Iterator[Row]:
+    """The rows of all specimens (number, dtype) on all targets.
+
+    Each target has a process of its own: what was planned for one chip is not looked up for another.
+    """
     which = list(specimens)
-    jobs = [
-        (target, which[start::workers]) for target in targets for start in range(min(workers, len(which)))
-    ]
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_compiled_not_interpreted)
-    with pool:
-        for rows in pool.map(inspect, *zip(*jobs, strict=True)):
+    if not which:
+        return
+    parts = min(workers, len(which)) if len(targets) < workers else 1
+    jobs = [(target, which[start::parts]) for target in targets for start in range(parts)]
+    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for rows in pool.imap(_job, jobs, chunksize=1):
             yield from rows
 
 
@@ -318,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args(arguments)
     rows = []
-    for row in report(options.target or TARGETS, every_specimen(options.op, options.dtype)):
+    for row in report(options.target or list(TARGETS), every_specimen(options.op, options.dtype)):
         print(_line(row), flush=True)
         rows.append(row)
     if options.json:

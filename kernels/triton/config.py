@@ -80,8 +80,14 @@ def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> Matmul
         return MatmulConfig(block_m, block_n, 16, 4, stages)
     block_k = 64 if dtype.itemsize == 2 else 32
     if min(M, N) > 64 and triton.cdiv(M, 128) * triton.cdiv(N, 128) >= PROGRAMS // 4:
-        return MatmulConfig(128, 128, block_k, 8, stages)
+        return MatmulConfig(128, _wide(dtype, target), block_k, 8, stages)
     return MatmulConfig(block_m, block_n, block_k, 4, stages)
+
+
+def _wide(dtype: torch.dtype, target: Target) -> int:
+    """Columns of a large tile: half where the pieces of a split float32 operand are all held in registers."""
+    ampere = target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 90
+    return 64 if ampere and dtype == torch.float32 else 128
 
 
 class Operands(NamedTuple):
@@ -143,18 +149,19 @@ def matmul_way(
         return MatmulWay("dot", small)
     if not operands.aligned:
         block = max(small.BLOCK_M, small.BLOCK_N)
-        return MatmulWay("dot", small._replace(BLOCK_M=block, BLOCK_N=block, BLOCK_K=32))
+        block_k = 32 if dtype.itemsize == 2 else 16
+        return MatmulWay("dot", small._replace(BLOCK_M=block, BLOCK_N=block, BLOCK_K=block_k))
     tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
     pieces = max(1, sums * K // small.BLOCK_K // LEAST_STEPS["dot"])
     if min(M, N) <= 64 or tiles * pieces < PROGRAMS // 4:
-        narrow = (small.BLOCK_M == 16) + (small.BLOCK_N == 16)
-        return MatmulWay("dot", small._replace(BLOCK_K=small.BLOCK_K << narrow))
+        longer = 2 if 16 in (small.BLOCK_M, small.BLOCK_N) else 1
+        return MatmulWay("dot", small._replace(BLOCK_K=longer * small.BLOCK_K))
     tma = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
     if tma and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
-        return MatmulWay(
-            "descriptor", MatmulConfig(128, 256 if dtype.itemsize == 2 else 128, small.BLOCK_K, 8, 3)
-        )
-    return MatmulWay("dot", MatmulConfig(128, 128, small.BLOCK_K, 8, small.num_stages))
+        block_n = 256 if dtype.itemsize == 2 else 128
+        return MatmulWay("descriptor", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3))
+    block_n = _wide(dtype, target)
+    return MatmulWay("dot", MatmulConfig(128, block_n, small.BLOCK_K, 8, small.num_stages))
 
 
 # How many steps along a sum a piece of it has at least.

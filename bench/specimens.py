@@ -1,0 +1,173 @@
+"""The calls that stand for each op in the compile report: one line per class of shapes.
+
+Each calls an op's own launchers, on tensors without memory (torch's meta device); the optimizers, whose
+tables hold addresses, on small ones of the CPU. Nothing is launched.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One representative call.
+
+    Attributes:
+        op: the module under ``kernels/triton``.
+        shapes: the class of shapes it stands for.
+        call: makes the call, given the module and a dtype.
+        loads, stores: whether the first kernel of the call has large operands and results whose shapes and
+            addresses allow 128 bits at a time.
+        dtypes: that it is compiled for.
+    """
+
+    op: str
+    shapes: str
+    call: Callable[[Any, torch.dtype], object]
+    loads: bool = True
+    stores: bool = True
+    dtypes: tuple[torch.dtype, ...] = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _matmul(
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    addend: tuple[int, ...] | None = None,
+    sum_dims: Sequence[int] = (),
+    transposed: str = "",
+) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        operands = [_meta(*shape, dtype=dtype) for shape in (left, right)]
+        if transposed:
+            which = ("left", "right").index(transposed)
+            operands[which] = operands[which].mT.contiguous().mT
+        extra = None if addend is None else _meta(*addend, dtype=dtype)
+        return module.matmul_forward(*operands, extra, list(sum_dims), dtype)
+
+    return call
+
+
+def _mse(name: str, shape: tuple[int, ...], weighted: bool = False) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        input, target = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
+        weight = _meta(*shape, dtype=dtype) if weighted else None
+        arguments = (input, target, weight)
+        if name == "forward":
+            return module.mse_forward(*arguments, "mean", 0, dtype)
+        if name == "backward":
+            return module.mse_backward(_meta(dtype=dtype), *arguments, "mean", 0, [True, True, weighted])
+        if name == "hvp":
+            direction = _meta(*shape, dtype=dtype)
+            return module.mse_hvp(
+                _meta(dtype=dtype),
+                *arguments,
+                None,
+                direction,
+                None,
+                None,
+                "mean",
+                0,
+                [True, True, True, False],
+            )
+        return module.mse_forward_backward(*arguments, "mean", [True, False, False], dtype)
+
+    return call
+
+
+def _linear_mse(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        input, weight, target = (_meta(*shape, dtype=dtype) for shape in ((N, D), (K, D), (N, K)))
+        bias = _meta(K, dtype=dtype)
+        return module.linear_mse_forward(input, weight, target, bias, None, "mean", [True, True, True], dtype)
+
+    return call
+
+
+def _linear_mse_backward(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        error, weight = _meta(N, K, dtype=dtype), _meta(K, D, dtype=dtype)
+        return module.linear_mse_backward(_meta(dtype=dtype), error, weight, 2.0, [True, True])
+
+    return call
+
+
+def _bucket(dtype: torch.dtype, *states: str) -> Any:
+    from gradkernels.buckets import Bucket
+
+    def tensors(of: torch.dtype) -> list[Tensor]:
+        return [torch.empty(size, dtype=of) for size in (8192, 1000)]
+
+    steps = [torch.zeros(()) for _ in range(2)]
+    return Bucket(
+        tensors(dtype),
+        tensors(dtype),
+        {**{key: tensors(dtype) for key in states}, "step": steps},
+        [0, 0],
+        [0, 1],
+    )
+
+
+def _sgd(module: Any, dtype: torch.dtype) -> object:
+    from gradkernels.buckets import Guard, SGDOptions
+
+    return module.sgd_step(
+        _bucket(dtype, "momentum_buffer"), [SGDOptions(0.1, 0.9, 0, 0.1, True, False)], Guard()
+    )
+
+
+def _adam(module: Any, dtype: torch.dtype) -> object:
+    from gradkernels.buckets import AdamOptions, Guard
+
+    options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
+    return module.adam_step(_bucket(dtype, "exp_avg", "exp_avg_sq"), [options], Guard())
+
+
+def _grad_norm(module: Any, dtype: torch.dtype) -> object:
+    return module.grad_norm(_bucket(dtype), None, torch.empty(1, 2, dtype=FLOAT64))
+
+
+SPECIMENS = (
+    Specimen("matmul", "large", _matmul((4096, 4096), (4096, 4096))),
+    Specimen("matmul", "linear", _matmul((4096, 1024), (1024, 4096), (4096,), transposed="right")),
+    Specimen("matmul", "gradient of input, bias", _matmul((4096, 1024), (1024, 4096), (4096,))),
+    Specimen("matmul", "gradient of weight", _matmul((1024, 65536), (65536, 512), transposed="left")),
+    Specimen("matmul", "odd sizes", _matmul((1001, 333), (333, 777), (777,)), loads=False, stores=False),
+    Specimen("matmul", "many of 512 by 64 by 512", _matmul((64, 512, 64), (64, 64, 512))),
+    Specimen("matmul", "sum over the batch", _matmul((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
+    Specimen("matmul", "tall data", _matmul((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
+    Specimen("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1)), stores=False),
+    Specimen("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096)), stores=False),
+    Specimen("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1)), stores=False),
+    Specimen("matmul", "outer product", _matmul((4096, 1), (1, 4096)), loads=False),
+    Specimen("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
+    Specimen(
+        "matmul", "many of 8 by 8", _matmul((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False
+    ),
+    Specimen("mse", "forward", _mse("forward", (4096, 4096)), stores=False),
+    Specimen("mse", "forward, odd size", _mse("forward", (1001 * 333,)), stores=False),
+    Specimen("mse", "backward", _mse("backward", (4096, 4096))),
+    Specimen("mse", "backward, odd size", _mse("backward", (1001 * 333,))),
+    Specimen("mse", "backward, weighted", _mse("backward", (4096, 4096), weighted=True)),
+    Specimen("mse", "Hessian-vector product", _mse("hvp", (4096, 4096))),
+    Specimen("mse", "loss and gradient", _mse("both", (4096, 4096))),
+    Specimen("linear_mse", "1 output of 256", _linear_mse(1 << 16, 256, 1), stores=False),
+    Specimen("linear_mse", "1 output of 1024", _linear_mse(1 << 16, 1024, 1), stores=False),
+    Specimen("linear_mse", "1 output of 4096", _linear_mse(1 << 16, 4096, 1), stores=False),
+    Specimen("linear_mse", "8 outputs of 256", _linear_mse(1 << 16, 256, 8), stores=False),
+    Specimen("linear_mse", "16 outputs of 512", _linear_mse(1 << 16, 512, 16), stores=False),
+    Specimen("linear_mse", "1024 outputs of 1024", _linear_mse(1 << 14, 1024, 1024)),
+    Specimen("linear_mse", "backward", _linear_mse_backward(1 << 16, 1024, 1), loads=False),
+    Specimen("sgd", "momentum, aligned or not", _sgd),
+    Specimen("adam", "AdamW, aligned or not", _adam),
+    Specimen("grad_norm", "aligned or not", _grad_norm, stores=False),
+)

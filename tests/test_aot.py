@@ -1,0 +1,159 @@
+"""What the compiler makes of the kernels, for chips that are not here: no spills, wide accesses, tensor cores."""
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.aot import TARGETS, Row, every_specimen, report
+from bench.specimens import SPECIMENS
+
+from .test_launch import run
+
+SAMPLE = {
+    "matmul": (
+        "large",
+        "linear",
+        "gradient of weight",
+        "odd sizes",
+        "tall data",
+        "row by matrix",
+        "tall and skinny",
+    ),
+    "mse": ("forward", "backward, odd size"),
+    "linear_mse": ("1 output of 1024", "8 outputs of 256"),
+    "sgd": ("momentum, aligned or not",),
+    "adam": ("AdamW, aligned or not",),
+}
+TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+
+def sampled(dtype: str) -> list[tuple[int, str]]:
+    return [
+        (number, name)
+        for number, name in every_specimen(dtype=dtype)
+        if SPECIMENS[number].shapes in SAMPLE.get(SPECIMENS[number].op, ())
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    """The sample: the chip that matters most, bfloat16, and the float32 products that are split."""
+    split = [
+        (number, "float32")
+        for number, specimen in enumerate(SPECIMENS)
+        if (specimen.op, specimen.shapes) in (("matmul", "large"), ("matmul", "odd sizes"))
+    ]
+    return list(report(["sm_90"], sampled("bfloat16") + split))
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def all_rows(request) -> list[Row]:
+    return list(report([request.param], every_specimen()))
+
+
+def narrow(counts: dict[str, int]) -> dict[str, int]:
+    return {bits: count for bits, count in counts.items() if bits not in ("128", "tensor")}
+
+
+def check(rows: list[Row]) -> None:
+    """What holds for every kernel on every chip."""
+    problems = []
+    for row in rows:
+        where = f"{row.target} {row.op}: {row.shapes} {row.dtype} {row.kernel}: "
+        if row.error:
+            problems.append(where + row.error)
+            continue
+        if row.spills:
+            problems.append(where + f"{row.spills} spilt")
+        if row.shared > TARGETS[row.target][3]:
+            problems.append(where + f"{row.shared} B of shared memory")
+        if row.registers > (512 if row.target == "gfx942" else 255):
+            problems.append(where + f"{row.registers} registers")
+        for what, wide, counts in (
+            ("load", row.wide_loads, row.loads),
+            ("store", row.wide_stores, row.stores),
+        ):
+            if wide and not counts.keys() & {"128", "tensor"}:
+                problems.append(where + f"no {what} is of 128 bits: {counts}")
+    assert not problems, "\n".join(problems)
+
+
+def find(rows: list[Row], shapes: str, dtype: str) -> Row:
+    """The first kernel of a matmul specimen."""
+    return next(row for row in rows if (row.op, row.shapes, row.dtype) == ("matmul", shapes, dtype))
+
+
+def check_products(rows: list[Row], target: str) -> None:
+    """What holds for matmul: large bfloat16 products on tensor cores, every access of theirs wide."""
+    for shapes in ("large", "gradient of weight"):
+        row = find(rows, shapes, "bfloat16")
+        assert any(name.startswith(TENSOR_CORES[target]) for name in row.matrix), row
+        assert not narrow(row.loads), row
+        assert target == "gfx942" or not narrow(row.stores), row
+
+
+def test_the_sample(rows):
+    check(rows)
+    compiled = {(row.op, row.shapes) for row in rows}
+    assert compiled == {(op, shapes) for op, each in SAMPLE.items() for shapes in each}
+
+
+def test_large_products_use_wgmma_and_wide_accesses(rows):
+    check_products(rows, "sm_90")
+    assert find(rows, "large", "bfloat16").loads == {
+        "tensor": find(rows, "large", "bfloat16").loads["tensor"]
+    }
+
+
+def test_float32_products_are_split_in_three(rows):
+    """Three tf32 products for each that float32's own accuracy takes: the sequence that the numerics rest on."""
+    for shapes in ("large", "odd sizes"):
+        products = find(rows, shapes, "float32").matrix
+        assert list(products) == ["HGMMA"]
+        assert products["HGMMA"] % 3 == 0
+        assert products["HGMMA"] >= 6
+
+
+def test_the_report_sees_narrow_accesses(rows):
+    """The limits above can fail: rows of odd length are loaded element by element."""
+    assert narrow(find(rows, "odd sizes", "bfloat16").loads)
+
+
+def test_the_report_sees_spills(tmp_path):
+    """A sum that needs more values at once than it may have registers."""
+    row = run(
+        """
+        from dataclasses import asdict
+        from bench.aot import Row, _nvidia
+        @triton.jit
+        def cramped(x_ptr, out_ptr, SIZE: tl.constexpr):
+            i = tl.arange(0, SIZE)
+            x = tl.load(x_ptr + i)
+            tl.store(out_ptr + i, x * tl.sum(x))
+        x = torch.zeros(1)
+        launch(cramped, (1,), x, x, device=CPU, SIZE=2048, num_warps=1, maxnreg=32)
+        row = Row("", "", "", "", "")
+        _nvidia(next(iter(module._compiled.values()))[0], row)
+        print(json.dumps(asdict(row)))
+        """,
+        tmp_path,
+    )
+    assert row["registers"] <= 32
+    assert row["spills"] > 0
+
+
+@pytest.mark.full
+def test_every_kernel_on_every_chip(all_rows):
+    check(all_rows)
+    check_products(all_rows, all_rows[0].target)
+
+
+def test_rows_are_json(tmp_path):
+    """The report's file holds what it prints; empty where no specimen was asked for."""
+    from bench.aot import main
+
+    path = tmp_path / "deep" / "aot.json"
+    assert main(["--op", "none", "--target", "sm_90", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()) == []
