@@ -175,7 +175,7 @@ def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
         try:
             specimen.call(import_module(f"gradkernels.triton.{specimen.op}"), getattr(torch, dtype))
         except Exception as error:  # a compiler's failure is a row of the report
-            rows.append(Row(*head, kernel="", error=f"{type(error).__name__}: {error}"[:300]))
+            rows.append(Row(*head, kernel="", error=f"{type(error).__name__}: {str(error)[-400:]}"))
             continue
         kernels = {compiled.hash: compiled for compiled, _ in launch._compiled.values()}
         for place, compiled in enumerate(kernels[key] for key in dict.fromkeys(launched)):
