@@ -17,6 +17,53 @@ from .optimizer import FusedStep
 
 
 class FusedAdam(FusedStep, torch.optim.Adam):
+    """torch.optim.Adam in one launch per device and set of dtypes, for any number of parameters.
+
+    With ``g`` the gradient, ``p`` the parameter, ``m`` and ``v`` the moments (zero before step ``t = 1``)::
+
+        g = -g                                   if maximize
+        p = p - lr weight_decay p                if decoupled_weight_decay
+        g = g + weight_decay p                   otherwise
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        w = max(w, v)                            if amsgrad, else w = v
+        p = p - lr (m / (1 - beta1^t)) / (sqrt(w / (1 - beta2^t)) + eps)
+
+    It computes in float32 (float64 for float64) and rounds once. ``state["step"]`` lies on the parameter's device;
+    all else, state_dict included, is as in torch. Sparse gradients are refused as there; complex parameters
+    and ``differentiable=True`` go through torch's own loop.
+
+    Args:
+        params: float64, float32, float16 or bfloat16 parameters, or groups of them, as for torch.optim.Adam.
+        lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
+            captured graph or compiled step follows its changes. Likewise ``betas`` and ``weight_decay``.
+        betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable: as in torch.optim.Adam.
+        foreach, fused: checked as in torch, and select nothing.
+        decoupled_weight_decay: AdamW's weight decay.
+        max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
+            ``p.grad`` stays unclipped.
+        on_nonfinite: ``"ignore"``; ``"skip"``: a step with a non-finite gradient changes nothing and is counted
+            in ``steps_skipped``; ``"raise"``: it raises, which costs a wait for the device. Where GradScaler
+            found the overflow, the step is skipped as GradScaler wants.
+        master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
+            and the moments in float32.
+            If such a parameter is written by hand, delete its master, which is then made anew.
+        stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
+            updates are not lost, the moments' included.
+        seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.
+        norm_group: process group over which ``max_norm`` and ``on_nonfinite`` are agreed where each rank holds
+            parameters of its own (ZeroRedundancyOptimizer). DTensors bring their mesh and need none.
+
+    Raises:
+        ValueError, RuntimeError: what torch.optim.Adam raises, in its words; ``max_norm`` below 0, an unknown
+            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``.
+
+    Example:
+        >>> optimizer = FusedAdam(model.parameters(), lr=1e-3, max_norm=1.0, on_nonfinite="skip")
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+    """
+
     _operator = "adam"
     _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master_param")
 
@@ -135,6 +182,21 @@ class FusedAdam(FusedStep, torch.optim.Adam):
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
+    """torch.optim.AdamW in one launch per device and set of dtypes, for any number of parameters.
+
+    FusedAdam's rule with decoupled weight decay, which shrinks the parameters by ``lr weight_decay`` before the
+    step instead of joining the gradient.
+
+    Args:
+        params: as for FusedAdam, and so are all others; ``weight_decay`` is 1e-2 unless given.
+
+    Raises:
+        ValueError, RuntimeError: as FusedAdam.
+
+    Example:
+        >>> optimizer = FusedAdamW(model.parameters(), lr=3e-4, weight_decay=0.1, master_weights=True)
+    """
+
     def __init__(
         self,
         params: ParamsT,

@@ -252,26 +252,27 @@ class FusedStep(torch.optim.Optimizer):
                 records (count of skipped steps, norms), state keys, and state tensors key by key.
 
         Returns:
-            Whether the group is one that the operators serve.
+            Whether the operators can serve the group: no DTensors, no other ranks, nothing for torch's loop, and
+            nothing to be raised in the middle of a graph.
         """
         group, dtype, params, grads, positions, records, keys, states = args
-        everything = [param for other in self.param_groups for param in other["params"]]
+        everything = chain.from_iterable(other["params"] for other in self.param_groups)
+        own = set(map(id, group["params"]))
         wanted = [
-            (position, param)
+            (position, param, param.grad)
             for position, param in enumerate(everything)
-            if param.grad is not None
-            and param.dtype == dtype
-            and any(param is own for own in group["params"])
+            if id(param) in own and param.grad is not None and param.dtype == dtype
         ]
-        if any(_local(p) is not p or self._needs_torch(group, p, p.grad) for _, p in wanted):
+        plain = all(_local(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
+        if not plain or self.norm_group is not None or self.on_nonfinite == "raise":
             return False
-        columns = [self._state_of(group, param) for _, param in wanted]
-        params += [param for _, param in wanted]
-        grads += [param.grad for _, param in wanted]
-        positions += [position for position, _ in wanted]
+        columns = [self._state_of(group, param) for _, param, _ in wanted]
+        positions += [position for position, _, _ in wanted]
+        params += [param for _, param, _ in wanted]
+        grads += [grad for _, _, grad in wanted]
         keys += list(columns[0]) if columns else []
         states += [column[key] for key in keys for column in columns]
-        for _, param in wanted[:1]:
+        for _, param, _ in wanted[:1]:
             records += [self._skip_count(param.device), self._lasting_norms(param.device)]
         return True
 

@@ -12,6 +12,54 @@ from .optimizer import FusedStep, _local
 
 
 class FusedSGD(FusedStep, torch.optim.SGD):
+    """torch.optim.SGD in one launch per device and set of dtypes, for any number of parameters.
+
+    With ``g`` the gradient, ``p`` the parameter and ``b`` the momentum buffer::
+
+        g = -g                               if maximize
+        g = g + weight_decay p
+        b = g                                at the parameter's first step
+        b = momentum b + (1 - dampening) g   later
+        g = g + momentum b                   if nesterov
+        g = b                                otherwise
+        p = p - lr g
+
+    With ``momentum=0`` the lines with ``b`` fall away. It computes in float32 (float64 for float64) and rounds
+    once; all else, state_dict included, is as in torch. Sparse gradients, complex parameters and
+    ``differentiable=True`` go through torch's own loop.
+
+    Args:
+        params: float64, float32, float16 or bfloat16 parameters, or groups of them, as for torch.optim.SGD.
+        lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
+            captured graph or compiled step follows its changes. Likewise ``weight_decay``.
+        momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in torch.optim.SGD.
+        foreach, fused: checked as in torch, and select nothing.
+        capturable: whether a CUDA graph may capture the step.
+        max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
+            ``p.grad`` stays unclipped.
+        on_nonfinite: ``"ignore"``; ``"skip"``: a step with a non-finite gradient changes nothing and is counted
+            in ``steps_skipped``; ``"raise"``: it raises, which costs a wait for the device. Where GradScaler
+            found the overflow, the step is skipped as GradScaler wants.
+        master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
+            and the momentum in float32.
+            If such a parameter is written by hand, delete its master, which is then made anew.
+        stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
+            updates are not lost, the momentum included;
+            the count of updates is then kept in ``state["step"]``.
+        seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.
+        norm_group: process group over which ``max_norm`` and ``on_nonfinite`` are agreed where each rank holds
+            parameters of its own (ZeroRedundancyOptimizer). DTensors bring their mesh and need none.
+
+    Raises:
+        ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown
+            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``.
+
+    Example:
+        >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, max_norm=1.0)
+        >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+    """
+
     _operator = "sgd"
     _state_keys = ("momentum_buffer", "step", "master_param")
 
