@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import TRITON_DEVICES
 from ..buckets import Bucket
 
 CHUNK = tl.constexpr(4096)  # elements per program
@@ -54,29 +55,29 @@ class Table:
 
     def __init__(self, array: np.ndarray, device: torch.device) -> None:
         self.array = array
-        self.device = device
+        source = torch.from_numpy(array)
+        # On the CPU, where Triton's interpreter runs, both are one.
+        self.tensor = source if device.type == "cpu" else torch.empty_like(source, device=device)
         self._turn = 0
-        if device.type == "cpu":
-            self.tensor = torch.from_numpy(array)
-            return
-        self.tensor = torch.empty(array.shape, dtype=torch.from_numpy(array).dtype, device=device)
-        pinned = device.type == "cuda"
-        self._buffers = [torch.empty_like(self.tensor, device="cpu", pin_memory=pinned) for _ in range(2)]
+        self._buffers: list[Tensor] = []
         self._events: list[Any] = [None, None]
-        self.upload()
+        if device.type in TRITON_DEVICES:
+            self._buffers = [torch.empty_like(source, pin_memory=True) for _ in range(2)]
+            self.upload()
 
     def upload(self) -> None:
         """Bring the device's copy up to date, in the order of the current stream."""
-        if self.device.type == "cpu":
+        if not self._buffers:
             return
         turn = self._turn = 1 - self._turn
         if self._events[turn] is not None:
             self._events[turn].synchronize()
         self._buffers[turn].numpy()[...] = self.array
-        with torch.get_device_module(self.device).device(self.device):
+        module = torch.get_device_module(self.tensor.device)
+        with module.device(self.tensor.device):
             self.tensor.copy_(self._buffers[turn], non_blocking=True)
-            if not torch.cuda.is_current_stream_capturing():
-                self._events[turn] = torch.get_device_module(self.device).Event()
+            if not (self.tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._events[turn] = module.Event()
                 self._events[turn].record()
 
 
@@ -135,13 +136,13 @@ class Tables:
         for row, group in enumerate(groups):
             for column, value in enumerate(group):
                 if isinstance(value, Tensor) and not value.is_cpu:
-                    sources.append(value.detach().to(self.rows.device, torch.float32))
+                    sources.append(value.detach().to(self.rows.tensor.device, torch.float32))
                     addresses[row, 1, column] = sources[-1].data_ptr()
                 else:
-                    table[row, 0, column] = value
+                    table[row, 0, column] = float(value)
         self._sources = sources  # kept: their addresses are in the table
         if self._options is None or self._options.array.shape != table.shape:
-            self._options = Table(table, self.rows.device)
+            self._options = Table(table, self.rows.tensor.device)
         elif self._options.array.tobytes() != table.tobytes():
             self._options.array[...] = table
             self._options.upload()
