@@ -209,6 +209,12 @@ def test_outputs_made_before_the_block():
 
 
 @triton.jit
+def copy_half_kernel(x_ptr, y_ptr):
+    offs = tl.arange(0, 32)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+@triton.jit
 def last_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     """y[0] = the sum of the program's block: every program writes the same address."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -2,6 +2,9 @@
 
 from .gradient import gradcheck as gradcheck
 from .interpreter import InterpreterChangedError as InterpreterChangedError
+from .kernel_check import KernelReport as KernelReport
+from .kernel_check import Verdict as Verdict
+from .kernel_check import kernels as kernels
 from .memory import Fault as Fault
 from .memory import MemoryFaultError as MemoryFaultError
 from .memory import MemoryReport as MemoryReport
@@ -17,9 +20,12 @@ __all__ = [
     "GradientError",
     "GradientReport",
     "InterpreterChangedError",
+    "KernelReport",
     "MemoryFaultError",
     "MemoryReport",
     "Traffic",
+    "Verdict",
     "gradcheck",
+    "kernels",
     "memory_check",
 ]

@@ -1,0 +1,144 @@
+"""``python -m gradkernels info | verify``: what is here, and whether it is right."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import __version__, backends, verify
+from .verify.console import print_table
+from .verify.kernel_check import DTYPES, HEADER, OPS
+from .verify.report import to_json
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, the backend that serves each and why not the others, and settings that matter."""
+    return {
+        "gradkernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "devices": [_device(name, label) for name, label in _devices()],
+        "chosen backend": backends.current(),
+        "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
+        "hugging face kernels": _version("kernels"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[tuple[str, str]]:
+    found = [("cpu", platform.processor() or platform.machine())]
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        if module.is_available():
+            found += [(f"{kind}:{i}", module.get_device_name(i)) for i in range(module.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(("mps", "Apple GPU"))
+    return found
+
+
+def _device(name: str, label: str) -> dict[str, Any]:
+    tensor = torch.empty(0, device=name)
+    serves: dict[str, str] = {}
+    for backend in ("triton", "fallback", "reference"):
+        with backends.use_backend(backend):
+            try:
+                serves[backend] = "yes" if backends.backend_for(tensor) == backend else "no"
+            except RuntimeError as error:
+                serves[backend] = f"no: {str(error).partition(': ')[2]}"
+    with backends.use_backend("auto"):
+        return {"device": name, "name": label, "auto": backends.backend_for(tensor), "backends": serves}
+
+
+def _info_command(arguments: argparse.Namespace) -> int:
+    found = info()
+    if arguments.json:
+        print(to_json(found))
+        return 0
+    devices = found.pop("devices")
+    if found["hugging face kernels"] is None:
+        found["hugging face kernels"] = "not installed"
+    print_table(("what", "value"), [(key, str(value)) for key, value in found.items() if value is not None])
+    print()
+    rows = [
+        (
+            d["device"],
+            d["name"],
+            d["auto"],
+            *(d["backends"][name] for name in ("triton", "fallback", "reference")),
+        )
+        for d in devices
+    ]
+    print_table(("device", "name", "serves by default", "triton", "fallback", "reference"), rows)
+    return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1") from None
+
+
+def _verify_command(arguments: argparse.Namespace) -> int:
+    report = verify.kernels(
+        arguments.op,
+        shapes=arguments.shape,
+        dtypes=None if arguments.dtype is None else [getattr(torch, name) for name in arguments.dtype],
+        backends=arguments.backend or ("triton", "fallback"),
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(report.to_json())
+    else:
+        print_table(HEADER, report.rows())
+        for sentence in report.skipped:
+            print(f"did not run: {sentence}")
+        print(f"{sum(v.passed for v in report.verdicts)} of {len(report.verdicts)} cases passed")
+    return 0 if report else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit status: 0 if all is well, 1 if a check failed."""
+    parser = argparse.ArgumentParser(prog="python -m gradkernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = commands.add_parser("info", help="versions, devices, backends, settings")
+    about.add_argument("--json", action="store_true")
+    check = commands.add_parser("verify", help="every op against its NumPy reference, on this machine")
+    check.add_argument("--op", action="append", choices=OPS, help="may be repeated (default: all)")
+    check.add_argument(
+        "--shape",
+        action="append",
+        type=_shape,
+        metavar="4096x512x1",
+        help="N x D x K for linear_mse, [B x] M x K x N for matmul; needs one --op; may be repeated",
+    )
+    names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    check.add_argument("--dtype", action="append", choices=names)
+    check.add_argument("--backend", action="append", choices=("triton", "fallback", "reference"))
+    check.add_argument(
+        "--device", help="cuda, mps, cpu, ... (default: the accelerator that is there, else cpu)"
+    )
+    check.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    try:
+        return {"info": _info_command, "verify": _verify_command}[arguments.command](arguments)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Every op x backend x dtype x shape on the machine at hand, against NumPy and finite differences."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..backends import backend_for, use_backend
+from .cases import SHAPES, Case, build
+from .console import progress
+from .gradient import gradcheck
+from .memory import MemoryFaultError, memory_check
+from .report import to_json
+from .tolerance import compare
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+OPS = tuple(SHAPES)
+BACKENDS = ("triton", "fallback")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the table.
+
+    Attributes:
+        op, backend, device, dtype, shape: what ran.
+        passed: whether every result is within the tolerance policy and its slopes agree.
+        worst: the largest error over its budget among the results (<= 1 passes); nan if it did not run.
+        detail: the result that was worst, or what went wrong.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: str
+    shape: tuple[int, ...]
+    passed: bool
+    worst: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """The result of ``kernels``: true if every verdict is.
+
+    Attributes:
+        verdicts: one per op, backend, dtype and shape.
+        skipped: which backends or dtypes did not run here, and why.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    skipped: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table, one row per op, backend and dtype: the worst of its shapes."""
+        rows: list[tuple[str, ...]] = []
+        keys = dict.fromkeys((v.op, v.backend, v.device, v.dtype) for v in self.verdicts)
+        for key in keys:
+            group = [v for v in self.verdicts if (v.op, v.backend, v.device, v.dtype) == key]
+            worst = max(group, key=lambda v: (not v.passed, v.worst))
+            shape = "x".join(map(str, worst.shape))
+            failed = sum(not v.passed for v in group)
+            verdict = "ok" if not failed else f"FAILED ({failed} of {len(group)} shapes)"
+            rows.append((*key, str(len(group)), f"{worst.worst:.3f}", f"{shape}: {worst.detail}", verdict))
+        return rows
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return to_json({"passed": bool(self), **asdict(self)})
+
+
+HEADER = ("op", "backend", "device", "dtype", "shapes", "error / budget", "worst", "verdict")
+
+
+def kernels(
+    ops: Sequence[str] | None = None,
+    *,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    backends: Sequence[str] = BACKENDS,
+    device: str | None = None,
+) -> KernelReport:
+    """Check the ops of this package against their NumPy references, on this machine.
+
+    Every result (value, gradients under a random upstream gradient, optimizer state after 3 steps) has to be
+    within the one tolerance policy: ``error <= 2 * torch's error + 4 * eps * max |reference|``. Small float64
+    cases are held against finite differences too. Interpreted kernels run under the memory checker.
+
+    Args:
+        ops: of ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"``, ``"adam"``; all by default.
+        shapes: sizes instead of the built-in classes: ``(N, D, K)`` for linear_mse, ``([B,] M, K, N)`` for
+            matmul, any for the others. One op has to be named then.
+        dtypes: all four by default.
+        backends: of ``"triton"``, ``"fallback"``, ``"reference"``.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"``, ...; by default the accelerator that is there, else the CPU.
+
+    Returns:
+        A ``KernelReport``: true if everything passed. ``rows()`` is the table, ``to_json()`` has every case.
+
+    Raises:
+        ValueError: an op is unknown, or a shape does not fit it.
+
+    Example:
+        >>> kernels(["linear_mse"], shapes=[(4096, 512, 1)], dtypes=[torch.bfloat16]).rows()
+    """
+    chosen = tuple(ops or OPS)
+    if shapes is not None and len(chosen) != 1:
+        raise ValueError("shapes: name the one op that they are for")
+    device = device or _accelerator()
+    wanted = tuple(dtypes or DTYPES)
+    if device == "mps":
+        wanted = tuple(dtype for dtype in wanted if dtype != torch.float64)
+    verdicts: list[Verdict] = []
+    skipped: list[str] = [] if len(wanted) == len(tuple(dtypes or DTYPES)) else ["float64: MPS has none"]
+    # Every case is built before the first runs: a shape that does not fit is an error at once.
+    cases = [
+        build(op, shape, dtype, device)
+        for op, dtype in itertools.product(chosen, wanted)
+        for shape in shapes or SHAPES.get(op, [()])
+    ]
+    for backend in backends:
+        if backend == "triton" and (problem := _problem(device)) is not None:
+            if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                child = _in_child(chosen, shapes, wanted)
+                verdicts += child.verdicts
+                skipped += child.skipped
+            else:
+                skipped.append(f"triton: {problem}")
+            continue
+        for case in progress(cases, f"{backend} on {device}"):
+            verdicts.append(_verdict(case, backend, device))
+    return KernelReport(tuple(verdicts), tuple(skipped))
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"
+
+
+def _problem(device: str) -> str | None:
+    """Why Triton does not serve this device here; None if it does."""
+    with use_backend("triton"):
+        try:
+            backend_for(torch.empty(0, device=device))
+        except RuntimeError as error:
+            return str(error).partition(": ")[2]
+    return None
+
+
+def _in_child(
+    ops: Iterable[str], shapes: Sequence[tuple[int, ...]] | None, dtypes: Iterable[torch.dtype]
+) -> KernelReport:
+    """The triton cases in a process whose interpreter is on from the start."""
+    command = [sys.executable, "-m", __name__.partition(".")[0], "verify", "--json", "--device", "cpu"]
+    command += ["--backend", "triton", *(f"--op={op}" for op in ops)]
+    command += [f"--dtype={_name(dtype)}" for dtype in dtypes]
+    command += [f"--shape={'x'.join(map(str, shape))}" for shape in shapes or ()]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        data = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return KernelReport((), (f"triton: the child process ended with status {done.returncode}",))
+    verdicts = [
+        Verdict(**{**v, "shape": tuple(v["shape"]), "worst": float(v["worst"])}) for v in data["verdicts"]
+    ]
+    return KernelReport(tuple(verdicts), tuple(data["skipped"]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _verdict(case: Case, backend: str, device: str) -> Verdict:
+    worst, detail, passed = float("nan"), "", True
+    watched = memory_check() if backend == "triton" and device == "cpu" else nullcontext()
+    try:
+        with use_backend(backend), watched:
+            ours = case.ours()
+            slopes = gradcheck(*case.slopes) if case.slopes is not None else None
+        for name, error, within in _errors(case, ours):
+            passed = passed and within
+            if not worst >= error:
+                worst, detail = error, name
+        if slopes is not None and not slopes:
+            passed, detail = False, str(slopes).replace("\n", " ")
+    except MemoryFaultError as error:
+        passed, detail = False, str(error.report.faults[0])
+    except Exception as error:  # a kernel that cannot run is a verdict, not the end of the table
+        passed, detail = False, f"{type(error).__name__}: {error}"
+    return Verdict(case.op, backend, device, _name(case.dtype), case.shape, passed, worst, detail)
+
+
+def _errors(case: Case, ours: dict[str, Any]) -> Iterator[tuple[str, float, bool]]:
+    theirs, reference = case.torch(), case.reference()
+    for name, expected in reference.items():
+        comparison = compare(ours[name], theirs[name], expected)
+        ratio = comparison.error / comparison.budget if comparison.budget else float(comparison.error > 0)
+        yield name, ratio, comparison.passed

@@ -1,0 +1,168 @@
+"""The kernel check and the command line: right kernels pass, planted faults are named, the status tells."""
+
+import json
+import os
+import subprocess
+import sys
+
+import gradkernels.triton.mse as launchers
+import pytest
+import torch
+from gradkernels import __main__ as cli
+from gradkernels import verify
+from gradkernels.verify import kernel_check
+from gradkernels.verify.console import print_table, progress
+
+pytestmark = [
+    pytest.mark.unwatched,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="plants faults in interpreted kernels"),
+]
+F32 = [torch.float32]
+
+
+@pytest.mark.parametrize("op", kernel_check.OPS)
+def test_every_op_passes_at_its_smallest_shape(op):
+    report = verify.kernels([op], shapes=[kernel_check.SHAPES[op][0]])
+    assert report, report.rows()
+    assert {(v.backend, v.dtype) for v in report.verdicts} == {
+        (backend, str(dtype).removeprefix("torch."))
+        for backend in ("triton", "fallback")
+        for dtype in kernel_check.DTYPES
+    }
+
+
+def test_a_wrong_gradient_is_a_failed_verdict(monkeypatch):
+    original = launchers.mse_backward
+    monkeypatch.setattr(launchers, "mse_backward", lambda *a: [1.001 * grad for grad in original(*a)])
+    report = verify.kernels(["mse"], shapes=[(65,)], dtypes=F32)
+    assert [v.passed for v in report.verdicts] == [False, True]
+    assert report.verdicts[0].backend == "triton"
+    assert report.verdicts[0].worst > 1
+    assert report.verdicts[0].detail.startswith("grad_")
+    assert "FAILED (1 of 1 shapes)" in report.rows()[0]
+
+
+def test_nan_and_an_exception_are_failed_verdicts(monkeypatch):
+    original = launchers.mse_backward
+    monkeypatch.setattr(launchers, "mse_backward", lambda *a: [grad * float("nan") for grad in original(*a)])
+    assert not verify.kernels(["mse"], shapes=[(3,)], dtypes=F32, backends=["triton"])
+
+    def broken(*arguments):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(launchers, "mse_backward", broken)
+    report = verify.kernels(["mse"], shapes=[(3,)], dtypes=F32, backends=["triton"])
+    assert report.verdicts[0].detail == "RuntimeError: out of registers"
+
+
+def test_a_memory_fault_is_a_failed_verdict(monkeypatch):
+    original = launchers.mse_backward
+
+    def half(grad_output, *arguments):
+        found = original(grad_output, *arguments)
+        launchers.launch(copy_half(), (1,), found[0], torch.empty_like(found[0]), device=found[0].device)
+        return found
+
+    monkeypatch.setattr(launchers, "mse_backward", half)
+    report = verify.kernels(["mse"], shapes=[(64,)], dtypes=F32, backends=["triton"])
+    assert report.verdicts[0].detail.startswith("unwritten output in copy_half_kernel")
+
+
+def copy_half():
+    from .test_verify_memory import copy_half_kernel
+
+    return copy_half_kernel
+
+
+def test_slopes_are_checked_too(monkeypatch):
+    """Value and gradient agree with torch's and the reference's, but the function's value is another."""
+    called = []
+
+    def gradcheck(fn, inputs):
+        called.append(len(inputs))
+        return verify.gradcheck(lambda x: x.square().sum(), inputs[0], gradient=lambda x: -2 * x)
+
+    monkeypatch.setattr(kernel_check, "gradcheck", gradcheck)
+    report = verify.kernels(["matmul"], shapes=[(3, 5, 2)], dtypes=[torch.float64], backends=["fallback"])
+    assert called == [3]
+    assert "sign flipped" in report.verdicts[0].detail
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(ValueError, match="name the one op"):
+        verify.kernels(shapes=[(3,)])
+    with pytest.raises(ValueError, match="linear_mse takes sizes N x D x K, got 3x4"):
+        verify.kernels(["linear_mse"], shapes=[(3, 4)])
+    with pytest.raises(ValueError, match="unknown op 'mean'"):
+        verify.kernels(["mean"])
+    assert not kernel_check.KernelReport(())
+
+
+def test_the_command_line(capsys, monkeypatch):
+    arguments = ["verify", "--op", "linear_mse", "--shape", "64x8x1", "--dtype", "bfloat16"]
+    assert cli.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "2 of 2 cases passed" in table
+    assert "linear_mse  triton" in table
+    assert cli.main([*arguments, "--json", "--backend", "fallback"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["passed"] is True
+    assert data["verdicts"][0]["shape"] == [64, 8, 1]
+    monkeypatch.setattr(launchers, "mse_forward", lambda *a: torch.tensor(7.0))
+    assert cli.main(["verify", "--op=mse", "--shape=5", "--dtype=float32", "--backend=triton"]) == 1
+    for wrong in (
+        ["--op=mse", "--shape=axb"],
+        ["--shape=3x3"],
+        ["--op=mse", "--dtype=int8"],
+        ["--op=linear_mse", "--shape=3"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["verify", *wrong])
+
+
+def test_without_the_interpreter_a_child_process_has_it():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "gradkernels",
+        "verify",
+        "--op=mse",
+        "--shape=5",
+        "--dtype=float32",
+        "--json",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {v["backend"] for v in json.loads(done.stdout)["verdicts"]} == {"triton", "fallback"}
+
+
+def test_info(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["torch"] == torch.__version__
+    (cpu,) = [device for device in data["devices"] if device["device"] == "cpu"]
+    assert cpu["auto"] == "fallback"
+    assert cpu["backends"] == {"triton": "yes", "fallback": "yes", "reference": "yes"}
+    assert cli.main(["info"]) == 0
+    assert "serves by default" in capsys.readouterr().out
+
+
+def test_importing_the_package_imports_neither_triton_nor_verify():
+    code = (
+        "import sys, gradkernels; assert 'triton' not in sys.modules; assert 'gradkernels.verify' not in "
+        "sys.modules;"
+        "gradkernels.verify.gradcheck; gradkernels.reference; assert 'triton' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_and_progress_without_rich(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    print_table(("a", "b"), [("1", "22")], title="t")
+    assert capsys.readouterr().out == "t\na  b\n1  22\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress([1, 2], "p")) == [1, 2]
+    assert "p 2/2" in capsys.readouterr().err
