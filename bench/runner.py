@@ -18,6 +18,7 @@ from .case import OURS, Call, Case, Contender, Results, dtype_name, poisoned
 from .timing import Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
+LARGE = 1 << 26  # bytes
 
 
 def to_numpy(inputs: Any) -> Any:
@@ -88,7 +89,8 @@ class Runner:
         except NoYardstickError as error:
             return record | {"skipped": f"plain torch has no result: {error}"}
         finally:
-            gc.collect()
+            if case.bytes > LARGE:
+                gc.collect()  # the next case needs the room
 
     def inputs(self, case: Case, number: int) -> tuple[Any, ...]:
         """The inputs of a case; each number has its own random ones."""

@@ -195,7 +195,6 @@ class CudaTimer(WallTimer):
                 call()
         self.cuda.current_stream().wait_stream(side)
         graph = self.cuda.CUDAGraph()
-        gc.collect()
         gc.disable()  # a kernel object collected now would unload its module, which a capture forbids
         try:
             with warnings.catch_warnings(), self.cuda.graph(graph):
