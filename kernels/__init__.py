@@ -14,6 +14,7 @@ from .matmul import matmul as matmul
 from .mse import mse_loss as mse_loss
 from .mse import mse_loss_and_grad as mse_loss_and_grad
 from .sgd import FusedSGD as FusedSGD
+from .warmup import warmup as warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "mse_loss_and_grad",
     "nn",
     "use_backend",
+    "warmup",
 ]
 
 

@@ -1,0 +1,66 @@
+"""warmup: what it has compiled, the call itself does not compile again."""
+
+import gradkernels
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from .test_launch import run
+
+CALLS = {
+    "matmul": ([(70, 40), (40, 30), (30,)], "matmul(*t).backward(torch.ones(70, 30))"),
+    "mse": ([(33, 7), (33, 7)], "mse_loss(t[0], t[1].detach()).backward()"),
+    "linear_mse": (
+        [(300, 24), (1, 24), (300, 1), (1,)],
+        "linear_mse_loss(t[0].detach(), t[1], t[2].detach(), t[3]).backward()",
+    ),
+    "sgd": ([(5, 3), (7,)], "FusedSGD(t, lr=0.1, momentum=0.5, weight_decay=0.1).step()"),
+    "adam": ([(5, 3), (7,)], "FusedAdamW(t, lr=0.1).step()"),
+}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_nothing_is_left_to_compile(op, tmp_path):
+    shapes, call = CALLS[op]
+    before, after = run(
+        f"""
+        import gradkernels
+        from gradkernels import *
+        gradkernels.backends._triton_problem = lambda device: None  # the driver takes CPU tensors
+        with use_backend("triton"):
+            gradkernels.warmup({op!r}, {shapes}, torch.float32, "cpu")
+            before = len(module._compiled)
+            t = [torch.ones(shape, requires_grad=True) for shape in {shapes}]
+            for tensor in t:
+                tensor.grad = torch.ones_like(tensor)
+            {call}
+        print(json.dumps([before, len(module._compiled)]))
+        """,
+        tmp_path,
+    )
+    assert before >= 1
+    assert after == before
+
+
+def test_elsewhere_there_is_nothing_to_do():
+    with gradkernels.use_backend("fallback"):
+        gradkernels.warmup("matmul", [(2, 3), (3, 4)], torch.float32, "cpu")
+
+
+def test_under_the_interpreter_it_runs():
+    with gradkernels.use_backend("triton"):
+        gradkernels.warmup("mse", [(5,), (5,)], torch.float64, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lu", [(2, 3)]), "unknown op 'lu'; expected one of 'matmul', 'mse', 'linear_mse', 'sgd', 'adam'"),
+        (("matmul", [(2, 3)]), r"matmul takes 2 or 3 shapes, got 1: \[\(2, 3\)\]"),
+        (("mse", [(2, 3)]), "mse takes 2 shapes, got 1"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gradkernels.warmup(*arguments, torch.float32, "cpu")
