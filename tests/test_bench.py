@@ -172,6 +172,7 @@ WRONG = {
 }
 
 
+@pytest.mark.unwatched  # the memory checker poisons too
 @pytest.mark.parametrize("fault", WRONG)
 def test_wrong_result_has_no_time(fault: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     torch.use_deterministic_algorithms(False)  # the benchmark's own poison must do
