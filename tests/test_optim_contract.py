@@ -99,11 +99,18 @@ def test_state_dict_is_torch_s(name: str) -> None:
     assert shape_of(ours.state_dict()) == shape_of(theirs.state_dict())
 
 
-@pytest.mark.parametrize("changed", [{}, {"fused": True}, {"foreach": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        (name, changed)
+        for name in NAMES
+        for changed in ({}, {"fused": True}, {"foreach": True}, {"capturable": True})
+        if not (name == "SGD" and "capturable" in changed)  # torch's has none
+    ],
+    ids=str,
+)
 def test_checkpoints_move_both_ways_in_mid_run(name: str, changed: dict[str, Any]) -> None:
     """torch's checkpoint continues here and ours there; loaded flags such as ``fused`` change nothing."""
-    if name == "SGD" and "capturable" in changed:
-        pytest.skip("torch's SGD has no capturable")
     ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     assert_same_run(ours, theirs, steps=6)
     for group in theirs.param_groups:
@@ -423,29 +430,20 @@ def test_options_changed_by_hand_between_steps(name: str) -> None:
     assert_same_run(ours, theirs, after_step=change)
 
 
-@pytest.mark.parametrize("kind", ["lr", "betas", "weight_decay", "all"])
 @on_both_backends
-def test_options_given_as_tensors_are_read_at_each_step(name: str, kind: str, device: torch.device) -> None:
-    """0-d tensors on the CPU, rewritten in place between the steps, as a scheduler does with a tensor lr."""
-    if (name == "SGD" and kind == "betas") or (name != "SGD" and kind in ("weight_decay", "all")):
-        pytest.skip("torch's class takes no such tensor")
-    given = {
-        "lr": torch.tensor(0.004, dtype=torch.float64),
-        "weight_decay": torch.tensor(0.1, dtype=torch.float64),
-        "betas": (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)),
-    }
-    chosen = [kind] if kind != "all" else ["lr", "weight_decay"]
+def test_options_given_as_tensors_are_read_at_each_step(name: str, device: torch.device) -> None:
+    """Every option that torch's class takes as a 0-d tensor, rewritten in place as a scheduler does."""
     params = make_params(SMALL)
-    ours = ours_for(name)(copies(params, device), **{key: copy.deepcopy(given[key]) for key in chosen})
-    theirs = theirs_for(name)(params, **{key: copy.deepcopy(given[key]) for key in chosen}, foreach=False)
+    optimizers = []
+    for cls, given in ((ours_for(name), copies(params, device)), (theirs_for(name), params)):
+        lr, decay, beta1, beta2 = torch.tensor([0.004, 0.1, 0.8, 0.9], dtype=torch.float64).unbind()
+        others = {"weight_decay": decay} if name == "SGD" else {"betas": (beta1, beta2)}
+        optimizers.append((cls(given, lr=lr, foreach=False, **others), (lr, decay, beta1, beta2)))
+    (ours, mine), (theirs, other) = optimizers
 
     def change(optimizer: Optimizer, step: int) -> None:
-        for key in chosen:
-            for value in given[key] if isinstance(given[key], tuple) else (given[key],):
-                assert isinstance(value, Tensor)
-            tensors = optimizer.param_groups[0][key]
-            for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
-                tensor.mul_(0.97)
+        for tensor in mine if optimizer is ours else other:
+            tensor.mul_(0.97)
 
     assert_same_run(ours, theirs, after_step=change)
 
@@ -572,6 +570,29 @@ def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, devic
     theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
     assert_same_run(ours, theirs, lay_out=misaligned)
     assert bool((flat.cpu()[mask] == 7.0).all())
+
+
+@cases_on_both_backends("dtype", [(torch.float32,), (torch.bfloat16,)], lambda dtype: dtype is torch.float32)
+def test_large_tensors(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """More than one program per tensor, whole ones and a rest, aligned and not; each tensor counts one step."""
+    shapes = ((4096 * 2 + 33,), (4096,), (64, 65))
+    params = make_params(shapes, dtype)
+    ours_params = copies(params, device)
+    ours_params[2] = torch.nn.Parameter(misaligned(ours_params[2].detach()))
+    options = {**FULL_OPTIONS[name], "lr": 0.02}
+    ours = ours_for(name)(ours_params, **options, max_norm=1e9)
+    theirs = theirs_for(name)(params, **options, foreach=False)
+    norms = []
+
+    def look(optimizer: Optimizer, step: int) -> None:
+        if optimizer is ours:
+            norms.append(
+                (float(ours.grad_norm), sum(float(p.grad.double().square().sum()) for p in params) ** 0.5)
+            )
+
+    assert_same_run(ours, theirs, steps=3, after_step=look)
+    for norm, expected in norms:
+        assert norm == pytest.approx(expected, rel=1e-6)
 
 
 @on_both_backends
