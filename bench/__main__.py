@@ -15,6 +15,7 @@ other commands:
   compare BEFORE AFTER    case by case, noise taken into account; exit status 1 if something became slower
   aot                     what the compiler makes of every kernel (needs triton, no GPU)
   traffic                 bytes moved and launches of every op, counted under the interpreter
+  tune                    time the tiles of large products on this GPU and keep the best
 
 examples:
   python -m bench --quick
@@ -238,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_command(argv[1:])
     if argv[:1] == ["compare"]:
         return compare_command(argv[1:])
-    if argv[:1] in (["aot"], ["traffic"]):
+    if argv[:1] in (["aot"], ["traffic"], ["tune"]):
         return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
     return run(argv)
 

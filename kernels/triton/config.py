@@ -1,11 +1,15 @@
 """Which tile sizes, warps and precision a kernel is launched with: pure functions of problem and chip.
 
 Nothing here looks at data, times anything or asks how many multiprocessors a chip has: the same problem on
-the same architecture always takes the same path, and how a sum is split never depends on the chip.
+the same architecture always takes the same path, and how a sum is split never depends on the chip. A file of
+tiles tuned for a device by name, where there is one, takes precedence for large products.
 """
 
 import functools
+import json
+import re
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +18,10 @@ import triton
 # Programs that a launch should have before a long sum is left in one piece: two for each of an H100's 132
 # multiprocessors. A constant, since a sum is split by its shape alone.
 PROGRAMS = 264
+
+
+# One file of measured tiles for each device that someone has tuned.
+TUNED = Path(__file__).with_name("tuned")
 
 
 class Target(NamedTuple):
@@ -88,6 +96,33 @@ def _wide(dtype: torch.dtype, target: Target) -> int:
     """Columns of a large tile: half where the pieces of a split float32 operand are all held in registers."""
     ampere = target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 90
     return 64 if ampere and dtype == torch.float32 else 128
+
+
+def matmul_key(dtype: torch.dtype, sizes: tuple[int, int, int], mode: str) -> str:
+    """The name of a class of products in a tuned file: sizes count by the power of two above them."""
+    return " ".join(
+        [str(dtype).removeprefix("torch."), *(str(triton.next_power_of_2(size)) for size in sizes), mode]
+    )
+
+
+def file_name(device_name: str) -> str:
+    """Of the tiles tuned for a device."""
+    return re.sub(r"\W+", "_", device_name) + ".json"
+
+
+@functools.cache
+def tuned(device_name: str) -> dict[str, MatmulConfig]:
+    """The tiles that ``python -m bench tune`` found best on a device, by matmul_key; empty if none are shipped."""
+    path = TUNED / file_name(device_name)
+    if not path.is_file():
+        return {}
+    return {key: MatmulConfig(*tile) for key, tile in json.loads(path.read_text())["matmul"].items()}
+
+
+@functools.cache
+def name_of(device: torch.device) -> str:
+    """What the device is called; empty where nothing is tuned for."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 class Operands(NamedTuple):

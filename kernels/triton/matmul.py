@@ -411,6 +411,7 @@ def _plan(
     operands = config.Operands(aligned, aligned and output_vector > 1, input_axis == 0)
     sizes = (m.size, n.size, k.size)
     mode, tile = config.matmul_way(operand, sizes, form.batches, sums, operands, target)
+    tile = config.tuned(config.name_of(input.device)).get(config.matmul_key(operand, sizes, mode), tile)
 
     options: dict[str, Any] = {
         "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages

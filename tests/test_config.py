@@ -1,0 +1,126 @@
+"""The choice of a kernel and its tile, a pure function: no GPU, no tensors."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gradkernels.triton import config
+from gradkernels.triton.config import MatmulConfig, Operands, Target, matmul_way
+
+H100, A100, B200, MI300 = Target("cuda", 90), Target("cuda", 80), Target("cuda", 100), Target("hip", "gfx942")
+ALIGNED = Operands(aligned=True, descriptors=True, columns=False)
+ODD = Operands(aligned=False, descriptors=False, columns=False)
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "batches", "operands", "target", "mode"),
+    [
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, H100, "descriptor"),
+        (FP32, (4096, 4096, 4096), 1, ALIGNED, B200, "descriptor"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, A100, "dot"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, MI300, "dot"),
+        (BF16, (4096, 4096, 4096), 2, ALIGNED, H100, "dot"),
+        (BF16, (4096, 4096, 4096), 1, ODD, H100, "dot"),
+        (FP64, (4096, 4096, 4096), 1, ALIGNED, H100, "dot"),
+        (BF16, (256, 256, 256), 1, ALIGNED, H100, "dot"),
+        (FP32, (40960, 2, 2), 1, ODD, H100, "small"),
+        (FP32, (8, 8, 8), 500_000, ALIGNED, H100, "small"),
+        (FP32, (40960, 32, 32), 1, ALIGNED, H100, "dot"),
+        (FP32, (4096, 1, 4096), 1, ALIGNED, H100, "column"),
+        (FP32, (1, 1, 1 << 20), 1, ALIGNED, H100, "column"),
+        (FP32, (4096, 4096, 1), 1, ALIGNED, H100, "outer"),
+    ],
+)
+def test_the_way_a_product_is_computed(dtype, sizes, batches, operands, target, mode):
+    assert matmul_way(dtype, sizes, batches, 1, operands, target).mode == mode
+
+
+def test_a_sum_over_matrices_is_never_small_or_outer():
+    for K in (1, 8):
+        assert matmul_way(FP32, (64, 64, K), 1, 100, ALIGNED, H100).mode == "dot"
+
+
+def test_tiles_are_legal_everywhere():
+    """Powers of two, at least 16 wide for a dot product, at most 64 accumulators of a thread and a warp limit."""
+    sizes = (1, 15, 16, 17, 64, 65, 1000, 65536)
+    for target, dtype, operands in itertools.product(
+        (H100, A100, B200, MI300), (BF16, FP32, FP64), (ALIGNED, ODD)
+    ):
+        for shape in itertools.product(sizes, repeat=3):
+            mode, tile = matmul_way(dtype, shape, 1, 1, operands, target)
+            assert all(block & (block - 1) == 0 for block in tile[:3])
+            lanes = tile.num_warps * (64 if target is MI300 else 32)
+            if mode in ("dot", "descriptor"):
+                assert min(tile[:3]) >= 16
+                assert 128 * lanes >= tile.BLOCK_M * tile.BLOCK_N
+            if mode == "column":
+                assert tile.BLOCK_N == 1
+                assert tile.BLOCK_M * tile.BLOCK_K == 4096
+            if mode == "outer":
+                assert tile.BLOCK_K == 1
+
+
+def test_splits_depend_on_the_shape_alone():
+    assert config.splits(tiles=1, steps=1000, mode="dot") == 125
+    assert config.splits(tiles=1, steps=100_000, mode="dot") == config.PROGRAMS
+    assert config.splits(tiles=config.PROGRAMS, steps=100_000, mode="dot") == 1
+    assert config.splits(tiles=10, steps=7, mode="dot") == 1
+    assert config.splits(tiles=1, steps=0, mode="column") == 1
+
+
+def test_tuned_tiles_are_read_by_device_name(tmp_path, monkeypatch):
+    from gradkernels.triton import matmul
+
+    monkeypatch.setattr(config, "TUNED", tmp_path)
+    monkeypatch.setattr(config, "name_of", lambda device: "Some GPU 80/GB")
+    monkeypatch.setattr(matmul, "_plans", {})
+    monkeypatch.setattr(matmul, "launch", lambda *args, **options: launches.append(options))
+    config.tuned.cache_clear()
+    key = config.matmul_key(FP32, (100, 65, 40), "dot")
+    assert key == "float32 128 128 64 dot"
+    file = tmp_path / config.file_name("Some GPU 80/GB")
+    assert file.name == "Some_GPU_80_GB.json"
+    file.write_text(json.dumps({"device": "Some GPU 80/GB", "matmul": {key: [32, 32, 16, 2, 1]}}))
+    launches: list[dict] = []
+    for M in (100, 300):
+        matmul.matmul_forward(torch.ones(M, 40), torch.ones(40, 65), None, [], FP32)
+    config.tuned.cache_clear()
+    assert [launch["BLOCK_M"] for launch in launches] == [32, 64]
+    assert config.tuned("a GPU that nobody tuned") == {}
+    assert MatmulConfig(32, 32, 16, 2, 1)._asdict().items() <= launches[0].items()
+
+
+def test_the_tuner_keeps_what_is_faster_and_as_exact(monkeypatch):
+    """By a clock of its own: the second tile is fastest, and the third faster still but wrong."""
+    from gradkernels.triton import matmul
+
+    from bench import tune
+
+    times = iter([1.0, 0.99, 0.5, 0.1])
+    tiles = [(32, 32, 32, 4, 1), (16, 16, 32, 4, 1), (16, 32, 32, 4, 1)]
+    monkeypatch.setattr(tune, "TILES", tiles)
+    monkeypatch.setattr(tune, "_median", lambda call: next(times))
+    real = matmul.matmul_forward
+    calls = []
+
+    def forward(*arguments):
+        calls.append(arguments)
+        return real(*arguments) + (1.0 if len(calls) == 4 else 0.0)
+
+    monkeypatch.setattr(matmul, "matmul_forward", forward)
+    key, tile = tune.tune_product((40, 40, 40), torch.float32, torch.device("cpu"))
+    assert key == "float32 64 64 64 dot"
+    assert tile == MatmulConfig(16, 16, 16, 4, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_the_tuner_says_that_it_needs_a_gpu(capsys):
+    from bench.__main__ import main
+
+    assert main(["tune"]) == 2
+    assert "needs a CUDA or ROCm GPU" in capsys.readouterr().err
