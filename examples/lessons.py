@@ -15,7 +15,16 @@ from collections.abc import Callable
 import gradkernels
 import numpy as np
 import torch
-from gradkernels import FusedAdam, FusedSGD, linear, linear_mse_loss, matmul, mse_loss
+from gradkernels import (
+    FusedAdam,
+    FusedSGD,
+    linear,
+    linear_mse_loss,
+    linear_mse_loss_and_grad,
+    matmul,
+    mse_loss,
+    mse_loss_and_grad,
+)
 from gradkernels.reference.scalar import Value
 from gradkernels.verify import gradcheck
 from torch import Tensor
@@ -159,9 +168,11 @@ def gradient_check() -> Figures:
     x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
     loss = linear_mse_loss(x, w, y)
     loss.backward()
+    _, (_, one_pass, _, _) = linear_mse_loss_and_grad(x, w, y, wrt=("weight",))
     return {
         "loss": loss.item(),
         "backward": w.grad.tolist(),
+        "one pass, without autograd": one_pass.tolist(),
         "centered difference": centered(lambda: linear_mse_loss(x, w, y), w),
     }
 
@@ -204,11 +215,13 @@ def weight_and_bias() -> Figures:
     prediction.retain_grad()
     loss = 0.5 * mse_loss(prediction, y)
     loss.backward()
+    _, (slope, _, _) = mse_loss_and_grad(prediction.detach(), y)
     FusedSGD([w, b], lr=0.1).step()
     return {
         "prediction": prediction.item(),
         "loss": loss.item(),
         "dL/dprediction": prediction.grad.item(),
+        "dL/dprediction, without autograd": 0.5 * slope.item(),
         "dL/dw": w.grad.item(),
         "dL/db": b.grad.item(),
         "w, b": [w.item(), b.item()],
