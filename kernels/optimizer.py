@@ -544,4 +544,4 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

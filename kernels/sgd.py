@@ -25,7 +25,8 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         p = p - lr g
 
     With ``momentum=0`` the lines with ``b`` fall away. It computes in float32 (float64 for float64) and rounds
-    once; all else, state_dict included, is as in torch. Sparse gradients, complex parameters and
+    once, save for 16-bit parameters on a CPU, where it is torch's own loop, which rounds after each operation.
+    All else, state_dict included, is as in torch. Sparse gradients, complex parameters and
     ``differentiable=True`` go through torch's own loop.
 
     Args:

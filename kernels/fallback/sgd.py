@@ -1,13 +1,16 @@
 """SGD in plain torch: torch's fused kernel where it does what is asked, else one tensor at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from ..buckets import Bucket, Guard, SGDOptions
 from .grad_norm import Decision, decide, store, unscaled
 from .rounding import draws, stochastic_bfloat16
+from .widening import Widened, pieces_of
 
 
 def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
@@ -21,55 +24,79 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
     decision = decide(guard)
     if decision.skip is True:
         return
+    steps = bucket.states.get("step", [])
+    on_host = not steps or steps[0].is_cpu
     for group in sorted(set(bucket.groups)):
         chosen = [i for i, owner in enumerate(bucket.groups) if owner == group]
-        if _fused_is_right(bucket):
-            _fused(bucket, chosen, options[group], decision)
-        else:
+        if bucket.seed is not None or not on_host:
             for i in chosen:
                 _update(bucket, i, options[group], decision)
-    if steps := bucket.states.get("step"):
+            continue
+        fresh = {i for i in chosen if steps and steps[i].item() == 0}
+        for first in (True, False):
+            if entries := [i for i in chosen if (i in fresh) is first]:
+                _fused(bucket, entries, options[group], decision, first)
+    if steps:
         if isinstance(decision.skip, Tensor):
             torch._foreach_add_(steps, (~decision.skip).to(steps[0].dtype))
         else:
             torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device=steps[0].device), alpha=1)
 
 
-def _fused_is_right(bucket: Bucket) -> bool:
-    """Whether torch's fused kernel serves: one dtype of 32 or 64 bits, and no first step to tell apart.
+def _fused(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: Decision, first: bool) -> None:
+    """Torch's kernels for the chosen entries, all before their first step or all after it."""
+    if first:
+        options = options._replace(dampening=0.0)  # the buffer is 0, and takes the first gradient whole
+    params = bucket.states.get("master_param", bucket.params)
+    buffers = bucket.states.get("momentum_buffer", [])
+    wide = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    if len({tensors[0].dtype for tensors in (bucket.params, bucket.grads, params, buffers) if tensors}) == 1:
+        p, g, b = ([tensors[i] for i in chosen if tensors] for tensors in (params, bucket.grads, buffers))
+        _call(p, g, b, options, decision)
+        return
+    for pieces in pieces_of(bucket, chosen):
+        wide_params, wide_grads = Widened(params, pieces, wide), Widened(bucket.grads, pieces, wide)
+        wide_buffers = Widened(buffers, pieces if buffers else [], wide)
+        _call(wide_params.values, wide_grads.values, wide_buffers.values, options, decision)
+        wide_params.write_back()
+        wide_buffers.write_back()
+        if decision.scale is not None:
+            wide_grads.write_back()
+        if params is not bucket.params:
+            rounded = Widened(bucket.params, pieces, wide)
+            rounded.values = wide_params.values
+            rounded.write_back()
 
-    On the CPU, torch up to 2.13 leaves whole blocks of 16-bit parameters unmoved (pytorch#191763); the flag
-    for the first step is one for the whole call.
-    """
-    operands = [bucket.params, bucket.grads, *bucket.states.values()]
-    dtypes = {tensors[0].dtype for tensors in operands}
-    return set(bucket.states) <= {"momentum_buffer"} and dtypes in ({torch.float32}, {torch.float64})
 
-
-def _fused(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: Decision) -> None:
-    grads = [bucket.grads[i] for i in chosen]
+def _call(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], options: SGDOptions, decision: Decision
+) -> None:
     scale = decision.scale
-    if not (isinstance(decision.clip, float) and decision.clip == 1.0):
-        if scale is not None:
-            torch._foreach_div_(grads, scale)
-            scale = None
+    low = params[0].is_cpu and params[0].element_size() == 2
+    clips = isinstance(decision.clip, Tensor) or decision.clip != 1.0
+    if scale is not None and (low or clips):
+        torch._foreach_div_(grads, scale)
+        scale = None
+    if clips:
         # Clipped copies: the caller's gradients stay as they are.
         grads = list(torch._foreach_mul(grads, decision.clip))
-    buffers = bucket.states.get("momentum_buffer")
     lr = options.lr
+    numbers: dict[str, Any] = {
+        "weight_decay": float(options.weight_decay),
+        "momentum": options.momentum,
+        "lr": lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
+        "dampening": options.dampening,
+        "nesterov": options.nesterov,
+        "maximize": options.maximize,
+    }
+    if low:
+        # On the CPU torch's fused kernel, up to 2.13, leaves whole blocks of 16-bit parameters unmoved
+        # (pytorch#191763). Its loop rounds after each operation instead of once.
+        sgd(params, grads, list(buffers) or [None] * len(params), foreach=True, **numbers)
+        return
+    found_inf = decision.skip.float() if isinstance(decision.skip, Tensor) else None
     torch._fused_sgd_(
-        [bucket.params[i] for i in chosen],
-        grads,
-        [] if buffers is None else [buffers[i] for i in chosen],
-        weight_decay=float(options.weight_decay),
-        momentum=options.momentum,
-        lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
-        dampening=options.dampening,
-        nesterov=options.nesterov,
-        maximize=options.maximize,
-        is_first_step=False,
-        grad_scale=scale,
-        found_inf=decision.skip.float() if isinstance(decision.skip, Tensor) else None,
+        params, grads, buffers, is_first_step=False, grad_scale=scale, found_inf=found_inf, **numbers
     )
 
 
