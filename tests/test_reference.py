@@ -397,7 +397,7 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("optimizer", "options"), OPTIMIZERS, ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__
 )
