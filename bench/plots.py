@@ -166,7 +166,7 @@ def ratios(document: dict[str, Any], op: str) -> Figure:
                 if not points:
                     continue
                 x, y, low, high = np.array(points).T
-                error = [np.maximum(y - low, 0), np.maximum(high - y, 0)]
+                error = [np.maximum(y - low, 0).tolist(), np.maximum(high - y, 0).tolist()]
                 axes.errorbar(
                     x, y, error, color=colour, marker=mark, markersize=6, markeredgecolor=PAPER,
                     linewidth=1.3, elinewidth=1, capsize=2, alpha=0.9,
