@@ -102,13 +102,13 @@ class FusedStep(torch.optim.Optimizer):
         self._norm_group = _Shared(norm_group)
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
+        self._captured: list[_Plan] = []
         self._forget()
 
     def _forget(self) -> None:
         self._plan: _Plan | None = None
         self._norms: Tensor | None = None
         self._row: Tensor | None = None
-        self._captured: list[_Plan] = []
 
     # What each class adds.
 
@@ -205,6 +205,7 @@ class FusedStep(torch.optim.Optimizer):
         self._counts = {}  # of the state that is being replaced, unless it brings its own
         super().__setstate__(state)
         self._forget()
+        self.__dict__.setdefault("_captured", [])
         for param, values in self.state.items():
             step = values.get("step") if isinstance(values, dict) else None
             if isinstance(step, Tensor) and step.device != param.device:
@@ -344,6 +345,10 @@ class FusedStep(torch.optim.Optimizer):
                 self._captured.append(plan)  # the graph reads its tables for as long as it lives
             else:
                 self._plan = plan
+                for (
+                    part
+                ) in plan.parts:  # here, since a graph that made the counter would zero it at each replay
+                    self._skip_count(part.bucket.params[0].device)
         else:
             assert self._plan is not None
             plan = self._plan
@@ -478,12 +483,18 @@ class FusedStep(torch.optim.Optimizer):
             raise RuntimeError(attempt + "param_groups' capturable is False.")
         if self.on_nonfinite == "raise":
             raise RuntimeError(attempt + "on_nonfinite='raise' must read the gradients on the host.")
+        plan = self._plan
+        stepped = (
+            set()
+            if plan is None
+            else {id(p) for p, none in zip(plan.params, plan.missing, strict=True) if not none}
+        )
         for i, param in enumerate(params):
             if param.requires_grad and param.grad is None:
                 raise RuntimeError(
                     attempt + f"parameter {i} has no gradient: no replay would ever update it."
                 )
-            if self._plan is None or not any(map(is_, [param] * len(self._plan.params), self._plan.params)):
+            if param.grad is not None and id(param) not in stepped:
                 raise RuntimeError(
                     attempt + f"parameter {i} has made no step yet: run one before the capture."
                 )

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, use_backend
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, use_backend
 from gradkernels.reference import adam as reference
 from torch import Tensor
 from torch.optim import Adam, AdamW
@@ -215,6 +215,32 @@ def test_a_captured_step_replays_with_live_rates(ours: type) -> None:
                 assert torch.equal(value, plain.state[q][key]), key
         assert torch.equal(optimizer.grad_norm, plain.grad_norm) or step == 2
     assert optimizer.steps_skipped == plain.steps_skipped == 1
+
+
+def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same conditions as below, with the stream's state pretended; FusedSGD's capturable runs on a CPU.
+    def capture(optimizer: torch.optim.Optimizer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("gradkernels.optimizer._capturing", lambda: True)
+            optimizer.step()
+
+    params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    params[0].grad = torch.randn(5)
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        capture(FusedSGD(params))
+    with pytest.raises(RuntimeError, match="on the host"):
+        capture(FusedSGD(params, capturable=True, on_nonfinite="raise"))
+    optimizer = FusedSGD(params, capturable=True, momentum=0.9)
+    with pytest.raises(RuntimeError, match="parameter 0 has made no step yet"):
+        capture(optimizer)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="parameter 1 has no gradient"):
+        capture(optimizer)
+    params[1].grad = torch.randn(5)  # its state would be made inside the graph
+    with pytest.raises(RuntimeError, match="parameter 1 has made no step yet"):
+        capture(optimizer)
+    optimizer.step()
+    capture(optimizer)
 
 
 @pytest.mark.gpu
