@@ -288,6 +288,19 @@ def test_dtype_noise_suggests_a_step_that_works():
     assert gradcheck(narrow, (w, x, y), step=step)
 
 
+def test_dtype_noise_on_the_way():
+    """x + 1000 rounds to halves in float16; the formula is right."""
+
+    def fn(x):
+        return ((x + 1000) - 1000).square().sum()
+
+    x = torch.tensor([0.3, 1.1, -0.6], dtype=F64)
+    report = gradcheck(fn, x.half())
+    assert report.names == ("dtype noise",)
+    assert "on float64 copies the gradient is right: in float16" in str(report)
+    assert gradcheck(fn, x)
+
+
 def test_step_too_large_for_the_curvature():
     report = gradcheck(lambda x: (3 * x).sin().sum(), torch.tensor([0.3, 0.9], dtype=F64), step=0.05)
     assert report.names == ("difference step too large",)
@@ -387,3 +400,26 @@ def test_bad_arguments():
 
 def test_nan_is_named():
     assert gradcheck(lambda x: (x - 2).log().sum(), torch.ones(2, dtype=F64)).names == ("non-finite",)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, y: x.exp() * y.tanh(),
+        lambda x, y: torch.logsumexp(x @ y.T, -1),
+        lambda x, y: torch.nn.functional.huber_loss(x, y),
+        lambda x, y: torch.nn.functional.layer_norm(x, (5,)) * y,
+        lambda x, y: 1e4 + (x - y).sum(),
+        lambda x, y: 1e-6 * (x - y).square().mean(),
+        lambda x, y: x.cumsum(0) + y.norm(),
+        lambda x, y: x.max() + (x * 0 * y).sum(),
+    ],
+    ids=["exp", "logsumexp", "huber", "layer_norm", "large", "small", "norm", "max"],
+)
+def test_no_false_alarm(fn, dtype):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(2, 4, 5, generator=generator, dtype=F64).to(dtype).unbind()
+        report = gradcheck(fn, inputs)
+        assert report, report

@@ -15,7 +15,8 @@ path overwritten          one path of a shared parameter written over another: e
 stale gradient            not cleared between two backwards: the second gives twice the first
 no signal                 a detached path, a dead unit, an unused weight: exactly zero, the loss is not
 wrong shape               a gradient of another shape than its input
-dtype noise               nothing, but a step too small for float32: larger steps agree
+dtype noise               nothing, but a step too small for float32: larger steps agree; or rounding on
+                          the way: on float64 copies the gradient is right
 difference step too large nothing, but a curved function: smaller steps agree, the error goes as step^2
 non-differentiable        a kink (relu, abs, max) at or near the point: the slopes from left and right
                           differ, or agreement sets in suddenly as the step shrinks
@@ -178,11 +179,34 @@ def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
 
 def diagnose(suspect: Suspect) -> Diagnosis:
     """The first pattern that explains why ``suspect`` disagrees."""
-    for look in (_step, _zero, _factor, _transposed, _feature, _path):
+    for look in (_precision, _step, _zero, _factor, _transposed, _feature, _path):
         found = look(suspect)
         if found is not None:
             return found
     return Diagnosis("unknown", f"the gradient is wrong in no way known here; looked for {PATTERNS}")
+
+
+def _precision(suspect: Suspect) -> Diagnosis | None:
+    """Whether the same gradient, computed on float64 copies, is right."""
+    narrow = suspect.native[suspect.index].dtype
+    if suspect.values[suspect.index].dtype == narrow or not suspect.function.can_move:
+        return None
+    try:
+        cotangents = [cotangent.double() for cotangent in suspect.cotangents]
+        wide = suspect.function.analytic(suspect.values, cotangents)[0][suspect.position]
+    except Exception:  # it computes its gradient in the given dtype or not at all
+        return None
+    if wide is None:
+        return None
+    exact = wide.double().cpu().numpy().reshape(-1)[suspect.elements]
+    if not (np.abs(exact - suspect.numerical) <= suspect.tolerance).all():
+        return None
+    name = str(narrow).removeprefix("torch.")
+    return Diagnosis(
+        "dtype noise",
+        f"on float64 copies the gradient is right: in {name} rounding or underflow on the way costs it "
+        f"{np.abs(suspect.analytic - exact).max():.1e}; accumulate in a wider dtype, or scale the loss",
+    )
 
 
 def _zero(suspect: Suspect) -> Diagnosis | None:

@@ -196,9 +196,11 @@ class _Check:
         analytic = gradient.reshape(-1)[elements]
         numerical, bend = slopes(self.function, self.values, index, elements, self.weight, self.step)
         scale = max(float(np.abs(analytic).max()), float(np.abs(numerical).max()))
-        eps = torch.finfo(max(value.dtype, self.dtype, key=lambda dtype: torch.finfo(dtype).eps)).eps
+        narrow = torch.finfo(max(value.dtype, self.dtype, key=lambda dtype: torch.finfo(dtype).eps))
+        eps = narrow.eps
         relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / self.best_step
+        rounding += 16 * eps * narrow.smallest_normal  # below it lie only steps of this size
         rounding += 4 * eps * bend * max(1.0, float(value.abs().max()))
         allowed = relative * scale + rounding
         passed = bool((np.abs(analytic - numerical) <= allowed).all())
