@@ -393,19 +393,19 @@ def chunks(K: int, D: int, itemsize: int, acc: torch.dtype, target: config.Targe
     wide = acc.itemsize // 4
     size = triton.next_power_of_2(max(D, 16))
     # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
-    most = 1 if target.backend == "hip" else 3
+    most, lanes = (1, 64) if target.backend == "hip" else (3, 32)
 
     def config_of(rows: int, chunk: int, num_warps: int) -> Chunks:
         stages = most if rows * D * itemsize <= 32768 else min(most, 2)
         return Chunks(rows, chunk, triton.cdiv(max(D, 1), chunk), stages, num_warps)
 
-    chunk = min(32 * 16 // itemsize, size)
+    chunk = min(lanes * 16 // itemsize, size)
     values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
     if values <= 2048:
         rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
         return config_of(max(4, rows), chunk, 4)
     for rows in (1,) if K == 1 else (4, 2, 1):
-        chunk = min(256 // rows * 16 // itemsize, size)
+        chunk = min(8 * lanes // rows * 16 // itemsize, size)
         if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
             return config_of(rows, chunk, 8)
     return None
@@ -508,7 +508,9 @@ def _multiply(
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
     operand = acc if acc == torch.float64 or target.backend == "interpreter" else operand
     tile = config.matmul(operand, M, N, K, target)
-    if align * operand.itemsize < 16:  # each element needs an address of its own, and registers for it
+    # Narrower where registers are short: without alignment each element has an address of its own, and float32
+    # operands are split into several.
+    if align * operand.itemsize < 16 or operand == torch.float32:
         tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 64))
     precision = config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision)
     return _Multiply(operand, tile, precision)
