@@ -55,7 +55,7 @@ class Case:
 
         self.input, self.weight = laid_out(N, D, layout(), dtype), laid_out(K, D, layout(), dtype)
         self.target = laid_out(N, K, layout(), fixed.get("target_dtype", dtype))
-        self.bias = torch.randn(K).to(DEVICE, dtype) if rng.random() < 0.6 else None
+        self.bias = laid_out(K, 2, layout(), dtype)[:, 1] if rng.random() < 0.6 else None
         # Not negative: torch's own sums would cancel, and its error with them.
         self.sample_weight = laid_out(N, K, layout(), dtype).abs() if rng.random() < 0.6 else None
         if self.sample_weight is not None and rng.random() < 0.5:

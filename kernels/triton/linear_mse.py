@@ -598,11 +598,13 @@ def linear_mse_forward(
             if grad is not None:
                 grad.zero_()
     else:
+        bias = None if bias is None else bias.contiguous()
         divisor = N * K if reduction == "mean" else 1
-        job = _Job(
-            input, weight, target, bias, sample_weight, loss, error, grad_weight, grad_bias, divisor, acc
+        _by_plan(
+            _Job(
+                input, weight, target, bias, sample_weight, loss, error, grad_weight, grad_bias, divisor, acc
+            )
         )
-        _by_plan(job)
     return [loss, *(result for result in (error, grad_weight, grad_bias) if result is not None)]
 
 
