@@ -478,3 +478,15 @@ def test_a_changed_interpreter_is_an_error(monkeypatch):
             pass
     with memory_check():
         copy(torch.ones(8), torch.zeros(8), 8)
+
+
+def test_what_is_compiled_inside_the_block_traces_as_ever():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def fn(x):
+        made = torch.empty_like(x).copy_(x) + x.new_empty(3).fill_(1)
+        return (
+            made + x.new_empty((3,), dtype=torch.float64).fill_(1) + x.new_empty_strided((3,), (1,)).fill_(1)
+        )
+
+    with memory_check():
+        assert fn(torch.ones(3)).tolist() == [4, 4, 4]

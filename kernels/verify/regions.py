@@ -56,7 +56,7 @@ def markable(tensor: Any) -> bool:
 
 CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
 _data_ptr = torch._C.TensorBase.data_ptr
-METHODS = ("new_empty", "new_empty_strided")
+METHODS = {"new_empty": "empty", "new_empty_strided": "empty_strided"}
 
 
 @contextmanager
@@ -76,6 +76,18 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
 
         return create
 
+    def method(name: str, function: str) -> Callable[..., Any]:
+        create = wrapped(getattr(Tensor, name))
+
+        def create_like(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                return create(self, *args, **kwargs)
+            # The compiler cannot trace a method that was taken from its class; the function does the same.
+            options = {"dtype": self.dtype, "device": self.device, **kwargs}
+            return getattr(torch, function)(*args, **options)
+
+        return create_like
+
     def data_ptr(tensor: Tensor) -> int:
         address = _data_ptr(tensor)
         if tensor.device.type == "cpu":
@@ -88,9 +100,11 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
             setattr(owner, name, wrapped(original))
             stack.callback(setattr, owner, name, original)
         # Inherited from torch._C.TensorBase: shadowed, then uncovered again.
-        methods = {name: wrapped(getattr(Tensor, name)) for name in METHODS} | {"data_ptr": data_ptr}
-        for name, method in methods.items():
-            setattr(Tensor, name, method)
+        methods = {name: method(name, function) for name, function in METHODS.items()} | {
+            "data_ptr": data_ptr
+        }
+        for name, replacement in methods.items():
+            setattr(Tensor, name, replacement)
             stack.callback(delattr, Tensor, name)
         yield
 
