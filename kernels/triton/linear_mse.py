@@ -424,7 +424,7 @@ class Dot(NamedTuple):
 def dot(K: int, D: int, dtype: torch.dtype, target: config.Target) -> Dot | None:
     """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
     cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
-    if dtype.itemsize != 2 or outputs > 64 or cols * outputs > 8192:
+    if dtype.itemsize != 2 or outputs > (16 if target.backend == "hip" else 64) or cols * outputs > 8192:
         return None
     return Dot(64, cols, outputs, 1 if target.backend == "hip" else 2, 4 if cols * outputs <= 4096 else 8)
 
