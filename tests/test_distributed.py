@@ -62,7 +62,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("world", "case"), [(world, case) for world, cases in CASES.items() for case in cases]
+    ("world", "case"),
+    [
+        pytest.param(world, case, marks=pytest.mark.full if world > 2 else ())
+        for world, cases in CASES.items()
+        for case in cases
+    ],
 )
 def test_same_losses_as_one_process(world: int, case: str, report: Report) -> None:
     problem = report(world, case)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from .optimizers import NAMES, ours_for, parameters
+from .optimizers import ours_for, parameters
 
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -109,7 +109,7 @@ def test_the_step_is_one_operator_in_one_graph(label: str) -> None:
     assert compiled[1].steps_skipped == len(bad)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_two_groups_are_two_operators_in_one_graph(name: str) -> None:
     """Each with its own options; nothing else of the step is left in the graph."""
 
@@ -123,7 +123,7 @@ def test_two_groups_are_two_operators_in_one_graph(name: str) -> None:
     assert step_calls(recorder) == [0, 2]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_the_step_alone_compiles_without_a_graph_break(name: str) -> None:
     model, optimizer = make(name)
     plain_model, plain = make(name)
@@ -147,7 +147,7 @@ def test_functionalized(name: str) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_inductor(name: str) -> None:
     """The whole compiler. Its fused forward may round otherwise, so the losses are close, not equal."""
     compiled, plain = make(name, max_norm=0.5), make(name, max_norm=0.5)
@@ -168,7 +168,7 @@ def test_the_kernels_run_inside_the_graph(device: torch.device) -> None:
     assert step_calls(recorder) == [0, 1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("kind", ["float", "tensor"])
 def test_a_scheduled_learning_rate_is_not_baked_in(name: str, kind: str) -> None:
     """A tensor is read at each run of the same graph; a float may be traced anew, as in torch."""
@@ -190,7 +190,7 @@ def test_a_scheduled_learning_rate_is_not_baked_in(name: str, kind: str) -> None
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_plain_and_compiled_steps_mix(name: str) -> None:
     """State made by one is state for the other; the version counters move under the graph too."""
     compiled, plain = make(name), make(name)
