@@ -157,7 +157,12 @@ def test_split_sums_have_the_same_bits_in_every_run():
     ids=["rows", "columns", "batch"],
 )
 @pytest.mark.parametrize("which", ["input", "other", "addend"])
-def test_offsets_past_32_bits(shape, stride, which):
+@pytest.mark.parametrize("mode", ["small", "dot", "outer"])
+def test_offsets_past_32_bits(mode, shape, stride, which, monkeypatch):
+    monkeypatch.setattr(module, "_plans", {})
+    blocks = {"small": (16, 1, 8), "dot": (16, 16, 16), "outer": (16, 16, 1)}
+    way = config.MatmulWay(mode, config.MatmulConfig(*blocks[mode], 4, 1))
+    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
     # Untouched memory is only reserved: no page of it exists until it is written.
     size = sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) + 1
     torch.use_deterministic_algorithms(False)  # which would fill all of it
@@ -174,6 +179,21 @@ def test_offsets_past_32_bits(shape, stride, which):
         ),
     }
     check(*operands[which], [])
+
+
+def test_plans_of_the_same_shapes_are_told_apart(monkeypatch):
+    """By the summed dimensions, and by the addresses that wide loads need."""
+    launches: list[dict] = []
+    monkeypatch.setattr(module, "_plans", {})
+    input, other = random(3, 64, 68), random(3, 68, 64)
+    check(input, other, None, [])
+    check(input, other, None, [0])
+    monkeypatch.setattr(module, "launch", lambda *args, **options: launches.append(options))
+    aside = LAYOUTS["misaligned"](input)
+    assert aside.stride() == input.stride()
+    matmul_forward(input, other, None, [], torch.float32)
+    matmul_forward(aside, other, None, [], torch.float32)
+    assert [launch["INPUT_VECTOR"] for launch in launches] == [4, 1]
 
 
 def test_batch_dimensions_fold_away():
