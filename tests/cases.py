@@ -1,0 +1,174 @@
+"""The ops as small problems: what ours, torch's composition and the NumPy reference make of the same arguments."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import gradkernels
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+from gradkernels.reference import linear_mse as reference_linear_mse
+from gradkernels.reference import matmul as reference_matmul
+from gradkernels.reference import mse as reference_mse
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+ARGUMENTS = {  # in the order in which the references return gradients
+    "matmul": ("input", "other", "bias"),
+    "linear": ("input", "weight", "bias"),
+    "mse_loss": ("input", "target", "weight"),
+    "linear_mse_loss": ("input", "weight", "target", "bias", "sample_weight"),
+}
+
+
+def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
+    result = torch.matmul(input, other)
+    if bias is None:
+        return result
+    return result + (bias if other.dim() > 1 else bias.reshape(()))
+
+
+def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, weight, bias if bias is None or weight.dim() > 1 else bias.reshape(()))
+
+
+def torch_linear_mse_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        sample_weight = sample_weight.unsqueeze(-1).expand(target.shape)
+    return F.mse_loss(torch_linear(input, weight, bias), target, weight=sample_weight, reduction=reduction)
+
+
+TORCH: dict[str, Callable[..., Tensor]] = {
+    "matmul": torch_matmul,
+    "linear": torch_linear,
+    "mse_loss": F.mse_loss,
+    "linear_mse_loss": torch_linear_mse_loss,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op: the arguments' shapes by name, and what is not a tensor."""
+
+    op: str
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shapes = " ".join(f"{name[0]}{'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
+        return " ".join([self.op, shapes, *map(str, self.options.values())])
+
+    def ours(self, *tensors: Tensor) -> Tensor:
+        return getattr(gradkernels, self.op)(**self._by_name(tensors), **self.options)
+
+    def theirs(self, *tensors: Tensor) -> Tensor:
+        return TORCH[self.op](**self._by_name(tensors), **self.options)
+
+    def forward(self, *arrays: np.ndarray) -> np.ndarray:
+        """The reference's result."""
+        given = self._by_name(arrays)
+        if self.op == "linear":
+            given["other"] = given.pop("weight").T
+        modules = {"mse_loss": reference_mse, "linear_mse_loss": reference_linear_mse}
+        return modules.get(self.op, reference_matmul).forward(**given, **self.options)
+
+    def backward(self, grad_output: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+        """The reference's gradients, one for each argument that was given."""
+        given = self._by_name(arrays)
+        if self.op == "linear":
+            given["other"] = given.pop("weight").T
+        modules = {"mse_loss": reference_mse, "linear_mse_loss": reference_linear_mse}
+        grads = modules.get(self.op, reference_matmul).backward(grad_output, **given, **self.options)
+        named = dict(zip(ARGUMENTS[self.op], grads, strict=True))
+        if self.op == "linear":
+            named["weight"] = named["weight"].T
+        return [named[name] for name in self.shapes]
+
+    def arguments(
+        self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> list[Tensor]:
+        """Normal random tensors; the weights of a mean, by whose sum it divides, are positive."""
+        weights = ("sample_weight", "weight" if self.op == "mse_loss" else None)
+        tensors = []
+        for name, shape in self.shapes.items():
+            tensor = torch.randn(shape, dtype=torch.float64)
+            tensors.append((tensor.abs() + 0.5 if name in weights else tensor).to(device, dtype))
+        return tensors
+
+    def masks(self) -> list[tuple[bool, ...]]:
+        """Every choice of arguments that require grad, but for none of them."""
+        return [mask for mask in product((False, True), repeat=len(self.shapes)) if any(mask)]
+
+    def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
+        return dict(zip(self.shapes, values, strict=True))
+
+
+def _matmul(input: tuple[int, ...], other: tuple[int, ...], *bias: tuple[int, ...]) -> Case:
+    return Case("matmul", dict(zip(ARGUMENTS["matmul"], (input, other, *bias), strict=False)))
+
+
+def _linear(input: tuple[int, ...], weight: tuple[int, ...], *bias: tuple[int, ...]) -> Case:
+    return Case("linear", dict(zip(ARGUMENTS["linear"], (input, weight, *bias), strict=False)))
+
+
+def _losses(op: str, **shapes: tuple[int, ...]) -> list[Case]:
+    return [Case(op, shapes, {"reduction": reduction}) for reduction in REDUCTIONS]
+
+
+MATMUL = [
+    _matmul((3, 3), (3, 3)),
+    _matmul((3, 4), (4, 2), (2,)),
+    _matmul((2, 1, 2, 3), (3, 3, 2), (2,)),
+    _matmul((2, 2, 3), (3,), (1,)),
+    _matmul((3,), (2, 3, 2)),
+    _matmul((3,), (3,), (1,)),
+]
+LINEAR = [_linear((2, 2, 3), (2, 3), (2,)), _linear((3, 2), (2,), (1,)), _linear((3,), (2, 3))]
+MSE = [
+    *_losses("mse_loss", input=(3, 2), target=(3, 2)),
+    *_losses("mse_loss", input=(2, 2), target=(2, 2), weight=(2, 2)),
+]
+LINEAR_MSE = [
+    *_losses("linear_mse_loss", input=(4, 2), weight=(2,), target=(4,), bias=(1,)),
+    *_losses("linear_mse_loss", input=(3, 2), weight=(2, 2), target=(3, 2)),
+    *_losses("linear_mse_loss", input=(3, 2), weight=(2, 2), target=(3, 2), bias=(2,)),
+    *_losses("linear_mse_loss", input=(2, 2), weight=(2, 2), target=(2, 2), bias=(2,), sample_weight=(2,)),
+    *_losses("linear_mse_loss", input=(2, 2, 2), weight=(1, 2), target=(2, 2, 1), sample_weight=(2, 2, 1)),
+]
+CASES = [*MATMUL, *LINEAR, *MSE, *LINEAR_MSE]
+
+
+def label(value: Any) -> str | None:
+    """A readable test id for cases, masks and dtypes."""
+    if isinstance(value, tuple) and value and all(isinstance(item, bool) for item in value):
+        return "".join("g" if item else "-" for item in value)
+    return str(value).removeprefix("torch.") if isinstance(value, (Case, torch.dtype)) else None
+
+
+def on_both_backends(
+    cells: Iterable[tuple[Any, ...]], kinds: Callable[..., Iterable[Any]]
+) -> list[pytest.param]:
+    """Parameters ``(backend, *cell)``: on the fallback all cells, on Triton a seeded sample of them.
+
+    The sample, drawn in random order, has each of the ``kinds(*cell)`` at least once; the rest is marked full.
+    """
+    cells = list(cells)
+    shuffled = random.Random(0).sample(cells, len(cells))
+    seen: set[Any] = set()
+    params = []
+    for cell in shuffled:
+        new = set(kinds(*cell)) - seen
+        seen |= new
+        params.append(pytest.param("triton", *cell, marks=() if new else pytest.mark.full))
+    return [pytest.param("fallback", *cell) for cell in cells] + params
