@@ -243,10 +243,11 @@ class MatmulFunction(torch.autograd.Function):
     ) -> Tensor | None:
         input, other = ctx.saved_tensors
         tangent = d_addend
+        # torch.func makes the tangent of ``0.5 * scalar`` float64, whatever the scalar is.
         if d_input is not None:
-            tangent = product(d_input, other, tangent, ctx.sum_dims, ctx.dtype)
+            tangent = product(d_input.to(input.dtype), other, tangent, ctx.sum_dims, ctx.dtype)
         if d_other is not None:
-            tangent = product(input, d_other, tangent, ctx.sum_dims, ctx.dtype)
+            tangent = product(input, d_other.to(other.dtype), tangent, ctx.sum_dims, ctx.dtype)
         if tangent is d_addend and tangent is not None:
             tangent = product(input[..., :0], other[..., :0, :], tangent, ctx.sum_dims, ctx.dtype)
         return tangent

@@ -10,11 +10,11 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
 from gradkernels.reference import linear_mse as reference_linear_mse
 from gradkernels.reference import matmul as reference_matmul
 from gradkernels.reference import mse as reference_mse
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 REDUCTIONS = ("mean", "sum", "none")
 ARGUMENTS = {  # in the order in which the references return gradients
@@ -33,7 +33,8 @@ def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Te
 
 
 def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(input, weight, bias if bias is None or weight.dim() > 1 else bias.reshape(()))
+    # Under vmap F.linear refuses a weight of one dimension.
+    return F.linear(input, weight, bias) if weight.dim() > 1 else torch_matmul(input, weight, bias)
 
 
 def torch_linear_mse_loss(
@@ -157,18 +158,21 @@ def label(value: Any) -> str | None:
 
 
 def on_both_backends(
-    cells: Iterable[tuple[Any, ...]], kinds: Callable[..., Iterable[Any]]
+    cells: Iterable[tuple[Any, ...]],
+    triton: Callable[..., Iterable[Any]],
+    fallback: Callable[..., Iterable[Any]] = lambda *cell: [cell],
 ) -> list[pytest.param]:
-    """Parameters ``(backend, *cell)``: on the fallback all cells, on Triton a seeded sample of them.
+    """Parameters ``(backend, *cell)``: by default a seeded sample of the cells for each backend, the rest marked full.
 
-    The sample, drawn in random order, has each of the ``kinds(*cell)`` at least once; the rest is marked full.
+    A sample, drawn in random order, has each of the kinds that ``triton(*cell)`` or ``fallback(*cell)`` names at
+    least once; without ``fallback`` that is all cells.
     """
     cells = list(cells)
-    shuffled = random.Random(0).sample(cells, len(cells))
-    seen: set[Any] = set()
     params = []
-    for cell in shuffled:
-        new = set(kinds(*cell)) - seen
-        seen |= new
-        params.append(pytest.param("triton", *cell, marks=() if new else pytest.mark.full))
-    return [pytest.param("fallback", *cell) for cell in cells] + params
+    for backend, kinds in (("fallback", fallback), ("triton", triton)):
+        seen: set[Any] = set()
+        for cell in random.Random(0).sample(cells, len(cells)):
+            new = set(kinds(*cell)) - seen
+            seen |= new
+            params.append(pytest.param(backend, *cell, marks=() if new else pytest.mark.full))
+    return params

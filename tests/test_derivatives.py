@@ -42,7 +42,7 @@ def check(
     ("backend", "case", "mask"),
     on_both_backends(
         [(case, mask) for case in CASES for mask in case.masks()],
-        kinds=lambda case, mask: [
+        triton=lambda case, mask: [
             (case.op, case.options.get("reduction")),
             *((case.op, name) for name, needed in zip(case.shapes, mask, strict=True) if needed),
         ],

@@ -69,7 +69,8 @@ def assert_same_transform(
     ("backend", "case", "transform"),
     on_both_backends(
         product(CASES, TRANSFORMS),
-        kinds=lambda case, transform: [(case.op, transform), (case.op, case.options.get("reduction"))],
+        triton=lambda case, transform: [(case.op, transform), (case.op, case.options.get("reduction"))],
+        fallback=lambda case, transform: [str(case), (case.op, case.options.get("reduction"), transform)],
     ),
     ids=label,
     indirect=["backend"],
@@ -102,9 +103,16 @@ def batched(case: Case, in_dims: tuple[int | None, ...], size: int, device: torc
     ("backend", "case", "in_dims"),
     on_both_backends(
         [(case, in_dims) for case in CASES for in_dims in mapped_dimensions(case)],
-        kinds=lambda case, in_dims: [
+        triton=lambda case, in_dims: [
             (case.op, case.options.get("reduction")),
             *((case.op, name, dim) for name, dim in zip(case.shapes, in_dims, strict=True)),
+        ],
+        fallback=lambda case, in_dims: [
+            str(case),
+            *(
+                (case.op, name, dim, case.options.get("reduction"))
+                for name, dim in zip(case.shapes, in_dims, strict=True)
+            ),
         ],
     ),
     ids=lambda value: label(value) or str(value),
