@@ -11,11 +11,13 @@ This is the only module of the ops that leans on private parts of torch:
 * ``torch._C._FunctionBase.apply``: ``Function.apply`` without its Python layer, which would hand functorch the
   whole Function where only the current level is due, and costs 9 us a call.
 * ``torch._C._functorch.set_single_level_autograd_function_allowed`` allows that apply at a functorch level.
-  Where torch no longer has it, ``Function.apply`` serves instead: right in eager mode and in torch.func, but
-  not traceable with a jvp.
+  Where torch no longer has it, ``Function.apply`` serves instead, and under a transform is called before the
+  dispatcher, since it handles all levels itself: right in eager mode and in torch.func, but not traceable with
+  a jvp.
 * The dispatch key ``Batched``, ``torch._remove_batch_dim`` and ``_add_batch_dim``: the older vmap, by which
   ``autograd.grad(is_grads_batched=True)`` and gradcheck's batched checks work. It has no register_vmap.
 * ``torch._C._nn.mse_loss``, ``_AutoDispatchBelowAutograd``, ``_are_functorch_transforms_active``: what C++ kernels use.
+* ``is_functorch_wrapped_tensor``, ``Tensor._is_zerotensor``: whether a tensor holds its own values.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +45,7 @@ _LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 # torch.nn.functional.mse_loss past its own checks and broadcasting, which took 2 of its 5 us.
 torch_mse_loss: Callable[..., Tensor] = torch._C._nn.mse_loss
@@ -89,7 +92,7 @@ class Operator:
         self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
         self._derivative = derivative
         if isinstance(derivative, type):
-            self._derivative = _apply_of(_bind(derivative, self))
+            self._derivative = _apply_of(_bind(derivative, self, vmap))
         _library.impl(self.name, self._autograd, "Autograd")
         if autocast is not None:
             for key in _DEVICE_KEYS:
@@ -97,7 +100,11 @@ class Operator:
         OPERATORS.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        return self._direct(*args) if plain(args) else self.overload(*args)
+        if plain(args):
+            return self._direct(*args)
+        if _single_level is None and _transforms_active():
+            return self._autograd(*args)
+        return self.overload(*args)
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
@@ -138,7 +145,7 @@ def plain(args: Sequence[Any]) -> bool:
     """Whether only reverse-mode autograd looks at a call with these arguments.
 
     That is: no tracing, transform, forward mode, dispatch mode or autocast is on, and the tensors are torch's
-    own, with storage.
+    own, with storage that holds their values. What a transform saved stays wrapped after the transform's end.
     """
     if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return False
@@ -147,7 +154,7 @@ def plain(args: Sequence[Any]) -> bool:
     device_type = None
     for arg in args:
         if isinstance(arg, Tensor):
-            if type(arg) not in _PLAIN_TYPES:
+            if type(arg) not in _PLAIN_TYPES or _wrapped(arg) or arg._is_zerotensor() or arg.is_neg():
                 return False
             device_type = arg.device.type
     return device_type in _DEVICE_TYPES and not torch.is_autocast_enabled(device_type)
@@ -164,6 +171,8 @@ def served_by_torch(tensor: Tensor) -> bool:
 
 def needs_derivative(args: Sequence[Any]) -> bool:
     """Whether autograd has to differentiate a call with these arguments, in reverse or forward mode."""
+    if _single_level is None and _transforms_active():
+        return True  # which of the levels differentiates is for Function.apply to find out
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return True
@@ -173,7 +182,9 @@ def needs_derivative(args: Sequence[Any]) -> bool:
     return any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
 
 
-def _bind(function: type[torch.autograd.Function], operator: Operator) -> type[torch.autograd.Function]:
+def _bind(
+    function: type[torch.autograd.Function], operator: Operator, vmap: Callable[..., Any]
+) -> type[torch.autograd.Function]:
     """``function`` with the forward that calls ``operator``, and derivatives under the forward's backend."""
 
     def forward(*args: Any) -> Any:
@@ -196,6 +207,8 @@ def _bind(function: type[torch.autograd.Function], operator: Operator) -> type[t
             return function.jvp(ctx, *tangents)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    if _single_level is None:
+        methods["vmap"] = vmap
     return type(
         function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
     )

@@ -15,6 +15,9 @@ from gradkernels.reference import matmul as reference_matmul
 from gradkernels.reference import mse as reference_mse
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._pytree import tree_leaves
+
+from .helpers import assert_matches, to_numpy
 
 REDUCTIONS = ("mean", "sum", "none")
 ARGUMENTS = {  # in the order in which the references return gradients
@@ -58,7 +61,7 @@ TORCH: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A call of an op: the arguments' shapes by name, and what is not a tensor."""
 
@@ -111,6 +114,11 @@ class Case:
         """Every choice of arguments that require grad, but for none of them."""
         return [mask for mask in product((False, True), repeat=len(self.shapes)) if any(mask)]
 
+    def resized(self, sizes: dict[int, int]) -> "Case":
+        """The same call with each dimension's size replaced as ``sizes`` says."""
+        shapes = {name: tuple(sizes.get(size, size) for size in shape) for name, shape in self.shapes.items()}
+        return Case(self.op, shapes, self.options)
+
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:
         return dict(zip(self.shapes, values, strict=True))
 
@@ -155,6 +163,41 @@ def label(value: Any) -> str | None:
     if isinstance(value, tuple) and value and all(isinstance(item, bool) for item in value):
         return "".join("g" if item else "-" for item in value)
     return str(value).removeprefix("torch.") if isinstance(value, (Case, torch.dtype)) else None
+
+
+def assert_same_results(
+    ours: Callable[..., Any], theirs: Callable[..., Any], tensors: Sequence[Tensor], what: str = "result"
+) -> None:
+    """Hold ours against torch's, both in float32, by the tolerance policy.
+
+    The reference is torch's in float64: for what NumPy has no counterpart of, and gradcheck has judged.
+    """
+    narrow = [tensor.float() for tensor in tensors]
+    exact = [tensor.double() for tensor in narrow]
+    # A ZeroTensor, torch's derivative of a constant, has no storage until it is copied.
+    results = [
+        [leaf.clone() for leaf in tree_leaves(f(*x)) if leaf is not None]
+        for f, x in ((ours, narrow), (theirs, narrow), (theirs, exact))
+    ]
+    for number, (mine, torchs, reference) in enumerate(zip(*results, strict=True)):
+        assert_matches(mine, torchs, to_numpy(reference), f"{what} {number}")
+
+
+def value_and_gradients(
+    function: Callable[..., Tensor], mask: Sequence[bool] | None = None
+) -> Callable[..., list[Tensor]]:
+    """``function``'s result and its gradients for an upstream gradient that is neither ones nor constant."""
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        needed = [True] * len(tensors) if mask is None else mask
+        leaves = [
+            tensor.detach().requires_grad_(needs) for tensor, needs in zip(tensors, needed, strict=True)
+        ]
+        result = function(*leaves)
+        result.backward(torch.linspace(-1, 2, result.numel()).to(result).view(result.shape))
+        return [result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    return run
 
 
 def on_both_backends(

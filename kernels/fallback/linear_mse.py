@@ -47,7 +47,7 @@ def linear_mse_backward(
     """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
     scaled = error * (grad_output.to(_accumulator(error)) * factor)
     results = [scaled.to(weight.dtype) @ weight] if needs[0] else []
-    return [*results, scaled.neg_().to(error.dtype)] if needs[1] else results
+    return [*results, scaled.neg_().to(error.dtype).contiguous()] if needs[1] else results
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -1,0 +1,75 @@
+"""Autocast as torch does it: products in the autocast dtype, losses in float32; linear_mse_loss both."""
+
+import pytest
+import torch
+
+from .cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
+from .helpers import assert_matches, to_numpy
+
+PRODUCTS = [*MATMUL, *LINEAR]
+CASES = [case.resized({3: 17, 4: 33}) for case in [*PRODUCTS, *MSE, *LINEAR_MSE]]
+
+
+def dtype_under_autocast(case: Case, dtype: torch.dtype, lower: torch.dtype) -> torch.dtype:
+    if dtype == torch.float64:
+        return dtype
+    return lower if case.op in ("matmul", "linear") else torch.float32
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16], ids=label)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_float32_arguments(backend: str, device: torch.device, case: Case, lower: torch.dtype) -> None:
+    tensors = case.arguments(torch.float32, device)
+    with torch.autocast(device.type, lower):
+        ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
+    assert ours[0].dtype == dtype_under_autocast(case, torch.float32, lower)
+    # The budget is that of a result in the lower dtype: so are the operands.
+    arrays = [to_numpy(tensor) for tensor in tensors]
+    upstream = torch.linspace(-1, 2, ours[0].numel()).to(ours[0]).view(ours[0].shape)
+    references = [case.forward(*arrays), *case.backward(to_numpy(upstream), *arrays)]
+    for number, (mine, torchs, reference) in enumerate(zip(ours, theirs, references, strict=True)):
+        assert mine.dtype == torchs.dtype
+        assert_matches(mine.to(lower), torchs.to(lower), reference, f"result {number}")
+
+
+@pytest.mark.parametrize("case", [PRODUCTS[1], PRODUCTS[6], MSE[0], MSE[3], LINEAR_MSE[6]], ids=label)
+def test_float64_and_mixed_arguments(backend: str, device: torch.device, case: Case) -> None:
+    tensors = case.arguments(torch.float64, device)
+    mixed = [
+        tensor.to(dtype)
+        for tensor, dtype in zip(
+            tensors, (torch.bfloat16, torch.float32, torch.float32, torch.bfloat16), strict=False
+        )
+    ]
+    with torch.autocast(device.type, torch.bfloat16):
+        assert case.ours(*tensors).dtype == torch.float64
+        assert case.ours(*mixed).dtype == dtype_under_autocast(case, torch.float32, torch.bfloat16)
+    with torch.autocast(device.type, enabled=False):
+        assert torch.equal(case.ours(*tensors), case.ours(*tensors))
+        with pytest.raises(TypeError, match="all must have one dtype"):
+            case.ours(*mixed)
+
+
+def test_the_target_is_not_rounded(backend: str, device: torch.device) -> None:
+    """In bfloat16 the target would be 256 and the loss 0."""
+    input, weight = torch.ones(1, 1, device=device), torch.full((1, 1), 256.0, device=device)
+    target = torch.full((1, 1), 257.0, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert LINEAR_MSE[3].ours(input, weight, target).item() == 1
+
+
+@pytest.mark.parametrize("case", [PRODUCTS[6], MSE[0], LINEAR_MSE[6]], ids=label)
+def test_backward_outside_and_compiled(backend: str, device: torch.device, case: Case) -> None:
+    """Backward runs as its forward did, whatever autocast is when it runs; compiled calls agree to the bit."""
+    tensors = [tensor.requires_grad_() for tensor in case.arguments(torch.float32, device)]
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = case.ours(*tensors)
+        upstream = torch.ones_like(inside)
+        expected = torch.autograd.grad(inside, tensors, upstream, retain_graph=True)
+    outside = torch.autograd.grad(inside, tensors, upstream)
+    assert all(torch.equal(one, other) for one, other in zip(expected, outside, strict=True))
+    torch._dynamo.reset()
+    with torch.autocast(device.type, torch.bfloat16):
+        compiled = torch.compile(case.ours, backend="aot_eager", fullgraph=True)(*tensors)
+        assert compiled.dtype == inside.dtype
+        assert torch.equal(compiled, inside)

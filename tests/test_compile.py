@@ -1,0 +1,274 @@
+"""Tracing: torch.compile, export, opcheck, fake and meta tensors, checkpoints, and the way without private parts."""
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from gradkernels.registration import OPERATORS
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.func import grad, grad_and_value, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+from .cases import CASES, Case, assert_same_results, label, on_both_backends, value_and_gradients
+
+ENGINES = ("eager", "aot_eager", "inductor")
+PROBLEMS: dict[str, Callable[[int], Case]] = {  # by the number of samples
+    "matmul": lambda n: Case("matmul", {"input": (2, n, 3), "other": (3, 2), "bias": (2,)}),
+    "linear": lambda n: Case("linear", {"input": (n, 3), "weight": (2, 3), "bias": (2,)}),
+    "mse": lambda n: Case("mse_loss", {"input": (n, 2), "target": (n, 2)}),
+    "mse none": lambda n: Case("mse_loss", {"input": (n, 2), "target": (n, 2)}, {"reduction": "none"}),
+    "weighted mse": lambda n: Case("mse_loss", {"input": (n, 2), "target": (n, 2), "weight": (n, 2)}),
+    "linear mse, K = 1": lambda n: Case("linear_mse_loss", {"input": (n, 3), "weight": (3,), "target": (n,)}),
+    "linear mse": lambda n: Case(
+        "linear_mse_loss", {"input": (n, 3), "weight": (2, 3), "target": (n, 2), "bias": (2,)}
+    ),
+    "weighted linear mse": lambda n: Case(
+        "linear_mse_loss",
+        {"input": (n, 3), "weight": (2, 3), "target": (n, 2), "bias": (2,), "sample_weight": (n,)},
+    ),
+}
+SLOW = "inductor"  # compiles C++, some seconds for each graph
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem", "engine", "dynamic"),
+    on_both_backends(
+        product(PROBLEMS, ENGINES, (False, True)),
+        triton=lambda problem, engine, dynamic: [] if engine == SLOW else [problem, (engine, dynamic)],
+        fallback=lambda problem, engine, dynamic: [
+            (PROBLEMS[problem](1).op, engine, dynamic),
+            (problem, engine == SLOW),
+        ],
+    ),
+    indirect=["backend"],
+)
+def test_compile(backend: str, device: torch.device, problem: str, engine: str, dynamic: bool) -> None:
+    compiled = torch.compile(PROBLEMS[problem](5).ours, backend=engine, fullgraph=True, dynamic=dynamic)
+    for samples in (5, 7):
+        case = PROBLEMS[problem](samples)
+        some = [position == 1 for position in range(len(case.shapes))]
+        for mask in (some, None):
+            assert_same_results(
+                value_and_gradients(compiled, mask),
+                value_and_gradients(case.theirs, mask),
+                case.arguments(device=device),
+            )
+
+
+FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad_and_value": lambda f: lambda *x: grad_and_value(lambda *x: f(*x).square().sum(), (0, 1))(*x),
+    "jvp": lambda f: lambda *x: jvp(f, x, tuple(tensor.cos() for tensor in x)),
+    "jvp of grad": lambda f: (
+        lambda *x: jvp(grad(lambda *x: f(*x).square().sum(), (0, 1)), x, tuple(tensor.cos() for tensor in x))
+    ),
+    "vmap of grad": lambda f: (
+        lambda *x: vmap(grad(lambda *x: f(*x).square().sum(), (0, 1)))(
+            *(torch.stack([tensor, tensor.cos()]) for tensor in x)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "problem", "function", "engine"),
+    on_both_backends(
+        product(PROBLEMS, FUNCTIONS, ENGINES),
+        triton=lambda problem, function, engine: (
+            [] if engine == SLOW else [function, PROBLEMS[problem](1).op]
+        ),
+        fallback=lambda problem, function, engine: (
+            [engine] if engine == SLOW else [(function, PROBLEMS[problem](1).op)]
+        ),
+    ),
+    indirect=["backend"],
+)
+def test_compiled_functions(
+    backend: str, device: torch.device, problem: str, function: str, engine: str
+) -> None:
+    case = PROBLEMS[problem](5)
+    ours, theirs = (FUNCTIONS[function](f) for f in (case.ours, case.theirs))
+    compiled = torch.compile(ours, backend=engine, fullgraph=True)
+    assert_same_results(compiled, theirs, case.arguments(device=device))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_export(backend: str, device: torch.device, problem: str) -> None:
+    case = PROBLEMS[problem](5)
+
+    class Model(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return case.ours(*tensors)
+
+    tensors = case.arguments(torch.float32, device)
+    program = torch.export.export(Model(), tuple(tensors))
+    assert_same_results(program.module(), case.theirs, tensors)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(backend: str, device: torch.device, reentrant: bool) -> None:
+    case = PROBLEMS["linear mse"](5)
+    assert_same_results(
+        value_and_gradients(lambda *x: checkpoint(case.ours, *x, use_reentrant=reentrant)),
+        value_and_gradients(case.theirs),
+        case.arguments(device=device),
+    )
+
+
+def described(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Shape, dtype and the strides that count: not those of dimensions of size 1."""
+    return [
+        (tuple(tensor.shape), tensor.dtype)
+        + tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+        for tensor in tensors
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_fake_and_meta(case: Case) -> None:
+    """Their results have the real ones' shapes, dtypes and strides; transposed arguments included."""
+    for change in (
+        lambda tensor: tensor,
+        lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    ):
+        tensors = [change(tensor) for tensor in case.arguments(torch.bfloat16)]
+        real = described(value_and_gradients(case.ours)(*tensors))
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(tensor) for tensor in tensors]
+            assert described(value_and_gradients(case.ours)(*fakes)) == real
+        meta = value_and_gradients(case.ours)(*(tensor.to("meta") for tensor in tensors))
+        assert described(meta) == real
+        assert all(tensor.is_meta for tensor in meta)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    "strided": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor,
+    "permuted": lambda tensor: (
+        tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1) if tensor.dim() == 3 else tensor
+    ),
+}
+
+
+def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
+    """Calls of each operator that between them use every argument."""
+    one = random()
+    if name == "matmul":
+        yield random(2, 3, 4), random(4, 5), random(5), [], torch.float64
+        yield random(2, 3, 4), random(2, 4, 5), None, [0], torch.float64
+        yield random(3, 4), random(2, 4, 5), random(2, 3, 5), [], torch.float64
+    elif name == "mse":
+        yield random(2, 3, 4), random(2, 3, 4), None, "mean", 0, torch.float64
+        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "none", 0, torch.float64
+        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", 1, torch.float64
+    elif name == "mse_backward":
+        yield one, random(2, 3, 4), random(2, 3, 4), None, "mean", 0, [True, True, False]
+        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "none", 0, [True] * 3
+        yield random(2), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", 1, [False, True, True]
+    elif name == "mse_hvp":
+        x = [random(2, 3, 4) for _ in range(6)]
+        yield one, *x[:3], one.clone(), *x[3:], "mean", 0, [True] * 4
+        yield None, *x[:3], None, x[3], None, None, "sum", 0, [True, False, False, False]
+        yield (
+            random(2, 3, 4),
+            x[0],
+            x[1],
+            None,
+            random(2, 3, 4),
+            None,
+            x[4],
+            None,
+            "none",
+            0,
+            [True, True, True, False],
+        )
+    elif name == "linear_mse":
+        yield random(5, 3), random(2, 3), random(5, 2), random(2), None, "mean", [True] * 3, torch.float64
+        yield (
+            random(5, 3),
+            random(2, 3),
+            random(5, 2),
+            None,
+            random(5, 1).expand(5, 2),
+            "sum",
+            [False] * 3,
+            torch.float64,
+        )
+    elif name == "linear_mse_backward":
+        yield one, random(5, 2), random(2, 3), 0.5, [True, True]
+        yield one, random(5, 2), random(2, 3), 0.5, [False, True]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "layout"),
+    on_both_backends(
+        product([operator.name for operator in OPERATORS], LAYOUTS),
+        triton=lambda name, layout: [name, layout],
+    ),
+    indirect=["backend"],
+)
+def test_opcheck(backend: str, device: torch.device, name: str, layout: str) -> None:
+    (overload,) = (operator.overload for operator in OPERATORS if operator.name == name)
+    calls = list(operator_arguments(name))
+    assert calls, f"no arguments to check {name} with"
+    for call in calls:
+        arguments = [
+            LAYOUTS[layout](value.to(device)).requires_grad_() if isinstance(value, Tensor) else value
+            for value in call
+        ]
+        results = torch.library.opcheck(overload, tuple(arguments))
+        assert len(results) == 4
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_without_the_private_apply() -> None:
+    """Where torch has no single-level apply, eager mode and torch.func work all the same."""
+    script = """
+        import torch
+        import torch._functorch.utils
+        from torch.func import grad, hessian, jvp, vmap
+        from torch.autograd import gradcheck, gradgradcheck
+        del torch._functorch.utils.enable_single_level_autograd_function
+        import gradkernels
+        from gradkernels import registration
+        assert registration._single_level is None
+
+        def loss(x, w, y):
+            return gradkernels.linear_mse_loss(x, w, y)
+
+        def plain(x, w, y):
+            return ((x @ w.mT - y) ** 2).mean()
+
+        x, w, y = (torch.randn(*shape, dtype=torch.float64) for shape in ((4, 3), (2, 3), (4, 2)))
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, w, y)]
+        assert gradcheck(loss, leaves, check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(loss, leaves, check_fwd_over_rev=True)
+        batch = torch.randn(5, 4, 3, dtype=torch.float64)
+        close = torch.testing.assert_close
+        for f in (lambda f: vmap(grad(f, 1), (0, None, None))(batch, w, y), lambda f: hessian(f, 1)(x, w, y),
+                  lambda f: jvp(f, (x, w, y), (x.cos(), w.cos(), y.cos()))):
+            close(f(loss), f(plain))
+        print("served", gradkernels.mse_loss(x, x).item())
+    """
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == ["served", "0.0"]

@@ -1,0 +1,119 @@
+"""The house keeps its plan: the same launchers in triton/ and fallback/, __all__, and a wheel with every file."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import gradkernels
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "kernels"
+OPS = ("matmul", "mse", "linear_mse", "sgd", "adam")
+
+
+def launchers(path: Path, op: str) -> dict[str, list[tuple[str, str | None]]]:
+    """The public functions of a file by name, each as its arguments with their annotations."""
+    functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
+    return {
+        function.name: [
+            (argument.arg, ast.unparse(argument.annotation) if argument.annotation else None)
+            for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+        ]
+        for function in functions
+        if function.name.startswith(f"{op}_") and not function.decorator_list
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_same_launchers_in_triton_and_fallback(op: str) -> None:
+    ours, plain = (launchers(KERNELS / folder / f"{op}.py", op) for folder in ("triton", "fallback"))
+    assert ours == plain
+    assert ours
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_is_in_every_place(op: str) -> None:
+    for folder in ("", "triton", "fallback", "reference"):
+        assert (KERNELS / folder / f"{op}.py").is_file()
+
+
+def imports(path: Path, body: bool) -> set[str]:
+    """The packages imported in a file; ``body``: at module level only."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if body else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add("." * node.level + (node.module or "").partition(".")[0])
+    return names
+
+
+def test_triton_is_imported_in_its_folder_only() -> None:
+    for path in KERNELS.rglob("*.py"):
+        if path.parent.name != "triton":
+            assert "triton" not in imports(path, body=True), path
+
+
+def test_imports_of_our_own_are_relative() -> None:
+    for path in KERNELS.rglob("*.py"):
+        assert not {"gradkernels", "kernels"} & imports(path, body=False), path
+
+
+def test_references_import_numpy_only() -> None:
+    for path in (KERNELS / "reference").glob("*.py"):
+        foreign = imports(path, body=False) - set(sys.stdlib_module_names)
+        assert {name for name in foreign if not name.startswith(".")} <= {"numpy"}, path
+
+
+def test_all_names_what_is_there() -> None:
+    assert sorted(gradkernels.__all__) == gradkernels.__all__
+    for name in gradkernels.__all__:
+        assert getattr(gradkernels, name) is not None
+    tree = ast.parse((KERNELS / "__init__.py").read_text())
+    exported = {
+        alias.asname
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    assert exported <= set(gradkernels.__all__)
+
+
+def test_the_wheel_has_every_file(tmp_path: Path) -> None:
+    """And nothing else: each file of kernels/ and bench/ under gradkernels/."""
+    source = tmp_path / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    for name in tracked:
+        copy = source / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(command, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        name.replace("kernels/", "gradkernels/", 1) if name.startswith("kernels/") else f"gradkernels/{name}"
+        for name in tracked
+        if name.startswith(("kernels/", "bench/")) and name.endswith((".py", "py.typed"))
+    }
+    assert packed == expected

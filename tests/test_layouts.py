@@ -1,0 +1,261 @@
+"""Every op over dtypes x layouts x masks of requires_grad x kinds of upstream gradient, and what must never happen.
+
+The whole product is marked full. By default each cell (case, dtype) gets a few combinations, taken from
+shuffled lists in step, so that on each backend every op meets every dtype, layout, mask and kind of gradient.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle, islice, product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from .cases import CASES, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
+from .helpers import DTYPES, assert_matches, to_numpy
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def offset(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "contiguous": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    "strided": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor,
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape) if tensor.dim() else tensor,
+    "expanded columns": lambda tensor: tensor[..., :1].expand(tensor.shape) if tensor.dim() else tensor,
+    "offset": offset,
+}
+Combination = tuple[str, tuple[bool, ...], str]  # layout, mask, layout of the upstream gradient
+WIDE = [case.resized({2: 5, 3: 33, 4: 70}) for case in CASES]
+
+
+def combinations(case: Case) -> list[Combination]:
+    return list(product(LAYOUTS, case.masks(), LAYOUTS))
+
+
+def sampled(case: Case, dtype: torch.dtype, backend: str) -> Iterator[Combination]:
+    """On the fallback so many that each mask occurs; on Triton a run of two or three of the same sequence."""
+    # One sequence for all calls with as many arguments; each cell starts where the one before it ended.
+    alike = [other for other in WIDE if other.op == case.op and len(other.shapes) == len(case.shapes)]
+    generator = random.Random(len(case.shapes))
+    layouts, masks, upstreams = (
+        generator.sample(kinds, len(kinds)) for kinds in (list(LAYOUTS), case.masks(), list(LAYOUTS))
+    )
+    step = -(-max(len(layouts), len(masks)) // (len(alike) * len(DTYPES))) + 1
+    start = step * (alike.index(case) * len(DTYPES) + DTYPES.index(dtype))
+    count = step if backend == "triton" else max(len(layouts), len(masks))
+    # Sequences of unlike lengths would repeat the same pairs if their lengths had a common factor.
+    rotated = (
+        upstreams[(index + index // len(layouts)) % len(upstreams)] for index in range(start, start + count)
+    )
+    return zip(
+        islice(cycle(layouts), start, start + count),
+        islice(cycle(masks), start, start + count),
+        rotated,
+        strict=True,
+    )
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, chosen: Iterable[Combination]) -> None:
+    for layout, mask, upstream in chosen:
+        tensors = [LAYOUTS[layout](tensor) for tensor in case.arguments(dtype, device)]
+        results = []
+        for function in (case.ours, case.theirs):
+            leaves = [
+                tensor.detach().requires_grad_(needed) for tensor, needed in zip(tensors, mask, strict=True)
+            ]
+            result = function(*leaves)
+            if function == case.ours:
+                grad_output = LAYOUTS[upstream](torch.randn(result.shape, dtype=torch.float64).to(result))
+            needed = [leaf for leaf in leaves if leaf.requires_grad]
+            results.append((result, torch.autograd.grad(result, needed, grad_output)))
+        arrays = [to_numpy(tensor) for tensor in tensors]
+        (ours, our_grads), (theirs, their_grads) = results
+        where = f"{layout} {label(mask)} {upstream}"
+        assert_matches(ours, theirs, case.forward(*arrays), f"{where}: result")
+        grads = case.backward(to_numpy(grad_output), *arrays)
+        expected = [(name, grad) for name, grad, needs in zip(case.shapes, grads, mask, strict=True) if needs]
+        for (name, reference), mine, torchs in zip(expected, our_grads, their_grads, strict=True):
+            assert_matches(mine, torchs, reference, f"{where}: grad_{name}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("case", WIDE, ids=label)
+def test_values(backend: str, device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, device, sampled(case, dtype, backend))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("case", WIDE, ids=label)
+def test_values_all(backend: str, device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, device, combinations(case))
+
+
+@pytest.mark.parametrize("backend", ["fallback", "triton"], indirect=True)
+def test_the_sample_has_every_kind(backend: str) -> None:
+    for op in {case.op for case in WIDE}:
+        cells = [(case, dtype) for case in WIDE if case.op == op for dtype in DTYPES]
+        met = {
+            (dtype, *combination) for case, dtype in cells for combination in sampled(case, dtype, backend)
+        }
+        dtypes, layouts, masks, upstreams = (set(kinds) for kinds in zip(*met, strict=True))
+        assert dtypes == set(DTYPES)
+        assert layouts == upstreams == set(LAYOUTS)
+        assert masks == {mask for case, _ in cells for mask in case.masks()}
+
+
+ZEROS = [
+    case.resized({size: 0})
+    for case in CASES
+    for size in sorted({size for shape in case.shapes.values() for size in shape if size > 1})
+]
+
+
+@pytest.mark.parametrize("case", ZEROS, ids=label)
+def test_zero_sizes(backend: str, device: torch.device, case: Case) -> None:
+    """torch's answers: the mean of nothing is nan, its sum 0, a product over nothing 0."""
+    tensors = case.arguments(torch.float32, device)
+    ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=label)
+@pytest.mark.parametrize("case", [MATMUL[1], *MSE, *LINEAR_MSE[3:6]], ids=label)
+def test_inf_and_nan(backend: str, device: torch.device, case: Case, dtype: torch.dtype) -> None:
+    for value in (float("inf"), float("-inf"), float("nan"), 3e38):
+        tensors = case.arguments(dtype, device)
+        tensors[0].view(-1)[0] = value
+        tensors[1].view(-1)[-1] = value
+        ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
+        arrays = [to_numpy(tensor) for tensor in tensors]
+        upstream = np.linspace(-1, 2, ours[0].numel()).reshape(ours[0].shape)
+        upstream = to_numpy(torch.from_numpy(upstream).float().to(dtype))
+        with np.errstate(all="ignore"):
+            references = [case.forward(*arrays), *case.backward(upstream, *arrays)]
+        for number, (mine, torchs, reference) in enumerate(zip(ours, theirs, references, strict=True)):
+            assert_matches(mine, torchs, reference, f"{value}, result {number}")
+
+
+def test_subnormals_are_kept(backend: str, device: torch.device) -> None:
+    input = torch.tensor([1e-40, -3e-41, 1e-45], device=device, requires_grad=True)
+    loss = MSE[1].ours(input, torch.zeros_like(input))
+    (grad,) = torch.autograd.grad(loss, input)
+    assert torch.equal(grad, 2 * input.detach())
+    matmul = MATMUL[0].ours(input.detach().view(3, 1), torch.ones(1, 1, device=device))
+    assert torch.equal(matmul.view(3), input.detach())
+
+
+@pytest.mark.parametrize("far", [0, 1, 2])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("matmul", {"input": (4, 3), "other": (3, 4), "bias": (4,)}),
+        Case("mse_loss", {"input": (4, 3), "target": (4, 3), "weight": (4, 3)}, {"reduction": "sum"}),
+        Case("linear_mse_loss", {"input": (4, 3), "weight": (3,), "target": (4,)}),
+        Case("linear_mse_loss", {"input": (4, 3), "weight": (4, 3), "target": (4, 4)}),
+    ],
+    ids=label,
+)
+def test_offsets_past_32_bits(backend: str, device: torch.device, case: Case, far: int) -> None:
+    tensors = case.arguments(torch.float16, device)
+    # Untouched memory is only reserved: no page of it exists until it is written.
+    torch.use_deterministic_algorithms(False)  # which would fill all of it
+    near = tensors[far]
+    buffer = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
+    stride = (2**30, 1) if near.dim() == 2 else (2**30,)
+    tensors[far] = buffer.as_strided(near.shape, stride).copy_(near)
+    ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
+    arrays = [to_numpy(tensor) for tensor in tensors]
+    upstream = to_numpy(torch.linspace(-1, 2, ours[0].numel()).half().view(ours[0].shape))
+    for mine, torchs, reference in zip(
+        ours, theirs, [case.forward(*arrays), *case.backward(upstream, *arrays)], strict=True
+    ):
+        assert_matches(mine, torchs, reference)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_nothing_is_written_and_bits_repeat(
+    backend: str, device: torch.device, case: Case, layout: str
+) -> None:
+    tensors = [LAYOUTS[layout](tensor) for tensor in case.arguments(torch.float32, device)]
+    before = [tensor.clone() for tensor in tensors]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    result = case.ours(*leaves)
+    upstream = torch.randn(result.shape, device=device)
+    upstream_before, saved = upstream.clone(), result.detach().clone()
+    first, second = (torch.autograd.grad(result, leaves, upstream, create_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    sum(grad.square().sum() for grad in first).backward()
+    assert torch.equal(case.ours(*tensors), result)
+    for now, then in zip([*tensors, upstream, result], [*before, upstream_before, saved], strict=True):
+        assert torch.equal(now, then)
+        assert now._version == 0
+
+
+def test_a_saved_tensor_changed_in_place_is_noticed(backend: str, device: torch.device) -> None:
+    for case in (MATMUL[0], MSE[0], MSE[3], LINEAR_MSE[6]):
+        for position in range(2):
+            tensors = [tensor.requires_grad_() for tensor in case.arguments(torch.float32, device)]
+            result = case.ours(*tensors)
+            with torch.no_grad():
+                tensors[position].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                result.backward(torch.ones_like(result))
+
+
+@pytest.mark.parametrize("case", LINEAR_MSE[6:7] + LINEAR_MSE[9:10], ids=label)
+def test_no_grad_runs_the_loss_alone(
+    backend: str, device: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = sys.modules["gradkernels.linear_mse"]
+    launchers = public.backends.implementation("linear_mse", torch.empty(0, device=device))
+    asked: list[list[bool]] = []
+    launch = launchers.linear_mse_forward
+
+    def recorded(*args: object) -> list[Tensor]:
+        asked.append(list(args[6]))
+        return launch(*args)
+
+    monkeypatch.setattr(launchers, "linear_mse_forward", recorded)
+    monkeypatch.setattr(public, "_SMALL", -1)  # on the fallback small problems are torch's
+    tensors = case.arguments(torch.float32, device)
+    case.ours(*tensors)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    with torch.no_grad():
+        case.ours(*leaves)
+    with torch.inference_mode():
+        case.ours(*leaves)
+    assert asked == [[False] * 3] * 3
+    case.ours(leaves[0].detach(), leaves[1], *(leaf.detach() for leaf in leaves[2:]))
+    assert asked[3] == [False, True, False]
+
+
+def test_inference_mode(backend: str, device: torch.device) -> None:
+    for case in (MATMUL[1], MSE[0], MSE[3], LINEAR_MSE[6]):
+        tensors = case.arguments(torch.float32, device)
+        expected = case.ours(*tensors)
+        with torch.inference_mode():
+            inside = [tensor.clone() for tensor in tensors]
+            result = case.ours(*inside)
+            assert result.is_inference()
+            assert torch.equal(result, expected)
+        assert torch.equal(case.ours(*inside), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_device_that_is_not_the_current_one() -> None:
+    for case in (MATMUL[1], MSE[3], LINEAR_MSE[6]):
+        tensors = case.arguments(torch.float32, "cuda:1")
+        with torch.cuda.device(0):
+            ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,147 @@
+"""linear_mse_loss and linear_mse_loss_and_grad: shapes, sizes, dtypes, weights, errors."""
+
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
+from gradkernels.reference import linear_mse as reference
+
+from .cases import REDUCTIONS, Case, label, torch_linear_mse_loss
+from .helpers import DTYPES, SIZES, assert_matches, to_numpy
+from .test_matmul import check
+
+SHAPES = [  # input, weight, target, shapes that sample_weight may have
+    ((5, 3), (3,), (5,), [(5,)]),
+    ((5, 3), (1, 3), (5, 1), [(5,), (5, 1)]),
+    ((5, 3), (4, 3), (5, 4), [(5,), (5, 4)]),
+    ((2, 5, 3), (4, 3), (2, 5, 4), [(2, 5), (2, 5, 4)]),
+    ((2, 5, 3), (3,), (2, 5), [(2, 5)]),
+    ((3,), (3,), (), [()]),
+    ((3,), (2, 3), (2,), [(), (2,)]),
+]
+WANTED = ("input", "weight", "target", "bias")
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the fallback small problems are torch's own; here they too take the fused way."""
+    monkeypatch.setattr(sys.modules["gradkernels.linear_mse"], "_SMALL", -1)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shapes", SHAPES, ids=lambda shapes: str(shapes[:2]))
+def test_shapes(
+    backend: str, device: torch.device, shapes: tuple[tuple[int, ...], ...], reduction: str
+) -> None:
+    input, weight, target, samples = shapes
+    given = {"input": input, "weight": weight, "target": target}
+    bias = {"bias": weight[:-1] or (1,)}
+    for more in ({}, bias, *({**bias, "sample_weight": shape} for shape in samples)):
+        check(Case("linear_mse_loss", given | more, {"reduction": reduction}), torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(backend: str, device: torch.device, size: int, dtype: torch.dtype) -> None:
+    for samples, features, outputs in ((size, 3, 1), (5, size, 2), (3, 2, size)):
+        shapes = {
+            "input": (samples, features),
+            "weight": (outputs, features),
+            "target": (samples, outputs),
+            "bias": (outputs,),
+        }
+        check(Case("linear_mse_loss", shapes), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("outputs", [(), (1,), (4,)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_grad(
+    backend: str, device: torch.device, reduction: str, outputs: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    shapes = {"input": (33, 7), "weight": (*outputs, 7), "target": (33, *outputs), "bias": outputs or (1,)}
+    given = dict(zip(shapes, Case("linear_mse_loss", shapes).arguments(dtype, device), strict=True))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    theirs = torch_linear_mse_loss(**leaves, reduction=reduction)
+    their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
+    arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
+    exact = dict(zip(given, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=False))
+    masks = list(product((False, True), repeat=4))
+    for mask in masks if backend == "fallback" else masks[:: 1 + 2 * (dtype != torch.float32)]:
+        wrt = tuple(name for name, wanted in zip(WANTED, mask, strict=True) if wanted)
+        loss, grads = linear_mse_loss_and_grad(**given, reduction=reduction, wrt=wrt)
+        assert_matches(loss, theirs.detach(), reference.forward(**arrays, reduction=reduction), "loss")
+        assert not loss.requires_grad
+        for name, grad in zip(WANTED, grads, strict=True):
+            if name in wrt:
+                assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
+            else:
+                assert grad is None
+
+
+def test_no_gradient_for_a_bias_that_was_not_given(backend: str, device: torch.device) -> None:
+    x, w, y = (torch.randn(shape, device=device) for shape in ((5, 3), (3,), (5,)))
+    _, (grad_input, grad_weight, grad_target, grad_bias) = linear_mse_loss_and_grad(x, w, y)
+    assert (grad_input, grad_target, grad_bias) == (None, None, None)
+    assert grad_weight.shape == w.shape
+
+
+def test_a_loss_scale_beyond_float16_reaches_the_gradients(backend: str, device: torch.device) -> None:
+    """Gradients are scaled in float32 before they are rounded to float16, where unscaled ones would be 0."""
+    x = torch.full((64, 4), 2.0**-12, dtype=torch.float16, device=device)
+    w = torch.zeros(4, dtype=torch.float16, device=device, requires_grad=True)
+    y = torch.full((64,), 2.0**-14, dtype=torch.float16, device=device)
+    (grad,) = torch.autograd.grad(linear_mse_loss(x, w, y), w, torch.tensor(2.0**15, device=device).half())
+    assert torch.equal(grad, torch.full_like(grad, -(2.0**-10)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
+def test_long_sums_are_kept_wide(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.ones(4097, 1, dtype=dtype, device=device)
+    w = torch.zeros(1, dtype=dtype, device=device, requires_grad=True)
+    y = torch.ones(4097, dtype=dtype, device=device)
+    y[0] = 64
+    loss = linear_mse_loss(x, w, y, reduction="sum")
+    assert loss.item() == 8192
+    (grad,) = torch.autograd.grad(loss, w)
+    assert grad.item() == torch.tensor(-2.0 * (64 + 4096)).to(dtype).item()
+
+
+@pytest.mark.parametrize("op", [linear_mse_loss, linear_mse_loss_and_grad])
+def test_errors(op: type) -> None:
+    name = op.__name__
+    x, w, y, b = (torch.randn(shape) for shape in ((5, 3), (2, 3), (5, 2), (2,)))
+    with pytest.raises(RuntimeError, match=rf"{name}: input has shape \(5, 3\) and weight \(2, 4\)"):
+        op(x, torch.randn(2, 4), y)
+    with pytest.raises(ValueError, match=rf"{name}: target has shape \(5,\), expected \(5, 2\)"):
+        op(x, w, torch.randn(5))
+    with pytest.raises(ValueError, match=rf"{name}: target has shape \(5, 1\), expected \(5,\)"):
+        op(x, w[0], torch.randn(5, 1))
+    with pytest.raises(ValueError, match=rf"{name}: bias has shape \(3,\), expected \(2,\)"):
+        op(x, w, y, torch.randn(3))
+    with pytest.raises(ValueError, match=f"{name}: 'max' is not a valid value for reduction"):
+        op(x, w, y, b, reduction="max")
+    with pytest.raises(
+        TypeError, match=f"{name}: input has dtype torch.float32 but target has dtype torch.float64"
+    ):
+        op(x, w, y.double())
+    with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor, got str"):
+        op(x, "weight", y)
+    with pytest.raises(RuntimeError, match="input is on cpu but bias is on meta"):
+        op(x, w, y, b.to("meta"))
+
+
+def test_errors_of_one_op() -> None:
+    x, w, y = (torch.randn(shape) for shape in ((5, 3), (2, 3), (5, 2)))
+    for shape in ((2,), (5, 1), (1,)):
+        with pytest.raises(ValueError, match=r"linear_mse_loss: sample_weight has shape .* expected \(5,\)"):
+            linear_mse_loss(x, w, y, sample_weight=torch.randn(shape))
+    with pytest.raises(ValueError, match="'none' is not a valid value for reduction"):
+        linear_mse_loss_and_grad(x, w, y, reduction="none")
+    with pytest.raises(
+        ValueError, match="wrt names 'x'; expected any of 'input', 'weight', 'target', 'bias'"
+    ):
+        linear_mse_loss_and_grad(x, w, y, wrt="x")

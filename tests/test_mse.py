@@ -1,0 +1,128 @@
+"""mse_loss and mse_loss_and_grad: sizes, dtypes, weights, errors. Derivatives and layouts have files of their own."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import mse_loss, mse_loss_and_grad
+from gradkernels.reference import mse as reference
+from torch.nn import functional
+
+from .cases import REDUCTIONS, Case, label
+from .helpers import DTYPES, SIZES, assert_matches, to_numpy
+from .test_matmul import check
+
+NAMES = ("input", "target", "weight")
+
+
+def arguments(
+    *shape: int, dtype: torch.dtype, device: torch.device, weighted: bool
+) -> dict[str, torch.Tensor]:
+    names = NAMES if weighted else NAMES[:2]
+    tensors = Case("mse_loss", dict.fromkeys(names, shape)).arguments(dtype, device)
+    return dict(zip(names, tensors, strict=True))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(backend: str, device: torch.device, size: int, reduction: str, weighted: bool) -> None:
+    names = NAMES if weighted else NAMES[:2]
+    for shape in ((size,), (3, size)):
+        case = Case("mse_loss", dict.fromkeys(names, shape), {"reduction": reduction})
+        check(case, torch.float32, device)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 3, 4), (2, 1, 3, 2), (2, 1, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+def test_ranks(backend: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for reduction in REDUCTIONS:
+        check(Case("mse_loss", {"input": shape, "target": shape}, {"reduction": reduction}), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_loss_and_grad(
+    backend: str, device: torch.device, reduction: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    given = arguments(33, 7, dtype=dtype, device=device, weighted=weighted)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+    theirs = functional.mse_loss(**leaves, reduction=reduction)
+    their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
+    arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
+    exact = dict(zip(NAMES, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=True))
+    for mask in product((False, True), repeat=3):
+        wrt = tuple(name for name, wanted in zip(NAMES, mask, strict=True) if wanted)
+        loss, grads = mse_loss_and_grad(**given, reduction=reduction, wrt=wrt)
+        assert_matches(loss, theirs.detach(), reference.forward(**arrays, reduction=reduction), "loss")
+        assert not loss.requires_grad
+        for name, grad in zip(NAMES, grads, strict=True):
+            if name in wrt and name in given:
+                assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
+            else:
+                assert grad is None
+
+
+def test_loss_and_grad_pays_no_heed_to_requires_grad(backend: str, device: torch.device) -> None:
+    input = torch.randn(5, device=device, requires_grad=True)
+    loss, (grad_input, grad_target, _) = mse_loss_and_grad(input, torch.zeros_like(input), wrt="target")
+    assert grad_input is None
+    assert not loss.requires_grad
+    torch.testing.assert_close(grad_target, -0.4 * input.detach())
+    with torch.no_grad():
+        assert mse_loss_and_grad(input, torch.zeros_like(input))[1][0] is not None
+
+
+def test_a_weighted_float16_mean_is_not_lost_to_overflow(backend: str, device: torch.device) -> None:
+    """sum(w e^2) is beyond float16; the mean is not."""
+    ones = torch.ones(100_000, dtype=torch.float16, device=device)
+    given = {"input": 2 * ones, "target": ones, "weight": ones}
+    assert mse_loss(**given).item() == 1
+    loss, (grad, _, _) = mse_loss_and_grad(**given)
+    assert loss.item() == 1
+    assert grad[0].item() == torch.tensor(2e-5).half().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
+def test_long_sums_are_kept_wide(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A bfloat16 accumulator stops counting at 256, a float16 one at 2048."""
+    input = torch.ones(4097, dtype=dtype, device=device)
+    input[0] = 64  # 64^2 + 4096 ones
+    assert mse_loss(input, torch.zeros_like(input), reduction="sum").item() == 8192
+
+
+@pytest.mark.parametrize("op", [mse_loss, mse_loss_and_grad])
+def test_errors(op: type) -> None:
+    name, x = op.__name__, torch.randn(3, 1)
+    with pytest.raises(ValueError, match=rf"{name}: input has shape \(3, 1\) but target has shape \(3,\)"):
+        op(x, torch.randn(3))
+    with pytest.raises(ValueError, match=r"target has shape \(1, 1\)"):
+        op(x, torch.randn(1, 1))
+    with pytest.raises(ValueError, match=r"weight has shape \(1,\)"):
+        op(x, x, weight=torch.randn(1))
+    with pytest.raises(ValueError, match=f"{name}: 'max' is not a valid value for reduction"):
+        op(x, x, reduction="max")
+    with pytest.raises(
+        TypeError, match=f"{name}: input has dtype torch.float32 but target has dtype torch.float16"
+    ):
+        op(x, x.half())
+    with pytest.raises(TypeError, match=r"weight has dtype torch.float64"):
+        op(x, x, weight=x.double())
+    with pytest.raises(TypeError, match=r"input has dtype torch.complex64"):
+        op(x.to(torch.complex64), x.to(torch.complex64))
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got float"):
+        op(x, 1.0)
+    with pytest.raises(RuntimeError, match="input is on cpu but target is on meta"):
+        op(x, x.to("meta"))
+    with pytest.raises(TypeError, match="positional"):
+        op(x, x, x)
+
+
+def test_errors_of_loss_and_grad() -> None:
+    x = torch.randn(3)
+    with pytest.raises(ValueError, match="mse_loss_and_grad: 'none' is not a valid value for reduction"):
+        mse_loss_and_grad(x, x, reduction="none")
+    with pytest.raises(ValueError, match="wrt names 'bias'; expected any of 'input', 'target', 'weight'"):
+        mse_loss_and_grad(x, x, wrt=("input", "bias"))

@@ -1,0 +1,94 @@
+"""The modules are torch.nn's twins: same parameters, same numbers, same state_dict."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from gradkernels import nn
+
+from .cases import REDUCTIONS
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_is_torchs(backend: str, device: torch.device, bias: bool) -> None:
+    ours, theirs = nn.Linear(3, 2, bias, device), torch.nn.Linear(3, 2, bias, device)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    input = torch.randn(2, 5, 3, device=device)
+    for module in (ours, theirs):
+        module(input).square().sum().backward()
+    torch.testing.assert_close(ours(input), theirs(input))
+    for mine, torchs in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, torchs.grad)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_mse_loss_is_torchs(backend: str, device: torch.device, reduction: str) -> None:
+    input, target = torch.randn(2, 5, 3, device=device)
+    loss = nn.MSELoss(reduction=reduction)(input, target)
+    torch.testing.assert_close(loss, torch.nn.MSELoss(reduction=reduction)(input, target))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_mse_loss(backend: str, device: torch.device, bias: bool, reduction: str) -> None:
+    model = nn.LinearMSELoss(3, 2, bias, device, reduction=reduction)
+    theirs = torch.nn.Linear(3, 2, bias, device)
+    theirs.load_state_dict(model.state_dict())
+    input, target = torch.randn(5, 3, device=device), torch.randn(5, 2, device=device)
+    samples = torch.rand(5, device=device)
+    torch.testing.assert_close(model.predict(input), theirs(input))
+    for given, weight in ((None, None), (samples, samples.unsqueeze(1).expand(5, 2))):
+        model.zero_grad()
+        theirs.zero_grad()
+        loss = model(input, target, given)
+        expected = torch.nn.functional.mse_loss(theirs(input), target, weight=weight, reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+        loss.sum().backward()
+        expected.sum().backward()
+        for mine, torchs in zip(model.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, torchs.grad)
+
+
+def test_parameters_are_the_modules_own() -> None:
+    """Hooks on them see every use: what DDP and FSDP build on."""
+    model = nn.LinearMSELoss(3, 1)
+    assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
+    seen = []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.shape))
+    model(torch.randn(4, 3), torch.randn(4, 1)).backward()
+    assert sorted(seen) == [(1,), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Linear(3, 2), nn.MSELoss("sum"), nn.LinearMSELoss(3, 2, reduction="sum")]
+)
+def test_copies_and_pickles(module: torch.nn.Module) -> None:
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(other) == repr(module)
+        assert list(other.state_dict()) == list(module.state_dict())
+
+
+def test_repr() -> None:
+    assert repr(nn.MSELoss("sum")) == "MSELoss(reduction='sum')"
+    assert repr(nn.LinearMSELoss(3, 1)) == (
+        "LinearMSELoss(in_features=3, out_features=1, bias=True, reduction='mean')"
+    )
+
+
+def test_errors() -> None:
+    for module in (nn.MSELoss, lambda reduction: nn.LinearMSELoss(3, 1, reduction=reduction)):
+        with pytest.raises(ValueError, match="'max' is not a valid value for reduction"):
+            module(reduction="max")
+    with pytest.raises(ValueError, match=r"input has shape \(5, 1\) but target has shape \(5,\)"):
+        nn.MSELoss()(torch.randn(5, 1), torch.randn(5))
+    with pytest.raises(ValueError, match=r"target has shape \(5,\), expected \(5, 1\)"):
+        nn.LinearMSELoss(3, 1)(torch.randn(5, 3), torch.randn(5))
+
+
+def test_dtype_and_device_arguments() -> None:
+    model = nn.LinearMSELoss(3, 2, dtype=torch.float64, device="meta")
+    assert model.weight.dtype == model.bias.dtype == torch.float64
+    assert model.weight.is_meta
