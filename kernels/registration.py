@@ -202,13 +202,17 @@ def _bind(
         with backends.use_backend(ctx.backend), without_autocast():
             return function.backward(ctx, *grad_outputs)
 
+    def vmap_tuple(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        outputs, dims = vmap(info, in_dims, *args)
+        return (tuple(outputs), tuple(dims)) if isinstance(outputs, list) else (outputs, dims)
+
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         with backends.use_backend(ctx.backend), without_autocast():
             return function.jvp(ctx, *tangents)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     if _single_level is None:
-        methods["vmap"] = vmap
+        methods["vmap"] = vmap_tuple
     return type(
         function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
     )

@@ -130,8 +130,11 @@ def test_checkpoint(backend: str, device: torch.device, reentrant: bool) -> None
 def described(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     """Shape, dtype and the strides that count: not those of dimensions of size 1."""
     return [
-        (tuple(tensor.shape), tensor.dtype)
-        + tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+        (
+            tuple(tensor.shape),
+            tensor.dtype,
+            [n for n, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1],
+        )
         for tensor in tensors
     ]
 

@@ -1,7 +1,8 @@
 """On the Triton backend all full-size arithmetic is in our kernels, and vmap does not loop.
 
 A dispatch mode sees every aten operator below autograd, inside our launchers too. Allowed are allocation, views,
-and arithmetic on small tensors: those with no more elements than a weight (K, D), far fewer than the data.
+arithmetic on small tensors (no more elements than a weight (K, D), far fewer than the data), and what is listed
+in ``BETWEEN`` and ``INSIDE``.
 """
 
 import importlib
@@ -25,6 +26,10 @@ from .conftest import DEVICES
 
 SAMPLES, FEATURES, OUTPUTS = 64, 8, 4
 SMALL = FEATURES * OUTPUTS
+# What autograd does between operators: it adds the gradients of two paths and sums what had been expanded.
+BETWEEN = {"add", "sum", "clone"}
+# The Hessian's kernel wants its operands dense: what is expanded, as the upstream gradient here, it copies.
+INSIDE = {"contiguous", "clone"}
 LAUNCH = {operator.overload: operator._launch for operator in OPERATORS}
 CASES = [
     Case("matmul", {"input": (SAMPLES, FEATURES), "other": (FEATURES, OUTPUTS), "bias": (OUTPUTS,)}),
@@ -57,11 +62,16 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.allowed = BETWEEN
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in LAUNCH:
-            with self:
-                return LAUNCH[func](*args)
+            self.allowed = INSIDE
+            try:
+                with self:
+                    return LAUNCH[func](*args)
+            finally:
+                self.allowed = BETWEEN
         result = func(*args, **(kwargs or {}))
         inputs, outputs = (
             [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -71,8 +81,8 @@ class Traffic(TorchDispatchMode):
         view = not func._schema.is_mutable and all(
             tensor.untyped_storage().data_ptr() in memory for tensor in outputs
         )
-        name = func._schema.name.removeprefix("aten::").removeprefix("new_")
-        if view or name.startswith("empty"):
+        name = func._schema.name.removeprefix("aten::")
+        if view or name in self.allowed or name.removeprefix("new_").startswith("empty"):
             return result
         # new_zeros and the like take of a tensor no more than its dtype and device.
         touched = outputs if func._schema.name.startswith("aten::new_") else [*inputs, *outputs]

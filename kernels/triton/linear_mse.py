@@ -90,11 +90,15 @@ def _linear_mse_chunks_kernel(
             error = tl.sum(products, axis=1)
             if b_ptr is not None:
                 error += biases[k]
-            error -= tl.load(y_ptr + rows * stride_yn + k * stride_yk, mask=inside, other=0.0).to(ACC)
+            error -= tl.load(
+                y_ptr + rows * stride_yn + tl.full((), k, tl.int64) * stride_yk, mask=inside, other=0.0
+            ).to(ACC)
             error = tl.where(inside, error, 0.0)
             weighted = error
             if s_ptr is not None:
-                scale = tl.load(s_ptr + rows * stride_sn + k * stride_sk, mask=inside, other=0.0)
+                scale = tl.load(
+                    s_ptr + rows * stride_sn + tl.full((), k, tl.int64) * stride_sk, mask=inside, other=0.0
+                )
                 weighted = error * scale.to(ACC)
             losses = tl.fma(error, weighted, losses)
             new_bias_grads = new_bias_grads + (bias_grads[k] + weighted,)
@@ -341,9 +345,10 @@ def _linear_mse_outer_kernel(
     inside = cols < D // ALIGN * ALIGN
     grad = tl.zeros((ROWS, COLS), ACC)
     for k in tl.static_range(K):
-        error = tl.load(error_ptr + rows * stride_en + k * stride_ek, mask=rows < N, other=0.0).to(ACC)
+        row = tl.full((), k, tl.int64)
+        error = tl.load(error_ptr + rows * stride_en + row * stride_ek, mask=rows < N, other=0.0).to(ACC)
         weight = tl.load(
-            w_ptr + k * (stride_wk // ALIGN * ALIGN) + cols * stride_wd, mask=inside, other=0.0
+            w_ptr + row * (stride_wk // ALIGN * ALIGN) + cols * stride_wd, mask=inside, other=0.0
         ).to(ACC)
         grad += error[:, None] * weight[None, :]
     grad *= tl.load(g_ptr).to(ACC) * factor
@@ -583,6 +588,7 @@ def linear_mse_forward(
     """The loss and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
     N, D = input.shape
     K = weight.shape[0]
+    bias = None if bias is None else bias.contiguous()
     wide = any(
         tensor is not None and tensor.dtype == torch.float64
         for tensor in (input, weight, target, bias, sample_weight)

@@ -75,8 +75,8 @@ def compare(
     )
     if not finite.any():
         return Comparison(0.0, 0.0, 0.0, not note, note)
-    error = float(np.abs(mine - reference)[finite].max())
-    torch_error = float(np.abs(other - reference)[finite].max())
+    error = float(np.abs(mine[finite] - reference[finite]).max())
+    torch_error = float(np.abs(other[finite] - reference[finite]).max())
     size = 1.0 if scale is not None else float(np.abs(reference[finite]).max())
     budget = 2 * torch_error + 4 * torch.finfo(ours.dtype).eps * size
     return Comparison(error, torch_error, budget, error <= budget and not note, note)
