@@ -263,7 +263,7 @@ def _hvp_formula(
     def spread(grad: Tensor | None) -> Tensor:
         if grad is None or reduction == "none":
             return zero if grad is None else grad
-        return grad.reshape(*grad.shape, *(1,) * (input.dim() - kept))
+        return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
 
     error = input - target
     d_error = (zero if d_input is None else d_input) - (zero if d_target is None else d_target)

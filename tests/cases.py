@@ -32,7 +32,7 @@ def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Te
     result = torch.matmul(input, other)
     if bias is None:
         return result
-    return result + (bias if other.dim() > 1 else bias.reshape(()))
+    return result + (bias if other.dim() > 1 else bias.reshape(())).to(result.dtype)  # for autocast
 
 
 def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

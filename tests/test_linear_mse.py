@@ -40,13 +40,15 @@ def test_shapes(
     given = {"input": input, "weight": weight, "target": target}
     bias = {"bias": weight[:-1] or (1,)}
     for more in ({}, bias, *({**bias, "sample_weight": shape} for shape in samples)):
+        if reduction == "mean" and more.get("sample_weight") == ():
+            continue  # the gradient of one weight in a mean is a difference of equal numbers
         check(Case("linear_mse_loss", given | more, {"reduction": reduction}), torch.float32, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(backend: str, device: torch.device, size: int, dtype: torch.dtype) -> None:
-    for samples, features, outputs in ((size, 3, 1), (5, size, 2), (3, 2, size)):
+    for samples, features, outputs in ((size, 33, 1), (5, size, 2), (3, 2, size)):
         shapes = {
             "input": (samples, features),
             "weight": (outputs, features),

@@ -29,7 +29,9 @@ def arguments(
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(backend: str, device: torch.device, size: int, reduction: str, weighted: bool) -> None:
     names = NAMES if weighted else NAMES[:2]
-    for shape in ((size,), (3, size)):
+    # Where there is one weight, its gradient in a mean is a difference of equal numbers: nothing to measure by.
+    shapes = [(3, size)] if weighted and size == 1 else [(size,), (3, size)]
+    for shape in shapes:
         case = Case("mse_loss", dict.fromkeys(names, shape), {"reduction": reduction})
         check(case, torch.float32, device)
 

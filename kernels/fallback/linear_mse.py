@@ -18,7 +18,7 @@ def linear_mse_forward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    samples: Tensor | None,
+    sample_weight: Tensor | None,
     reduction: str,
     needs: list[bool],
     dtype: torch.dtype,
@@ -26,7 +26,7 @@ def linear_mse_forward(
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
     rows = _block_rows(input, target)
     xs, ys = _blocks(input, rows), _blocks(target, rows)
-    ss = [None] * len(xs) if samples is None else _blocks(samples, rows)
+    ss = [None] * len(xs) if sample_weight is None else _blocks(sample_weight, rows)
     sums: list[Tensor] = []
     errors: list[Tensor] = []
     for x, y, s in zip(xs, ys, ss, strict=True):

@@ -34,7 +34,7 @@ def _like(values: Tensor, tensor: Tensor) -> Tensor:
 def _spread(grad: Tensor, input: Tensor, reduction: str, kept: int) -> Tensor:
     if reduction == "none":
         return grad
-    return grad.reshape(*grad.shape, *(1,) * (input.dim() - kept))
+    return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
 
 
 def mse_forward(
