@@ -114,6 +114,15 @@ class FusedSGD(FusedStep, torch.optim.SGD):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "capturable": self.capturable}
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; a buffer that only skipped steps have met is left out: once loaded it would pass for set."""
+        unset = [param for param, counts in self._counts.items() if not counts["step"].item()]
+        for param in unset:
+            del self._counts[param], self.state[param]["momentum_buffer"]
+            if not self.state[param]:
+                del self.state[param]
+        return super().state_dict()
+
     def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return group["momentum"] != 0, group["dampening"] != 0, group["differentiable"], group["fused"]
 

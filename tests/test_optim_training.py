@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import pickle
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,31 @@ def test_either_half_of_the_protocol_works_alone(
         reference.step(gradients)
         theirs.step()
         assert_same_state(ours, theirs, reference, f"at step {step}")
+
+
+CLONES: dict[str, Any] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "state_dict": lambda optimizer: loaded(optimizer),
+}
+
+
+def loaded(optimizer: Any) -> Any:
+    """Another optimizer of the same class and parameters, after ``load_state_dict``."""
+    other = type(optimizer)(copies(parameters(optimizer)))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+@pytest.mark.parametrize("clone", CLONES)
+def test_the_first_step_taken_is_the_first_even_after_a_skip_and_a_copy(name: str, clone: str) -> None:
+    """No copy may take the zero buffer of a skipped step for one that has been set."""
+    ours, theirs = make_pair(name, shapes=SMALL, **OPTIONS[name])
+    set_gradients(ours, [torch.full(shape, float("inf")) for shape in SMALL])
+    amp_step(ours, SCALE, True)
+    assert_same_run(CLONES[clone](ours), theirs, steps=6)
+    # Saving has left the original as it was, too.
+    assert_same_run(ours, theirs_for(name)(copies(parameters(ours)), **OPTIONS[name], foreach=False), steps=6)
 
 
 def test_amp_survives_deepcopy(name: str) -> None:
