@@ -44,7 +44,10 @@ def tensor(draw, shape, dtype, layouts=LAYOUTS):
     """Random values of random size, laid out in memory in a random way."""
     shape, layout = tuple(shape), draw(layouts)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    made = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(draw(SCALES)).to(dtype)
+    scale = draw(SCALES)
+    if dtype == torch.float16:  # sums of larger numbers overflow, where depends on the order of operations
+        scale = min(scale, 1.0)
+    made = torch.randn(shape, generator=generator, dtype=torch.float64).mul_(scale).to(dtype)
     if layout == "transposed" and made.ndim > 1:
         return made.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "every other" and made.ndim:
