@@ -141,7 +141,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         if stochastic or (momentum and group["dampening"] != 0):
             # A buffer from elsewhere has been set; one of our own is set by the first step not skipped.
             counts = state if stochastic else self._counts.setdefault(param, {})
-            if "step" not in counts:
+            if first or "step" not in counts:
                 counts["step"] = torch.full((), float(momentum and not first), device=_local(param).device)
             taking_part["step"] = counts["step"]
         return taking_part

@@ -481,6 +481,18 @@ def test_stochastic_rounding_never_moves_a_representable_result(device: torch.de
         assert bool((param == 1 - step * 2.0**-8).all())
 
 
+def test_momentum_switched_on_in_mid_run_under_stochastic_rounding(device: torch.device) -> None:
+    """The buffer starts with the whole gradient then too, whatever the dampening and the steps made before."""
+    param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
+    optimizer = ours_for("SGD")([param], lr=2.0**-8, stochastic_rounding=True)
+    for step in range(1, 3):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        optimizer.param_groups[0].update(momentum=0.5, dampening=0.5)
+        assert bool((param == 1 - step * 2.0**-8).all())
+    assert bool((optimizer.state[param]["momentum_buffer"] == 1).all())
+
+
 def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
     param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=device))
     optimizer = ours_for("SGD")([param], lr=1.0, stochastic_rounding=True)
