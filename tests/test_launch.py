@@ -54,35 +54,42 @@ def run(script: str, path: Path, cache: bool = True):
 
 def test_one_compilation_for_each_specialisation(tmp_path):
     """Calls that Triton would compile apart are compiled apart; calls that differ in values alone are not."""
-    counts = run(
+    cached, fresh = run(
         """
         x = torch.zeros(64)
-        def compiled(*args, **options):
-            launch(kernel, (4,), *args, device=CPU, **options)
-            return len({key for key, _ in calls})
-        print(json.dumps({
-            "first": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
-            "other values": compiled(x, x, 7, 16, 0.25, (), BLOCK=16),
-            "unspecialised one": compiled(x, x, 7, 1, 1.0, (), BLOCK=16),
-            "misaligned": compiled(x[1:], x, 5, 5, 0.5, (), BLOCK=16),
-            "sixteen": compiled(x, x, 32, 5, 0.5, (), BLOCK=16),
-            "one": compiled(x, x, 1, 5, 0.5, (), BLOCK=16),
-            "64 bits": compiled(x, x, 2**31 + 1, 5, 0.5, (), BLOCK=16),
-            "64 bits unspecialised": compiled(x, x, 5, 2**31, 0.5, (), BLOCK=16),
-            "dtype": compiled(x.double(), x, 5, 5, 0.5, (), BLOCK=16),
-            "tuple": compiled(x, x, 5, 5, 0.5, (3,), BLOCK=16),
-            "tuple of one": compiled(x, x, 5, 5, 0.5, (1,), BLOCK=16),
-            "tuple of sixteen": compiled(x, x, 5, 5, 0.5, (16,), BLOCK=16),
-            "tuple of 64 bits": compiled(x, x, 5, 5, 0.5, (2**40,), BLOCK=16),
-            "constexpr": compiled(x, x, 5, 5, 0.5, (), BLOCK=32),
-            "option": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, num_warps=2),
-            "default given": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, TWICE=True),
-            "again": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
-        }))
+        def counts(fresh):
+            # How many kernels there are after each call; fresh: none is found in our cache.
+            calls.clear()
+            def compiled(*args, **options):
+                if fresh:
+                    module._compiled.clear()
+                launch(kernel, (4,), *args, device=CPU, **options)
+                return len({key for key, _ in calls})
+            return {
+                "first": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
+                "other values": compiled(x, x, 7, 16, 0.25, (), BLOCK=16),
+                "unspecialised one": compiled(x, x, 7, 1, 1.0, (), BLOCK=16),
+                "misaligned": compiled(x[1:], x, 5, 5, 0.5, (), BLOCK=16),
+                "sixteen": compiled(x, x, 32, 5, 0.5, (), BLOCK=16),
+                "one": compiled(x, x, 1, 5, 0.5, (), BLOCK=16),
+                "64 bits": compiled(x, x, 2**31 + 1, 5, 0.5, (), BLOCK=16),
+                "64 bits unspecialised": compiled(x, x, 5, 2**31, 0.5, (), BLOCK=16),
+                "dtype": compiled(x.double(), x, 5, 5, 0.5, (), BLOCK=16),
+                "tuple": compiled(x, x, 5, 5, 0.5, (3,), BLOCK=16),
+                "tuple of one": compiled(x, x, 5, 5, 0.5, (1,), BLOCK=16),
+                "tuple of sixteen": compiled(x, x, 5, 5, 0.5, (16,), BLOCK=16),
+                "tuple of 64 bits": compiled(x, x, 5, 5, 0.5, (2**40,), BLOCK=16),
+                "constexpr": compiled(x, x, 5, 5, 0.5, (), BLOCK=32),
+                "option": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, num_warps=2),
+                "default given": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, TWICE=True),
+                "again": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
+            }
+        print(json.dumps([counts(fresh=False), counts(fresh=True)]))
         """,
         tmp_path,
     )
-    assert list(counts.values()) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10, 11, 12, 12], counts
+    assert list(cached.values()) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10, 11, 12, 12], cached
+    assert fresh == cached
 
 
 def test_the_kernel_receives_what_was_given(tmp_path):
