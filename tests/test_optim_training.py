@@ -206,6 +206,21 @@ def test_the_first_step_taken_is_the_first_even_after_a_skip_and_a_copy(name: st
     assert_same_run(ours, theirs_for(name)(copies(parameters(ours)), **OPTIONS[name], foreach=False), steps=6)
 
 
+def test_a_checkpoint_loaded_after_a_skipped_first_step_is_past_its_first(name: str) -> None:
+    """What was known of the old state, a buffer not yet set, must not outlive it."""
+    ours, theirs = make_pair(name, shapes=SMALL, **OPTIONS[name])
+    gradients = Feed(parameters(theirs))(1)
+    set_gradients(ours, [torch.full(shape, float("inf")) for shape in SMALL])
+    amp_step(ours, SCALE, True)
+    set_gradients(theirs, gradients)
+    theirs.step()
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    with torch.no_grad():
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            mine.copy_(other)
+    assert_same_run(ours, theirs, steps=6)
+
+
 def test_amp_survives_deepcopy(name: str) -> None:
     ours = copy.deepcopy(ours_for(name)(make_params(SMALL)))
     set_gradients(ours, [torch.full(shape, SCALE) for shape in SMALL])
@@ -481,6 +496,18 @@ def test_stochastic_rounding_never_moves_a_representable_result(device: torch.de
         assert bool((param == 1 - step * 2.0**-8).all())
 
 
+def test_scale_and_clip_reach_stochastic_rounding(device: torch.device) -> None:
+    """Unscaled, each step is 2^-8, which leaves nothing to chance; clipped to nothing, there is no step."""
+    for max_norm, move in ((None, 2.0**-8), (0.0, 0.0)):
+        param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
+        optimizer = ours_for("SGD")([param], lr=2.0**-8, stochastic_rounding=True, max_norm=max_norm)
+        for step in range(1, 4):
+            param.grad = torch.full_like(param, SCALE)
+            amp_step(optimizer, SCALE, False)
+            assert bool((param == 1 - step * move).all())
+            assert bool((param.grad == 1).all())
+
+
 def test_momentum_switched_on_in_mid_run_under_stochastic_rounding(device: torch.device) -> None:
     """The buffer starts with the whole gradient then too, whatever the dampening and the steps made before."""
     param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
@@ -553,6 +580,28 @@ def test_master_weights_are_the_float32_run(name: str, dtype: torch.dtype, devic
                 scale = reference.scales[other][key]
                 assert_matches(value, expected, reference.values[other][key], f"{key} at step {step}", scale)
     assert "master_param" not in ours.state[parameters(ours)[-1]]
+
+
+@on_both_backends
+def test_master_weights_under_clipping_and_amp(name: str, device: torch.device) -> None:
+    """The scale and the clip reach masters as they reach parameters."""
+    low = make_params(SMALL, torch.bfloat16)
+    options = {**OPTIONS[name], "lr": 0.1} if name == "SGD" else OPTIONS[name]
+    theirs = theirs_for(name)([torch.nn.Parameter(p.detach().float()) for p in low], **options, foreach=False)
+    ours = ours_for(name)(copies(low, device), **options, master_weights=True, max_norm=2.0)
+    feed, reference = Feed(low), ReferenceRun(theirs)
+    for step in range(1, 7):
+        gradients = feed(step)
+        set_gradients(ours, [grad * SCALE for grad in gradients])
+        amp_step(ours, SCALE, False)
+        set_gradients(theirs, [grad.float() for grad in gradients])
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), 2.0, foreach=False)
+        theirs.step()
+        reference.step(clipped(gradients, 2.0)[0])
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            master = ours.state[mine]["master_param"]
+            scale = reference.scales[other]["param"]
+            assert_matches(master, other, reference.values[other]["param"], f"step {step}", scale)
 
 
 @pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])
