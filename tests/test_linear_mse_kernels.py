@@ -168,9 +168,9 @@ CHUNKS = [  # rows, chunk, chunks, N, D, K
 @pytest.mark.parametrize(("rows", "chunk", "count", "N", "D", "K"), CHUNKS)
 def test_chunks(linear_mse, monkeypatch, rows, chunk, count, N, D, K, dtype):
     """One read of X: full and partial chunks, several tiles for each program, a last tile in part."""
-    config = linear_mse.Chunks(rows, chunk, count, 1, 4)
-    monkeypatch.setattr(linear_mse, "chunks", lambda *_: config)
-    monkeypatch.setattr(linear_mse, "dot", lambda *_: None)
+    config = linear_mse.config.LinearMseChunks(rows, chunk, count, 1, 4)
+    monkeypatch.setattr(linear_mse.config, "linear_mse_chunks", lambda *_: config)
+    monkeypatch.setattr(linear_mse.config, "linear_mse_dot", lambda *_: None)
     check(linear_mse, Case(random.Random(f"{config} {N} {dtype}"), N, D, K, dtype))
 
 
@@ -178,8 +178,8 @@ def test_chunks(linear_mse, monkeypatch, rows, chunk, count, N, D, K, dtype):
 @pytest.mark.parametrize(("N", "D", "K"), [(65, 63, 9), (200, 16, 16), (1000, 3, 1), (1, 65, 33)])
 def test_dot(linear_mse, monkeypatch, N, D, K, dtype):
     """One read of X, in matrix instructions."""
-    monkeypatch.setattr(linear_mse, "chunks", lambda *_: None)
-    assert linear_mse.dot(K, D, dtype, linear_mse.config.Target("cuda", 90)) is not None
+    monkeypatch.setattr(linear_mse.config, "linear_mse_chunks", lambda *_: None)
+    assert linear_mse.config.linear_mse_dot(K, D, dtype, linear_mse.config.Target("cuda", 90)) is not None
     check(linear_mse, Case(random.Random(f"{N} {D} {K} {dtype}"), N, D, K, dtype))
 
 
@@ -189,8 +189,8 @@ def test_dot(linear_mse, monkeypatch, N, D, K, dtype):
 )
 def test_tiles(linear_mse, monkeypatch, N, D, K, dtype):
     """A product that ends in the errors."""
-    monkeypatch.setattr(linear_mse, "chunks", lambda *_: None)
-    monkeypatch.setattr(linear_mse, "dot", lambda *_: None)
+    monkeypatch.setattr(linear_mse.config, "linear_mse_chunks", lambda *_: None)
+    monkeypatch.setattr(linear_mse.config, "linear_mse_dot", lambda *_: None)
     check(linear_mse, Case(random.Random(f"{N} {D} {K} {dtype}"), N, D, K, dtype))
 
 
@@ -265,28 +265,28 @@ def test_the_choice_is_bounded(linear_mse, target):
         for D in (1, 3, 16, 63, 100, 128, 768, 1000, 2048, 3072, 4096, 5000, 8192, 16384, 16385):
             for dtype in DTYPES:
                 acc = torch.float64 if dtype == torch.float64 else torch.float32
-                plan = linear_mse.chunks(K, D, dtype.itemsize, acc, target)
+                plan = linear_mse.config.linear_mse_chunks(K, D, dtype.itemsize, acc, target)
                 if plan:
                     assert plan.CHUNK * plan.CHUNKS >= D > plan.CHUNK * (plan.CHUNKS - 1)
                     # At most 64 gradients in a lane; with as many weights, the compile report's 240 registers.
                     values = plan.ROWS * K * plan.CHUNK * plan.CHUNKS * acc.itemsize // 4
                     assert values <= 64 * 32 * plan.num_warps
                     seen.add(plan)
-                if plan := linear_mse.dot(K, D, dtype, target):
+                if plan := linear_mse.config.linear_mse_dot(K, D, dtype, target):
                     assert plan.COLS >= D
                     assert plan.OUTPUTS >= K
                     assert plan.COLS * plan.OUTPUTS <= 8192
     assert len(seen) < 200
     for itemsize in (2, 4):
-        assert linear_mse.chunks(1, 16384, itemsize, torch.float32, target) is not None
-        assert linear_mse.chunks(1, 16385, itemsize, torch.float32, target) is None
+        assert linear_mse.config.linear_mse_chunks(1, 16384, itemsize, torch.float32, target) is not None
+        assert linear_mse.config.linear_mse_chunks(1, 16385, itemsize, torch.float32, target) is None
 
 
 def test_programs_come_from_the_shape(linear_mse):
     """No question to the chip, and partial sums that cost little: 1/16 of X, or one program on each processor."""
     for N in (1, 47, 48, 1000, 8192, 65536, 10**7):
         for itemsize, acc in ((2, torch.float32), (4, torch.float32), (8, torch.float64)):
-            P = linear_mse.programs(N, itemsize, acc)
+            P = linear_mse.config.linear_mse_programs(N, itemsize, acc)
             assert 1 <= P <= 264
             assert max(1, N // 48) >= P
             if N >= 8192:
@@ -305,8 +305,8 @@ for K in (1, 12):
     apart = torch.empty(3 * 2**30 + 64, dtype=torch.float16).as_strided((4, 8), (2**30, 1))
     x, w, y = torch.randn(4, 8).half(), torch.randn(K, 8).half(), torch.randn(4, K).half()
     apart.copy_(x)
-    for plan in (linear_mse.dot, lambda *_: None):
-        linear_mse.dot = plan
+    for plan in (linear_mse.config.linear_mse_dot, lambda *_: None):
+        linear_mse.config.linear_mse_dot = plan
         mine = linear_mse.linear_mse_forward(apart, w, y, None, None, "mean", [True] * 3, torch.float32)
         other = linear_mse.linear_mse_forward(x, w, y, None, None, "mean", [True] * 3, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(mine, other))

@@ -206,3 +206,74 @@ LEAST_STEPS = {"dot": 8, "column": 2, "outer": 8}
 def splits(tiles: int, steps: int, mode: str) -> int:
     """Into how many pieces a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
     return max(1, min(PROGRAMS // max(tiles, 1), steps // LEAST_STEPS[mode]))
+
+
+class LinearMseChunks(NamedTuple):
+    """How a row of X is held in registers."""
+
+    ROWS: int
+    CHUNK: int
+    CHUNKS: int
+    STAGES: int
+    num_warps: int
+
+
+def linear_mse_chunks(
+    K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
+) -> LinearMseChunks | None:
+    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes; None where registers do not suffice.
+
+    A chunk is 16 bytes for each lane. Short rows lie in one warp, so that a row is added up without leaving it;
+    longer ones in eight. A lane holds the gradients and the weights of its columns: 64 float32 each at most.
+    """
+    if K > 8:
+        return None
+    wide = acc.itemsize // 4
+    size = triton.next_power_of_2(max(D, 16))
+    # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
+    most, lanes = (1, 64) if target.backend == "hip" else (3, 32)
+
+    def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
+        stages = most if rows * D * itemsize <= 32768 else min(most, 2)
+        return LinearMseChunks(rows, chunk, triton.cdiv(max(D, 1), chunk), stages, num_warps)
+
+    chunk = min(lanes * 16 // itemsize, size)
+    values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
+    if values <= 2048:
+        rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
+        return config_of(max(4, rows), chunk, 4)
+    for rows in (1,) if K == 1 else (4, 2, 1):
+        chunk = min(8 * lanes // rows * 16 // itemsize, size)
+        if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
+            return config_of(rows, chunk, 8)
+    return None
+
+
+class LinearMseDot(NamedTuple):
+    """How a tile of rows of X is multiplied twice."""
+
+    ROWS: int
+    COLS: int
+    OUTPUTS: int
+    STAGES: int
+    num_warps: int
+
+
+def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseDot | None:
+    """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
+    cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
+    if dtype.itemsize != 2 or outputs > (16 if target.backend == "hip" else 64) or cols * outputs > 8192:
+        return None
+    return LinearMseDot(
+        64, cols, outputs, 1 if target.backend == "hip" else 2, 4 if cols * outputs <= 4096 else 8
+    )
+
+
+def linear_mse_programs(N: int, itemsize: int, acc: torch.dtype) -> int:
+    """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
+
+    At most two for each of 132 multiprocessors; while X is small, so few that the partial sums (written and read)
+    and the weights are less than 1/16 of X, but not fewer than one for each multiprocessor and 48 rows.
+    """
+    light = N * itemsize // (16 * (2 * acc.itemsize + itemsize))
+    return max(1, min(264, max(light, min(132, N // 48))))

@@ -377,73 +377,6 @@ def _linear_mse_grad_target_kernel(
         tl.store(grad_ptr + tail, rest.to(grad_ptr.dtype.element_ty), mask=tail < size)
 
 
-class Chunks(NamedTuple):
-    """The config of the ``chunks`` plan."""
-
-    ROWS: int
-    CHUNK: int
-    CHUNKS: int
-    STAGES: int
-    num_warps: int
-
-
-def chunks(K: int, D: int, itemsize: int, acc: torch.dtype, target: config.Target) -> Chunks | None:
-    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes; None where registers do not suffice.
-
-    A chunk is 16 bytes for each lane. Short rows lie in one warp, so that a row is added up without leaving it;
-    longer ones in eight. A lane holds the gradients and the weights of its columns: 64 float32 each at most.
-    """
-    if K > 8:
-        return None
-    wide = acc.itemsize // 4
-    size = triton.next_power_of_2(max(D, 16))
-    # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
-    most, lanes = (1, 64) if target.backend == "hip" else (3, 32)
-
-    def config_of(rows: int, chunk: int, num_warps: int) -> Chunks:
-        stages = most if rows * D * itemsize <= 32768 else min(most, 2)
-        return Chunks(rows, chunk, triton.cdiv(max(D, 1), chunk), stages, num_warps)
-
-    chunk = min(lanes * 16 // itemsize, size)
-    values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
-    if values <= 2048:
-        rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
-        return config_of(max(4, rows), chunk, 4)
-    for rows in (1,) if K == 1 else (4, 2, 1):
-        chunk = min(8 * lanes // rows * 16 // itemsize, size)
-        if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
-            return config_of(rows, chunk, 8)
-    return None
-
-
-class Dot(NamedTuple):
-    """The config of the ``dot`` plan."""
-
-    ROWS: int
-    COLS: int
-    OUTPUTS: int
-    STAGES: int
-    num_warps: int
-
-
-def dot(K: int, D: int, dtype: torch.dtype, target: config.Target) -> Dot | None:
-    """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
-    cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
-    if dtype.itemsize != 2 or outputs > (16 if target.backend == "hip" else 64) or cols * outputs > 8192:
-        return None
-    return Dot(64, cols, outputs, 1 if target.backend == "hip" else 2, 4 if cols * outputs <= 4096 else 8)
-
-
-def programs(N: int, itemsize: int, acc: torch.dtype) -> int:
-    """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
-
-    At most two for each of 132 multiprocessors; while X is small, so few that the partial sums (written and read)
-    and the weights are less than 1/16 of X, but not fewer than one for each multiprocessor and 48 rows.
-    """
-    light = N * itemsize // (16 * (2 * acc.itemsize + itemsize))
-    return max(1, min(264, max(light, min(132, N // 48))))
-
-
 class _Job(NamedTuple):
     """The operands of one forward call, and what it writes."""
 
@@ -481,11 +414,11 @@ class _Job(NamedTuple):
         )  # fmt: skip
 
 
-def _by_chunks(job: _Job, config_: Chunks) -> None:
+def _by_chunks(job: _Job, config_: config.LinearMseChunks) -> None:
     """One read of X, a row at a time in registers."""
     N, D = job.input.shape
     K = job.weight.shape[0]
-    P = programs(N, job.input.element_size(), job.acc)
+    P = config.linear_mse_programs(N, job.input.element_size(), job.acc)
     grads = None if job.grad_weight is None else job.partials(P, K, D)
     sums = job.partials(P, K + 1)
     launch(
@@ -521,11 +454,11 @@ def _multiply(
     return _Multiply(operand, tile, precision)
 
 
-def _by_dot(job: _Job, config_: Dot) -> None:
+def _by_dot(job: _Job, config_: config.LinearMseDot) -> None:
     """One read of X, a tile of rows at a time, for both products."""
     N, D = job.input.shape
     K = job.weight.shape[0]
-    P = programs(N, job.input.element_size(), job.acc)
+    P = config.linear_mse_programs(N, job.input.element_size(), job.acc)
     grads = None if job.grad_weight is None else job.partials(P, K, D)
     sums = job.partials(P, K + 1)
     launch(
@@ -570,8 +503,8 @@ def _by_plan(job: _Job) -> None:
     K, D = job.weight.shape
     target = config.target_of(job.input.device)
     operand = torch.promote_types(job.input.dtype, job.weight.dtype)
-    in_chunks = chunks(K, D, job.input.element_size(), job.acc, target)
-    in_dots = dot(K, D, operand, target)
+    in_chunks = config.linear_mse_chunks(K, D, job.input.element_size(), job.acc, target)
+    in_dots = config.linear_mse_dot(K, D, operand, target)
     # From five outputs on, 16-bit sums are bound by instructions, unless they are matrix instructions.
     if in_chunks and not (in_dots and K > 4):
         _by_chunks(job, in_chunks)
