@@ -49,8 +49,8 @@ def forgotten() -> Iterator[None]:
         product(PROBLEMS, ENGINES, (False, True)),
         triton=lambda problem, engine, dynamic: [] if engine == SLOW else [problem, (engine, dynamic)],
         fallback=lambda problem, engine, dynamic: [
-            (PROBLEMS[problem](1).op, engine, dynamic),
-            (problem, engine == SLOW),
+            (engine, PROBLEMS[problem](1).op) if engine == SLOW else (engine, problem),
+            (engine, dynamic),
         ],
     ),
     indirect=["backend"],
@@ -224,6 +224,7 @@ def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
     on_both_backends(
         product([operator.name for operator in OPERATORS], LAYOUTS),
         triton=lambda name, layout: [name, layout],
+        fallback=lambda name, layout: [name, layout],
     ),
     indirect=["backend"],
 )

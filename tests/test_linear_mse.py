@@ -9,7 +9,7 @@ import torch
 from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
 from gradkernels.reference import linear_mse as reference
 
-from .cases import REDUCTIONS, Case, label, torch_linear_mse_loss
+from .cases import REDUCTIONS, Case, label, on_both_backends, torch_linear_mse_loss
 from .helpers import DTYPES, SIZES, assert_matches, to_numpy
 from .test_matmul import check
 
@@ -45,8 +45,12 @@ def test_shapes(
         check(Case("linear_mse_loss", given | more, {"reduction": reduction}), torch.float32, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=label)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("backend", "size", "dtype"),
+    on_both_backends(product(SIZES, DTYPES), triton=lambda size, dtype: [size, dtype]),
+    ids=label,
+    indirect=["backend"],
+)
 def test_sizes(backend: str, device: torch.device, size: int, dtype: torch.dtype) -> None:
     for samples, features, outputs in ((size, 33, 1), (5, size, 2), (3, 2, size)):
         shapes = {
@@ -72,7 +76,7 @@ def test_loss_and_grad(
     arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
     exact = dict(zip(given, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=False))
     masks = list(product((False, True), repeat=4))
-    for mask in masks if backend == "fallback" else masks[:: 1 + 2 * (dtype != torch.float32)]:
+    for mask in masks if backend == "fallback" else masks[DTYPES.index(dtype) :: 4]:
         wrt = tuple(name for name, wanted in zip(WANTED, mask, strict=True) if wanted)
         loss, grads = linear_mse_loss_and_grad(**given, reduction=reduction, wrt=wrt)
         assert_matches(loss, theirs.detach(), reference.forward(**arrays, reduction=reduction), "loss")

@@ -1,11 +1,13 @@
 """matmul and linear: shapes, sizes, dtypes and errors. Derivatives and layouts have files of their own."""
 
+from itertools import product
+
 import pytest
 import torch
 from gradkernels import linear, matmul
 from torch import Tensor
 
-from .cases import Case, label, value_and_gradients
+from .cases import Case, label, on_both_backends, value_and_gradients
 from .helpers import DTYPES, SIZES, assert_matches, to_numpy
 
 SHAPES = [  # input, other
@@ -50,8 +52,12 @@ def test_matmul(
     check(Case("matmul", {"input": input, "other": other, **bias}), torch.float32, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=label)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("backend", "size", "dtype"),
+    on_both_backends(product(SIZES, DTYPES), triton=lambda size, dtype: [size, dtype]),
+    ids=label,
+    indirect=["backend"],
+)
 def test_linear(backend: str, device: torch.device, size: int, dtype: torch.dtype) -> None:
     check(Case("linear", {"input": (3, size), "weight": (5, size), "bias": (5,)}), dtype, device)
     check(Case("linear", {"input": (size, 2), "weight": (3, 2)}), dtype, device)
