@@ -101,35 +101,53 @@ def _linear_mse_backward(N: int, D: int, K: int) -> Callable[[Any, torch.dtype],
     return call
 
 
-def _bucket(dtype: torch.dtype, *states: str) -> Any:
+def _bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | None = None) -> Any:
     from gradkernels.buckets import Bucket
 
     def tensors(of: torch.dtype) -> list[Tensor]:
         return [torch.empty(size, dtype=of) for size in (8192, 1000)]
 
+    wide = {"master_param": tensors(FLOAT32)} if master else {}
     steps = [torch.zeros(()) for _ in range(2)]
     return Bucket(
         tensors(dtype),
         tensors(dtype),
-        {**{key: tensors(dtype) for key in states}, "step": steps},
+        {**{key: tensors(FLOAT32 if master else dtype) for key in states}, **wide, "step": steps},
         [0, 0],
         [0, 1],
+        seed,
     )
 
 
-def _sgd(module: Any, dtype: torch.dtype) -> object:
-    from gradkernels.buckets import Guard, SGDOptions
+def _guard() -> Any:
+    """Everything at once: a scaled gradient, clipping, and a step that may be skipped."""
+    from gradkernels.buckets import Guard
 
-    return module.sgd_step(
-        _bucket(dtype, "momentum_buffer"), [SGDOptions(0.1, 0.9, 0, 0.1, True, False)], Guard()
-    )
+    norms, skipped = torch.empty(4, 2, dtype=FLOAT64), torch.zeros(1, dtype=torch.int64)
+    return Guard(torch.ones(()), torch.zeros(()), norms, 1.0, True, skipped)
 
 
-def _adam(module: Any, dtype: torch.dtype) -> object:
-    from gradkernels.buckets import AdamOptions, Guard
+def _sgd(guarded: bool = False, **kept: Any) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.buckets import Guard, SGDOptions
 
-    options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
-    return module.adam_step(_bucket(dtype, "exp_avg", "exp_avg_sq"), [options], Guard())
+        options = SGDOptions(0.1, 0.9, 0, 0.1, True, False)
+        bucket = _bucket(dtype, "momentum_buffer", **kept)
+        return module.sgd_step(bucket, [options], _guard() if guarded else Guard())
+
+    return call
+
+
+def _adam(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Callable[[Any, torch.dtype], object]:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.buckets import AdamOptions, Guard
+
+        options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
+        states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+        bucket = _bucket(dtype, *states, **kept)
+        return module.adam_step(bucket, [options], _guard() if guarded else Guard())
+
+    return call
 
 
 def _grad_norm(module: Any, dtype: torch.dtype) -> object:
@@ -167,7 +185,13 @@ SPECIMENS = (
     Specimen("linear_mse", "16 outputs of 512", _linear_mse(1 << 16, 512, 16), stores=False),
     Specimen("linear_mse", "1024 outputs of 1024", _linear_mse(1 << 14, 1024, 1024)),
     Specimen("linear_mse", "backward", _linear_mse_backward(1 << 16, 1024, 1), loads=False),
-    Specimen("sgd", "momentum, aligned or not", _sgd),
-    Specimen("adam", "AdamW, aligned or not", _adam),
+    Specimen("sgd", "momentum, aligned or not", _sgd()),
+    Specimen("sgd", "guarded", _sgd(guarded=True)),
+    Specimen("sgd", "master weights", _sgd(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    Specimen("sgd", "stochastic rounding", _sgd(seed=0), dtypes=(BFLOAT16,)),
+    Specimen("adam", "AdamW, aligned or not", _adam()),
+    Specimen("adam", "amsgrad, guarded", _adam(guarded=True, amsgrad=True)),
+    Specimen("adam", "master weights", _adam(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    Specimen("adam", "stochastic rounding", _adam(seed=0), dtypes=(BFLOAT16,)),
     Specimen("grad_norm", "aligned or not", _grad_norm, stores=False),
 )

@@ -102,11 +102,12 @@ def test_bias_corrections_at_any_step(step: int, betas: tuple[float, float], dev
     assert ours.state[p]["step"].item() == step
 
 
-def test_denormal_second_moments_are_not_taken_for_zero(device: torch.device) -> None:
-    # exp_avg_sq is 1e-41: a root that flushes it to 0 would divide by eps alone.
-    start = [torch.zeros(8)]
+@pytest.mark.parametrize(("dtype", "grad"), [(torch.float32, 1e-19), (torch.float64, 1e-17)], ids=str)
+def test_tiny_second_moments_keep_their_digits(dtype: torch.dtype, grad: float, device: torch.device) -> None:
+    # In float32 exp_avg_sq is 1e-41: a root that flushes it to 0 would divide by eps alone.
+    start = [torch.zeros(8, dtype=dtype)]
     (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
-    q.grad = torch.full((8,), 1e-19)
+    q.grad = torch.full((8,), grad, dtype=dtype)
     p.grad = q.grad.to(device)
     value, _ = reference.step(to_numpy(q), to_numpy(q.grad), eps=1e-30)
     FusedAdam([p], eps=1e-30).step()

@@ -176,8 +176,10 @@ def _correction(one_less, exponent):
 
 @triton.jit
 def _root(x):
-    """Square root, of denormal numbers too, which the hardware's fast root takes for 0."""
-    return tl.where(x < 1e-30, tl.sqrt(x * 1.2676506e30) * 8.8817842e-16, tl.sqrt(x))
+    """Square root, of denormal numbers too, which the hardware's fast root of float32 takes for 0."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    return tl.where(x < 1e-30, tl.sqrt(x * 2.0**100) * 2.0**-50, tl.sqrt(x))
 
 
 @triton.jit
