@@ -12,6 +12,7 @@ X (N, D), W (K, D), Y (N, K). The predictions are never stored. Three plans (``p
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -414,6 +415,12 @@ class _Job(NamedTuple):
         )  # fmt: skip
 
 
+def _alignment(tensors: Sequence[Tensor], *sizes: int) -> int:
+    """The elements in 16 bytes, if they divide all of ``sizes``, else 1: few classes, so few kernels are compiled."""
+    whole = 16 // min(tensor.element_size() for tensor in tensors)
+    return 1 if any(size % whole for size in sizes) else whole
+
+
 def _by_chunks(job: _Job, config_: config.LinearMseChunks) -> None:
     """One read of X, a row at a time in registers."""
     N, D = job.input.shape
@@ -424,7 +431,7 @@ def _by_chunks(job: _Job, config_: config.LinearMseChunks) -> None:
     launch(
         _linear_mse_chunks_kernel, (P,), job.input, job.weight.contiguous(), job.target, job.bias,
         job.sample_weight, job.error, grads, sums, N, D, *job.input.stride(), *job.element_strides(),
-        device=job.input.device, K=K, ALIGN=math.gcd(16, D, job.input.stride(0)),
+        device=job.input.device, K=K, ALIGN=_alignment((job.input,), D, job.input.stride(0)),
         EVEN=D == config_.CHUNK * config_.CHUNKS, ACC=_ACC[job.acc], **config_._asdict(),
     )  # fmt: skip
     job.add_up(grads, sums[:, :K], sums[:, K])
@@ -464,8 +471,8 @@ def _by_dot(job: _Job, config_: config.LinearMseDot) -> None:
     launch(
         _linear_mse_dot_kernel, (P,), job.input, job.weight, job.target, job.bias, job.sample_weight,
         job.error, grads, sums, N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
-        device=job.input.device, ALIGN=math.gcd(16, D, job.input.stride(0)),
-        ALIGN_K=math.gcd(16, K, job.target.stride(0)),
+        device=job.input.device, ALIGN=_alignment((job.input,), D, job.input.stride(0)),
+        ALIGN_K=_alignment((job.target,), K, job.target.stride(0)),
         OPERAND=_OPERAND[_multiply(N, K, D, 16, job.input.dtype, job.acc, job.input.device).operand],
         ACC=_ACC[job.acc], **config_._asdict(),
     )  # fmt: skip
@@ -481,8 +488,9 @@ def _by_tiles(job: _Job) -> None:
     error = job.error
     if error is None and job.grad_weight is not None:
         error = job.input.new_empty((N, K), dtype=operand)
-    align = math.gcd(16, D, job.input.stride(0), job.weight.stride(0))
-    align_k = math.gcd(16, K, job.target.stride(0))
+    operands = (job.input, job.weight, job.target)
+    align = _alignment(operands, D, job.input.stride(0), job.weight.stride(0))
+    align_k = _alignment(operands, K, job.target.stride(0))
     plan = _multiply(N, K, D, min(align, align_k), operand, job.acc, device)
     m_tiles, n_tiles = triton.cdiv(N, plan.tile.BLOCK_M), triton.cdiv(K, plan.tile.BLOCK_N)
     biases, losses = job.partials(m_tiles, K), job.partials(m_tiles * n_tiles)
@@ -568,10 +576,10 @@ def linear_mse_backward(
             launch(
                 _linear_mse_outer_kernel, (triton.cdiv(N, rows) * triton.cdiv(D, cols),), *operands,
                 N, D, *error.stride(), *weight.stride(), factor, device=device, K=K, ROWS=rows, COLS=cols,
-                ALIGN=math.gcd(16, D, weight.stride(0)), ACC=_ACC[acc],
+                ALIGN=_alignment((weight,), D, weight.stride(0)), ACC=_ACC[acc],
             )  # fmt: skip
         else:
-            align = math.gcd(16, D, K, error.stride(0), weight.stride(0))
+            align = _alignment((error, weight), D, K, error.stride(0), weight.stride(0))
             plan = _multiply(N, D, K, align, weight.dtype, acc, device)
             tiles = triton.cdiv(N, plan.tile.BLOCK_M) * triton.cdiv(D, plan.tile.BLOCK_N)
             launch(
