@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -24,10 +24,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_chosen: ContextVar[str] = ContextVar(
-    "gradkernels_backend",
-    default=_checked(os.environ.get("GRADKERNELS_BACKEND") or "auto", "GRADKERNELS_BACKEND"),
-)
+_initial = _checked(os.environ.get("GRADKERNELS_BACKEND") or "auto", "GRADKERNELS_BACKEND")
+_open_blocks: ContextVar[tuple["use_backend", ...]] = ContextVar("gradkernels_backend", default=())
 
 
 class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.no_grad)
@@ -38,7 +36,8 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
             ``"reference"``.
 
     An op's backward, double backward and jvp run under the choice that its forward ran under, in any thread
-    and after the block has ended. The environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and
+    and after the block has ended; but a graph captured by torch.compile asks again at each launch, its backward's
+    included. The environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and
     is read once, at import.
 
     Raises:
@@ -49,24 +48,29 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
         ...     loss = mse_loss(input, target)
     """
 
-    __slots__ = ("_name", "_tokens")
+    __slots__ = ("_name",)
 
     def __init__(self, name: str) -> None:
         self._name = _checked(name, "use_backend")
-        self._tokens: list[Token[str]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_chosen.set(self._name))
+        _open_blocks.set((*_open_blocks.get(), self))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _chosen.reset(self._tokens.pop())
+        # Not always the innermost: a block in a generator ends when the generator does, in any order and thread.
+        blocks = _open_blocks.get()
+        for i in reversed(range(len(blocks))):
+            if blocks[i] is self:
+                _open_blocks.set(blocks[:i] + blocks[i + 1 :])
+                break
 
 
 def current() -> str:
     """The word in force: one of ``NAMES``."""
-    return _chosen.get()
+    blocks = _open_blocks.get()
+    return blocks[-1]._name if blocks else _initial
 
 
 @functools.cache
@@ -98,7 +102,7 @@ def backend_for(tensor: torch.Tensor) -> str:
     Raises:
         RuntimeError: the chosen backend cannot serve the tensor's device; the message says why.
     """
-    name = _chosen.get()
+    name = current()
     if name == "auto":
         device_type = tensor.device.type
         return (
