@@ -22,14 +22,14 @@ def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> Non
         raise ValueError(f"{op}: {value!r} is not a valid value for reduction; expected one of {expected}")
 
 
-def tensors(op: str, arguments: Mapping[str, Tensor | None]) -> None:
+def tensors(op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...]) -> None:
     """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
 
-    Under autocast dtypes may differ: the op casts, as torch's does.
+    Only the ``optional`` ones may be None. Under autocast dtypes may differ: the op casts, as torch's does.
     """
     first_name, first = "", None
     for name, tensor in arguments.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")

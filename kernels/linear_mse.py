@@ -176,7 +176,7 @@ def _check(
         "bias": bias,
         "sample_weight": sample_weight,
     }
-    checks.tensors(op, tensors)
+    checks.tensors(op, tensors, ("bias", "sample_weight"))
     check_linear(op, input, weight, bias)
     why = f"for input of shape {tuple(input.shape)} and weight of shape {tuple(weight.shape)} (nothing is broadcast)"
     checks.shape(op, "target", target, (*input.shape[:-1], *weight.shape[:-1]), why)
@@ -462,19 +462,24 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product(a.reshape(1, -1), b.reshape(-1, 1), None, (), _wide(a)).reshape(())
 
 
-def _prepare(*args: Any) -> tuple[Any, ...]:
-    """Ask the forward for what the backward of this call will need."""
+def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
+    """Ask the forward for what the backward of this call will need.
+
+    The caller may be a level of torch.func to which the tensors that this level differentiates are constants:
+    it gets the outputs that it asked for, no others.
+    """
     input, weight, target, bias, samples, reduction, needs, dtype = args
 
     def may_need(tensor: Tensor | None) -> bool:
         return tensor is not None and needs_derivative((tensor,))
 
-    needs = [
+    given = [
         needs[0] or may_need(input) or may_need(target),
         needs[1] or may_need(weight),
         needs[2] or may_need(bias),
     ]
-    return input, weight, target, bias, samples, reduction, needs, dtype
+    asked = [0, *(sum(given[: i + 1]) for i, need in enumerate(needs) if need)]
+    return (input, weight, target, bias, samples, reduction, given, dtype), asked
 
 
 def _launch(input: Tensor, *args: Any) -> list[Tensor]:
@@ -518,6 +523,8 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor]
     )
     if bias is not None and bias.dim() == 2:
         bias = bias.unsqueeze(1)
+        if input.dim() == weight.dim() == 2:  # an addend adds no dimensions to a product
+            input = input.expand(info.batch_size, *input.shape)
     predictions = product(input, weight.mT, bias, dtype=dtype)
     shape = (info.batch_size, *predictions.shape[-2:])
     predictions, target = predictions.expand(shape), target.expand(shape)
@@ -548,15 +555,15 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[lis
     wide = _wide(error)
     slope = (factor * grad_output).reshape(-1, 1, 1).to(wide)
     rows, outputs = error.shape[-2:]
-    scaled = product(error.reshape(-1, rows * outputs, 1).to(wide), slope, dtype=error.dtype).reshape(
-        -1, rows, outputs
-    )
+    flat = error.reshape(*error.shape[:-2], rows * outputs, 1)
+    scaled = product(flat.to(wide), slope, dtype=error.dtype).reshape(info.batch_size, rows, outputs)
     results = []
     if needs[0]:
         results.append(product(scaled.to(weight.dtype), weight))
     if needs[1]:
         minus = scaled.new_full((1, 1), -1)
-        results.append(product(scaled.reshape(-1, rows * outputs, 1), minus).reshape(scaled.shape))
+        flat = scaled.reshape(info.batch_size, rows * outputs, 1)
+        results.append(product(flat, minus).reshape(scaled.shape))
     return results, [0] * len(results)
 
 

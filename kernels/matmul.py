@@ -48,7 +48,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> matmul(torch.randn(8, 3, 4), torch.randn(4, 5), torch.zeros(5)).shape
         torch.Size([8, 3, 5])
     """
-    checks.tensors("matmul", {"input": input, "other": other, "bias": bias})
+    checks.tensors("matmul", {"input": input, "other": other, "bias": bias}, ("bias",))
     if input.dim() == 0 or other.dim() == 0:
         raise RuntimeError(
             f"matmul: both arguments need at least one dimension, got input {tuple(input.shape)}, "
@@ -101,7 +101,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.randn(8, 4), torch.randn(5, 4), torch.zeros(5)).shape
         torch.Size([8, 5])
     """
-    checks.tensors("linear", {"input": input, "weight": weight, "bias": bias})
+    checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
     check_linear("linear", input, weight, bias)
     if served_by_torch(input):
         return linear_in_torch(input, weight, bias)
@@ -192,17 +192,20 @@ def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
 
 
 def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Sum ``tensor`` (at least 2-D) to a ``shape`` that broadcasts to its own, by products with ones."""
+    """Sum ``tensor`` (at least 2-D) to a ``shape`` that broadcasts to its own, by products with ones.
+
+    Never a view of it: autograd takes one for a new tensor, keeps it as ``.grad`` and adds to it in place.
+    """
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
     padded = [1] * (tensor.dim() - len(shape)) + list(shape)
     summed = [dim for dim, (size, want) in enumerate(zip(tensor.shape, padded, strict=True)) if want != size]
-    if not summed:
-        return tensor.reshape(shape)
     batch_dims = [dim for dim in summed if dim < tensor.dim() - 2]
     ones = tensor.new_ones(())
     if tensor.dim() - 2 in summed:
         tensor = product(ones.expand(1, tensor.shape[-2]), tensor, None, batch_dims)
     elif tensor.dim() - 1 not in summed:
-        flat = tensor.reshape(*tensor.shape[:-2], -1, 1)
+        flat = tensor.reshape(*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1], 1)
         tensor = product(flat, ones.expand(1, 1), None, batch_dims)
         return tensor.reshape(shape)
     if tensor.shape[-1] != padded[-1]:

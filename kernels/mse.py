@@ -5,7 +5,8 @@ With e = input - target and g the gradient of the loss, all of its derivatives a
     C(g, w, e) = c * sum(g * w * e^2):
 
 the backward is C's gradient, and the tangent of the loss, the tangent of the backward and the double backward
-are all C's Hessian times a vector. Hence three registered operators: ``mse``, ``mse_backward``, ``mse_hvp``.
+are all C's Hessian times a vector. Hence three registered operators: ``mse``, ``mse_backward``, ``mse_hvp``; a
+fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 """
 
 import math
@@ -145,7 +146,7 @@ def _check(
     op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, allowed: tuple[str, ...]
 ) -> None:
     checks.reduction(op, reduction, allowed)
-    checks.tensors(op, {"input": input, "target": target, "weight": weight})
+    checks.tensors(op, {"input": input, "target": target, "weight": weight}, ("weight",))
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.shape != input.shape:
             raise ValueError(
@@ -216,9 +217,12 @@ class MseFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        primals, tangents = (None, *ctx.saved_tensors), (None, *tangents[:3])
-        tangent = mse_hvp(primals, tangents, ctx.reduction, ctx.kept, (True, False, False, False))[0]
-        return None if tangent is None else tangent.to(ctx.dtype)
+        input, target, weight = ctx.saved_tensors
+        shape = input.shape if ctx.reduction == "none" else input.shape[: ctx.kept]
+        # The tangent has grad_output's dtype and does not depend on its values.
+        grad = None if ctx.dtype == input.dtype else input.new_zeros((), dtype=ctx.dtype).expand(shape)
+        primals, directions = (grad, input, target, weight), (None, *tangents[:3])
+        return mse_hvp(primals, directions, ctx.reduction, ctx.kept, (True, False, False, False))[0]
 
 
 class MseBackwardFunction(torch.autograd.Function):
@@ -284,6 +288,21 @@ def _hvp_formula(
     return results
 
 
+def _forward_backward_formula(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+    kept: int = 0,
+) -> list[Tensor]:
+    """``mse_forward_backward`` in two passes: the operators that have derivatives, and can keep dimensions."""
+    one = input.new_ones((), dtype=dtype).expand(input.shape[:kept])
+    loss = mse(input, target, weight, reduction, kept, dtype)
+    return [loss, *_mse_backward(one, input, target, weight, reduction, kept, needs)]
+
+
 def _scale(input: Tensor, reduction: str, kept: int) -> float:
     return 1.0 / math.prod(input.shape[kept:]) if reduction == "mean" and input.numel() else 1.0
 
@@ -311,6 +330,20 @@ def _backward_fake(
 ) -> list[Tensor]:
     tensors = zip((input, target, weight), needs, strict=True)
     return [torch.empty_like(tensor) for tensor, need in tensors if need and tensor is not None]
+
+
+def _forward_backward_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    needs: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    return [
+        _loss_fake(input, reduction, 0, dtype),
+        *_backward_fake(input, input, target, weight, reduction, 0, needs),
+    ]
 
 
 def _hvp_fake(
@@ -343,7 +376,7 @@ def _launch_hvp(grad_output: Tensor | None, input: Tensor, *args: Any) -> list[T
     return backends.implementation("mse", input).mse_hvp(grad_output, input, *args)
 
 
-def _mse_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
+def _launch_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
     return backends.implementation("mse", input).mse_forward_backward(input, *args)
 
 
@@ -378,6 +411,15 @@ def _hvp_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Ten
     return results, [0] * len(results)
 
 
+def _forward_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    *tensors, reduction, needs, dtype = args
+    input, target, weight = _mapped_first(info, in_dims[:3], tensors)
+    assert input is not None
+    assert target is not None
+    results = _forward_backward_formula(input, target, weight, reduction, needs, dtype, kept=1)
+    return results, [0] * len(results)
+
+
 def _autocast(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
@@ -408,4 +450,12 @@ _mse_hvp = Operator(
     fake=_hvp_fake,
     vmap=_hvp_vmap,
     derivative=_hvp_formula,
+)
+_mse_forward_backward = Operator(
+    "mse_forward_backward(Tensor input, Tensor target, Tensor? weight, str reduction, bool[] needs, "
+    "ScalarType dtype) -> Tensor[]",
+    launch=_launch_forward_backward,
+    fake=_forward_backward_fake,
+    vmap=_forward_backward_vmap,
+    derivative=_forward_backward_formula,
 )

@@ -142,7 +142,7 @@ def mse_forward_backward(
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")
     loss = mse_forward(input, target, weight, reduction, 0, dtype)
     return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]
 
@@ -158,19 +158,19 @@ def linear_mse_forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     x, w, y, b, s = _arrays(input, weight, target, bias, samples)
-    # E is half of what the sum's gradient takes from the target; a mean divides by the number of elements.
-    with np.errstate(all="ignore"):
-        share = np.float64(1) / target.numel() if reduction == "mean" else np.float64(1)
+    count = target.numel() if reduction == "mean" else 1
     b = np.zeros(weight.shape[0]) if bias is None else b
     _, grad_weight, grad_target, grad_bias, _ = linear_mse.backward(1.0, x, w, y, b, s, "sum")
     assert grad_bias is not None
-    loss = np.asarray(linear_mse.forward(x, w, y, b, s, "sum") * share)
-    results = [_tensor(loss, target, dtype)]
+    with np.errstate(all="ignore"):
+        loss = linear_mse.forward(x, w, y, b, s, "sum") / count
+    # E is half of what the sum's gradient takes from the target.
     rest = (
         (-grad_target / 2, dtype),
-        (grad_weight * share, _wide(input)),
-        (np.asarray(grad_bias * share), _wide(input)),
+        (grad_weight / max(1, count), _wide(input)),
+        (np.asarray(grad_bias / max(1, count)), _wide(input)),
     )
+    results = [_tensor(np.asarray(loss), target, dtype)]
     return results + [
         _tensor(value, input, dt) for (value, dt), need in zip(rest, needs, strict=True) if need
     ]

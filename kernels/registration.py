@@ -63,7 +63,8 @@ class Operator:
         vmap: ``(info, in_dims, *args) -> (outputs, out_dims)``: one call of the operators for the whole batch.
         derivative: an ``autograd.Function`` with ``setup_context``, ``backward`` and ``jvp`` (its forward is
             provided here), or a function of the same arguments in ops that have derivatives.
-        prepare: maps the arguments to those to use when a derivative may be asked for.
+        prepare: maps the arguments to those to use when a derivative may be asked for, and to the places of the
+            outputs that the caller asked for among those they give.
         autocast: maps the arguments to those to use where autocast is on.
     """
 
@@ -75,7 +76,7 @@ class Operator:
         fake: Callable[..., Any],
         vmap: Callable[..., Any],
         derivative: type[torch.autograd.Function] | Callable[..., Any],
-        prepare: Callable[..., tuple[Any, ...]] | None = None,
+        prepare: Callable[..., tuple[tuple[Any, ...], list[int]]] | None = None,
         autocast: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
@@ -134,10 +135,13 @@ class Operator:
     def _autograd(self, *args: Any) -> Any:
         if not needs_derivative(args):
             return self.below(*args)
+        asked = None
         if self._prepare is not None:
-            args = self._prepare(*args)
+            args, asked = self._prepare(*args)
         with _level():
             outputs: Any = self._derivative(*args)
+        if asked is not None:
+            return [outputs[place] for place in asked]
         return list(outputs) if self._returns_list else outputs
 
 
@@ -147,7 +151,9 @@ def plain(args: Sequence[Any]) -> bool:
     That is: no tracing, transform, forward mode, dispatch mode or autocast is on, and the tensors are torch's
     own, with storage that holds their values. What a transform saved stays wrapped after the transform's end.
     """
-    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if _transforms_active() or forward_ad._current_level >= 0:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP):
         return False

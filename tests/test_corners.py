@@ -1,0 +1,248 @@
+"""Corners of the ops that broke once: each test failed before its fix."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from gradkernels import (
+    backend_for,
+    backends,
+    linear,
+    linear_mse_loss,
+    linear_mse_loss_and_grad,
+    matmul,
+    mse_loss,
+    mse_loss_and_grad,
+    use_backend,
+)
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.nn import functional as F  # noqa: N812
+
+from .cases import torch_linear_mse_loss
+
+close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tensors are made where the backend's tensors live."""
+    with request.getfixturevalue("device") if "backend" in request.fixturenames else nullcontext():
+        yield
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def loss_at(function: Callable[..., Tensor], position: int, tensors: list[Tensor]) -> Callable[..., Tensor]:
+    """``function`` of one tensor; the others are captured."""
+    return lambda tensor: function(*tensors[:position], tensor, *tensors[position + 1 :])
+
+
+@pytest.mark.parametrize(("inner", "outer"), list(permutations(range(4), 2)))
+def test_torch_func_over_captured_tensors_that_need_gradients(backend: str, inner: int, outer: int) -> None:
+    """What the outer level needs of the forward is not what the inner asked for. Equal shapes: no error helps."""
+    tensors = [random(2, 2), random(2, 2), random(2, 2), random(2)]
+    tensors[outer].requires_grad_()
+    results = []
+    for function in (linear_mse_loss, torch_linear_mse_loss):
+        first = grad(loss_at(function, inner, tensors))(tensors[inner].detach())
+        second = torch.autograd.grad((first**2).sum(), tensors[outer])[0]
+        value, tangent = jvp(
+            loss_at(function, inner, tensors), (tensors[inner],), (tensors[inner].detach().cos(),)
+        )
+        results.append((first, second, value, tangent, *torch.autograd.grad(tangent, tensors[outer])))
+    close(*results)
+
+
+@pytest.mark.parametrize("op", [linear, lambda x, w, b: matmul(x, w.mT, b)])
+def test_a_bias_gradient_does_not_share_memory_with_the_upstream_gradient(
+    backend: str, op: Callable[..., Tensor]
+) -> None:
+    """With one row no sum is needed, and ``.grad`` is added to in place."""
+    bias, upstream = random(4).requires_grad_(), random(1, 4)
+    before = upstream.clone()
+    for _ in range(2):
+        op(random(1, 3), random(4, 3), bias).backward(upstream)
+    close(upstream, before, rtol=0, atol=0)
+    close(bias.grad, 2 * before[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("mse_loss: input", lambda x: mse_loss(None, x)),  # type: ignore[arg-type]
+        ("mse_loss: target", lambda x: mse_loss(x, None)),  # type: ignore[arg-type]
+        ("mse_loss_and_grad: target", lambda x: mse_loss_and_grad(x, None)),  # type: ignore[arg-type]
+        ("matmul: other", lambda x: matmul(x, None)),  # type: ignore[arg-type]
+        ("linear: weight", lambda x: linear(x, None)),  # type: ignore[arg-type]
+        ("linear_mse_loss: weight", lambda x: linear_mse_loss(x, None, x)),  # type: ignore[arg-type]
+        ("linear_mse_loss_and_grad: target", lambda x: linear_mse_loss_and_grad(x, x, None)),  # type: ignore[arg-type]
+    ],
+)
+def test_none_for_a_required_argument(name: str, call: Callable[[Tensor], object]) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
+        call(random(3, 3))
+
+
+@pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
+def test_no_samples(backend: str) -> None:
+    """The loss is the mean of nothing; a sum over no samples is 0 all the same."""
+    loss, (_, grad_weight, _, grad_bias) = linear_mse_loss_and_grad(
+        torch.empty(0, 3), torch.randn(2, 3), torch.empty(0, 2), torch.randn(2)
+    )
+    assert loss.isnan()
+    close(grad_weight, torch.zeros(2, 3))
+    close(grad_bias, torch.zeros(2))
+
+
+def test_no_samples_under_vmap(backend: str) -> None:
+    """Where torch's own mse_loss divides by zero."""
+    arguments = (random(4, 0, 3), random(4, 2, 3), random(4, 0, 2), random(4, 2))
+    gradients = vmap(grad(linear_mse_loss, (0, 1, 2, 3)))(*arguments)
+    close(gradients, tuple(map(torch.zeros_like, arguments)))
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 3), (2, 0, 1, 3), (0, 2, 3)])
+def test_bias_gradient_of_an_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
+    weight, bias = random(4, 3), random(4).requires_grad_()
+    linear(random(*shape), weight, bias).sum().backward()
+    close(bias.grad, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("mapped", range(5))
+def test_vmap_over_one_argument(backend: str, mapped: int) -> None:
+    tensors = [random(3, 3), random(2, 3), random(3, 2), random(2), random(3)]
+    tensors[mapped] = torch.stack([tensors[mapped], random(*tensors[mapped].shape)])
+    in_dims = tuple(0 if i == mapped else None for i in range(5))
+
+    def ours(x: Tensor, w: Tensor, y: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        return linear_mse_loss(x, w, y, b, sample_weight=s)
+
+    for i in range(5):
+        close(
+            vmap(grad(ours, i), in_dims)(*tensors),
+            vmap(grad(torch_linear_mse_loss, i), in_dims)(*tensors),
+        )
+
+
+def test_loss_and_grad_of_a_negative_view(backend: str) -> None:
+    """Its memory holds the values with the opposite sign."""
+    input, target = torch.randn(5, dtype=torch.complex64).conj().imag, torch.randn(5)
+    assert input.is_neg()
+    loss, (gradient, _, _) = mse_loss_and_grad(input, target)
+    close(loss, F.mse_loss(input, target))
+    close(gradient, 2 * (input - target) / 5)
+
+
+def test_loss_and_grad_under_transforms(backend: str) -> None:
+    x, y, w = random(4, 5), random(4, 5), random(4, 5)
+
+    def both(x: Tensor, y: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        loss, (gradient, _, _) = mse_loss_and_grad(x, y, weight=w, reduction="sum")
+        assert gradient is not None
+        return loss, gradient
+
+    close(vmap(both)(x, y), ((x - y).square().sum(1), 2 * (x - y)))
+    close(vmap(both, (-1, None, None), -1)(x, y[:, 0], w[:, 0])[1], 2 * w[:, :1] * (x - y[:, :1]))
+    _, (d_loss, d_gradient) = jvp(both, (x, y), (w, torch.zeros_like(y)))
+    close(d_loss, (2 * (x - y) * w).sum())
+    close(d_gradient, 2 * w)
+    assert both(x.to("meta"), y.to("meta"))[1].shape == x.shape
+
+
+def test_loss_and_grad_compiled_asks_for_the_backend_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+
+    def implementation(op: str, tensor: Tensor) -> Any:
+        served.append(backend_for(tensor))
+        return unpatched(op, tensor)
+
+    unpatched = backends.implementation
+    monkeypatch.setattr(backends, "implementation", implementation)
+    torch._dynamo.reset()
+    compiled = torch.compile(mse_loss_and_grad, backend="aot_eager", fullgraph=True)
+    for name in ("fallback", "reference"):
+        with use_backend(name):
+            compiled(random(3), random(3))
+    assert served == ["fallback", "reference"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_tangent_of_a_weighted_float16_sum(backend: str, reduction: str) -> None:
+    """The mean is in range where the sum of which it is made is not."""
+    n = 300
+    input, target, weight = (torch.full((n,), value, dtype=torch.float16) for value in (30.0, 0.0, 10.0))
+    if reduction == "sum":
+        weight /= n
+    _, tangent = jvp(
+        lambda x: mse_loss(x, target, weight=weight, reduction=reduction),
+        (input,),
+        (torch.ones_like(input),),
+    )
+    assert tangent.dtype == torch.float16
+    close(tangent.item(), 60.0 if reduction == "mean" else 600.0, rtol=2e-3, atol=0)
+
+
+def test_blocks_that_end_out_of_order() -> None:
+    """A block in a generator ends with it, and leaves nothing behind."""
+
+    def held() -> Iterator[None]:
+        with use_backend("reference"):
+            yield
+
+    x, generator = random(1), held()
+    next(generator)
+    assert backend_for(x) == "reference"
+    with use_backend("fallback"):
+        generator.close()
+        assert backend_for(x) == "fallback"
+    with use_backend("auto"):
+        pass
+    assert backend_for(x) == "fallback"
+
+
+def test_one_block_in_two_threads() -> None:
+    block, entered, entered_here = use_backend("reference"), threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def first() -> None:
+        with block:
+            entered.set()
+            entered_here.wait(10)
+            seen.append(backend_for(random(1)))
+        seen.append(backend_for(random(1)))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    with block:
+        entered_here.set()
+        thread.join()
+        seen.append(backend_for(random(1)))
+    assert seen == ["reference", "fallback", "reference"]
+    assert backend_for(random(1)) == "fallback"
+
+
+def test_another_default_device() -> None:
+    x, y = random(3), random(3)
+    with torch.device("meta"), use_backend("reference"):
+        loss, (gradient, _, _) = mse_loss_and_grad(x, y)
+    close(loss, F.mse_loss(x, y))
+    close(gradient, 2 * (x - y) / 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
+def test_jit_trace_records_the_op(backend: str) -> None:
+    """Not the values that it gave while it was traced."""
+    weight = random(2, 3).requires_grad_()
+    traced = torch.jit.trace(linear, (random(4, 3), weight))
+    x = random(5, 3)
+    close(traced(x, weight), F.linear(x, weight))
+    close(*(torch.autograd.grad(f(x, weight).sum(), weight) for f in (traced, F.linear)))
