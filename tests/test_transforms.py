@@ -45,7 +45,7 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[int, ...]], Callable[..., Any]]]
     "jacrev": jacrev,
     "jacfwd": jacfwd,
     "hessian": hessian,
-    "jacrev of jacrev": lambda f, all_: jacrev(jacrev(f, all_), all_),
+    "jacrev of jacrev": lambda f, all_: jacrev(jacrev(scalar(f), all_), all_),
     "jacrev of jacfwd": lambda f, all_: jacrev(jacfwd(f, all_), all_),
     "jacfwd of jacfwd": lambda f, all_: jacfwd(jacfwd(f, all_), all_),
     "jacrev of hessian": lambda f, all_: jacrev(hessian(scalar(f), all_), all_),
