@@ -20,8 +20,8 @@ This is the only module of the ops that leans on private parts of torch:
 * ``is_functorch_wrapped_tensor``, ``Tensor._is_zerotensor``: whether a tensor holds its own values.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,16 +120,10 @@ class Operator:
         return self._autograd(*args) if needs_derivative(args) else self._launch(*args)
 
     def below(self, *args: Any) -> Any:
-        """Call the operator past autograd's key, as C++ kernels do.
-
-        A Function runs with grad mode off; the functorch levels further out have a say of their own.
-        """
+        """Call the operator past autograd's key, as C++ kernels do."""
         if plain(args):
             return self._launch(*args)
-        if not _transforms_active():
-            with _below_autograd():
-                return self.overload(*args)
-        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
+        with _outer_levels(), _below_autograd():
             return self.overload(*args)
 
     def _autograd(self, *args: Any) -> Any:
@@ -213,7 +207,9 @@ def _bind(
         return (tuple(outputs), tuple(dims)) if isinstance(outputs, list) else (outputs, dims)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        with backends.use_backend(ctx.backend), without_autocast():
+        # Function.apply does this by itself.
+        outer_levels = nullcontext() if _single_level is None else _outer_levels()
+        with backends.use_backend(ctx.backend), without_autocast(), outer_levels:
             return function.jvp(ctx, *tangents)
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
@@ -232,6 +228,16 @@ def _apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 def _level() -> AbstractContextManager[None]:
     return _single_level() if _single_level is not None and _transforms_active() else nullcontext()
+
+
+@contextmanager
+def _outer_levels() -> Iterator[None]:
+    """Function runs with its grad modes off; the levels of torch.func further out have a say of their own."""
+    if not _transforms_active():
+        yield
+        return
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _below_autograd():
+        yield
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from gradkernels import (
     use_backend,
 )
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
 
 from .cases import torch_linear_mse_loss
@@ -58,6 +58,17 @@ def test_torch_func_over_captured_tensors_that_need_gradients(backend: str, inne
         )
         results.append((first, second, value, tangent, *torch.autograd.grad(tangent, tensors[outer])))
     close(*results)
+
+
+def test_third_derivative_forward_over_forward_over_reverse(backend: str) -> None:
+    """torch's own ops in a jvp, which runs with forward mode off, are for the outer levels to differentiate."""
+    tensors = random(3, 2), random(2, 2), random(3, 2), random(2)
+    positions = tuple(range(4))
+
+    def third(f: Callable[..., Tensor]) -> Any:
+        return jvp(jacfwd(jacrev(f, positions), positions), tensors, tuple(t.cos() for t in tensors))[1]
+
+    close(third(linear_mse_loss), third(lambda x, w, y, b: (x @ w.mT + b - y).square().mean()))
 
 
 @pytest.mark.parametrize("op", [linear, lambda x, w, b: matmul(x, w.mT, b)])
