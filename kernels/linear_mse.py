@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
+from .dtypes import accumulator
 from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, mse_loss, wanted_gradients
 from .registration import (
     Operator,
     autocast_cast,
-    autocast_float32,
     needs_derivative,
     served_by_torch,
     torch_mse_loss,
@@ -88,7 +88,7 @@ def linear_mse_loss(
     dtype = _loss_dtype(target)
     if samples is None or reduction == "sum":
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
-    wide = autocast_float32(input, target)
+    wide = accumulator(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
     return (total / _total_weight(samples, wide)).to(dtype)
 
@@ -178,11 +178,9 @@ def _check(
     }
     checks.tensors(op, tensors, ("bias", "sample_weight"))
     check_linear(op, input, weight, bias)
-    why = f"for input of shape {tuple(input.shape)} and weight of shape {tuple(weight.shape)} (nothing is broadcast)"
-    checks.shape(op, "target", target, (*input.shape[:-1], *weight.shape[:-1]), why)
+    checks.shape(op, "target", target, (*input.shape[:-1], *weight.shape[:-1]), input=input, weight=weight)
     if sample_weight is not None and sample_weight.shape != target.shape:
-        why = f"(one per sample) or {tuple(target.shape)} (target's shape)"
-        checks.shape(op, "sample_weight", sample_weight, tuple(input.shape[:-1]), why)
+        checks.shape(op, "sample_weight", sample_weight, input.shape[:-1], target=target)
 
 
 def _sample_weights(sample_weight: Tensor | None, weight: Tensor, target: Tensor) -> Tensor | None:
@@ -213,7 +211,7 @@ def _total_weight(samples: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _loss_dtype(target: Tensor) -> torch.dtype:
-    return autocast_float32(target) if checks.autocast_enabled(target) else target.dtype
+    return accumulator(target) if checks.autocast_enabled(target) else target.dtype
 
 
 def _slope(target: Tensor, reduction: str) -> float:
@@ -317,22 +315,18 @@ class LinearMseFunction(torch.autograd.Function):
             )[1]
             d_grad_weight = d_grad_bias = None
             if ctx.needs[1]:
-                d_grad_weight = product(d_error.mT.to(input.dtype), input, None, (), _wide(input))
+                d_grad_weight = product(d_error.mT.to(input.dtype), input, None, (), accumulator(input))
                 if d_input is not None:
                     d_grad_weight = product(
-                        error.mT.to(input.dtype), d_input, d_grad_weight, (), _wide(input)
+                        error.mT.to(input.dtype), d_input, d_grad_weight, (), accumulator(input)
                     )
                 d_grad_weight = q * d_grad_weight
             if ctx.needs[2]:
-                d_grad_bias = q * sum_to(d_error.to(_wide(input)), (target.shape[1],))
+                d_grad_bias = q * sum_to(d_error.to(accumulator(input)), (target.shape[1],))
             d_outputs += [
                 d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need
             ]
         return tuple(d_outputs)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _error(
@@ -423,7 +417,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
             projected = product(d_grad_input, weight.mT, dtype=error.dtype)
             if ctx.needs_input_grad[2]:
-                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), _wide(weight))).to(
+                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), accumulator(weight))).to(
                     weight.dtype
                 )
         else:
@@ -459,7 +453,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return product(a.reshape(1, -1), b.reshape(-1, 1), None, (), _wide(a)).reshape(())
+    return product(a.reshape(1, -1), b.reshape(-1, 1), None, (), accumulator(a)).reshape(())
 
 
 def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
@@ -500,7 +494,8 @@ def _fake(
     needs: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    shapes = ((target.shape, dtype), (weight.shape, _wide(input)), (target.shape[1:], _wide(input)))
+    wide = accumulator(input, weight, target, bias, samples)
+    shapes = ((target.shape, dtype), (weight.shape, wide), (target.shape[1:], wide))
     rest = [input.new_empty(shape, dtype=dt) for (shape, dt), need in zip(shapes, needs, strict=True) if need]
     return [input.new_empty((), dtype=dtype), *rest]
 
@@ -536,7 +531,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor]
         error = mse_backward(half, predictions, target, samples, "sum", 1, (True, False, False))[0]
         assert error is not None
         q = 2.0 / max(1, math.prod(shape[1:])) if reduction == "mean" else 2.0
-        wide = _wide(input)
+        wide = accumulator(input)
         if needs[0]:
             results.append(error)
         if needs[1]:
@@ -552,7 +547,7 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[lis
         grad_output = grad_output.expand(info.batch_size)
     error = error if in_dims[1] is None else error.movedim(in_dims[1], 0)
     weight = weight if in_dims[2] is None else weight.movedim(in_dims[2], 0)
-    wide = _wide(error)
+    wide = accumulator(error)
     slope = (factor * grad_output).reshape(-1, 1, 1).to(wide)
     rows, outputs = error.shape[-2:]
     flat = error.reshape(*error.shape[:-2], rows * outputs, 1)
@@ -578,7 +573,7 @@ def _autocast(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     x, w, b = (autocast_cast(tensor) for tensor in (input, weight, bias))
-    return x, w, target, b, samples, reduction, needs, autocast_float32(target, samples)
+    return x, w, target, b, samples, reduction, needs, accumulator(target, samples)
 
 
 _linear_mse = Operator(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
+from .dtypes import accumulator
 from .registration import Operator, autocast_cast, served_by_torch
 
 
@@ -62,8 +63,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
             f"the inner sizes {left.shape[-1]} and {right.shape[-2]} must be equal"
         )
     if bias is not None:
-        why = f"for other of shape {tuple(other.shape)}"
-        bias = _one_bias_per_column("matmul", bias, right.shape[-1], scalar=other.dim() == 1, why=why)
+        bias = _one_bias_per_column("matmul", bias, right.shape[-1], other=other)
     if served_by_torch(input):
         result = torch.matmul(input, other)
         return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
@@ -128,14 +128,14 @@ def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) ->
             f"and weight (K, D) or (D,)"
         )
     if bias is not None:
-        why = f"for weight of shape {tuple(weight.shape)}"
-        _one_bias_per_column(op, bias, weight.shape[0] if weight.dim() == 2 else 1, weight.dim() == 1, why)
+        _one_bias_per_column(op, bias, weight.shape[0] if weight.dim() == 2 else 1, weight=weight)
 
 
-def _one_bias_per_column(op: str, bias: Tensor, columns: int, scalar: bool, why: str) -> Tensor:
-    if scalar and bias.numel() == 1:
+def _one_bias_per_column(op: str, bias: Tensor, columns: int, **operand: Tensor) -> Tensor:
+    """``bias`` as ``(columns,)``; beside a 1-D operand any shape of one element will do."""
+    if next(iter(operand.values())).dim() == 1 and bias.numel() == 1:
         return bias.reshape(1)
-    checks.shape(op, "bias", bias, (columns,), why)
+    checks.shape(op, "bias", bias, (columns,), **operand)
     return bias
 
 
@@ -144,7 +144,7 @@ def scale_and_add(factor: Tensor, tensor: Tensor, addend: Tensor | None = None) 
 
     A 16-bit tensor is widened first: the factor may lie outside its range.
     """
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    wide = accumulator(tensor)
     flat = None if addend is None else addend.reshape(-1, 1)
     column, matrix = tensor.to(wide).reshape(-1, 1), factor.to(wide).reshape(1, 1)
     return product(column, matrix, flat, dtype=tensor.dtype).reshape(tensor.shape)

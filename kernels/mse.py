@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .registration import Operator, autocast_float32, served_by_torch, torch_mse_loss
+from .dtypes import accumulator
+from .registration import Operator, served_by_torch, torch_mse_loss
 
 
 def mse_loss(
@@ -126,7 +127,7 @@ def _weighted_mean_and_grad(
 
 def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
-    wide = autocast_float32(input, target, weight)
+    wide = accumulator(input, target, weight)
     zero = weight.new_zeros(())
     total = mse(input, target, weight, "sum", dtype=wide)
     return total, mse((zero + 1).expand_as(weight), zero.expand_as(weight), weight, "sum", dtype=wide)
@@ -156,7 +157,7 @@ def _check(
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:
-    return autocast_float32(input) if checks.autocast_enabled(input) else input.dtype
+    return accumulator(input) if checks.autocast_enabled(input) else input.dtype
 
 
 def mse(
@@ -424,7 +425,7 @@ def _autocast(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
     """As it is, but with the loss in float32: the kernels convert each element as they load it."""
-    return input, target, weight, reduction, kept, autocast_float32(input, target, weight)
+    return input, target, weight, reduction, kept, accumulator(input, target, weight)
 
 
 _mse = Operator(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .buckets import AdamOptions, Bucket, Guard, SGDOptions
+from .dtypes import accumulator
 from .reference import adam, linear_mse, matmul, mse, sgd
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -33,10 +34,6 @@ def _tensor(array: Array, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 def _in_layout(array: Array, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(_tensor(array, like))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def matmul_forward(
@@ -165,10 +162,11 @@ def linear_mse_forward(
     with np.errstate(all="ignore"):
         loss = linear_mse.forward(x, w, y, b, s, "sum") / count
     # E is half of what the sum's gradient takes from the target.
+    wide = accumulator(input, weight, target, bias, samples)
     rest = (
         (-grad_target / 2, dtype),
-        (grad_weight / max(1, count), _wide(input)),
-        (np.asarray(grad_bias / max(1, count)), _wide(input)),
+        (grad_weight / max(1, count), wide),
+        (np.asarray(grad_bias / max(1, count)), wide),
     )
     results = [_tensor(np.asarray(loss), target, dtype)]
     return results + [

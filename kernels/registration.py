@@ -298,9 +298,3 @@ def autocast_cast(tensor: Any) -> Any:
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def autocast_float32(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype of an op that autocast keeps in float32 (float64 where an argument has it)."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32

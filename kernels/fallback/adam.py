@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..buckets import AdamOptions, Bucket, Guard
+from ..dtypes import accumulator
 from .grad_norm import Decision, decide, store, unscaled
 from .rounding import draws, stochastic_bfloat16
 
@@ -89,7 +90,7 @@ def _number(value: float | Tensor, like: Tensor) -> float | Tensor:
 def _update(bucket: Bucket, i: int, options: AdamOptions, decision: Decision) -> None:
     param = bucket.params[i]
     state = {key: tensors[i] for key, tensors in bucket.states.items()}
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    wide = accumulator(param)
     lr, beta1, beta2, decay = (
         _number(x, torch.empty((), dtype=wide))
         for x in (options.lr, options.beta1, options.beta2, options.weight_decay)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..buckets import Bucket, Guard
+from ..dtypes import accumulator
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -16,7 +17,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         grad_scale: 0-d float32, or None for 1.
         out: (2,), overwritten.
     """
-    wide = torch.float64 if bucket.grads[0].dtype == torch.float64 else torch.float32
+    wide = accumulator(bucket.grads[0])
     norms = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in bucket.grads]).to(out.dtype)
     if grad_scale is not None:
         norms = norms / grad_scale

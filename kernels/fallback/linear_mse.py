@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulator
 from .matmul import matmul_forward
 
 # Rows are taken in blocks that a core's cache holds, so that the gradient's product finds them there. With more
@@ -36,7 +37,9 @@ def linear_mse_forward(
         sums = [a.add_(b) for a, b in zip(sums, (loss, *grads), strict=True)] if sums else [loss, *grads]
     if reduction == "mean":
         sums[0].div_(target.numel())
-        sums[1:] = [total.div_(max(1, target.numel())) for total in sums[1:]]  # of no rows: 0, as torch's product
+        sums[1:] = [
+            total.div_(max(1, target.numel())) for total in sums[1:]
+        ]  # of no rows: 0, as torch's product
     loss, *grads = sums
     whole = [errors[0] if len(errors) == 1 else torch.cat(errors)] if needs[0] else []
     return [loss.to(dtype), *whole, *(grad.mul_(2) for grad in grads)]
@@ -46,13 +49,9 @@ def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
 ) -> list[Tensor]:
     """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
-    scaled = error * (grad_output.to(_accumulator(error)) * factor)
+    scaled = error * (grad_output.to(accumulator(error)) * factor)
     results = [scaled.to(weight.dtype) @ weight] if needs[0] else []
     return [*results, scaled.neg_().to(error.dtype).contiguous()] if needs[1] else results
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _block_rows(input: Tensor, target: Tensor) -> int:
@@ -76,12 +75,12 @@ def _block(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """For some of the rows: sum(s e^2), E, and half of grad_weight and grad_bias, as the sum reduces them."""
-    wide = _accumulator(input)
+    wide = accumulator(input, weight, target, bias, samples)
     residual = matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype)).to(wide)
     residual = residual.sub_(target)
     error = residual if samples is None else residual * samples
-    flat = error.reshape(-1)
-    results = [torch.dot(flat, flat if samples is None else residual.reshape(-1)), error]
+    # Not torch.dot, which adds up in one go: its error grows with the number of terms.
+    results = [(error * residual).sum(), error]
     if needs[0]:
         results.append((error.to(input.dtype).mT @ input).to(wide))
     if needs[1]:

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import REDUCTIONS
-
-
-def _accumulator(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+from ..dtypes import accumulator
 
 
 def _scale(input: Tensor, reduction: str, kept: int) -> float:
@@ -44,7 +40,7 @@ def mse_forward(
     if weight is None and input.dtype == target.dtype == dtype and (kept == 0 or reduction == "none"):
         loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
         return _like(loss, input) if reduction == "none" else loss
-    wide = _accumulator(input, target, weight)
+    wide = accumulator(input, target, weight)
     error = input.to(wide) - target.to(wide)
     squares = error.square_() if weight is None else error.square_().mul_(weight)
     loss = _reduce(squares, reduction, kept).to(dtype)
@@ -70,7 +66,7 @@ def mse_backward(
         first, second = (input, target) if needs[0] else (target, input)
         grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
         return [_like(grad, first)]
-    wide = _accumulator(grad_output, input, target, weight)
+    wide = accumulator(grad_output, input, target, weight)
     grad = _spread(grad_output.to(wide), input, reduction, kept) * _scale(input, reduction, kept)
     error = input.to(wide) - target.to(wide)
     results = []
@@ -102,7 +98,7 @@ def mse_hvp(
 ) -> list[Tensor]:
     """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
     tensors = (grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
-    wide = _accumulator(*tensors)
+    wide = accumulator(*tensors)
     zero = torch.zeros((), dtype=wide, device=input.device)
     grad, d_grad = (
         zero if tensor is None else _spread(tensor.to(wide), input, reduction, kept)
@@ -141,6 +137,6 @@ def mse_forward_backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
-    one = torch.ones((), dtype=_accumulator(input, target, weight), device=input.device)
+    one = torch.ones((), dtype=accumulator(input, target, weight), device=input.device)
     loss = mse_forward(input, target, weight, reduction, 0, dtype)
     return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from ..buckets import Bucket, Guard, SGDOptions
+from ..dtypes import accumulator
 from .grad_norm import Decision, decide, store, unscaled
 from .rounding import draws, stochastic_bfloat16
 from .widening import Widened, pieces_of
@@ -49,7 +50,7 @@ def _fused(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: Dec
         options = options._replace(dampening=0.0)  # the buffer is 0, and takes the first gradient whole
     params = bucket.states.get("master_param", bucket.params)
     buffers = bucket.states.get("momentum_buffer", [])
-    wide = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    wide = accumulator(params[0])
     if len({tensors[0].dtype for tensors in (bucket.params, bucket.grads, params, buffers) if tensors}) == 1:
         p, g, b = ([tensors[i] for i in chosen if tensors] for tensors in (params, bucket.grads, buffers))
         _call(p, g, b, options, decision)
@@ -103,7 +104,7 @@ def _call(
 def _update(bucket: Bucket, i: int, options: SGDOptions, decision: Decision) -> None:
     param = bucket.params[i]
     state = {key: tensors[i] for key, tensors in bucket.states.items()}
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    wide = accumulator(param)
     lr, decay = (
         x if not isinstance(x, Tensor) else x.item() if x.is_cpu else x.squeeze().to(wide)
         for x in (options.lr, options.weight_decay)

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulator
 from . import config
 from .launch import launch
 from .matmul import matmul_forward
@@ -530,11 +531,7 @@ def linear_mse_forward(
     N, D = input.shape
     K = weight.shape[0]
     bias = None if bias is None else bias.contiguous()
-    wide = any(
-        tensor is not None and tensor.dtype == torch.float64
-        for tensor in (input, weight, target, bias, sample_weight)
-    )
-    acc = torch.float64 if wide else torch.float32
+    acc = accumulator(input, weight, target, bias, sample_weight)
     loss = input.new_empty((), dtype=dtype)
     error = input.new_empty((N, K), dtype=dtype) if needs[0] else None
     grad_weight = input.new_empty((K, D), dtype=acc) if needs[1] else None
@@ -562,9 +559,8 @@ def linear_mse_backward(
     N, K = error.shape
     D = weight.shape[1]
     device = error.device
-    wide = torch.float64 in (grad_output.dtype, error.dtype, weight.dtype)
-    acc = torch.float64 if wide else torch.float32
-    if wide:  # Triton passes a Python float as float32
+    acc = accumulator(grad_output, error, weight)
+    if acc == torch.float64:  # Triton passes a Python float as float32
         grad_output, factor = grad_output.to(acc) * factor, 1.0
     results = []
     if needs[0]:

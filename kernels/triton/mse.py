@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dtypes import accumulator
 from .launch import launch
 from .ordered_sum import ordered_sum
 from .rows import lie_order, walk_rows
@@ -325,12 +326,6 @@ def _tiling(
     return {"ROWS": 1 if sliced else BLOCK // cols, "COLS": cols, "ALIGN": align, "FLAT": False}
 
 
-def _acc(*tensors: Tensor | None) -> torch.dtype:
-    """What to compute in."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
-
-
 def _divisor(reduction: str, shape: torch.Size, kept: int) -> int:
     return math.prod(shape[kept:]) if reduction == "mean" else 1
 
@@ -403,7 +398,7 @@ def _forward(
     if input.numel() == 0:
         return [loss, *(grad for grad in grads if grad is not None)]
     walk = walk_rows(kept, *tensors)
-    acc = _acc(*tensors)
+    acc = accumulator(*tensors)
     divisor = _divisor(reduction, input.shape, kept)
     tiling = _tiling(walk.slices * walk.rows, walk.n, walk.strides, sliced=walk.slices > 1)
     tiles = triton.cdiv(walk.rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
@@ -462,7 +457,7 @@ def mse_backward(
         _mse_backward_kernel, (tiles,), g, *walk.tensors[:3], *buffers,
         rows, walk.n, _divisor(reduction, input.shape, kept), *stride_g,
         stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
-        device=input.device, ACC=_ACC[_acc(grad_output, *tensors)], **tiling,
+        device=input.device, ACC=_ACC[accumulator(grad_output, *tensors)], **tiling,
     )  # fmt: skip
     return _delivered(results, buffers)
 
@@ -495,7 +490,7 @@ def mse_hvp(
     )
     slices = math.prod(input.shape[:kept])
     n = input.numel() // slices
-    acc = _acc(grad_output, d_grad, *tensors)
+    acc = accumulator(grad_output, d_grad, *tensors)
     divisor = _divisor(reduction, input.shape, kept)
     programs = _programs(triton.cdiv(n, HVP_BLOCK), slices, elementwise)
     sums_buffer = _in_order(sums, order) if sums is not None and elementwise else sums
