@@ -25,8 +25,8 @@ from .registration import (
     torch_mse_loss,
 )
 
-# What a cache holds anyway: below it a second pass over the data costs nothing, and storing the predictions little.
-_SMALL = 1 << 20
+# What the last cache of a CPU holds: a second pass over so many bytes costs nothing, nor do stored predictions.
+_SMALL = 1 << 25
 
 
 def linear_mse_loss(

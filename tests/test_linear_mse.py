@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
+from gradkernels.dtypes import accumulator
 from gradkernels.reference import linear_mse as reference
 
 from .cases import REDUCTIONS, Case, label, on_both_backends, torch_linear_mse_loss
@@ -151,3 +152,32 @@ def test_errors_of_one_op() -> None:
         ValueError, match="wrt names 'x'; expected any of 'input', 'weight', 'target', 'bias'"
     ):
         linear_mse_loss_and_grad(x, w, y, wrt="x")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_fallback_in_blocks_of_rows(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, weighted: bool, dtype: torch.dtype
+) -> None:
+    """Seven blocks, the last in part, against the reference; torch's way is the yardstick."""
+    from gradkernels.fallback import linear_mse as launchers
+
+    monkeypatch.setattr(launchers, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(launchers, "_BLOCK_BYTES", 1)
+    x, w, y, b = (
+        torch.randn(shape).to(dtype) for shape in ((100, 5), (outputs, 5), (100, outputs), (outputs,))
+    )
+    s = torch.rand(100, 1).to(dtype).expand(100, outputs) if weighted else None
+    wide = accumulator(x)
+    loss, error, grad_weight, grad_bias = launchers.linear_mse_forward(x, w, y, b, s, "sum", [True] * 3, wide)
+    weights = 1 if s is None else s
+    predictions = torch.nn.functional.linear(x, w, b)
+    residual = (predictions - y).to(wide)
+    values = (to_numpy(tensor) for tensor in (x, w, y, b, s))
+    arrays = dict(zip(("input", "weight", "target", "bias", "sample_weight"), values, strict=True))
+    _, grad_w, grad_y, grad_b, _ = reference.backward(1.0, **arrays, reduction="sum")
+    assert_matches(loss, (weights * residual**2).sum(), reference.forward(**arrays, reduction="sum"), "loss")
+    assert_matches(error, weights * residual, -grad_y / 2, "errors")
+    assert_matches(grad_weight, 2 * (weights * residual).mT @ x.to(wide), grad_w, "grad_weight")
+    assert_matches(grad_bias, 2 * (weights * residual).sum(0), grad_b, "grad_bias")

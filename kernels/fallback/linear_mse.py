@@ -8,9 +8,10 @@ from torch import Tensor
 from ..dtypes import accumulator
 from .matmul import matmul_forward
 
-# Rows are taken in blocks that a core's cache holds, so that the gradient's product finds them there. With more
-# outputs than this the products are bound by arithmetic, and blocks gain nothing.
-_BLOCK_BYTES = 1 << 20
+# What the last cache holds is read twice at little cost. Larger data are taken in blocks of rows, so that the
+# gradient's product finds them in the cache. With many outputs the products are bound by arithmetic.
+_CACHED_BYTES = 1 << 25
+_BLOCK_BYTES = 1 << 21
 _FEW_OUTPUTS = 16
 
 
@@ -56,7 +57,7 @@ def linear_mse_backward(
 
 def _block_rows(input: Tensor, target: Tensor) -> int:
     rows, features = input.shape
-    if target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
+    if input.nbytes <= _CACHED_BYTES or target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
         return max(1, rows)
     return max(16, _BLOCK_BYTES // max(1, features * input.element_size()))
 

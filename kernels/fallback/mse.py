@@ -137,6 +137,6 @@ def mse_forward_backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
-    one = torch.ones((), dtype=accumulator(input, target, weight), device=input.device)
+    one = torch.ones((), dtype=input.dtype, device=input.device)
     loss = mse_forward(input, target, weight, reduction, 0, dtype)
     return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]
