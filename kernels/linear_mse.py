@@ -16,7 +16,16 @@ from torch import Tensor
 from . import backends, checks
 from .dtypes import accumulator
 from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
-from .mse import mse, mse_backward, mse_hvp, mse_loss, wanted_gradients
+from .mse import (
+    in_places,
+    loss_dtype,
+    mse,
+    mse_backward,
+    mse_hvp,
+    mse_loss,
+    total_weight,
+    wanted_gradients,
+)
 from .registration import (
     Operator,
     autocast_cast,
@@ -85,12 +94,12 @@ def linear_mse_loss(
         predictions = linear(input, weight, bias)
         return mse_loss(predictions, target, weight=samples, reduction="none")
     matrices = _normal_form(input, weight, target, bias, samples)
-    dtype = _loss_dtype(target)
+    dtype = loss_dtype(target)
     if samples is None or reduction == "sum":
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
     wide = accumulator(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
-    return (total / _total_weight(samples, wide)).to(dtype)
+    return (total / total_weight(samples, wide)).to(dtype)
 
 
 def linear_mse_loss_and_grad(
@@ -143,7 +152,7 @@ def linear_mse_loss_and_grad(
     with torch.no_grad():
         needs = [want_input or want_target, want_weight, want_bias]
         loss, error, grad_weight, grad_bias = _outputs(
-            _linear_mse(x, w, y, b, None, reduction, needs, _loss_dtype(target)), needs
+            _linear_mse(x, w, y, b, None, reduction, needs, loss_dtype(target)), needs
         )
         grad_input = grad_target = None
         if error is not None:
@@ -205,15 +214,6 @@ def _normal_form(
     )
 
 
-def _total_weight(samples: Tensor, dtype: torch.dtype) -> Tensor:
-    zero = samples.new_zeros(())
-    return mse((zero + 1).expand_as(samples), zero.expand_as(samples), samples, "sum", dtype=dtype)
-
-
-def _loss_dtype(target: Tensor) -> torch.dtype:
-    return accumulator(target) if checks.autocast_enabled(target) else target.dtype
-
-
 def _slope(target: Tensor, reduction: str) -> float:
     """2c: what a sum over E must be multiplied by to become a gradient."""
     return 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
@@ -221,9 +221,7 @@ def _slope(target: Tensor, reduction: str) -> float:
 
 def _outputs(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
     """(loss, E, grad_weight, grad_bias) with None for what was not asked for."""
-    loss, *rest = results
-    given = iter(rest)
-    return [loss, *(next(given) if need else None for need in needs)]
+    return in_places(results, (True, *needs))
 
 
 def _backward(
@@ -231,8 +229,7 @@ def _backward(
 ) -> list[Tensor | None]:
     if not any(needs):
         return [None, None]
-    given = iter(_linear_mse_backward(grad_output, error, weight, factor, list(needs)))
-    return [next(given) if need else None for need in needs]
+    return in_places(_linear_mse_backward(grad_output, error, weight, factor, list(needs)), needs)
 
 
 def _times(samples: Tensor | None, values: Tensor) -> Tensor:
@@ -408,8 +405,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, error, weight = ctx.saved_tensors
-        given = iter(cotangents)
-        d_grad_input, d_grad_target = (next(given) if need else None for need in ctx.needs)
+        d_grad_input, d_grad_target = in_places(cotangents, ctx.needs)
         slope = ctx.factor * grad_output
         d_grad = d_error = d_weight = None
         narrow = error.to(weight.dtype)

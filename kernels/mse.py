@@ -60,7 +60,7 @@ def mse_loss(
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction)
     total, weights = _weighted_sums(input, target, weight)
-    return (total / weights).to(_loss_dtype(input))
+    return (total / weights).to(loss_dtype(input))
 
 
 def mse_loss_and_grad(
@@ -104,13 +104,12 @@ def mse_loss_and_grad(
     """
     _check("mse_loss_and_grad", input, target, weight, reduction, ("mean", "sum"))
     wanted = wanted_gradients("mse_loss_and_grad", wrt, {"input": input, "target": target, "weight": weight})
-    dtype = _loss_dtype(input)
+    dtype = loss_dtype(input)
     with torch.no_grad():
         if weight is not None and reduction == "mean":
             return _weighted_mean_and_grad(input, target, weight, wanted, dtype)
         loss, *grads = _mse_forward_backward(input, target, weight, reduction, wanted, dtype)
-    gradients = iter(grads)
-    grad_input, grad_target, grad_weight = (next(gradients) if want else None for want in wanted)
+    grad_input, grad_target, grad_weight = in_places(grads, wanted)
     return loss, (grad_input, grad_target, grad_weight)
 
 
@@ -128,9 +127,13 @@ def _weighted_mean_and_grad(
 def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
     wide = accumulator(input, target, weight)
+    return mse(input, target, weight, "sum", dtype=wide), total_weight(weight, wide)
+
+
+def total_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum(w)``, as the loss of errors that are all 1: differentiable like any other loss."""
     zero = weight.new_zeros(())
-    total = mse(input, target, weight, "sum", dtype=wide)
-    return total, mse((zero + 1).expand_as(weight), zero.expand_as(weight), weight, "sum", dtype=wide)
+    return mse((zero + 1).expand_as(weight), zero.expand_as(weight), weight, "sum", dtype=dtype)
 
 
 def wanted_gradients(op: str, wrt: Sequence[str], arguments: dict[str, Tensor | None]) -> list[bool]:
@@ -156,8 +159,15 @@ def _check(
             )
 
 
-def _loss_dtype(input: Tensor) -> torch.dtype:
-    return accumulator(input) if checks.autocast_enabled(input) else input.dtype
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of a loss of ``tensor``: its own, or at least float32 under autocast."""
+    return accumulator(tensor) if checks.autocast_enabled(tensor) else tensor.dtype
+
+
+def in_places(results: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
+    """``results``, of which there are as many as ``needs`` says yes, with None in the other places."""
+    given = iter(results)
+    return [next(given) if need else None for need in needs]
 
 
 def mse(
@@ -182,8 +192,8 @@ def mse_backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of ``mse`` for input, target and weight; None where ``needs`` says no."""
-    results = iter(_mse_backward(grad_output, input, target, weight, reduction, kept, list(needs)))
-    return [next(results) if need else None for need in needs]
+    results = _mse_backward(grad_output, input, target, weight, reduction, kept, list(needs))
+    return in_places(results, needs)
 
 
 def mse_hvp(
@@ -196,8 +206,7 @@ def mse_hvp(
     """The Hessian of C at ``primals`` times ``tangents``, both (grad_output, input, target, weight)."""
     if not any(needs):
         return [None] * 4
-    results = iter(_mse_hvp(*primals, *tangents, reduction, kept, list(needs)))
-    return [next(results) if need else None for need in needs]
+    return in_places(_mse_hvp(*primals, *tangents, reduction, kept, list(needs)), needs)
 
 
 class MseFunction(torch.autograd.Function):
@@ -237,8 +246,7 @@ class MseBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = iter(cotangents)
-        directions = [None, *(next(given) if need else None for need in ctx.needs)]
+        directions = [None, *in_places(cotangents, ctx.needs)]
         needs = ctx.needs_input_grad[:4]
         return (*mse_hvp(ctx.saved_tensors, directions, ctx.reduction, ctx.kept, needs), None, None, None)
 

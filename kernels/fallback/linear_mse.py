@@ -38,9 +38,8 @@ def linear_mse_forward(
         sums = [a.add_(b) for a, b in zip(sums, (loss, *grads), strict=True)] if sums else [loss, *grads]
     if reduction == "mean":
         sums[0].div_(target.numel())
-        sums[1:] = [
-            total.div_(max(1, target.numel())) for total in sums[1:]
-        ]  # of no rows: 0, as torch's product
+        # Of no rows the gradients are 0, as torch's products; the loss is nan.
+        sums[1:] = [total.div_(max(1, target.numel())) for total in sums[1:]]
     loss, *grads = sums
     whole = [errors[0] if len(errors) == 1 else torch.cat(errors)] if needs[0] else []
     return [loss.to(dtype), *whole, *(grad.mul_(2) for grad in grads)]
