@@ -104,6 +104,8 @@ def backend_for(tensor: torch.Tensor) -> str:
     """
     name = current()
     if name == "auto":
+        if tensor.is_cpu:
+            return "fallback"
         device_type = tensor.device.type
         return (
             "triton" if device_type in TRITON_DEVICES and _triton_problem(device_type) is None else "fallback"

@@ -1,6 +1,6 @@
 """Checks of arguments: exceptions of torch's types that name the argument and show what came."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -59,9 +59,9 @@ def _not_served(op: str, name: str, tensor: Tensor) -> str:
     return f"{op}: {name} has dtype {tensor.dtype}; float64, float32, float16 and bfloat16 are served"
 
 
-def shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], **given: Tensor) -> None:
+def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given: Tensor) -> None:
     """ValueError unless ``tensor`` has the shape that is ``expected`` beside the ``given`` tensors."""
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
         beside = " and ".join(f"{other} of shape {tuple(value.shape)}" for other, value in given.items())
         raise ValueError(
             f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} for {beside} "

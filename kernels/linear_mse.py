@@ -85,11 +85,19 @@ def linear_mse_loss(
         >>> w = torch.zeros(3, requires_grad=True)
         >>> linear_mse_loss(x, w, y).backward()
     """
-    _check("linear_mse_loss", input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
-    samples = _sample_weights(sample_weight, weight, target)
-    if samples is None and served_by_torch(input) and input.nbytes + target.nbytes <= _SMALL:
+    op = "linear_mse_loss"
+    if (
+        sample_weight is None
+        and reduction in checks.REDUCTIONS
+        and served_by_torch(input, weight, target, optional=bias)
+        and input.nbytes + target.nbytes <= _SMALL
+    ):
+        check_linear(op, input, weight, bias)
         predictions = linear_in_torch(input, weight, bias)
-        return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
+        if predictions.shape == target.shape:
+            return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
+    _check(op, input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
+    samples = _sample_weights(sample_weight, weight, target)
     if reduction == "none":
         predictions = linear(input, weight, bias)
         return mse_loss(predictions, target, weight=samples, reduction="none")
@@ -187,7 +195,7 @@ def _check(
     }
     checks.tensors(op, tensors, ("bias", "sample_weight"))
     check_linear(op, input, weight, bias)
-    checks.shape(op, "target", target, (*input.shape[:-1], *weight.shape[:-1]), input=input, weight=weight)
+    checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)
     if sample_weight is not None and sample_weight.shape != target.shape:
         checks.shape(op, "sample_weight", sample_weight, input.shape[:-1], target=target)
 

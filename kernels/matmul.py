@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as torch_linear
 
 from . import backends, checks
 from .dtypes import accumulator
@@ -49,7 +50,9 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> matmul(torch.randn(8, 3, 4), torch.randn(4, 5), torch.zeros(5)).shape
         torch.Size([8, 3, 5])
     """
-    checks.tensors("matmul", {"input": input, "other": other, "bias": bias}, ("bias",))
+    in_torch = served_by_torch(input, other, optional=bias)
+    if not in_torch:
+        checks.tensors("matmul", {"input": input, "other": other, "bias": bias}, ("bias",))
     if input.dim() == 0 or other.dim() == 0:
         raise RuntimeError(
             f"matmul: both arguments need at least one dimension, got input {tuple(input.shape)}, "
@@ -64,7 +67,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None:
         bias = _one_bias_per_column("matmul", bias, right.shape[-1], other=other)
-    if served_by_torch(input):
+    if in_torch:
         result = torch.matmul(input, other)
         return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
     result = product(left, right, bias)
@@ -101,10 +104,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.randn(8, 4), torch.randn(5, 4), torch.zeros(5)).shape
         torch.Size([8, 5])
     """
+    if served_by_torch(input, weight, optional=bias):
+        check_linear("linear", input, weight, bias)
+        return linear_in_torch(input, weight, bias)
     checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
     check_linear("linear", input, weight, bias)
-    if served_by_torch(input):
-        return linear_in_torch(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
     result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
@@ -115,20 +119,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """torch's own linear, which has no bias for a 1-D weight."""
-    if weight.dim() == 1 and bias is not None:
+    if bias is not None and weight.dim() == 1:
         return torch.matmul(input, weight) + bias.reshape(())
-    return torch.nn.functional.linear(input, weight, bias)
+    return torch_linear(input, weight, bias)
 
 
 def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """RuntimeError or ValueError unless the shapes are those of a linear map."""
-    if input.dim() == 0 or weight.dim() not in (1, 2) or input.shape[-1] != weight.shape[-1]:
+    rows, matrix = input.shape, weight.shape
+    if not rows or len(matrix) not in (1, 2) or rows[-1] != matrix[-1]:
         raise RuntimeError(
-            f"{op}: input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; expected input (*, D) "
+            f"{op}: input has shape {tuple(rows)} and weight {tuple(matrix)}; expected input (*, D) "
             f"and weight (K, D) or (D,)"
         )
-    if bias is not None:
-        _one_bias_per_column(op, bias, weight.shape[0] if weight.dim() == 2 else 1, weight=weight)
+    if bias is not None and bias.shape != matrix[:-1]:
+        _one_bias_per_column(op, bias, matrix[0] if len(matrix) == 2 else 1, weight=weight)
 
 
 def _one_bias_per_column(op: str, bias: Tensor, columns: int, **operand: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,9 +54,14 @@ def mse_loss(
         >>> mse_loss(torch.tensor([6.0]), torch.tensor([5.0]))
         tensor(1.)
     """
-    _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
-    if weight is None and served_by_torch(input):
+    if (
+        weight is None
+        and reduction in checks.REDUCTIONS
+        and served_by_torch(input, target)
+        and input.shape == target.shape
+    ):
         return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
+    _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction)
     total, weights = _weighted_sums(input, target, weight)
@@ -151,12 +156,18 @@ def _check(
 ) -> None:
     checks.reduction(op, reduction, allowed)
     checks.tensors(op, {"input": input, "target": target, "weight": weight}, ("weight",))
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.shape != input.shape:
-            raise ValueError(
-                f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
-                f"they must be equal (nothing is broadcast)"
-            )
+    shape = input.shape
+    if target.shape != shape:
+        _shapes_differ(op, input, "target", target)
+    if weight is not None and weight.shape != shape:
+        _shapes_differ(op, input, "weight", weight)
+
+
+def _shapes_differ(op: str, input: Tensor, name: str, tensor: Tensor) -> NoReturn:
+    raise ValueError(
+        f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
+        f"they must be equal (nothing is broadcast)"
+    )
 
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:

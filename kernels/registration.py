@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
+from .checks import DTYPES
 
 _single_level: Callable[[], AbstractContextManager[None]] | None
 try:
@@ -46,6 +47,12 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _transforms_active = torch._C._are_functorch_transforms_active
 _wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_any_autocast = torch._C._is_any_autocast_enabled
+_STRIDED = torch.strided
 
 # torch.nn.functional.mse_loss past its own checks and broadcasting, which took 2 of its 5 us.
 torch_mse_loss: Callable[..., Tensor] = torch._C._nn.mse_loss
@@ -139,17 +146,26 @@ class Operator:
         return list(outputs) if self._returns_list else outputs
 
 
+def _watched() -> bool:
+    """Whether tracing, a transform, forward mode, a dispatch mode or autocast looks on."""
+    return (
+        _compiling()
+        or _tracing() is not None
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+        or _key_included(_LEGACY_VMAP)
+        or _any_autocast()
+    )
+
+
 def plain(args: Sequence[Any]) -> bool:
     """Whether only reverse-mode autograd looks at a call with these arguments.
 
-    That is: no tracing, transform, forward mode, dispatch mode or autocast is on, and the tensors are torch's
-    own, with storage that holds their values. What a transform saved stays wrapped after the transform's end.
+    That is: nothing else looks on, and the tensors are torch's own, with storage that holds their values. What
+    a transform saved stays wrapped after the transform's end.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if _transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_LEGACY_VMAP):
+    if _watched():
         return False
     device_type = None
     for arg in args:
@@ -157,16 +173,28 @@ def plain(args: Sequence[Any]) -> bool:
             if type(arg) not in _PLAIN_TYPES or _wrapped(arg) or arg._is_zerotensor() or arg.is_neg():
                 return False
             device_type = arg.device.type
-    return device_type in _DEVICE_TYPES and not torch.is_autocast_enabled(device_type)
+    return device_type in _DEVICE_TYPES
 
 
-def served_by_torch(tensor: Tensor) -> bool:
+def served_by_torch(first: Tensor, *others: Tensor, optional: Tensor | None = None) -> bool:
     """Whether a call needs no more than torch's own ops under torch's own autograd.
 
-    So it is on the fallback, unless something looks on that torch's ops do not serve: the mse_loss of torch has
-    no forward derivative of its backward, for one. There the registered operators take over.
+    So it is on the fallback for torch's own tensors of one dtype and device (what ``checks.tensors`` would find
+    out too), unless something looks on that torch's ops do not serve: the mse_loss of torch has no forward
+    derivative of its backward, for one. There the registered operators take over.
     """
-    return plain((tensor,)) and backends.backend_for(tensor) == "fallback"
+    if _watched() or type(first) not in _PLAIN_TYPES or backends.backend_for(first) != "fallback":
+        return False
+    dtype, on_cpu = first.dtype, first.is_cpu
+    for tensor in others if optional is None else (*others, optional):
+        if (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.dtype is not dtype
+            or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
+            or tensor.layout is not _STRIDED
+        ):
+            return False
+    return dtype in DTYPES and first.layout is _STRIDED and (on_cpu or first.device.type in _DEVICE_TYPES)
 
 
 def needs_derivative(args: Sequence[Any]) -> bool:
