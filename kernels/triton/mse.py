@@ -2,11 +2,12 @@
 
     e = input - target,  loss = c * sum(w * e^2),  c = 1 or 1 / (number of elements),  w = weight or 1
 
-A kernel sees each operand as rows x columns with two strides of its own (rows.py): tensors that lie alike are
-one long row, a weight expanded along rows or columns is read in place.
+A kernel sees each operand as rows x columns with strides of its own (rows.py): tensors that lie alike are one
+long row, and what is expanded, strided or permuted is read in place.
 """
 
 import math
+from itertools import chain
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..dtypes import accumulator
 from .launch import launch
 from .ordered_sum import ordered_sum
-from .rows import lie_order, walk_rows
+from .rows import Rows, walk_rows
 
 BLOCK = 2048  # elements of one tile
 HVP_BLOCK = 1024  # likewise, with up to eight operands in registers
@@ -56,13 +57,27 @@ def _tail(n):
 
 
 @triton.jit
-def _load(ptr, row, cols, mask, stride_row, stride_col, ALIGN: tl.constexpr, ACC: tl.constexpr):
+def _row_offset(row, sizes, strides, ALIGN: tl.constexpr):
+    """Where an operand's rows begin: ``row`` counts over ``sizes``, the last of them varying slowest."""
+    offset = tl.zeros_like(row)
+    for dim in tl.static_range(len(sizes)):
+        stride = strides[dim] // ALIGN * ALIGN
+        if dim == len(sizes) - 1:
+            offset += row * stride
+        else:
+            offset += row % sizes[dim] * stride
+            row = row // sizes[dim]
+    return offset
+
+
+@triton.jit
+def _load(ptr, row, cols, mask, sizes, row_strides, stride_col, ALIGN: tl.constexpr, ACC: tl.constexpr):
     """An operand's tile in ACC, 0 outside the mask; with a stride_col of None a row has one value."""
     if stride_col is None:
-        value = tl.load(ptr + row * stride_row).to(ACC)
+        value = tl.load(ptr + _row_offset(row, sizes, row_strides, 1)).to(ACC)
         value = tl.where(mask, tl.broadcast_to(value, mask.shape), 0.0)
     else:
-        offsets = row * (stride_row // ALIGN * ALIGN) + cols * stride_col
+        offsets = _row_offset(row, sizes, row_strides, ALIGN) + cols * stride_col
         value = tl.load(ptr + offsets, mask=mask, other=0.0).to(ACC)
     return value
 
@@ -77,16 +92,16 @@ def _store(ptr, row, cols, mask, n, value, ALIGN: tl.constexpr):
 def _forward_tile(
     row, cols, mask,
     x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-    stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+    sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc,
     ELEMENTWISE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """w e^2 of one tile; on the way the gradients and, if ELEMENTWISE, the losses are written."""
-    x = _load(x_ptr, row, cols, mask, stride_xr, stride_xc, ALIGN, ACC)
-    t = _load(t_ptr, row, cols, mask, stride_tr, stride_tc, ALIGN, ACC)
+    x = _load(x_ptr, row, cols, mask, sizes, strides_x, stride_xc, ALIGN, ACC)
+    t = _load(t_ptr, row, cols, mask, sizes, strides_t, stride_tc, ALIGN, ACC)
     error = x - t
     weighted = error
     if w_ptr is not None:
-        weighted = error * _load(w_ptr, row, cols, mask, stride_wr, stride_wc, ALIGN, ACC)
+        weighted = error * _load(w_ptr, row, cols, mask, sizes, strides_w, stride_wc, ALIGN, ACC)
     if grad_x_ptr is not None:
         _store(grad_x_ptr, row, cols, mask, n, weighted * (2 * scale), ALIGN)
     if grad_t_ptr is not None:
@@ -102,7 +117,7 @@ def _forward_tile(
 @triton.jit
 def _mse_forward_kernel(
     x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr,
-    rows, n, divisor, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+    rows, n, divisor, sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc,
     ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
     FLAT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +138,7 @@ def _mse_forward_kernel(
         row, cols, mask = _tile(tile, first, rows, n, ROWS, COLS, ALIGN, FLAT)
         sums += _forward_tile(
             row, cols, mask, x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-            stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ELEMENTWISE, ALIGN, ACC,
+            sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, ELEMENTWISE, ALIGN, ACC,
         )  # fmt: skip
     total = tl.sum(tl.sum(sums, axis=1), axis=0)
     if FLAT:
@@ -133,7 +148,7 @@ def _mse_forward_kernel(
             rest = _forward_tile(
                 tail_row, tail_cols, tail_mask,
                 x_ptr, t_ptr, w_ptr, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-                stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ELEMENTWISE, 1, ACC,
+                sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, ELEMENTWISE, 1, ACC,
             )  # fmt: skip
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
     if not ELEMENTWISE:
@@ -159,21 +174,21 @@ def _mse_sum_kernel(
 @triton.jit
 def _backward_tile(
     row, cols, mask,
-    g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-    stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+    x_ptr, t_ptr, w_ptr, g_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+    sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
     ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile."""
-    g = _load(g_ptr, row, cols, mask, stride_gr, stride_gc, ALIGN, ACC) * scale
-    x = _load(x_ptr, row, cols, mask, stride_xr, stride_xc, ALIGN, ACC)
-    t = _load(t_ptr, row, cols, mask, stride_tr, stride_tc, ALIGN, ACC)
+    g = _load(g_ptr, row, cols, mask, sizes, strides_g, stride_gc, ALIGN, ACC) * scale
+    x = _load(x_ptr, row, cols, mask, sizes, strides_x, stride_xc, ALIGN, ACC)
+    t = _load(t_ptr, row, cols, mask, sizes, strides_t, stride_tc, ALIGN, ACC)
     error = x - t
     if grad_w_ptr is not None:
         _store(grad_w_ptr, row, cols, mask, n, g * error * error, ALIGN)
     if (grad_x_ptr is not None) or (grad_t_ptr is not None):
         grad = 2 * g * error
         if w_ptr is not None:
-            grad *= _load(w_ptr, row, cols, mask, stride_wr, stride_wc, ALIGN, ACC)
+            grad *= _load(w_ptr, row, cols, mask, sizes, strides_w, stride_wc, ALIGN, ACC)
         if grad_x_ptr is not None:
             _store(grad_x_ptr, row, cols, mask, n, grad, ALIGN)
         if grad_t_ptr is not None:
@@ -182,14 +197,14 @@ def _backward_tile(
 
 @triton.jit
 def _mse_backward_kernel(
-    g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr,
-    rows, n, divisor, stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+    x_ptr, t_ptr, w_ptr, g_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr,
+    rows, n, divisor, sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Program p: tile p of the gradients 2c g w e, -2c g w e and c g e^2, with c = 1 / ``divisor``.
 
-    g_ptr                (rows, n), any strides: read here, so that the host never waits for its value
     x_ptr, t_ptr, w_ptr  (rows, n), any strides; w_ptr may be None
+    g_ptr                (rows, n), any strides: read here, so that the host never waits for its value
     grad_*_ptr           (rows, n), each or None
     Bytes: each operand once, each result once.
     """
@@ -197,133 +212,142 @@ def _mse_backward_kernel(
     scale = tl.full((), 1, ACC) / divisor
     row, cols, mask = _tile(program, 0, rows, n, ROWS, COLS, ALIGN, FLAT)
     _backward_tile(
-        row, cols, mask, g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-        stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc, ALIGN, ACC,
+        row, cols, mask, x_ptr, t_ptr, w_ptr, g_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+        sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc, ALIGN, ACC,
     )  # fmt: skip
     if FLAT:
         if program == tl.num_programs(0) - 1:
             tail_row, tail_cols, tail_mask = _tail(n)
             _backward_tile(
                 tail_row, tail_cols, tail_mask,
-                g_ptr, x_ptr, t_ptr, w_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
-                stride_gr, stride_gc, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+                x_ptr, t_ptr, w_ptr, g_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale,
+                sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
                 1, ACC,
             )  # fmt: skip
 
 
 @triton.jit
 def _hvp_tile(
-    cols, mask, base,
-    g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
-    out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, slice_, scale,
-    ELEMENTWISE: tl.constexpr, ACC: tl.constexpr,
+    row, cols, mask, x_ptr, t_ptr, w_ptr, g_ptr, dx_ptr, dt_ptr, dw_ptr, dg_ptr,
+    out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale,
+    sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
+    strides_dx, stride_dxc, strides_dt, stride_dtc, strides_dw, stride_dwc, strides_dg, stride_dgc,
+    ELEMENTWISE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dw e^2 + 2 w e de of one tile; the elementwise results are written on the way."""
-    at = base + cols
-    zero = tl.zeros(cols.shape, ACC)
-    error = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC) - tl.load(t_ptr + at, mask=mask, other=0.0).to(
-        ACC
-    )
+    zero = tl.zeros(mask.shape, ACC)
+    x = _load(x_ptr, row, cols, mask, sizes, strides_x, stride_xc, ALIGN, ACC)
+    t = _load(t_ptr, row, cols, mask, sizes, strides_t, stride_tc, ALIGN, ACC)
+    error = x - t
     d_error = zero
     if dx_ptr is not None:
-        d_error += tl.load(dx_ptr + at, mask=mask, other=0.0).to(ACC)
+        d_error += _load(dx_ptr, row, cols, mask, sizes, strides_dx, stride_dxc, ALIGN, ACC)
     if dt_ptr is not None:
-        d_error -= tl.load(dt_ptr + at, mask=mask, other=0.0).to(ACC)
+        d_error -= _load(dt_ptr, row, cols, mask, sizes, strides_dt, stride_dtc, ALIGN, ACC)
     weighted = error
     d_weighted = d_error  # d(w e) = dw e + w de
     twist = 2 * d_error  # dw e + 2 w de
     if w_ptr is not None:
-        w = tl.load(w_ptr + at, mask=mask, other=0.0).to(ACC)
+        w = _load(w_ptr, row, cols, mask, sizes, strides_w, stride_wc, ALIGN, ACC)
         weighted *= w
         d_weighted *= w
         twist *= w
     if dw_ptr is not None:
-        dw_error = tl.load(dw_ptr + at, mask=mask, other=0.0).to(ACC) * error
+        dw_error = _load(dw_ptr, row, cols, mask, sizes, strides_dw, stride_dwc, ALIGN, ACC) * error
         d_weighted += dw_error
         twist += dw_error
     slope = zero  # d(g w e)
     curve = zero  # dg e + 2 g de
     if g_ptr is not None:
-        if ELEMENTWISE:
-            g = tl.load(g_ptr + at, mask=mask, other=0.0).to(ACC)
-        else:
-            g = tl.load(g_ptr + slice_).to(ACC)
+        g = _load(g_ptr, row, cols, mask, sizes, strides_g, stride_gc, ALIGN, ACC)
         slope += g * d_weighted
         curve += 2 * g * d_error
     if dg_ptr is not None:
-        if ELEMENTWISE:
-            dg = tl.load(dg_ptr + at, mask=mask, other=0.0).to(ACC)
-        else:
-            dg = tl.load(dg_ptr + slice_).to(ACC)
+        dg = _load(dg_ptr, row, cols, mask, sizes, strides_dg, stride_dgc, ALIGN, ACC)
         slope += dg * weighted
         curve += dg * error
     slope *= 2 * scale
     if out_x_ptr is not None:
-        tl.store(out_x_ptr + at, slope.to(out_x_ptr.dtype.element_ty), mask=mask)
+        _store(out_x_ptr, row, cols, mask, n, slope, ALIGN)
     if out_t_ptr is not None:
-        tl.store(out_t_ptr + at, (-slope).to(out_t_ptr.dtype.element_ty), mask=mask)
+        _store(out_t_ptr, row, cols, mask, n, -slope, ALIGN)
     if out_w_ptr is not None:
-        tl.store(out_w_ptr + at, (error * curve * scale).to(out_w_ptr.dtype.element_ty), mask=mask)
+        _store(out_w_ptr, row, cols, mask, n, error * curve * scale, ALIGN)
     change = error * twist
     if ELEMENTWISE and (out_g_ptr is not None):
-        tl.store(out_g_ptr + at, change.to(out_g_ptr.dtype.element_ty), mask=mask)
+        _store(out_g_ptr, row, cols, mask, n, change, ALIGN)
     return change
 
 
 @triton.jit
 def _mse_hvp_kernel(
-    g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
-    out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, divisor,
-    ELEMENTWISE: tl.constexpr, COLS: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, t_ptr, w_ptr, g_ptr, dx_ptr, dt_ptr, dw_ptr, dg_ptr,
+    out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, rows, n, divisor,
+    sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
+    strides_dx, stride_dxc, strides_dt, stride_dtc, strides_dw, stride_dwc, strides_dg, stride_dgc,
+    ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
+    FLAT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, p) of (R, P), FLAT if R is 1: tiles p, p + P, ... of slice r of the Hessian-vector product.
+    """Program (r, p) of (R, P): tiles p, p + P, ... of slice r of the Hessian-vector product.
 
     With e = x - t, de = dx - dt and c = 1 / ``divisor``:
         out_g = c * sum(dw e^2 + 2 w e de)        out_x = 2c (dg w e + g dw e + g w de)
         out_w = c (dg e^2 + 2 g e de)             out_t = -out_x
 
-    x, t, w, dx, dt, dw, out_x, out_t, out_w  (R, n), dense
-    g, dg  ELEMENTWISE: (R, n); else (R,)
-    out_g  ELEMENTWISE: (R, n); else (P, R): each program's sum, / ``divisor`` if P is 1
+    x, t, w, g, dx, dt, dw, dg  (R * rows, n), any strides; a slice is ``rows`` rows of n columns
+    out_x, out_t, out_w         (R * rows, n), dense
+    out_g                       ELEMENTWISE: (R * rows, n); else (P, R): each program's sum, / ``divisor`` if P is 1
     All but x and t may be None: a missing direction is 0, a missing weight 1, a missing g 0.
     Bytes: each operand once, each result once, and R * P partial sums.
     """
     slice_ = tl.program_id(0)
+    first = slice_.to(tl.int64) * rows
     program = tl.program_id(1)
     programs = tl.num_programs(1)
-    base = 0 if FLAT else slice_.to(tl.int64) * n
     scale = tl.full((), 1, ACC) / divisor
-    sums = tl.zeros((COLS,), ACC)
-    even = n // 16 * 16
-    for tile in tl.range(program, tl.cdiv(n, COLS), programs):
-        cols = (tl.zeros((), tl.int64) + tile) * COLS + tl.arange(0, COLS)
+    sums = tl.zeros((ROWS, COLS), ACC)
+    for tile in tl.range(program, tl.cdiv(rows, ROWS) * tl.cdiv(n, COLS), programs):
+        row, cols, mask = _tile(tile, first, rows, n, ROWS, COLS, ALIGN, FLAT)
         sums += _hvp_tile(
-            cols, cols < even, base, g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
-            out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, slice_, scale, ELEMENTWISE, ACC,
+            row, cols, mask, x_ptr, t_ptr, w_ptr, g_ptr, dx_ptr, dt_ptr, dw_ptr, dg_ptr,
+            out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale,
+            sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
+            strides_dx, stride_dxc, strides_dt, stride_dtc, strides_dw, stride_dwc, strides_dg, stride_dgc,
+            ELEMENTWISE, ALIGN, ACC,
         )  # fmt: skip
-    total = tl.sum(sums, axis=0)
-    if program == programs - 1:
-        tail = even + tl.arange(0, 16).to(tl.int64)
-        rest = _hvp_tile(
-            tail, tail < n, base, g_ptr, x_ptr, t_ptr, w_ptr, dg_ptr, dx_ptr, dt_ptr, dw_ptr,
-            out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, slice_, scale, ELEMENTWISE, ACC,
-        )  # fmt: skip
-        total += tl.sum(rest, axis=0)
+    total = tl.sum(tl.sum(sums, axis=1), axis=0)
+    if FLAT:
+        if program == programs - 1:
+            tail_row, tail_cols, tail_mask = _tail(n)
+            rest = _hvp_tile(
+                tail_row, tail_cols, tail_mask, x_ptr, t_ptr, w_ptr, g_ptr, dx_ptr, dt_ptr, dw_ptr, dg_ptr,
+                out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale,
+                sizes, strides_x, stride_xc, strides_t, stride_tc, strides_w, stride_wc, strides_g, stride_gc,
+                strides_dx, stride_dxc, strides_dt, stride_dtc, strides_dw, stride_dwc, strides_dg, stride_dgc,
+                ELEMENTWISE, 1, ACC,
+            )  # fmt: skip
+            total += tl.sum(tl.sum(rest, axis=1), axis=0)
     if (not ELEMENTWISE) and (out_g_ptr is not None):
         total = total / tl.where(programs == 1, divisor, 1)
         out = out_g_ptr + program.to(tl.int64) * tl.num_programs(0) + slice_
         tl.store(out, total.to(out_g_ptr.dtype.element_ty))
 
 
-def _tiling(
-    rows: int, n: int, strides: list[tuple[int, int | None]], sliced: bool = False
-) -> dict[str, int | bool]:
-    """The constexpr arguments of _tile; ``sliced``: a tile may not span rows."""
-    if rows == 1:
-        return {"ROWS": 1, "COLS": BLOCK, "ALIGN": 16, "FLAT": True}
-    cols = min(BLOCK, max(16, triton.next_power_of_2(n)))
-    align = math.gcd(16, n, *(row for row, column in strides if column is not None))
-    return {"ROWS": 1 if sliced else BLOCK // cols, "COLS": cols, "ALIGN": align, "FLAT": False}
+def _tiling(walk: Rows, block: int, sliced: bool = False) -> dict[str, int | bool]:
+    """The constexpr arguments of _tile, for tiles of ``block`` elements; ``sliced``: a tile may not span slices."""
+    if walk.slices * walk.rows == 1:
+        return {"ROWS": 1, "COLS": block, "ALIGN": 16, "FLAT": True}
+    cols = min(block, max(16, triton.next_power_of_2(walk.n)))
+    across = (stride for strides, column in walk.strides if column is not None for stride in strides)
+    rows = 1 if sliced and walk.rows == 1 else block // cols
+    return {"ROWS": rows, "COLS": cols, "ALIGN": math.gcd(16, walk.n, *across), "FLAT": False}
+
+
+def _spread(grad: Tensor | None, input: Tensor) -> Tensor | None:
+    """One value for each slice, or each element, as an operand of input's shape: a view."""
+    if grad is None or grad.dim() == input.dim():
+        return grad
+    return grad[(..., *(None,) * (input.dim() - grad.dim()))].expand(input.shape)
 
 
 def _divisor(reduction: str, shape: torch.Size, kept: int) -> int:
@@ -400,16 +424,15 @@ def _forward(
     walk = walk_rows(kept, *tensors)
     acc = accumulator(*tensors)
     divisor = _divisor(reduction, input.shape, kept)
-    tiling = _tiling(walk.slices * walk.rows, walk.n, walk.strides, sliced=walk.slices > 1)
+    tiling = _tiling(walk, BLOCK, sliced=walk.slices > 1)
     tiles = triton.cdiv(walk.rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
     programs = _programs(tiles, walk.slices, elementwise)
     loss_buffer = _in_order(loss, walk.order) if elementwise else loss
     buffers = _all_in_order(grads, walk.order)
     sums = _partials(loss_buffer, programs, walk.slices, acc, elementwise)
-    (stride_xr, stride_xc), (stride_tr, stride_tc), (stride_wr, stride_wc) = walk.strides
     launch(
-        _mse_forward_kernel, (walk.slices, programs), *walk.tensors, sums, *buffers,
-        walk.rows, walk.n, divisor, stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+        _mse_forward_kernel, (walk.slices, programs), *tensors, sums, *buffers,
+        walk.rows, walk.n, divisor, walk.sizes, *chain(*walk.strides),
         device=input.device, ELEMENTWISE=elementwise, ACC=_ACC[acc], **tiling,
     )  # fmt: skip
     if sums is not loss_buffer:
@@ -441,22 +464,15 @@ def mse_backward(
     results = _empty_likes(tensors, needs)
     if input.numel() == 0 or not any(needs):
         return [result for result in results if result is not None]
-    if reduction == "none":
-        walk = walk_rows(0, *tensors, grad_output)
-        g, stride_g = walk.tensors[3], walk.strides[3]
-    else:
-        walk = walk_rows(kept, *tensors)
-        g = grad_output.reshape(-1)  # no copy where one stride describes it
-        stride_g = (g.stride(0) if kept else 0, None)
+    kept = 0 if reduction == "none" else kept
+    walk = walk_rows(kept, *tensors, _spread(grad_output, input))
     rows = walk.slices * walk.rows
-    tiling = _tiling(rows, walk.n, walk.strides)
+    tiling = _tiling(walk, BLOCK)
     tiles = triton.cdiv(rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
     buffers = _all_in_order(results, walk.order)
-    (stride_xr, stride_xc), (stride_tr, stride_tc), (stride_wr, stride_wc) = walk.strides[:3]
     launch(
-        _mse_backward_kernel, (tiles,), g, *walk.tensors[:3], *buffers,
-        rows, walk.n, _divisor(reduction, input.shape, kept), *stride_g,
-        stride_xr, stride_xc, stride_tr, stride_tc, stride_wr, stride_wc,
+        _mse_backward_kernel, (tiles,), *tensors, grad_output, *buffers,
+        rows, walk.n, _divisor(reduction, input.shape, kept), walk.sizes, *chain(*walk.strides),
         device=input.device, ACC=_ACC[accumulator(grad_output, *tensors)], **tiling,
     )  # fmt: skip
     return _delivered(results, buffers)
@@ -467,10 +483,7 @@ def mse_hvp(
     d_grad: Tensor | None, d_input: Tensor | None, d_target: Tensor | None, d_weight: Tensor | None,
     reduction: str, kept: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed derivatives (grad_output, input, target, weight) of c * sum(g w e^2) along a direction.
-
-    The operands are brought to one dense order first, without a copy where they already lie in it.
-    """
+    """The needed derivatives (grad_output, input, target, weight) of c * sum(g w e^2) along a direction."""
     elementwise = reduction == "none"
     kept = 0 if elementwise else kept
     dtype = (input if grad_output is None else grad_output).dtype
@@ -478,29 +491,25 @@ def mse_hvp(
     results = _empty_likes((input, target, weight), needs[1:])
     if input.numel() == 0 or not any(needs):
         return [result for result in (sums, *results) if result is not None]
-    order = lie_order(kept, input)
-    tensors = (input, target, weight, d_input, d_target, d_weight)
-    x, t, w, dx, dt, dw = (
-        None if tensor is None else tensor.permute(order).contiguous() for tensor in tensors
-    )
-    # Slices are read one after the other: a reduction's g and dg have one value for each.
-    g, dg = (
-        None if tensor is None else (tensor.permute(order) if elementwise else tensor).contiguous()
-        for tensor in (grad_output, d_grad)
-    )
-    slices = math.prod(input.shape[:kept])
-    n = input.numel() // slices
-    acc = accumulator(grad_output, d_grad, *tensors)
+    tensors = (input, target, weight, grad_output, d_input, d_target, d_weight, d_grad)
+    grads = (_spread(grad, input) for grad in (grad_output, d_grad))
+    walk = walk_rows(kept, *tensors[:3], next(grads), *tensors[4:7], next(grads))
+    acc = accumulator(*tensors)
     divisor = _divisor(reduction, input.shape, kept)
-    programs = _programs(triton.cdiv(n, HVP_BLOCK), slices, elementwise)
-    sums_buffer = _in_order(sums, order) if sums is not None and elementwise else sums
+    tiling = _tiling(walk, HVP_BLOCK, sliced=walk.slices > 1)
+    tiles = triton.cdiv(walk.rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
+    programs = _programs(tiles, walk.slices, elementwise)
+    sums_buffer = _in_order(sums, walk.order) if sums is not None and elementwise else sums
     partials = (
-        sums_buffer if sums_buffer is None else _partials(sums_buffer, programs, slices, acc, elementwise)
+        sums_buffer
+        if sums_buffer is None
+        else _partials(sums_buffer, programs, walk.slices, acc, elementwise)
     )
-    buffers = _all_in_order(results, order)
+    buffers = _all_in_order(results, walk.order)
     launch(
-        _mse_hvp_kernel, (slices, programs), g, x, t, w, dg, dx, dt, dw, partials, *buffers, n, divisor,
-        device=input.device, ELEMENTWISE=elementwise, COLS=HVP_BLOCK, FLAT=slices == 1, ACC=_ACC[acc],
+        _mse_hvp_kernel, (walk.slices, programs), *tensors, partials, *buffers,
+        walk.rows, walk.n, divisor, walk.sizes, *chain(*walk.strides),
+        device=input.device, ELEMENTWISE=elementwise, ACC=_ACC[acc], **tiling,
     )  # fmt: skip
     if sums is not None and partials is not None and partials is not sums_buffer:
         _finish(partials, sums, divisor)

@@ -1,10 +1,13 @@
-"""One view of elementwise operands of any layout: rows and columns, with two strides for each operand."""
+"""One view of elementwise operands of any layout: rows and columns, in place, whatever their strides."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Steps = tuple[int, ...]  # each operand's stride along one dimension
 
 
 class Rows(NamedTuple):
@@ -15,31 +18,29 @@ class Rows(NamedTuple):
         rows: rows of one slice; 1 if there are several slices.
         n: columns of a row.
         order: the permutation of dims under which the walk is row-major.
-        tensors: the operands; those that no two strides describe are copies.
-        strides: (row stride, column stride) of each operand; a column stride of None says that it
-            does not vary along a row.
+        sizes: what the number of a row counts, slices included: the sizes of dims, the last varying slowest.
+        strides: of each operand along ``sizes``, and along a row; None there says that it does not vary.
     """
 
     slices: int
     rows: int
     n: int
     order: list[int]
-    tensors: list[Tensor | None]
-    strides: list[tuple[int, int | None]]
+    sizes: tuple[int, ...]
+    strides: Sequence[tuple[tuple[int, ...], int | None]]
 
 
-def _merged(sizes: list[int], strides: list[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:
-    """(size, each operand's stride) of the dims, neighbours joined where every operand walks them as one."""
-    dims: list[tuple[int, tuple[int, ...]]] = []
-    for d, size in enumerate(sizes):
-        step = tuple(stride[d] for stride in strides)
+def _merged(dims: list[tuple[int, Steps]]) -> list[tuple[int, Steps]]:
+    """The (size, strides) of the dims, outermost first, neighbours joined where every operand walks them as one."""
+    merged: list[tuple[int, Steps]] = []
+    for size, steps in dims:
         if size == 1:
             continue
-        if dims and all(outer == size * inner for outer, inner in zip(dims[-1][1], step, strict=True)):
-            dims[-1] = (dims[-1][0] * size, step)
+        if merged and all(outer == size * inner for outer, inner in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = (merged[-1][0] * size, steps)
         else:
-            dims.append((size, step))
-    return dims
+            merged.append((size, steps))
+    return merged
 
 
 def lie_order(kept: int, input: Tensor) -> list[int]:
@@ -52,25 +53,23 @@ def lie_order(kept: int, input: Tensor) -> list[int]:
 def walk_rows(kept: int, input: Tensor, *others: Tensor | None) -> Rows:
     """Walk operands of one shape in the order of lie_order; the first ``kept`` dims are slices.
 
-    Operands that lie alike, permuted or not, become one row. One that no two strides describe is copied.
+    Operands that lie alike, permuted or not, become one row. Nothing is copied.
     """
     tensors = [input, *others]
-    if kept == 0 and all(tensor is None or tensor.is_contiguous() for tensor in tensors):
-        return Rows(1, 1, input.numel(), list(range(input.dim())), tensors, [(0, 1)] * len(tensors))
+    if kept == 0 and all(tensor is None or _flat(tensor) for tensor in tensors):
+        flat = [((), 1 if tensor is not None and tensor.is_contiguous() else None) for tensor in tensors]
+        return Rows(1, 1, input.numel(), list(range(input.dim())), (), flat)
     order = lie_order(kept, input)
-    turned = [None if tensor is None else tensor.permute(order) for tensor in tensors]
-    sizes = [input.shape[d] for d in order]
-    for _ in range(2):
-        strides = [tensor.stride() for tensor in turned if tensor is not None]
-        outer = _merged(sizes[:kept], [stride[:kept] for stride in strides])
-        inner = _merged(sizes[kept:], [stride[kept:] for stride in strides])
-        if len(outer) <= 1 and len(inner) <= (1 if kept else 2):
-            break
-        turned = [None if tensor is None else tensor.contiguous() for tensor in turned]
-    single = (1, (0,) * len(strides))
-    columns = inner.pop() if inner else single
-    rows = (outer or inner or [single])[0]
-    steps = iter([(row, column or None) for row, column in zip(rows[1], columns[1], strict=True)])
-    slices = math.prod(sizes[:kept])
-    pairs = [(0, None) if tensor is None else next(steps) for tensor in turned]
-    return Rows(slices, rows[0] // slices, columns[0], order, turned, pairs)
+    strides = [(0,) * input.dim() if tensor is None else tensor.stride() for tensor in tensors]
+    dims = [(input.shape[d], tuple(stride[d] for stride in strides)) for d in order]
+    inner = _merged(dims[kept:])
+    n, columns = inner.pop() if inner else (1, (0,) * len(tensors))
+    outer = _merged([*dims[:kept], *inner])[::-1]
+    slices = math.prod(input.shape[:kept])
+    pairs = [(tuple(steps[i] for _, steps in outer), column or None) for i, column in enumerate(columns)]
+    return Rows(slices, input.numel() // (slices * n), n, order, tuple(size for size, _ in outer), pairs)
+
+
+def _flat(tensor: Tensor) -> bool:
+    """Whether it is one row: dense, or one number everywhere."""
+    return tensor.is_contiguous() or not any(tensor.stride())
