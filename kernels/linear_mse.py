@@ -22,7 +22,6 @@ from .mse import (
     mse,
     mse_backward,
     mse_hvp,
-    mse_loss,
     total_weight,
     wanted_gradients,
 )
@@ -97,17 +96,18 @@ def linear_mse_loss(
         if predictions.shape == target.shape:
             return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
     _check(op, input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
-    samples = _sample_weights(sample_weight, weight, target)
+    samples = sample_weight
+    if samples is not None and samples.shape != target.shape:
+        samples = samples.unsqueeze(-1)  # the operators spread one weight per sample over the outputs
     if reduction == "none":
-        predictions = linear(input, weight, bias)
-        return mse_loss(predictions, target, weight=samples, reduction="none")
+        return mse(linear(input, weight, bias), target, samples, "none")
     matrices = _normal_form(input, weight, target, bias, samples)
     dtype = loss_dtype(target)
     if samples is None or reduction == "sum":
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
     wide = accumulator(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
-    return (total / total_weight(samples, wide)).to(dtype)
+    return (total / total_weight(samples, target, wide)).to(dtype)
 
 
 def linear_mse_loss_and_grad(
@@ -200,17 +200,10 @@ def _check(
         checks.shape(op, "sample_weight", sample_weight, input.shape[:-1], target=target)
 
 
-def _sample_weights(sample_weight: Tensor | None, weight: Tensor, target: Tensor) -> Tensor | None:
-    """One weight per element of target, by a view."""
-    if sample_weight is None or sample_weight.shape == target.shape:
-        return sample_weight
-    return sample_weight.unsqueeze(-1).expand(target.shape)
-
-
 def _normal_form(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Matrices: input (N, D), weight (K, D), target and samples (N, K); bias (K,)."""
+    """Matrices: input (N, D), weight (K, D), target (N, K), samples (N, K) or (N, 1); bias (K,)."""
     outputs, features = (weight.shape[0] if weight.dim() == 2 else 1), weight.shape[-1]
     rows = math.prod(input.shape[:-1])
     return (
@@ -218,7 +211,7 @@ def _normal_form(
         weight.reshape(outputs, features),
         target.reshape(rows, outputs),
         None if bias is None else bias.reshape(outputs),
-        None if samples is None else samples.reshape(rows, outputs),
+        None if samples is None else samples.reshape(rows, outputs if samples.shape == target.shape else 1),
     )
 
 
@@ -319,15 +312,14 @@ class LinearMseFunction(torch.autograd.Function):
                 (half, predictions, target, samples), directions, "sum", 0, (False, True, False, False)
             )[1]
             d_grad_weight = d_grad_bias = None
+            wide = accumulator(input)
             if ctx.needs[1]:
-                d_grad_weight = product(d_error.mT.to(input.dtype), input, None, (), accumulator(input))
+                d_grad_weight = product(d_error.mT, input, dtype=wide)
                 if d_input is not None:
-                    d_grad_weight = product(
-                        error.mT.to(input.dtype), d_input, d_grad_weight, (), accumulator(input)
-                    )
+                    d_grad_weight = product(error.mT, d_input, d_grad_weight, dtype=wide)
                 d_grad_weight = q * d_grad_weight
             if ctx.needs[2]:
-                d_grad_bias = q * sum_to(d_error.to(accumulator(input)), (target.shape[1],))
+                d_grad_bias = q * sum_to(d_error, (target.shape[1],), wide)
             d_outputs += [
                 d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need
             ]
@@ -372,11 +364,11 @@ def _general_backward(
         R = scale_and_add(q * d_loss, error, R)
     assert R is not None
     grad_input = grad_samples = None
-    narrow = R.to(weight.dtype)
     if needs[0]:
-        grad_input = product(narrow, weight)
+        grad_input = product(R, weight, dtype=input.dtype)
         if d_grad_weight is not None:
-            grad_input = product(error.to(weight.dtype), (q * d_grad_weight).to(weight.dtype), grad_input)
+            slope = (q * d_grad_weight).to(weight.dtype)
+            grad_input = product(error, slope, grad_input, dtype=input.dtype)
     if needs[4]:
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
@@ -388,15 +380,13 @@ def _general_backward(
             half = target.new_full((), 0.5)
             residual = mse_backward(half, predictions, target, None, "sum", 0, (True, False, False))[0]
             assert residual is not None
-            part = _times(Q, residual)
-            grad_samples = (
-                part if grad_samples is None else scale_and_add(part.new_ones(()), part, grad_samples)
-            )
+            part = sum_to(_times(Q, residual), samples.shape)
+            grad_samples = scale_and_add(part.new_ones(()), part, grad_samples, samples.dtype)
     return [
         grad_input,
-        product(narrow.mT, input) if needs[1] else None,
-        scale_and_add(R.new_full((), -1), R).to(target.dtype) if needs[2] else None,
-        sum_to(R, (R.shape[1],)).to(bias.dtype) if needs[3] else None,
+        product(R.mT, input, dtype=weight.dtype) if needs[1] else None,
+        scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if needs[2] else None,
+        sum_to(R, (R.shape[1],), bias.dtype) if needs[3] else None,
         grad_samples,
     ]
 
@@ -416,14 +406,12 @@ class LinearMseBackwardFunction(torch.autograd.Function):
         d_grad_input, d_grad_target = in_places(cotangents, ctx.needs)
         slope = ctx.factor * grad_output
         d_grad = d_error = d_weight = None
-        narrow = error.to(weight.dtype)
         if d_grad_input is not None:
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
             projected = product(d_grad_input, weight.mT, dtype=error.dtype)
             if ctx.needs_input_grad[2]:
-                d_weight = (slope * product(narrow.mT, d_grad_input, None, (), accumulator(weight))).to(
-                    weight.dtype
-                )
+                d_weight = product(error.mT, d_grad_input, dtype=accumulator(weight))
+                d_weight = (slope * d_weight).to(weight.dtype)
         else:
             projected = None
         if d_grad_target is not None:
@@ -447,9 +435,9 @@ class LinearMseBackwardFunction(torch.autograd.Function):
             tangent = scale_and_add(slope, d_error, tangent)
         results = []
         if ctx.needs[0]:
-            d_input = None if tangent is None else product(tangent.to(weight.dtype), weight)
+            d_input = None if tangent is None else product(tangent, weight, dtype=weight.dtype)
             if d_weight is not None:
-                d_input = product(error.to(weight.dtype), (slope * d_weight).to(weight.dtype), d_input)
+                d_input = product(error, (slope * d_weight).to(weight.dtype), d_input, dtype=weight.dtype)
             results.append(d_input)
         if ctx.needs[1]:
             results.append(None if tangent is None else scale_and_add(tangent.new_full((), -1), tangent))
@@ -457,7 +445,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return product(a.reshape(1, -1), b.reshape(-1, 1), None, (), accumulator(a)).reshape(())
+    return product(a.unsqueeze(-2), b.unsqueeze(-1), None, [0], accumulator(a)).reshape(())
 
 
 def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
@@ -480,8 +468,12 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     return (input, weight, target, bias, samples, reduction, given, dtype), asked
 
 
-def _launch(input: Tensor, *args: Any) -> list[Tensor]:
-    return backends.implementation("linear_mse", input).linear_mse_forward(input, *args)
+def _launch(
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None, *args: Any
+) -> list[Tensor]:
+    spread = None if samples is None else samples.expand_as(target)
+    launchers = backends.implementation("linear_mse", input)
+    return launchers.linear_mse_forward(input, weight, target, bias, spread, *args)
 
 
 def _launch_backward(grad_output: Tensor, error: Tensor, *args: Any) -> list[Tensor]:
@@ -527,7 +519,6 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor]
     predictions = product(input, weight.mT, bias, dtype=dtype)
     shape = (info.batch_size, *predictions.shape[-2:])
     predictions, target = predictions.expand(shape), target.expand(shape)
-    samples = None if samples is None else samples.expand(shape)
     results = [mse(predictions, target, samples, reduction, 1, dtype)]
     if any(needs):
         # As in _error: half the gradient of sum(s (P - y)^2).
@@ -539,9 +530,9 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor]
         if needs[0]:
             results.append(error)
         if needs[1]:
-            results.append(q * product(error.mT.to(input.dtype), input, dtype=wide))
+            results.append(q * product(error.mT, input, dtype=wide))
         if needs[2]:
-            results.append(q * sum_to(error.to(wide), (info.batch_size, 1, shape[2])).squeeze(1))
+            results.append(q * sum_to(error, (info.batch_size, 1, shape[2]), wide).squeeze(1))
     return results, [0] * len(results)
 
 
@@ -551,18 +542,13 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[lis
         grad_output = grad_output.expand(info.batch_size)
     error = error if in_dims[1] is None else error.movedim(in_dims[1], 0)
     weight = weight if in_dims[2] is None else weight.movedim(in_dims[2], 0)
-    wide = accumulator(error)
-    slope = (factor * grad_output).reshape(-1, 1, 1).to(wide)
-    rows, outputs = error.shape[-2:]
-    flat = error.reshape(*error.shape[:-2], rows * outputs, 1)
-    scaled = product(flat.to(wide), slope, dtype=error.dtype).reshape(info.batch_size, rows, outputs)
+    slope = (factor * grad_output.to(accumulator(error))).reshape(-1, 1, 1, 1)
+    scaled = product(error.unsqueeze(-1), slope, dtype=error.dtype).squeeze(-1)
     results = []
     if needs[0]:
-        results.append(product(scaled.to(weight.dtype), weight))
+        results.append(product(scaled, weight, dtype=weight.dtype))
     if needs[1]:
-        minus = scaled.new_full((1, 1), -1)
-        flat = scaled.reshape(info.batch_size, rows * outputs, 1)
-        results.append(product(flat, minus).reshape(scaled.shape))
+        results.append(scale_and_add(scaled.new_full((), -1), scaled))
     return results, [0] * len(results)
 
 

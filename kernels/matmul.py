@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from . import backends, checks
-from .dtypes import accumulator
 from .registration import Operator, autocast_cast, served_by_torch
 
 
@@ -144,15 +143,12 @@ def _one_bias_per_column(op: str, bias: Tensor, columns: int, **operand: Tensor)
     return bias
 
 
-def scale_and_add(factor: Tensor, tensor: Tensor, addend: Tensor | None = None) -> Tensor:
-    """``factor * tensor + addend`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix.
-
-    A 16-bit tensor is widened first: the factor may lie outside its range.
-    """
-    wide = accumulator(tensor)
-    flat = None if addend is None else addend.reshape(-1, 1)
-    column, matrix = tensor.to(wide).reshape(-1, 1), factor.to(wide).reshape(1, 1)
-    return product(column, matrix, flat, dtype=tensor.dtype).reshape(tensor.shape)
+def scale_and_add(
+    factor: Tensor, tensor: Tensor, addend: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``factor * tensor + addend`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix."""
+    column = None if addend is None else addend.unsqueeze(-1)
+    return product(tensor.unsqueeze(-1), factor.reshape(1, 1), column, dtype=dtype).squeeze(-1)
 
 
 def product(
@@ -166,10 +162,10 @@ def product(
 
     Args:
         input: ``(*A, M, K)``.
-        other: ``(*B, K, N)``, of the same dtype.
+        other: ``(*B, K, N)``, of any float dtype.
         addend: broadcastable to the result.
         sum_dims: which of the broadcast batch dimensions are summed (and kept with size 1).
-        dtype: of the result; the operands' if None.
+        dtype: of the result; input's if None.
     """
     return _operator(input, other, addend, list(sum_dims), input.dtype if dtype is None else dtype)
 
@@ -192,34 +188,28 @@ def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
     sum_dims = [
         dim for dim, (size, want) in enumerate(zip(batch, target, strict=True)) if want == 1 and size != 1
     ]
-    result = product(input.to(like.dtype), other.to(like.dtype), None, sum_dims)
+    result = product(input, other, None, sum_dims, like.dtype)
     return result.reshape(result.shape[result.dim() - like.dim() :]).expand(like.shape)
 
 
-def sum_to(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Sum ``tensor`` (at least 2-D) to a ``shape`` that broadcasts to its own, by products with ones.
 
     Never a view of it: autograd takes one for a new tensor, keeps it as ``.grad`` and adds to it in place.
     """
     if tuple(tensor.shape) == tuple(shape):
-        return tensor
+        return tensor if dtype is None else tensor.to(dtype)
     padded = [1] * (tensor.dim() - len(shape)) + list(shape)
     summed = [dim for dim, (size, want) in enumerate(zip(tensor.shape, padded, strict=True)) if want != size]
     batch_dims = [dim for dim in summed if dim < tensor.dim() - 2]
+    rows, columns = tensor.dim() - 2 in summed, tensor.dim() - 1 in summed
     ones = tensor.new_ones(())
-    if tensor.dim() - 2 in summed:
-        tensor = product(ones.expand(1, tensor.shape[-2]), tensor, None, batch_dims)
-    elif tensor.dim() - 1 not in summed:
-        flat = tensor.reshape(*tensor.shape[:-2], tensor.shape[-2] * tensor.shape[-1], 1)
-        tensor = product(flat, ones.expand(1, 1), None, batch_dims)
-        return tensor.reshape(shape)
-    if tensor.shape[-1] != padded[-1]:
-        tensor = product(
-            tensor,
-            ones.expand(tensor.shape[-1], 1),
-            None,
-            batch_dims if tensor.dim() - 2 not in summed else [],
-        )
+    if not rows and not columns:
+        tensor = product(tensor.unsqueeze(-1), ones.expand(1, 1), None, batch_dims, dtype)
+    if rows:
+        tensor = product(ones.expand(1, tensor.shape[-2]), tensor, None, batch_dims, dtype)
+    if columns:
+        tensor = product(tensor, ones.expand(tensor.shape[-1], 1), None, [] if rows else batch_dims, dtype)
     return tensor.reshape(shape)
 
 
@@ -229,7 +219,7 @@ class MatmulFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, other, addend, ctx.sum_dims, ctx.dtype = inputs
-        ctx.addend_shape = None if addend is None else addend.shape
+        ctx.addend = None if addend is None else (addend.shape, addend.dtype)
         ctx.save_for_backward(input, other)
         ctx.save_for_forward(input, other)
 
@@ -240,7 +230,7 @@ class MatmulFunction(torch.autograd.Function):
         return (
             _product_like(grad, other.mT, input) if needs_input else None,
             _product_like(input.mT, grad, other) if needs_other else None,
-            sum_to(grad, ctx.addend_shape) if needs_addend else None,
+            sum_to(grad, *ctx.addend) if needs_addend else None,
             None,
             None,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import backends, checks
 from .dtypes import accumulator
+from .matmul import sum_to
 from .registration import Operator, served_by_torch, torch_mse_loss
 
 
@@ -132,13 +133,13 @@ def _weighted_mean_and_grad(
 def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
     wide = accumulator(input, target, weight)
-    return mse(input, target, weight, "sum", dtype=wide), total_weight(weight, wide)
+    return mse(input, target, weight, "sum", dtype=wide), total_weight(weight, target, wide)
 
 
-def total_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sum(w)``, as the loss of errors that are all 1: differentiable like any other loss."""
-    zero = weight.new_zeros(())
-    return mse((zero + 1).expand_as(weight), zero.expand_as(weight), weight, "sum", dtype=dtype)
+def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum(w)`` over target's elements, as the loss of errors that are all 1: differentiable like any other loss."""
+    one, zero = weight.new_ones(()), weight.new_zeros(())
+    return mse(one.expand(target.shape), zero.expand(target.shape), weight, "sum", dtype=dtype)
 
 
 def wanted_gradients(op: str, wrt: Sequence[str], arguments: dict[str, Tensor | None]) -> list[bool]:
@@ -189,7 +190,10 @@ def mse(
     kept: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The registered operator: no checks, no weighted mean; leading ``kept`` dimensions survive a reduction."""
+    """The registered operator: no checks, no weighted mean; leading ``kept`` dimensions survive a reduction.
+
+    A ``weight`` with dimensions of size 1 is spread over input's, and its gradient is the sum over them.
+    """
     return _mse(input, target, weight, reduction, kept, input.dtype if dtype is None else dtype)
 
 
@@ -304,7 +308,7 @@ def _hvp_formula(
         out = 2 * scale * (dg * w * error + g * dw * error + g * w * d_error)
         results += [out] * needs[1] + [-out] * needs[2]
     if needs[3]:
-        results.append(scale * (dg * error**2 + 2 * g * error * d_error))
+        results.append((scale * (dg * error**2 + 2 * g * error * d_error)).sum_to_size(w.shape))
     return results
 
 
@@ -349,7 +353,11 @@ def _backward_fake(
     needs: list[bool],
 ) -> list[Tensor]:
     tensors = zip((input, target, weight), needs, strict=True)
-    return [torch.empty_like(tensor) for tensor, need in tensors if need and tensor is not None]
+    return [
+        torch.empty_like(tensor) if tensor.shape == input.shape else tensor.new_empty(tensor.shape)
+        for tensor, need in tensors
+        if need and tensor is not None
+    ]
 
 
 def _forward_backward_fake(
@@ -384,20 +392,50 @@ def _hvp_fake(
     return results + _backward_fake(input, input, target, weight, reduction, kept, needs[1:])
 
 
-def _launch_forward(input: Tensor, *args: Any) -> Tensor:
-    return backends.implementation("mse", input).mse_forward(input, *args)
+def _launch_forward(input: Tensor, target: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
+    launchers = backends.implementation("mse", input)
+    return launchers.mse_forward(input, target, _spread(weight, input), *args)
 
 
-def _launch_backward(grad_output: Tensor, input: Tensor, *args: Any) -> list[Tensor]:
-    return backends.implementation("mse", input).mse_backward(grad_output, input, *args)
+def _launch_backward(
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *args: Any
+) -> list[Tensor]:
+    launchers = backends.implementation("mse", input)
+    return _gathered(
+        launchers.mse_backward(grad_output, input, target, _spread(weight, input), *args), weight, args[-1]
+    )
 
 
-def _launch_hvp(grad_output: Tensor | None, input: Tensor, *args: Any) -> list[Tensor]:
-    return backends.implementation("mse", input).mse_hvp(grad_output, input, *args)
+def _launch_hvp(
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:
+    launchers = backends.implementation("mse", input)
+    primals = (grad_output, input, target, _spread(weight, input))
+    results = launchers.mse_hvp(*primals, d_grad, d_input, d_target, _spread(d_weight, input), *args)
+    return _gathered(results, weight, args[-1])
 
 
 def _launch_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
     return backends.implementation("mse", input).mse_forward_backward(input, *args)
+
+
+def _spread(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    return weight if weight is None or weight.shape == input.shape else weight.expand_as(input)
+
+
+def _gathered(results: list[Tensor], weight: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    """The launcher's results, of which the last, the weight's, is summed to the weight's shape."""
+    if needs[-1] and weight is not None and weight.shape != results[-1].shape:
+        results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
+    return results
 
 
 def _mapped_first(

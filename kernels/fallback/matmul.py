@@ -8,6 +8,9 @@ def matmul_forward(
     input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
     """``(input @ other).sum(sum_dims, keepdim=True) + addend``; see kernels/triton/matmul.py."""
+    if input.dtype != other.dtype:
+        wide = torch.promote_types(input.dtype, other.dtype)
+        input, other = input.to(wide), other.to(wide)
     if sum_dims:
         result = _summed_product(input, other, sum_dims)
     elif (

@@ -504,7 +504,7 @@ def _by_tiles(job: _Job) -> None:
     )  # fmt: skip
     job.add_up(None, biases, losses)
     if job.grad_weight is not None and error is not None:
-        product = matmul_forward(error.to(operand).t(), job.input.to(operand), None, [], job.acc)
+        product = matmul_forward(error.t(), job.input, None, [], job.acc)
         torch.mul(product, 2 / job.divisor, out=job.grad_weight)
 
 

@@ -91,7 +91,7 @@ def _matmul_forward_kernel(
     INPUT_CONTIGUOUS: tl.constexpr, INPUT_VECTOR: tl.constexpr,
     OTHER_CONTIGUOUS: tl.constexpr, OTHER_VECTOR: tl.constexpr, OUTPUT_VECTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr, ADDEND_ROW: tl.constexpr, ADDEND_VECTOR: tl.constexpr,
-    MODE: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, WIDEN: tl.constexpr,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of one matrix of the result, summed over one split of the steps along K.
@@ -103,7 +103,8 @@ def _matmul_forward_kernel(
     INPUT_VECTOR, OTHER_VECTOR, OUTPUT_VECTOR: how many elements along that axis (of the output: along N) are
     sure to be loaded or stored together.
     MODE: "dot"; "outer", with BLOCK_K = 1; "column", with N = BLOCK_N = 1.
-    DOUBLE: accumulate in float64, not float32. WIDEN: multiply in that type too, not in the operands' own.
+    DOUBLE: accumulate in float64, not float32. OPERAND: the type that is multiplied in
+    MODE "dot"; the others multiply in the accumulator's.
     Bytes: the operands once per tile row and column (from cache where tiles share them), the result once.
     """
     ACC: tl.constexpr = tl.float64 if DOUBLE else tl.float32
@@ -174,10 +175,7 @@ def _matmul_forward_kernel(
                 left = tl.broadcast_to(x.to(ACC), (BLOCK_M, BLOCK_N))
                 acc = tl.fma(left, tl.broadcast_to(y.to(ACC), (BLOCK_M, BLOCK_N)), acc)
             else:
-                if WIDEN:
-                    x = x.to(ACC)
-                    y = y.to(ACC)
-                acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
+                acc = tl.dot(x.to(OPERAND), y.to(OPERAND), acc, input_precision=PRECISION, out_dtype=ACC)
     if MODE == "column":
         acc = tl.sum(acc, axis=1)[:, None]
 
@@ -336,6 +334,10 @@ def _matmul_reduce_kernel(
     tl.store(output_ptr + offs, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+_TYPES = {
+    torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
+}  # fmt: skip
+
 # Launches on (input, other, addend, output), in the order of the normal form.
 Run = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -350,7 +352,8 @@ def matmul_forward(
 
     Args:
         input: ``(*A, M, K)``, any strides.
-        other: ``(*B, K, N)``, any strides; A and B broadcast to ``batch``.
+        other: ``(*B, K, N)``, any strides; A and B broadcast to ``batch``. Of two float dtypes tensor cores
+            multiply the narrower.
         addend: None, or a tensor that broadcasts to the result.
         sum_dims: dimensions of ``batch``, counted from 0, that are summed along with K.
         dtype: of the result.
@@ -395,10 +398,11 @@ def _plan(
         input, other = other, input
     m, n, k = form.m, form.n, form.k
     target = config.target_of(input.device)
-    double = torch.float64 in (input.dtype, None if addend is None else addend.dtype)
+    double = torch.float64 in (input.dtype, other.dtype, None if addend is None else addend.dtype)
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
-    widen = double or target.backend == "interpreter"
-    operand = torch.float64 if double else torch.float32 if widen else input.dtype
+    interpreted = target.backend == "interpreter"
+    wide, narrow = sorted((input.dtype, other.dtype), key=lambda dtype: -dtype.itemsize)
+    operand = torch.float64 if double else torch.float32 if interpreted else narrow
 
     rest = (*form.batch, *form.sums)
     input_axis, input_vector = _layout(input, (m, k), rest, 1)
@@ -408,10 +412,12 @@ def _plan(
     output_vector = widest if n.size % widest == 0 else 1
     aligned = input_vector > 1 and other_vector > 1
     sums = math.prod(dim.size for dim in form.sums)
-    operands = config.Operands(aligned, aligned and output_vector > 1, input_axis == 0)
+    descriptors = aligned and output_vector > 1 and wide == narrow
+    operands = config.Operands(aligned, descriptors, input_axis == 0)
     sizes = (m.size, n.size, k.size)
-    mode, tile = config.matmul_way(operand, sizes, form.batches, sums, operands, target)
-    tile = config.tuned(config.name_of(input.device)).get(config.matmul_key(operand, sizes, mode), tile)
+    staged = max(wide, operand, key=lambda dtype: dtype.itemsize)  # what has to fit in shared memory
+    mode, tile = config.matmul_way(staged, sizes, form.batches, sums, operands, target)
+    tile = config.tuned(config.name_of(input.device)).get(config.matmul_key(staged, sizes, mode), tile)
 
     options: dict[str, Any] = {
         "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages
@@ -431,7 +437,7 @@ def _plan(
     options |= {
         "INPUT_CONTIGUOUS": input_axis, "INPUT_VECTOR": input_vector,
         "OTHER_CONTIGUOUS": other_axis, "OTHER_VECTOR": other_vector, "OUTPUT_VECTOR": output_vector,
-        "MODE": mode, "DOUBLE": double, "WIDEN": widen,
+        "MODE": mode, "DOUBLE": double, "OPERAND": _TYPES[operand],
     }  # fmt: skip
     return shape, form.swapped, _general(form, options, input.device)
 
