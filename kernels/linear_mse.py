@@ -103,7 +103,8 @@ def linear_mse_loss(
         return mse(linear(input, weight, bias), target, samples, "none")
     matrices = _normal_form(input, weight, target, bias, samples)
     dtype = loss_dtype(target)
-    if samples is None or reduction == "sum":
+    # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
+    if samples is None or reduction == "sum" or target.numel() == 0:
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
     wide = accumulator(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
