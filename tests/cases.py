@@ -114,9 +114,12 @@ class Case:
         """Every choice of arguments that require grad, but for none of them."""
         return [mask for mask in product((False, True), repeat=len(self.shapes)) if any(mask)]
 
-    def resized(self, sizes: dict[int, int]) -> "Case":
-        """The same call with each dimension's size replaced as ``sizes`` says."""
-        shapes = {name: tuple(sizes.get(size, size) for size in shape) for name, shape in self.shapes.items()}
+    def resized(self, sizes: dict[int, int], matrices_only: bool = False) -> "Case":
+        """The same call with each dimension's size, or the last two's, replaced as ``sizes`` says."""
+        shapes = {}
+        for name, shape in self.shapes.items():
+            kept = max(0, len(shape) - 2) if matrices_only else 0
+            shapes[name] = (*shape[:kept], *(sizes.get(size, size) for size in shape[kept:]))
         return Case(self.op, shapes, self.options)
 
     def _by_name(self, values: Sequence[Any]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """What the tests share: the dtypes, the awkward sizes, the tolerance policy as an assertion."""
 
+from typing import Any
+
 import numpy as np
 import torch
-from gradkernels.verify.tolerance import compare
+from gradkernels.verify.tolerance import compare, exactly
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -21,6 +23,23 @@ def assert_matches(
     assert comparison.passed, f"{what}: {comparison}"
 
 
+class Draws:
+    """Results by name, drawn several times and judged together (gradkernels.verify.tolerance says why)."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[str, list[tuple[Tensor, Tensor, np.ndarray]]] = {}
+
+    def add(self, name: str, ours: Tensor, theirs: Tensor, reference: Any) -> None:
+        self._drawn.setdefault(name, []).append((ours.detach(), theirs.detach(), np.asarray(reference)))
+
+    def assert_match(self) -> None:
+        """Assert that every name is within the tolerance policy."""
+        assert self._drawn
+        for name, draws in self._drawn.items():
+            ours, theirs, reference = zip(*draws, strict=True)
+            assert_matches(torch.stack(ours), torch.stack(theirs), np.stack(reference), name)
+
+
 def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    """The values as float64, exactly."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.float64).numpy()
+    """The values for a reference to start from, exactly."""
+    return None if tensor is None else exactly(tensor)

@@ -9,11 +9,10 @@ weighs all outputs of a sample alike, and the mean divides by its sum over all e
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from . import matmul, mse
-
-Array = NDArray[np.float64]
+from .precision import Array
 
 
 @np.errstate(all="ignore")

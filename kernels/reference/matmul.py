@@ -8,9 +8,9 @@ is ``(N,)``, or one element where other is a vector.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
+from .precision import Array, wide
 
 
 @np.errstate(all="ignore")
@@ -27,10 +27,10 @@ def forward(input: ArrayLike, other: ArrayLike, bias: ArrayLike | None = None) -
         array([[215.],
                [435.]])
     """
-    input, other = _float64(input), _float64(other)
+    input, other = wide(input), wide(other)
     output = np.matmul(input, other)
     if bias is not None:
-        output = output + _float64(bias).reshape(other.shape[1:][-1:])
+        output = output + wide(bias).reshape(other.shape[1:][-1:])
     return np.asarray(output)
 
 
@@ -49,7 +49,7 @@ def backward(
     Returns:
         ``(grad_input, grad_other, grad_bias)``, the last None where there is no bias.
     """
-    input, other, grad = _float64(input), _float64(other), _float64(grad_output)
+    input, other, grad = wide(input), wide(other), wide(grad_output)
     rows = input[np.newaxis, :] if input.ndim == 1 else input
     columns = other[:, np.newaxis] if other.ndim == 1 else other
     if other.ndim == 1:
@@ -63,10 +63,6 @@ def backward(
         return grad_input, grad_other, None
     grad_bias = grad.sum(axis=tuple(range(grad.ndim - 1)))
     return grad_input, grad_other, grad_bias.reshape(np.shape(bias))
-
-
-def _float64(values: ArrayLike) -> Array:
-    return np.asarray(values, dtype=np.float64)
 
 
 def _sum_to(shape: tuple[int, ...], array: Array) -> Array:

@@ -11,9 +11,9 @@ numbers travel on without a warning, as in torch.
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Array = NDArray[np.float64]
+from .precision import Array, wide
 
 
 @np.errstate(all="ignore")
@@ -59,7 +59,7 @@ def backward(
     """
     weighted = weight is not None
     error, weight, share = _parts(input, target, weight, reduction)
-    grad_loss = share * np.asarray(grad_output, dtype=np.float64)
+    grad_loss = share * wide(grad_output)
     grad_input = 2 * grad_loss * weight * error
     grad_weight = None
     if weighted:
@@ -74,8 +74,8 @@ def _parts(
     """The errors, the weights, and what one weighted squared error counts in the loss."""
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    input, target = np.asarray(input, dtype=np.float64), np.asarray(target, dtype=np.float64)
-    weight = np.ones_like(input) if weight is None else np.asarray(weight, dtype=np.float64)
+    input, target = wide(input), wide(target)
+    weight = np.ones_like(input) if weight is None else wide(weight)
     for name, array in (("target", target), ("weight", weight)):
         if array.shape != input.shape:
             raise ValueError(f"{name} must have input's shape {input.shape}, got {array.shape}")
