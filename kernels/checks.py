@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device."""
     device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in DEVICE_TYPES and torch.is_autocast_enabled(device_type)
 
 
 def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
