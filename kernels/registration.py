@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .checks import DTYPES
+from .checks import DEVICE_TYPES, DTYPES
 
 _single_level: Callable[[], AbstractContextManager[None]] | None
 try:
@@ -39,8 +39,7 @@ except ImportError:
     _single_level = None
 
 _NAMESPACE = __name__.partition(".")[0]
-_DEVICE_KEYS = ("CPU", "CUDA", "XPU", "MPS")
-_DEVICE_TYPES = frozenset(key.lower() for key in _DEVICE_KEYS)
+_DEVICE_KEYS = tuple(device_type.upper() for device_type in DEVICE_TYPES)
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _LEGACY_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -98,9 +97,10 @@ class Operator:
         torch.library.register_vmap(qualified, vmap, lib=_library)
         _library.impl(self.name, _legacy_vmap(vmap), "Batched")
         self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
-        self._derivative = derivative
+        self._derivative = self._plain_derivative = derivative
         if isinstance(derivative, type):
-            self._derivative = _apply_of(_bind(derivative, self, vmap))
+            self._derivative = _apply_of(_bind(derivative, self.below, vmap))
+            self._plain_derivative = _apply_of(_bind(derivative, launch, vmap))
         _library.impl(self.name, self._autograd, "Autograd")
         if autocast is not None:
             for key in _DEVICE_KEYS:
@@ -108,8 +108,8 @@ class Operator:
         OPERATORS.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        if plain(args):
-            return self._direct(*args)
+        if plain(args):  # what the dispatcher would do, without its 20 us
+            return self._differentiated(args, plainly=True) if requires_grad(args) else self._launch(*args)
         if _single_level is None and _transforms_active():
             return self._autograd(*args)
         return self.overload(*args)
@@ -122,10 +122,6 @@ class Operator:
 
         return autocast
 
-    def _direct(self, *args: Any) -> Any:
-        """What the dispatcher would do with plain tensors, without its 20 us."""
-        return self._autograd(*args) if needs_derivative(args) else self._launch(*args)
-
     def below(self, *args: Any) -> Any:
         """Call the operator past autograd's key, as C++ kernels do."""
         if plain(args):
@@ -134,13 +130,17 @@ class Operator:
             return self.overload(*args)
 
     def _autograd(self, *args: Any) -> Any:
-        if not needs_derivative(args):
-            return self.below(*args)
+        return self._differentiated(args) if needs_derivative(args) else self.below(*args)
+
+    def _differentiated(self, args: tuple[Any, ...], plainly: bool = False) -> Any:
         asked = None
         if self._prepare is not None:
             args, asked = self._prepare(*args)
-        with _level():
-            outputs: Any = self._derivative(*args)
+        if plainly:
+            outputs: Any = self._plain_derivative(*args)
+        else:
+            with _level():
+                outputs = self._derivative(*args)
         if asked is not None:
             return [outputs[place] for place in asked]
         return list(outputs) if self._returns_list else outputs
@@ -173,7 +173,7 @@ def plain(args: Sequence[Any]) -> bool:
             if type(arg) not in _PLAIN_TYPES or _wrapped(arg) or arg._is_zerotensor() or arg.is_neg():
                 return False
             device_type = arg.device.type
-    return device_type in _DEVICE_TYPES
+    return device_type in DEVICE_TYPES
 
 
 def served_by_torch(first: Tensor, *others: Tensor, optional: Tensor | None = None) -> bool:
@@ -194,29 +194,37 @@ def served_by_torch(first: Tensor, *others: Tensor, optional: Tensor | None = No
             or tensor.layout is not _STRIDED
         ):
             return False
-    return dtype in DTYPES and first.layout is _STRIDED and (on_cpu or first.device.type in _DEVICE_TYPES)
+    return dtype in DTYPES and first.layout is _STRIDED and (on_cpu or first.device.type in DEVICE_TYPES)
+
+
+def requires_grad(args: Sequence[Any]) -> bool:
+    """Whether reverse mode has to differentiate a call with these arguments."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def needs_derivative(args: Sequence[Any]) -> bool:
     """Whether autograd has to differentiate a call with these arguments, in reverse or forward mode."""
     if _single_level is None and _transforms_active():
         return True  # which of the levels differentiates is for Function.apply to find out
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if requires_grad(args):
         return True
     # Traced code enters forward mode without telling forward_ad, but always under a transform.
     if (forward_ad._current_level < 0 and not _transforms_active()) or not torch._C._is_fwd_grad_enabled():
         return False
-    return any(torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
+    return any(torch._VF._unpack_dual(arg, level=0)[1] is not None for arg in args if isinstance(arg, Tensor))
 
 
 def _bind(
-    function: type[torch.autograd.Function], operator: Operator, vmap: Callable[..., Any]
+    function: type[torch.autograd.Function], run: Callable[..., Any], vmap: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    """``function`` with the forward that calls ``operator``, and derivatives under the forward's backend."""
+    """``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
 
     def forward(*args: Any) -> Any:
-        outputs = operator.below(*args)
+        outputs = run(*args)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -227,6 +235,8 @@ def _bind(
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
         if all(grad is None for grad in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
+        if ctx.backend == backends.current() and not _any_autocast():
+            return function.backward(ctx, *grad_outputs)
         with backends.use_backend(ctx.backend), without_autocast():
             return function.backward(ctx, *grad_outputs)
 

@@ -218,6 +218,7 @@ class LinearMseChunks(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def linear_mse_chunks(
     K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
 ) -> LinearMseChunks | None:
@@ -259,6 +260,7 @@ class LinearMseDot(NamedTuple):
     num_warps: int
 
 
+@functools.cache
 def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseDot | None:
     """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
     cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))

@@ -69,6 +69,11 @@ def _launch(
     compiled.run(x, y, z, stream, *loaded, metadata, enter, leave, *args, *constants)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up; ``triton.cdiv``, made for constexpr too, takes a microsecond."""
+    return -(-a // b)
+
+
 def _width(value: int) -> int:
     """0 for a 32-bit integer, 1 for a 64-bit one, 2 for one that needs the sign bit too."""
     return 0 if -(2**31) <= value < 2**31 else 1 if value < 2**63 else 2

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..dtypes import accumulator
 from . import config
-from .launch import launch
+from .launch import cdiv, launch
 from .matmul import matmul_forward
 from .ordered_sum import ordered_sum
 
@@ -406,8 +406,8 @@ class _Job(NamedTuple):
         """Second stage: the partial sums along dim 0 of each, into the results."""
         K, D = self.weight.shape
         grad, grad_bias = (None if grads is None else self.grad_weight), self.grad_bias
-        blocks = 1 + (0 if grad is None else triton.cdiv(K * D, 32))
-        blocks += 0 if grad_bias is None else triton.cdiv(K, 32)
+        blocks = 1 + (0 if grad is None else cdiv(K * D, 32))
+        blocks += 0 if grad_bias is None else cdiv(K, 32)
         launch(
             _linear_mse_sum_kernel, (blocks,), grads, biases, losses, grad, grad_bias, self.loss,
             K * D, K, 0 if grads is None else grads.shape[0], biases.shape[0], biases.stride(0),
@@ -493,7 +493,7 @@ def _by_tiles(job: _Job) -> None:
     align = _alignment(operands, D, job.input.stride(0), job.weight.stride(0))
     align_k = _alignment(operands, K, job.target.stride(0))
     plan = _multiply(N, K, D, min(align, align_k), operand, job.acc, device)
-    m_tiles, n_tiles = triton.cdiv(N, plan.tile.BLOCK_M), triton.cdiv(K, plan.tile.BLOCK_N)
+    m_tiles, n_tiles = cdiv(N, plan.tile.BLOCK_M), cdiv(K, plan.tile.BLOCK_N)
     biases, losses = job.partials(m_tiles, K), job.partials(m_tiles * n_tiles)
     launch(
         _linear_mse_tiles_kernel, (m_tiles * n_tiles,), job.input, job.weight, job.target, job.bias,
@@ -570,14 +570,14 @@ def linear_mse_backward(
             cols = min(max(triton.next_power_of_2(D), 16), 1024)
             rows = 2048 // cols
             launch(
-                _linear_mse_outer_kernel, (triton.cdiv(N, rows) * triton.cdiv(D, cols),), *operands,
+                _linear_mse_outer_kernel, (cdiv(N, rows) * cdiv(D, cols),), *operands,
                 N, D, *error.stride(), *weight.stride(), factor, device=device, K=K, ROWS=rows, COLS=cols,
                 ALIGN=_alignment((weight,), D, weight.stride(0)), ACC=_ACC[acc],
             )  # fmt: skip
         else:
             align = _alignment((error, weight), D, K, error.stride(0), weight.stride(0))
             plan = _multiply(N, D, K, align, weight.dtype, acc, device)
-            tiles = triton.cdiv(N, plan.tile.BLOCK_M) * triton.cdiv(D, plan.tile.BLOCK_N)
+            tiles = cdiv(N, plan.tile.BLOCK_M) * cdiv(D, plan.tile.BLOCK_N)
             launch(
                 _linear_mse_grad_input_kernel, (tiles,), *operands,
                 N, D, K, *error.stride(), *weight.stride(), factor, device=device, ALIGN=align,
@@ -589,7 +589,7 @@ def linear_mse_backward(
         error = error.contiguous()
         grad_target = torch.empty_like(error)
         launch(
-            _linear_mse_grad_target_kernel, (triton.cdiv(N * K, 1024),), grad_output, error, grad_target, N * K,
+            _linear_mse_grad_target_kernel, (cdiv(N * K, 1024),), grad_output, error, grad_target, N * K,
             factor, device=device, BLOCK=1024, ACC=_ACC[acc],
         )  # fmt: skip
         results.append(grad_target)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import accumulator
-from .launch import launch
+from .launch import cdiv, launch
 from .ordered_sum import ordered_sum
 from .rows import Rows, walk_rows
 
@@ -404,7 +404,7 @@ def _finish(partials: Tensor, sums: Tensor, divisor: int) -> None:
     P, R = partials.shape
     block_r = 1 if R == 1 else 32
     launch(
-        _mse_sum_kernel, (triton.cdiv(R, block_r),), partials, sums, P, R, divisor,
+        _mse_sum_kernel, (cdiv(R, block_r),), partials, sums, P, R, divisor,
         device=sums.device, BLOCK_P=1024 // block_r, BLOCK_R=block_r, ACC=_ACC[partials.dtype],
     )  # fmt: skip
 
@@ -425,7 +425,7 @@ def _forward(
     acc = accumulator(*tensors)
     divisor = _divisor(reduction, input.shape, kept)
     tiling = _tiling(walk, BLOCK, sliced=walk.slices > 1)
-    tiles = triton.cdiv(walk.rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
+    tiles = cdiv(walk.rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     programs = _programs(tiles, walk.slices, elementwise)
     loss_buffer = _in_order(loss, walk.order) if elementwise else loss
     buffers = _all_in_order(grads, walk.order)
@@ -468,7 +468,7 @@ def mse_backward(
     walk = walk_rows(kept, *tensors, _spread(grad_output, input))
     rows = walk.slices * walk.rows
     tiling = _tiling(walk, BLOCK)
-    tiles = triton.cdiv(rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
+    tiles = cdiv(rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     buffers = _all_in_order(results, walk.order)
     launch(
         _mse_backward_kernel, (tiles,), *tensors, grad_output, *buffers,
@@ -497,7 +497,7 @@ def mse_hvp(
     acc = accumulator(*tensors)
     divisor = _divisor(reduction, input.shape, kept)
     tiling = _tiling(walk, HVP_BLOCK, sliced=walk.slices > 1)
-    tiles = triton.cdiv(walk.rows, tiling["ROWS"]) * triton.cdiv(walk.n, tiling["COLS"])
+    tiles = cdiv(walk.rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     programs = _programs(tiles, walk.slices, elementwise)
     sums_buffer = _in_order(sums, walk.order) if sums is not None and elementwise else sums
     partials = (
