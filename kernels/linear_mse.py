@@ -17,6 +17,7 @@ from . import backends, checks
 from .dtypes import accumulator
 from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import (
+    SMALL,
     in_places,
     loss_dtype,
     mse,
@@ -32,9 +33,6 @@ from .registration import (
     served_by_torch,
     torch_mse_loss,
 )
-
-# What the last cache of a CPU holds: a second pass over so many bytes costs nothing, nor do stored predictions.
-_SMALL = 1 << 25
 
 
 def linear_mse_loss(
@@ -89,7 +87,7 @@ def linear_mse_loss(
         sample_weight is None
         and reduction in checks.REDUCTIONS
         and served_by_torch(input, weight, target, optional=bias)
-        and input.nbytes + target.nbytes <= _SMALL
+        and input.nbytes + target.nbytes <= SMALL
     ):
         check_linear(op, input, weight, bias)
         predictions = linear_in_torch(input, weight, bias)
@@ -158,22 +156,28 @@ def linear_mse_loss_and_grad(
     arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
     want_input, want_weight, want_target, want_bias = wanted_gradients(op, wrt, arguments)
     x, w, y, b, _ = _normal_form(input, weight, target, bias, None)
-    with torch.no_grad():
-        needs = [want_input or want_target, want_weight, want_bias]
-        loss, error, grad_weight, grad_bias = _outputs(
-            _linear_mse(x, w, y, b, None, reduction, needs, loss_dtype(target)), needs
-        )
-        grad_input = grad_target = None
-        if error is not None:
+    needs = [want_input or want_target, want_weight, want_bias]
+    args = (x, w, y, b, None, reduction, needs, loss_dtype(target))
+    loss, error, grad_weight, grad_bias = _outputs(_linear_mse.without_autograd(*args), needs)
+    grad_input = grad_target = None
+    if error is not None:
+        with torch.no_grad():
             grad_input, grad_target = _backward(
                 loss.new_ones(()), error, w, _slope(y, reduction), (want_input, want_target)
             )
     return loss, (
-        None if grad_input is None else grad_input.to(input.dtype).reshape(input.shape),
-        None if grad_weight is None else grad_weight.to(weight.dtype).reshape(weight.shape),
-        None if grad_target is None else grad_target.to(target.dtype).reshape(target.shape),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype).reshape(bias.shape),
+        _as(grad_input, input),
+        _as(grad_weight, weight),
+        _as(grad_target, target),
+        _as(grad_bias, bias),
     )
+
+
+def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
+    """A gradient of the normal form in the dtype and shape of the argument it belongs to."""
+    if grad is None or argument is None or (grad.dtype == argument.dtype and grad.shape == argument.shape):
+        return grad
+    return grad.to(argument.dtype).reshape(argument.shape)
 
 
 def _check(
@@ -205,6 +209,8 @@ def _normal_form(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Matrices: input (N, D), weight (K, D), target (N, K), samples (N, K) or (N, 1); bias (K,)."""
+    if input.dim() == weight.dim() == 2:
+        return input, weight, target, bias, samples
     outputs, features = (weight.shape[0] if weight.dim() == 2 else 1), weight.shape[-1]
     rows = math.prod(input.shape[:-1])
     return (

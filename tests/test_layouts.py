@@ -209,7 +209,7 @@ def test_no_grad_runs_the_loss_alone(
         return launch(*args)
 
     monkeypatch.setattr(launchers, "linear_mse_forward", recorded)
-    monkeypatch.setattr(public, "_SMALL", -1)  # on the fallback small problems are torch's
+    monkeypatch.setattr(public, "SMALL", -1)  # on the fallback small problems are torch's
     tensors = case.arguments(torch.float32, device)
     case.ours(*tensors)
     leaves = [tensor.requires_grad_() for tensor in tensors]

@@ -29,7 +29,7 @@ WANTED = ("input", "weight", "target", "bias")
 @pytest.fixture(autouse=True)
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the fallback small problems are torch's own; here they too take the fused way."""
-    monkeypatch.setattr(sys.modules["gradkernels.linear_mse"], "_SMALL", -1)
+    monkeypatch.setattr(sys.modules["gradkernels.linear_mse"], "SMALL", -1)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -11,7 +11,7 @@ from .matmul import matmul_forward
 # What the last cache holds is read twice at little cost. Larger data are taken in blocks of rows, so that the
 # gradient's product finds them in the cache. With many outputs the products are bound by arithmetic.
 _CACHED_BYTES = 1 << 25
-_BLOCK_BYTES = 1 << 21
+_BLOCK_BYTES = 1 << 22
 _FEW_OUTPUTS = 16
 
 
@@ -26,23 +26,37 @@ def linear_mse_forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
-    rows = _block_rows(input, target)
+    wide = accumulator(input, weight, target, bias, sample_weight)
+    rows = _block_rows(input, target) if needs[1] else max(1, input.shape[0])
     xs, ys = _blocks(input, rows), _blocks(target, rows)
     ss = [None] * len(xs) if sample_weight is None else _blocks(sample_weight, rows)
-    sums: list[Tensor] = []
-    errors: list[Tensor] = []
+    residuals, errors = [], []
+    grad_weight = None
     for x, y, s in zip(xs, ys, ss, strict=True):
-        loss, error, *grads = _block(x, weight, y, bias, s, needs[1:], dtype)
-        if needs[0]:
-            errors.append(error.to(dtype))
-        sums = [a.add_(b) for a, b in zip(sums, (loss, *grads), strict=True)] if sums else [loss, *grads]
+        residual = _predictions(x, weight, bias, dtype).to(wide).sub_(y)
+        error = residual if s is None else residual * s
+        residuals.append(residual)
+        errors.append(error)
+        if needs[1]:
+            product = (error.to(input.dtype).mT @ x).to(wide)
+            grad_weight = product if grad_weight is None else grad_weight.add_(product)
+    residual = _joined(residuals)
+    error = residual if sample_weight is None else _joined(errors)
+    # Not torch.dot, which adds up in one go: its error grows with the number of terms.
+    loss = (error * residual).sum()
+    factor = 2.0
     if reduction == "mean":
-        sums[0].div_(target.numel())
-        # Of no rows the gradients are 0, as torch's products; the loss is nan.
-        sums[1:] = [total.div_(max(1, target.numel())) for total in sums[1:]]
-    loss, *grads = sums
-    whole = [errors[0] if len(errors) == 1 else torch.cat(errors)] if needs[0] else []
-    return [loss.to(dtype), *whole, *(grad.mul_(2) for grad in grads)]
+        # Of no rows the loss is nan, but the gradients are 0, as torch's products.
+        loss = loss.div_(target.numel())
+        factor /= max(1, target.numel())
+    results = [loss.to(dtype)]
+    if needs[0]:
+        results.append(error.to(dtype))
+    if grad_weight is not None:
+        results.append(grad_weight.mul_(factor))
+    if needs[2]:
+        results.append(error.sum(0).mul_(factor))
+    return results
 
 
 def linear_mse_backward(
@@ -56,7 +70,7 @@ def linear_mse_backward(
 
 def _block_rows(input: Tensor, target: Tensor) -> int:
     rows, features = input.shape
-    if input.nbytes <= _CACHED_BYTES or target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
+    if input.nbytes < _CACHED_BYTES or target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
         return max(1, rows)
     return max(16, _BLOCK_BYTES // max(1, features * input.element_size()))
 
@@ -65,24 +79,11 @@ def _blocks(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     return [tensor] if tensor.shape[0] <= rows else tensor.split(rows)
 
 
-def _block(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    samples: Tensor | None,
-    needs: list[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """For some of the rows: sum(s e^2), E, and half of grad_weight and grad_bias, as the sum reduces them."""
-    wide = accumulator(input, weight, target, bias, samples)
-    residual = matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype)).to(wide)
-    residual = residual.sub_(target)
-    error = residual if samples is None else residual * samples
-    # Not torch.dot, which adds up in one go: its error grows with the number of terms.
-    results = [(error * residual).sum(), error]
-    if needs[0]:
-        results.append((error.to(input.dtype).mT @ input).to(wide))
-    if needs[1]:
-        results.append(error.sum(0))
-    return results
+def _joined(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _predictions(input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if input.dtype == dtype:
+        return torch.nn.functional.linear(input, weight, bias)
+    return matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype))

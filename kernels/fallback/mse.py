@@ -1,12 +1,19 @@
 """Mean squared error in plain torch."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import REDUCTIONS
 from ..dtypes import accumulator
+
+# Elements of a pass: what is made of them stays in a core's cache. From so many passes on the losses of all
+# elements no longer fit it, and memory for them is fetched from the system each time.
+_BLOCK = 1 << 18
+_FEW = 4
 
 
 def _scale(input: Tensor, reduction: str, kept: int) -> float:
@@ -33,18 +40,47 @@ def _spread(grad: Tensor, input: Tensor, reduction: str, kept: int) -> Tensor:
     return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
 
 
+def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors of one shape a block at a time; all at once where they are small, strided, or on another device."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    numel = given[0].numel()
+    if numel <= _FEW * _BLOCK or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in given):
+        yield tensors
+        return
+    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    for start in range(0, numel, _BLOCK):
+        end = start + _BLOCK
+        yield tuple(None if tensor is None else tensor[start:end] for tensor in flat)
+
+
+def _total(totals: list[Tensor], input: Tensor, reduction: str) -> Tensor:
+    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+    return total.div_(input.numel()) if reduction == "mean" else total
+
+
 def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
 ) -> Tensor:
     """``c * sum(w e^2)``; see kernels/triton/mse.py."""
-    if weight is None and input.dtype == target.dtype == dtype and (kept == 0 or reduction == "none"):
+    few = input.numel() <= _FEW * _BLOCK
+    if (
+        weight is None
+        and input.dtype == target.dtype == dtype
+        and (reduction == "none" or (kept == 0 and few))
+    ):
         loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
         return _like(loss, input) if reduction == "none" else loss
     wide = accumulator(input, target, weight)
-    error = input.to(wide) - target.to(wide)
-    squares = error.square_() if weight is None else error.square_().mul_(weight)
-    loss = _reduce(squares, reduction, kept).to(dtype)
-    return _like(loss, input.to(dtype)) if reduction == "none" else loss
+
+    def losses(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+        squares = (x.to(wide) - y.to(wide)).square_()
+        return squares if w is None else squares.mul_(w)
+
+    if reduction == "none" or kept:
+        loss = _reduce(losses(input, target, weight), reduction, kept).to(dtype)
+        return _like(loss, input.to(dtype)) if reduction == "none" else loss
+    totals = [losses(*block).sum() for block in _blocks(input, target, weight)]
+    return _total(totals, input, reduction).to(dtype)
 
 
 def mse_backward(
@@ -137,6 +173,26 @@ def mse_forward_backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
-    one = torch.ones((), dtype=input.dtype, device=input.device)
-    loss = mse_forward(input, target, weight, reduction, 0, dtype)
-    return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]
+    wide = accumulator(input, target, weight)
+    scale = _scale(input, reduction, 0)
+    tensors = (input, target, weight)
+    results = [
+        torch.empty_like(tensor) if need and tensor is not None else None
+        for tensor, need in zip(tensors, needs, strict=True)
+    ]
+    totals = []
+    for x, y, w, grad_x, grad_y, grad_w in _blocks(*tensors, *results):
+        in_place = grad_x is not None and grad_x.dtype == wide
+        error = torch.sub(x.to(wide), y.to(wide), out=grad_x if in_place else None)
+        squares = error * error
+        if grad_w is not None:
+            torch.mul(squares, scale, out=grad_w)
+        totals.append((squares if w is None else squares.mul_(w)).sum())
+        slope = error.mul_(2 * scale)
+        if w is not None:
+            slope.mul_(w)
+        if grad_y is not None:
+            torch.mul(slope, -1, out=grad_y)
+        if grad_x is not None and not in_place:
+            grad_x.copy_(slope)
+    return [_total(totals, input, reduction).to(dtype), *(grad for grad in results if grad is not None)]
