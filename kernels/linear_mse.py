@@ -87,7 +87,8 @@ def linear_mse_loss(
         sample_weight is None
         and reduction in checks.REDUCTIONS
         and served_by_torch(input, weight, target, optional=bias)
-        and input.nbytes + target.nbytes <= SMALL
+        and input.nbytes <= SMALL
+        and target.nbytes <= SMALL
     ):
         check_linear(op, input, weight, bias)
         predictions = linear_in_torch(input, weight, bias)

@@ -70,7 +70,7 @@ def linear_mse_backward(
 
 def _block_rows(input: Tensor, target: Tensor) -> int:
     rows, features = input.shape
-    if input.nbytes < _CACHED_BYTES or target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
+    if input.nbytes <= _CACHED_BYTES or target.shape[1] > _FEW_OUTPUTS or not input.is_cpu:
         return max(1, rows)
     return max(16, _BLOCK_BYTES // max(1, features * input.element_size()))
 
