@@ -1,11 +1,13 @@
 """mse_loss and mse_loss_and_grad: sizes, dtypes, weights, errors. Derivatives and layouts have files of their own."""
 
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from gradkernels import mse_loss, mse_loss_and_grad
+from gradkernels.fallback import mse as launchers
 from gradkernels.reference import mse as reference
 from torch.nn import functional
 
@@ -66,6 +68,24 @@ def test_loss_and_grad(
                 assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
             else:
                 assert grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=label)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_fallback_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, weighted: bool, dtype: torch.dtype
+) -> None:
+    """As large tensors: five blocks, the last in part."""
+    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)
+    monkeypatch.setattr(launchers, "_BLOCK", 50)
+    monkeypatch.setattr(launchers, "_FEW", 1)
+    x = torch.empty(33, 7, dtype=dtype)
+    assert len(list(launchers._blocks(x, x))) == 5
+    assert len(list(launchers._blocks(x.mT, x.mT))) == 1
+    test_loss_and_grad("fallback", x.device, reduction, weighted, dtype)
+    names = NAMES if weighted else NAMES[:2]
+    check(Case("mse_loss", dict.fromkeys(names, x.shape), {"reduction": reduction}), dtype, x.device)
 
 
 def test_loss_and_grad_pays_no_heed_to_requires_grad(backend: str, device: torch.device) -> None:
