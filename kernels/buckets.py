@@ -75,3 +75,6 @@ class Guard(NamedTuple):
     max_norm: float | None = None
     skip_nonfinite: bool = False
     skipped: Tensor | None = None
+
+
+UNGUARDED = Guard()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends import implementation
-from .buckets import Bucket, Guard
+from .buckets import UNGUARDED, Bucket, Guard
 from .strides import EqualStrides, even
 
 
@@ -116,17 +116,24 @@ def update(operator: str, parts: Sequence[Part], options: Sequence[Any], guard: 
     """One launch per part; ``guard`` holds for all, on whatever device its tensors are."""
     for part in parts:
         bucket = part.bucket
-        device = bucket.params[0].device
-        local = guard._replace(
-            grad_scale=to_device(guard.grad_scale, device),
-            found_inf=to_device(guard.found_inf, device),
-            norms=to_device(guard.norms, device),
-        )
-        with EqualStrides(bucket, part.uneven, write_grads=guard.grad_scale is not None):
-            launchers = implementation(operator, bucket.params[0])
-            getattr(launchers, f"{operator}_step")(bucket, options, local)
+        local = guard if guard is UNGUARDED else _on(bucket.params[0].device, guard)
+        launcher = getattr(implementation(operator, bucket.params[0]), f"{operator}_step")
+        if part.uneven:
+            with EqualStrides(bucket, part.uneven, write_grads=guard.grad_scale is not None):
+                launcher(bucket, options, local)
+        else:
+            launcher(bucket, options, local)
         torch.autograd.graph.increment_version(bucket.params)
-        guard = guard._replace(skipped=None)  # the first part counts for all
+        if guard.skipped is not None:
+            guard = guard._replace(skipped=None)  # the first part counts for all
+
+
+def _on(device: torch.device, guard: Guard) -> Guard:
+    return guard._replace(
+        grad_scale=to_device(guard.grad_scale, device),
+        found_inf=to_device(guard.found_inf, device),
+        norms=to_device(guard.norms, device),
+    )
 
 
 def norm_table(rows: int, device: torch.device) -> Tensor:

@@ -14,9 +14,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _device_dtype_check_for_fused
+from torch.autograd import profiler
+from torch.optim.optimizer import (
+    _device_dtype_check_for_fused,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
-from .buckets import Guard
+from .buckets import UNGUARDED, Guard
 from .launching import Entry, Part, measure, norm_table, sort_into_parts, update
 from .optimizer_operators import optimizer_norm, optimizer_step
 
@@ -186,13 +191,32 @@ class FusedStep(torch.optim.Optimizer):
         Raises:
             FloatingPointError: ``on_nonfinite="raise"`` and a gradient is not finite; nothing has changed.
         """
+        if (
+            profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.compiler.is_compiling()
+        ):
+            return self._hooked_step(closure)
+        return self._step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch adds nothing, which would take longer than a small step
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._update()
+            if torch.compiler.is_compiling():
+                self._update_traced()
+            else:
+                self._update()
         return loss
+
+    _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     # Copies and checkpoints.
 
@@ -236,12 +260,6 @@ class FusedStep(torch.optim.Optimizer):
                     self.state[param][key] = value.to(device=param.device, dtype=torch.float32)
 
     # One step.
-
-    def _update(self) -> None:
-        if torch.compiler.is_compiling():
-            self._update_traced()
-        else:
-            self._update_eager()
 
     def _init_group(self, *args: Any, **kwargs: Any) -> bool:
         """Fill the lists with the group's parameters of one dtype that have a gradient, for the traced step.
@@ -327,9 +345,9 @@ class FusedStep(torch.optim.Optimizer):
 
     @torch._disable_dynamo
     def _update_untraced(self) -> None:
-        self._update_eager()
+        self._update()
 
-    def _update_eager(self) -> None:
+    def _update(self) -> None:
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         grads = [param.grad for param in params]
         kinds = [self._kind(group) for group in self.param_groups]
@@ -363,6 +381,12 @@ class FusedStep(torch.optim.Optimizer):
     def _launch(self, plan: _Plan) -> None:
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        options = [self._options(group) for group in self.param_groups]
+        if scale is None and found_inf is None and not self._measures():
+            update(self._operator, plan.parts, options, UNGUARDED)
+            if plan.delegated:
+                self._delegate(plan, UNGUARDED)
+            return
         home = next((_local(param).device for param in plan.params), torch.device("cpu"))
         norms = None
         if self._measures():
@@ -376,7 +400,7 @@ class FusedStep(torch.optim.Optimizer):
         if found_inf is not None or guard.skip_nonfinite:
             device = plan.parts[0].bucket.params[0].device if plan.parts else home
             guard = guard._replace(skipped=self._skip_count(device))
-        update(self._operator, plan.parts, [self._options(group) for group in self.param_groups], guard)
+        update(self._operator, plan.parts, options, guard)
         if plan.delegated:
             self._delegate(plan, guard._replace(skipped=None) if plan.parts else guard)
 

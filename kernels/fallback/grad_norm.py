@@ -1,12 +1,17 @@
 """The gradients' sum of squares in plain torch, and how a step is guarded by it."""
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..buckets import Bucket, Guard
+from ..buckets import UNGUARDED, Bucket, Guard
 from ..dtypes import accumulator
+from .pieces import batch_size, cut, flatten, pieces_of
+
+ROW = 4096
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -18,15 +23,25 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         out: (2,), overwritten.
     """
     wide = accumulator(bucket.grads[0])
-    norms = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in bucket.grads]).to(out.dtype)
+    batches = cut(bucket.grads, range(len(bucket.grads)), batch_size(out.device, wide))
+    norms = [norm for pieces in batches for norm in _norms(flatten(pieces_of(bucket.grads, pieces)).to(wide))]
+    norm = torch.cat(norms).to(out.dtype) if norms else out.new_zeros(1)
     if grad_scale is not None:
-        norms = norms / grad_scale
-    out[0] = norms.square().sum()
-    finite = norms.isfinite()
-    if not (out.is_cpu and finite.all()):
-        # A norm may overflow though every gradient is finite.
-        finite = torch.stack([grad.isfinite().all() for grad in bucket.grads])
-    out[1] = (~finite).sum()
+        norm = norm / grad_scale
+    square = norm.square().sum()
+    out[0] = square
+    if out.is_cpu and math.isfinite(square.item()):
+        out[1] = 0
+    else:  # a norm may overflow though every gradient is finite
+        out[1] = sum(~grad.isfinite().all() for grad in bucket.grads)
+
+
+def _norms(flat: Tensor) -> Iterator[Tensor]:
+    """The norms of all rows of ROW elements, and of the rest: torch adds up more in too few running sums."""
+    rows = flat.numel() // ROW
+    if rows:
+        yield torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1)
+    yield torch.linalg.vector_norm(flat[rows * ROW :]).view(1)
 
 
 class Decision(NamedTuple):
@@ -36,10 +51,42 @@ class Decision(NamedTuple):
     scale: Tensor | None
     clip: float | Tensor
 
+    @property
+    def clips(self) -> bool:
+        return isinstance(self.clip, Tensor) or self.clip != 1.0
+
+
+GO = Decision(False, None, 1.0)
+
 
 def decide(guard: Guard) -> Decision:
     """Read the guard, and count the step if it is skipped."""
+    if guard is UNGUARDED:
+        return GO
+    if guard.found_inf is None and guard.norms is None:
+        return Decision(False, guard.grad_scale, 1.0)
+    found = guard.norms if guard.found_inf is None else guard.found_inf
+    assert found is not None
+    return _decide_on_host(guard) if found.is_cpu else _decide_on_device(guard)
+
+
+def _decide_on_host(guard: Guard) -> Decision:
+    skip = guard.found_inf is not None and guard.found_inf.item() != 0
+    clip = 1.0
+    if guard.norms is not None:
+        squares, nonfinite = map(sum, zip(*guard.norms.tolist(), strict=True))
+        skip = skip or (guard.skip_nonfinite and nonfinite != 0)
+        if guard.max_norm is not None:
+            ratio = guard.max_norm / (math.sqrt(squares) + 1e-6)
+            clip = 1.0 if ratio > 1.0 else ratio  # NaN stays
+    if skip and guard.skipped is not None:
+        guard.skipped.add_(1)
+    return Decision(skip, guard.grad_scale, clip)
+
+
+def _decide_on_device(guard: Guard) -> Decision:
     skip: bool | Tensor = False
+    scale = guard.grad_scale
     clip: float | Tensor = 1.0
     if guard.found_inf is not None:
         skip = guard.found_inf != 0
@@ -52,11 +99,20 @@ def decide(guard: Guard) -> Decision:
     if isinstance(skip, Tensor):
         if guard.skipped is not None:
             guard.skipped.add_(skip)
-        if skip.is_cpu:
-            skip = bool(skip)
-    if isinstance(clip, Tensor) and clip.is_cpu:
-        clip = clip.item()
-    return Decision(skip, guard.grad_scale, clip)
+        if scale is not None:
+            scale = scale.where(~skip, 1.0)  # a skipped step leaves the gradients as they are
+    return Decision(skip, scale, clip)
+
+
+def raise_steps(steps: list[Tensor], skip: bool | Tensor) -> None:
+    """Count an update of every parameter, unless ``skip``."""
+    if not steps:
+        return
+    if isinstance(skip, Tensor):
+        torch._foreach_add_(steps, (~skip).to(steps[0].dtype))
+    else:
+        # A tensor with alpha: a bare 1 would be wrapped into a tensor once per step on the CPU.
+        torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device=steps[0].device), alpha=1)
 
 
 def unscaled(grad: Tensor, decision: Decision, dtype: torch.dtype) -> Tensor:

@@ -13,21 +13,20 @@ def mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def draws(like: Tensor, seed: int, index: int, step: Tensor) -> list[Tensor]:
-    """Four 16-bit draws for each element of ``like``: a hash of seed, tensor, step and place in memory.
+def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Tensor]:
+    """Four 16-bit draws for each element: a hash of seed, tensor, step and place in memory.
 
     Args:
-        like: dense; the draws have its shape and go by its order in memory.
+        start, end: the elements' places in memory, counted from the tensor's first.
         seed, index: the optimizer's seed and the parameter's position in it.
         step: 0-d, the updates made before this one.
     """
-    word = torch.tensor([seed & MASK], device=like.device)
+    word = torch.tensor([seed & MASK], device=step.device)
     key = mix(mix(mix(word) ^ (index & MASK)) ^ step.long())
-    place = torch.arange(like.numel(), device=like.device)
+    place = torch.arange(start, end, device=step.device)
     first = mix(mix((place & MASK) ^ key) ^ (place >> 32))
     second = mix(first ^ 0x9E3779B9)
-    words = (first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16)
-    return [w.as_strided(like.size(), like.stride()) for w in words]
+    return [first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]
 
 
 def stochastic_bfloat16(value: Tensor, draw: Tensor) -> Tensor:

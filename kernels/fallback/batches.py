@@ -1,0 +1,135 @@
+"""How a bucket reaches torch's fused kernels: as it is where they serve it, else in batches that fit a cache.
+
+A batch's gradients are unscaled and clipped in copies, its 16-bit tensors widened and rounded again, while they
+lie in the cache: none of this costs a pass through memory of its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..buckets import Bucket
+from ..dtypes import accumulator
+from .grad_norm import Decision
+from .pieces import Piece, batch_size, cut, flatten, pieces_of, unflatten
+from .rounding import draws, stochastic_bfloat16
+
+RANDOM = 1 << 15  # elements: random numbers are made in several steps of int64
+
+# Updates lists of parameters by gradients and states, all of one dtype; divides the gradients by the scale.
+Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], Tensor | None], None]
+
+
+def by_group(bucket: Bucket) -> list[tuple[int, list[int]]]:
+    """Each group that has entries in the bucket, with their indices."""
+    found = bucket.memory.get("by_group")
+    if found is None:
+        found = [
+            (group, [i for i, owner in enumerate(bucket.groups) if owner == group])
+            for group in sorted(set(bucket.groups))
+        ]
+        bucket.memory["by_group"] = found
+    return found
+
+
+def run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, one_pass: bool = True) -> None:
+    """Update the chosen entries by ``kernel``.
+
+    Args:
+        bucket: its steps are already raised, save for those that are skipped on the device.
+        one_pass: whether ``kernel`` goes through memory once, and divides by the scale.
+    """
+    native, elements = _size_up(bucket)
+    if native and not decision.clips:
+        in_cache = elements <= _most(bucket, bucket.params[0].dtype) and decision.scale is None
+        if one_pass or in_cache:
+            states = {key: _picked(tensors, chosen) for key, tensors in bucket.states.items()}
+            kernel(_picked(bucket.params, chosen), _picked(bucket.grads, chosen), states, decision.scale)
+            return
+    dtype = bucket.params[0].dtype if native else accumulator(bucket.params[0])
+    for pieces in cut(bucket.params, chosen, _most(bucket, dtype)):
+        _run_batch(bucket, pieces, dtype, decision, kernel)
+
+
+def _size_up(bucket: Bucket) -> tuple[bool, int]:
+    """Whether all is of one dtype and rounded to nearest, and how many elements there are."""
+    found = bucket.memory.get("size")
+    if found is None:
+        dtype = bucket.params[0].dtype
+        native = (
+            bucket.seed is None
+            and bucket.grads[0].dtype == dtype
+            and all(
+                key == "step" or (tensors[0].dtype == dtype and key != "master_param")
+                for key, tensors in bucket.states.items()
+            )
+        )
+        found = bucket.memory["size"] = native, sum(param.numel() for param in bucket.params)
+    return found
+
+
+def _run_batch(
+    bucket: Bucket, pieces: list[Piece], dtype: torch.dtype, decision: Decision, kernel: Kernel
+) -> None:
+    grads = _Copies(bucket.grads, pieces, dtype)
+    if decision.scale is not None:
+        grads.replace(torch.div, decision.scale)
+        grads.write_back()
+    if decision.clips:  # after which nothing is written back: the caller's gradients stay unclipped
+        grads.replace(torch.mul, decision.clip)
+    params = _Copies(bucket.states.get("master_param", bucket.params), pieces, dtype)
+    states = {
+        key: _Copies(tensors, pieces, dtype)
+        for key, tensors in bucket.states.items()
+        if key not in ("master_param", "step")
+    }
+    values = {key: copies.values for key, copies in states.items()}
+    if "step" in bucket.states:
+        values["step"] = [bucket.states["step"][i] for i, _, _ in pieces]
+    kernel(params.values, grads.values, values, None)
+
+    if bucket.seed is not None:
+        _round_at_random(bucket, bucket.seed, pieces, [params, *states.values()])
+        return
+    for copies in (params, *states.values()):
+        copies.write_back()
+    if "master_param" in bucket.states:
+        torch._foreach_copy_(pieces_of(bucket.params, pieces), params.values)
+
+
+def _round_at_random(bucket: Bucket, seed: int, pieces: list[Piece], written: list["_Copies"]) -> None:
+    for place, (i, start, end) in enumerate(pieces):
+        words = draws(start, end, seed, bucket.indices[i], bucket.states["step"][i] - 1)
+        for copies, word in zip(written, words, strict=False):
+            value, out = copies.values[place], copies.narrow[place]
+            out.copy_(stochastic_bfloat16(value, word.view_as(value)))
+
+
+class _Copies:
+    """The pieces of one list of tensors in one dtype: copies where theirs is another, else the elements themselves."""
+
+    def __init__(self, tensors: list[Tensor], pieces: list[Piece], dtype: torch.dtype) -> None:
+        self.narrow = self.values = pieces_of(tensors, pieces)
+        if self.narrow[0].dtype != dtype:
+            self.replace(Tensor.to, dtype)
+
+    def replace(self, operation: Callable[..., Tensor], *args: Any) -> None:
+        """Put ``operation(values, *args)`` in the place of the values, in one call for all pieces."""
+        self.values = list(unflatten(operation(flatten(self.values), *args), self.values))
+
+    def write_back(self) -> None:
+        """Round the values into the tensors they come from."""
+        if self.values is not self.narrow:
+            torch._foreach_copy_(self.narrow, self.values)
+
+
+def _most(bucket: Bucket, dtype: torch.dtype) -> int:
+    """Elements in a batch whose copies are of this dtype."""
+    most = batch_size(bucket.params[0].device, dtype)
+    return most if bucket.seed is None else min(most, RANDOM)
+
+
+def _picked(tensors: list[Tensor], chosen: list[int]) -> list[Tensor]:
+    return tensors if len(chosen) == len(tensors) else [tensors[i] for i in chosen]
