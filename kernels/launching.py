@@ -92,9 +92,12 @@ def measure(
     sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for part, device in zip(parts, devices, strict=True):
         out = next(free[device])
-        with EqualStrides(part.bucket, part.uneven, write_grads=False):
-            launchers = implementation("grad_norm", part.bucket.params[0])
-            launchers.grad_norm(part.bucket, to_device(scale, device), out)
+        launcher = implementation("grad_norm", part.bucket.params[0]).grad_norm
+        if part.uneven:
+            with EqualStrides(part.bucket, part.uneven, write_grads=False):
+                launcher(part.bucket, to_device(scale, device), out)
+        else:
+            launcher(part.bucket, to_device(scale, device), out)
         sharded[part.shards].append(out)
     if set(tables) == {home} and not extra and not any(sharded) and norm_group is None:
         return tables[home]

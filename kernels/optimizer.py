@@ -348,9 +348,10 @@ class FusedStep(torch.optim.Optimizer):
         self._update()
 
     def _update(self) -> None:
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        groups = self.param_groups
+        params = list(chain.from_iterable([group["params"] for group in groups]))
         grads = [param.grad for param in params]
-        kinds = [self._kind(group) for group in self.param_groups]
+        kinds = [self._kind(group) for group in groups]
         capturing = _capturing()
         if capturing:
             self._refuse_capture(params)
@@ -363,9 +364,8 @@ class FusedStep(torch.optim.Optimizer):
                 self._captured.append(plan)  # the graph reads its tables for as long as it lives
             else:
                 self._plan = plan
-                for (
-                    part
-                ) in plan.parts:  # here, since a graph that made the counter would zero it at each replay
+                for part in plan.parts:
+                    # Here, since a graph that made the counter would zero it at each replay.
                     self._skip_count(part.bucket.params[0].device)
         else:
             assert self._plan is not None

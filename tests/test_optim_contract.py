@@ -296,6 +296,19 @@ def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str
     assert log == ["global pre", "pre", "post", "global post"]
 
 
+def test_the_profiler_sees_the_step(name: str) -> None:
+    """A step without hooks and profiler leaves torch's wrapper out, which costs more than a small step."""
+    ours, _ = make_pair(name, shapes=SMALL)
+    set_gradients(ours, Feed(parameters(ours))(1))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours.step()
+    ours.step()
+    labels = [
+        event.count for event in profile.key_averages() if event.key == f"Optimizer.step#Fused{name}.step"
+    ]
+    assert labels == [1]
+
+
 def test_a_pre_hook_that_changes_gradients_and_rates_is_heard(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL, lr=0.004)
 

@@ -42,12 +42,17 @@ def run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, o
         one_pass: whether ``kernel`` goes through memory once, and divides by the scale.
     """
     native, elements = _size_up(bucket)
-    if native and not decision.clips:
-        in_cache = elements <= _most(bucket, bucket.params[0].dtype) and decision.scale is None
-        if one_pass or in_cache:
-            states = {key: _picked(tensors, chosen) for key, tensors in bucket.states.items()}
-            kernel(_picked(bucket.params, chosen), _picked(bucket.grads, chosen), states, decision.scale)
-            return
+    in_cache = elements <= _most(bucket, bucket.params[0].dtype)
+    if native and (in_cache or (one_pass and not decision.clips)):
+        grads, scale = _picked(bucket.grads, chosen), decision.scale
+        if scale is not None and (decision.clips or not one_pass):
+            torch._foreach_div_(grads, scale)
+            scale = None
+        if decision.clips:  # copies: the caller's gradients stay as they are
+            grads = list(torch._foreach_mul(grads, decision.clip))
+        states = {key: _picked(tensors, chosen) for key, tensors in bucket.states.items()}
+        kernel(_picked(bucket.params, chosen), grads, states, scale)
+        return
     dtype = bucket.params[0].dtype if native else accumulator(bucket.params[0])
     for pieces in cut(bucket.params, chosen, _most(bucket, dtype)):
         _run_batch(bucket, pieces, dtype, decision, kernel)
@@ -77,7 +82,7 @@ def _run_batch(
     if decision.scale is not None:
         grads.replace(torch.div, decision.scale)
         grads.write_back()
-    if decision.clips:  # after which nothing is written back: the caller's gradients stay unclipped
+    if decision.clips:
         grads.replace(torch.mul, decision.clip)
     params = _Copies(bucket.states.get("master_param", bucket.params), pieces, dtype)
     states = {
@@ -116,7 +121,7 @@ class _Copies:
             self.replace(Tensor.to, dtype)
 
     def replace(self, operation: Callable[..., Tensor], *args: Any) -> None:
-        """Put ``operation(values, *args)`` in the place of the values, in one call for all pieces."""
+        """Put ``operation(value, *args)`` in the place of each value, in one call for all."""
         self.values = list(unflatten(operation(flatten(self.values), *args), self.values))
 
     def write_back(self) -> None:

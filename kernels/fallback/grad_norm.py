@@ -11,7 +11,7 @@ from ..buckets import UNGUARDED, Bucket, Guard
 from ..dtypes import accumulator
 from .pieces import batch_size, cut, flatten, pieces_of
 
-ROW = 4096
+ROW = 1024
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -24,11 +24,15 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     """
     wide = accumulator(bucket.grads[0])
     batches = cut(bucket.grads, range(len(bucket.grads)), batch_size(out.device, wide))
-    norms = [norm for pieces in batches for norm in _norms(flatten(pieces_of(bucket.grads, pieces)).to(wide))]
-    norm = torch.cat(norms).to(out.dtype) if norms else out.new_zeros(1)
+    norms = [
+        norm
+        for pieces in batches
+        for norm in _norms(flatten(pieces_of(bucket.grads, pieces)).to(wide), out.dtype)
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.cat(norms) if norms else out.new_zeros(1)
     if grad_scale is not None:
         norm = norm / grad_scale
-    square = norm.square().sum()
+    square = torch.dot(norm, norm)
     out[0] = square
     if out.is_cpu and math.isfinite(square.item()):
         out[1] = 0
@@ -36,12 +40,13 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         out[1] = sum(~grad.isfinite().all() for grad in bucket.grads)
 
 
-def _norms(flat: Tensor) -> Iterator[Tensor]:
+def _norms(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The norms of all rows of ROW elements, and of the rest: torch adds up more in too few running sums."""
-    rows = flat.numel() // ROW
+    rows, rest = divmod(flat.numel(), ROW)
     if rows:
-        yield torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1)
-    yield torch.linalg.vector_norm(flat[rows * ROW :]).view(1)
+        yield torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1).to(dtype)
+    if rest:
+        yield torch.linalg.vector_norm(flat[rows * ROW :], dim=0, keepdim=True, dtype=dtype)
 
 
 class Decision(NamedTuple):

@@ -53,7 +53,7 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
         buffers = states.get("momentum_buffer", [])
-        if _rounds_often(params):
+        if _rounds_often(params[0]):  # else they are wide copies of 16-bit ones
             _loop(params, grads, buffers, options)
             return
         torch._fused_sgd_(
@@ -71,15 +71,15 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
             found_inf=skip.float() if isinstance(skip, Tensor) else None,
         )
 
-    run(bucket, chosen, decision, kernel, one_pass=not _rounds_often(bucket.params))
+    run(bucket, chosen, decision, kernel, one_pass=not _rounds_often(bucket.params[0]))
 
 
-def _rounds_often(params: list[Tensor]) -> bool:
+def _rounds_often(param: Tensor) -> bool:
     """Whether torch's loop must serve instead of its fused kernel.
 
     On the CPU, up to 2.13, that leaves whole blocks of 16-bit parameters unmoved (pytorch#191763).
     """
-    return params[0].is_cpu and params[0].element_size() == 2
+    return param.is_cpu and param.element_size() == 2
 
 
 def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions) -> None:
