@@ -93,10 +93,10 @@ def _linear_mse(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
     return call
 
 
-def _linear_mse_backward(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
+def _linear_mse_backward(N: int, D: int, K: int, needs: list[bool]) -> Callable[[Any, torch.dtype], object]:
     def call(module: Any, dtype: torch.dtype) -> object:
         error, weight = _meta(N, K, dtype=dtype), _meta(K, D, dtype=dtype)
-        return module.linear_mse_backward(_meta(dtype=dtype), error, weight, 2.0, [True, True])
+        return module.linear_mse_backward(_meta(dtype=dtype), error, weight, 2.0, needs)
 
     return call
 
@@ -184,7 +184,20 @@ SPECIMENS = (
     Specimen("linear_mse", "8 outputs of 256", _linear_mse(1 << 16, 256, 8), stores=False),
     Specimen("linear_mse", "16 outputs of 512", _linear_mse(1 << 16, 512, 16), stores=False),
     Specimen("linear_mse", "1024 outputs of 1024", _linear_mse(1 << 14, 1024, 1024)),
-    Specimen("linear_mse", "backward", _linear_mse_backward(1 << 16, 1024, 1), loads=False),
+    Specimen("linear_mse", "1 output of 16384", _linear_mse(1 << 16, 16384, 1), stores=False),
+    Specimen("linear_mse", "77 outputs of 333", _linear_mse(1 << 14, 333, 77), loads=False, stores=False),
+    Specimen(
+        "linear_mse",
+        "gradient of input, 1 output",
+        _linear_mse_backward(1 << 16, 1024, 1, [True, False]),
+        loads=False,
+    ),
+    Specimen(
+        "linear_mse",
+        "gradient of input, 1024 outputs",
+        _linear_mse_backward(1 << 14, 1024, 1024, [True, False]),
+    ),
+    Specimen("linear_mse", "gradient of target", _linear_mse_backward(1 << 16, 1024, 256, [False, True])),
     Specimen("sgd", "momentum, aligned or not", _sgd()),
     Specimen("sgd", "guarded", _sgd(guarded=True)),
     Specimen("sgd", "master weights", _sgd(master=True), dtypes=(FLOAT16, BFLOAT16)),

@@ -65,6 +65,24 @@ def test_tiles_are_legal_everywhere():
                 assert tile.BLOCK_K == 1
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_a_step_loads_16_bytes_a_lane(itemsize):
+    """Elements, and with them random numbers and sums, lie the same on every chip; registers are NVIDIA's option."""
+    for target in (H100, A100, B200, MI300):
+        chosen = config.optimizer(itemsize, target)
+        assert chosen["BLOCK"] * itemsize == 16 * config.lanes(target) * chosen["num_warps"] == 2048
+        assert ("maxnreg" in chosen) == (target.backend == "cuda" and itemsize != 4)
+
+
+def test_registers_of_the_fused_loss():
+    """Two programs of eight warps on a multiprocessor where 32 gradients a lane allow it, else one."""
+    for D, most in ((4096, 128), (8192, 128), (16384, 255), (256, 255)):
+        chunks = config.linear_mse_chunks(1, D, 2, FP32, A100)
+        assert chunks.compiled["maxnreg"] == most
+        assert chunks.compiled["maxnreg"] * chunks.compiled["num_warps"] * 32 <= 65536
+    assert "maxnreg" not in config.linear_mse_chunks(1, 4096, 2, FP32, MI300).compiled
+
+
 def test_splits_depend_on_the_shape_alone():
     assert config.splits(tiles=1, steps=1000, mode="dot") == 125
     assert config.splits(tiles=1, steps=100_000, mode="dot") == config.PROGRAMS

@@ -2,35 +2,31 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 
 from ..buckets import AdamOptions, Bucket, Guard
-from .launch import launch
 from .tables import (
-    ALIGNED,
     CHUNK,
     GRAD,
     GROUP,
-    KEY,
     MASTER,
-    NUMEL,
     PARAM,
     STATES,
-    STEP,
-    WARPS,
-    WIDTH,
-    block_of,
-    count_step,
+    chunk_of,
     draw_words,
     dtype_of,
+    is_whole,
+    key_at,
+    launch_step,
+    load_grad,
     load_guard,
     load_option,
-    mix,
+    load_param,
     pointer_at,
     round_to,
-    tables_of,
+    store_param,
+    take_step,
 )
 
 
@@ -42,32 +38,14 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
         options: of each group, by the index that ``bucket.groups`` holds.
         guard: scale, clipping and whether to skip.
     """
-    tables = tables_of(bucket)
-    launch(
+    launch_step(
         _adam_step_kernel,
-        (tables.programs,),
-        tables.chunks.tensor,
-        tables.rows.tensor,
-        tables.arrivals,
-        tables.options(options, guard.max_norm),
-        guard.grad_scale,
-        guard.found_inf,
-        guard.norms,
-        guard.skipped,
-        device=bucket.params[0].device,
-        DTYPE_P=dtype_of(bucket.params),
-        DTYPE_G=dtype_of(bucket.grads),
+        bucket,
+        options,
+        guard,
         DTYPE_M=dtype_of(bucket.states["exp_avg"]),
         DTYPE_V=dtype_of(bucket.states["exp_avg_sq"]),
         DTYPE_W=dtype_of(bucket.states.get("max_exp_avg_sq")),
-        DTYPE_STEP=dtype_of(bucket.states["step"]),
-        HAS_MASTER="master_param" in bucket.states,
-        STOCHASTIC=bucket.seed is not None,
-        NORMS=0 if guard.norms is None else len(guard.norms),
-        SKIP=guard.skip_nonfinite,
-        ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
-        BLOCK=block_of(bucket),
-        num_warps=WARPS,
     )
 
 
@@ -104,13 +82,8 @@ def _adam_step_kernel(
     Bytes per element: parameter, moments and master read and written once, gradient read once (and written
     once under grad_scale): 28 for float32.
     """
-    pid = tl.program_id(0)
-    t = tl.load(chunks_ptr + 2 * pid).to(tl.int64)
-    start = tl.load(chunks_ptr + 2 * pid + 1).to(tl.int64) * CHUNK
-    row = rows_ptr + t * WIDTH
-    numel = tl.load(row + NUMEL)
+    t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
     group = tl.load(row + GROUP)
-
     lr = load_option(options_ptr, group, 0, 8)
     beta1 = load_option(options_ptr, group, 1, 8)
     beta2 = load_option(options_ptr, group, 2, 8)
@@ -120,17 +93,11 @@ def _adam_step_kernel(
     sign = tl.where(load_option(options_ptr, group, 6, 8) != 0, -1.0, 1.0)
     max_norm = load_option(options_ptr, group, 7, 8)
 
-    skip, clip = load_guard(found_inf_ptr, norms_ptr, max_norm, NORMS, SKIP)
-    step_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP))
-    step = tl.load(step_ptr)
-    count_step(step_ptr, step, arrivals_ptr + t, tl.maximum(tl.cdiv(numel, CHUNK), 1), skip)
+    skip, inverse_scale, clip = load_guard(
+        grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP
+    )
     UNSCALE: tl.constexpr = grad_scale_ptr is not None
-    inverse_scale = tl.full((), 1.0, tl.float64)
-    if UNSCALE:
-        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
-    if skipped_ptr is not None:
-        counts = (pid == 0) & skip
-        tl.store(skipped_ptr, tl.load(skipped_ptr, mask=counts) + 1, mask=counts)
+    step = take_step(row, arrivals_ptr + t, numel, skip, DTYPE_STEP)
 
     # In float64, once per program: 1 - beta^t loses all digits in float32.
     t_new = step.to(tl.int64) + 1
@@ -145,13 +112,12 @@ def _adam_step_kernel(
         (1.0 / tl.sqrt(correction2)).to(ACC),
         eps.to(ACC),
         (lr / correction1).to(ACC),
-        sign.to(ACC),
-        clip.to(ACC),
         inverse_scale.to(ACC),
+        sign.to(ACC) * clip.to(ACC),
     )
-    key = mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32)) if STOCHASTIC else 0
+    key = key_at(row, step) if STOCHASTIC else 0
     if not skip:
-        if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
+        if is_whole(row, start, numel):
             for i in range(0, CHUNK, BLOCK):
                 _update(row, start + i, numel, scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G, DTYPE_M,
                         DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
@@ -211,9 +177,8 @@ def _update(
         inverse_root,
         eps,
         step_size,
-        sign,
-        clip,
         inverse_scale,
+        factor,
     ) = scalars
     offs = start + tl.arange(0, BLOCK)
     mask = None if FULL else offs < numel
@@ -221,20 +186,13 @@ def _update(
     g_at = pointer_at(row, GRAD, DTYPE_G, FULL) + offs
     m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
     v_at = pointer_at(row, STATES + 1, DTYPE_V, FULL) + offs
+    master_at = pointer_at(row, MASTER, tl.float32, FULL) + offs if HAS_MASTER else None
 
-    if HAS_MASTER:
-        master_at = pointer_at(row, MASTER, tl.float32, FULL) + offs
-        p = tl.load(master_at, mask=mask)
-    else:
-        p = tl.load(p_at, mask=mask).to(ACC)
-    g = tl.load(g_at, mask=mask).to(ACC)
+    p = load_param(p_at, master_at, mask, ACC)
+    g = load_grad(g_at, mask, inverse_scale, factor, UNSCALE, ACC)
     m = tl.load(m_at, mask=mask).to(ACC)
     v = tl.load(v_at, mask=mask).to(ACC)
 
-    if UNSCALE:
-        g = g * inverse_scale
-        tl.store(g_at, g.to(DTYPE_G), mask=mask)
-    g = g * (sign * clip)
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
     p = p * shrink
     # As torch's lerp: exact at both ends.
@@ -250,9 +208,7 @@ def _update(
     word, other = 0, 0
     if STOCHASTIC:
         word, other = draw_words(key, offs)
-    if HAS_MASTER:
-        tl.store(master_at, p, mask=mask)
-    tl.store(p_at, round_to(p, word & 0xFFFF, DTYPE_P, STOCHASTIC), mask=mask)
+    store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)
     tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
     tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)
     if DTYPE_W is not None:

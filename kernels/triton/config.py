@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+# Of a program that passes over elements once; each loads 16 bytes at a time.
+LANES = 128
+
 # Programs that a launch should have before a long sum is left in one piece: two for each of an H100's 132
 # multiprocessors. A constant, since a sum is split by its shape alone.
 PROGRAMS = 264
@@ -52,6 +55,24 @@ def multiprocessors(device: torch.device) -> int:
     return driver.utils.get_device_properties(index)["multiprocessor_count"]
 
 
+def lanes(target: Target) -> int:
+    """How many of them make a warp."""
+    return 64 if str(target.arch).startswith("gfx9") else 32
+
+
+def warps(target: Target) -> int:
+    """How many of them are LANES lanes."""
+    return LANES // lanes(target)
+
+
+def registers(most: int, target: Target) -> dict[str, int]:
+    """The option that lets each lane have ``most`` of them, where there is one.
+
+    NVIDIA's assembler otherwise aims at more programs on a multiprocessor, and may spill to make room for them.
+    """
+    return {"maxnreg": most} if target.backend == "cuda" else {}
+
+
 def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
     """The ``input_precision`` of a dot product.
 
@@ -85,7 +106,9 @@ def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> Matmul
     if dtype == torch.float64:
         if target == ("cuda", 100):  # where triton 3.6 fails to compile more
             block_m = block_n = 16
-        return MatmulConfig(block_m, block_n, 16, 4, stages)
+        # Two elements for each lane, so that they are loaded together.
+        block_k = 16 * lanes(target) // 32 if 16 in (block_m, block_n) else 16
+        return MatmulConfig(block_m, block_n, block_k, 4, stages)
     block_k = 64 if dtype.itemsize == 2 else 32
     if min(M, N) > 64 and triton.cdiv(M, 128) * triton.cdiv(N, 128) >= PROGRAMS // 4:
         return MatmulConfig(128, _wide(dtype, target), block_k, 8, stages)
@@ -209,13 +232,17 @@ def splits(tiles: int, steps: int, mode: str) -> int:
 
 
 class LinearMseChunks(NamedTuple):
-    """How a row of X is held in registers."""
+    """How a row of X is held in registers.
+
+    Attributes:
+        compiled: options of the compiler: ``num_warps`` and, on NVIDIA, ``maxnreg``.
+    """
 
     ROWS: int
     CHUNK: int
     CHUNKS: int
     STAGES: int
-    num_warps: int
+    compiled: dict[str, int]
 
 
 @functools.cache
@@ -232,19 +259,24 @@ def linear_mse_chunks(
     wide = acc.itemsize // 4
     size = triton.next_power_of_2(max(D, 16))
     # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
-    most, lanes = (1, 64) if target.backend == "hip" else (3, 32)
+    most = 1 if target.backend == "hip" else 3
+    width = lanes(target) * 16 // itemsize
 
     def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
+        chunks = triton.cdiv(max(D, 1), chunk)
         stages = most if rows * D * itemsize <= 32768 else min(most, 2)
-        return LinearMseChunks(rows, chunk, triton.cdiv(max(D, 1), chunk), stages, num_warps)
+        # Two programs run on a multiprocessor (linear_mse_programs), one where half its registers do not suffice.
+        halves = num_warps == 8 and rows * K * wide * chunk * chunks <= 8192
+        compiled = {"num_warps": num_warps, **registers(128 if halves else 255, target)}
+        return LinearMseChunks(rows, chunk, chunks, stages, compiled)
 
-    chunk = min(lanes * 16 // itemsize, size)
+    chunk = min(width, size)
     values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
     if values <= 2048:
         rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
         return config_of(max(4, rows), chunk, 4)
     for rows in (1,) if K == 1 else (4, 2, 1):
-        chunk = min(8 * lanes // rows * 16 // itemsize, size)
+        chunk = min(8 // rows * width, size)
         if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
             return config_of(rows, chunk, 8)
     return None
@@ -279,3 +311,12 @@ def linear_mse_programs(N: int, itemsize: int, acc: torch.dtype) -> int:
     """
     light = N * itemsize // (16 * (2 * acc.itemsize + itemsize))
     return max(1, min(264, max(light, min(132, N // 48))))
+
+
+def optimizer(itemsize: int, target: Target) -> dict[str, int]:
+    """The block of a step and how it is compiled: 16 bytes a lane of the widest operand, of ``itemsize`` bytes.
+
+    Three programs of NVIDIA's are to fit a multiprocessor; float32 leaves room for more without asking.
+    """
+    chosen = {"BLOCK": LANES * 16 // itemsize, "num_warps": warps(target)}
+    return chosen if itemsize == 4 else chosen | registers(168, target)

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..buckets import Bucket
+from . import config
 from .launch import launch
-from .tables import ALIGNED, CHUNK, GRAD, NUMEL, WARPS, WIDTH, dtype_of, pointer_at, tables_of
+from .tables import CHUNK, GRAD, chunk_of, dtype_of, is_whole, pointer_at, tables_of
 
 # From the shapes alone, so that sums come out the same on every device; a power of two.
 PROGRAMS = 1024
@@ -40,7 +41,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
         PROGRAMS=PROGRAMS,
         BLOCK=1024,
-        num_warps=WARPS,
+        num_warps=config.warps(config.target_of(out.device)),
     )
 
 
@@ -74,10 +75,8 @@ def _grad_norm_kernel(
     bad = tl.zeros((BLOCK,), tl.int32)
     c = pid
     while c < chunks:
-        row = rows_ptr + tl.load(chunks_ptr + 2 * c).to(tl.int64) * WIDTH
-        start = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64) * CHUNK
-        numel = tl.load(row + NUMEL)
-        if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
+        _, row, start, numel = chunk_of(chunks_ptr, rows_ptr, c)
+        if is_whole(row, start, numel):
             g_ptr = pointer_at(row, GRAD, DTYPE_G, True)
             for i in range(0, CHUNK, BLOCK):
                 g = tl.load(g_ptr + (start + i + tl.arange(0, BLOCK))).to(ACC) * inverse

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..dtypes import accumulator
 from . import config
 from .launch import cdiv, launch
-from .matmul import matmul_forward
+from .matmul import matmul_forward, store_product
 from .ordered_sum import ordered_sum
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -284,9 +284,7 @@ def _linear_mse_grad_input_kernel(
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, OPERAND, PRECISION, ACC,
     )  # fmt: skip
     grad = products * (tl.load(g_ptr).to(ACC) * factor)
-    at = grad_ptr + rows[:, None] * (D // ALIGN * ALIGN) + ds[None, :]
-    mask = (rows < N)[:, None] & (ds < D // ALIGN * ALIGN)[None, :]
-    tl.store(at, grad.to(grad_ptr.dtype.element_ty), mask=mask)
+    store_product(grad_ptr, rows, ds, N, D // ALIGN * ALIGN, grad)
 
 
 @triton.jit
@@ -432,8 +430,9 @@ def _by_chunks(job: _Job, config_: config.LinearMseChunks) -> None:
     launch(
         _linear_mse_chunks_kernel, (P,), job.input, job.weight.contiguous(), job.target, job.bias,
         job.sample_weight, job.error, grads, sums, N, D, *job.input.stride(), *job.element_strides(),
-        device=job.input.device, K=K, ALIGN=_alignment((job.input,), D, job.input.stride(0)),
-        EVEN=D == config_.CHUNK * config_.CHUNKS, ACC=_ACC[job.acc], **config_._asdict(),
+        device=job.input.device, K=K, ROWS=config_.ROWS, CHUNK=config_.CHUNK, CHUNKS=config_.CHUNKS,
+        ALIGN=_alignment((job.input,), D, job.input.stride(0)), EVEN=D == config_.CHUNK * config_.CHUNKS,
+        STAGES=config_.STAGES, ACC=_ACC[job.acc], **config_.compiled,
     )  # fmt: skip
     job.add_up(grads, sums[:, :K], sums[:, K])
 
@@ -501,6 +500,7 @@ def _by_tiles(job: _Job) -> None:
         N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
         device=device, ALIGN=align, ALIGN_K=align_k, GROUP_M=8,
         OPERAND=_OPERAND[plan.operand], PRECISION=plan.precision, ACC=_ACC[job.acc], **plan.tile._asdict(),
+        **config.registers(255, config.target_of(device)),
     )  # fmt: skip
     job.add_up(None, biases, losses)
     if job.grad_weight is not None and error is not None:
@@ -590,7 +590,7 @@ def linear_mse_backward(
         grad_target = torch.empty_like(error)
         launch(
             _linear_mse_grad_target_kernel, (cdiv(N * K, 1024),), grad_output, error, grad_target, N * K,
-            factor, device=device, BLOCK=1024, ACC=_ACC[acc],
+            factor, device=device, BLOCK=1024, ACC=_ACC[acc], num_warps=config.warps(config.target_of(device)),
         )  # fmt: skip
         results.append(grad_target)
     return results

@@ -74,6 +74,19 @@ def _load_addend(
     return addend
 
 
+@triton.jit
+def store_product(ptr, rows, cols, M, N, product):
+    """Write what ``tl.dot`` gave to ``rows`` and ``cols`` of a contiguous (M, N) matrix.
+
+    Rows go in pairs, a dimension of their own: else AMD's compiler stores each lane's part of the product as its
+    instruction leaves it, 64 bits at a time.
+    """
+    product = tl.reshape(product, (rows.shape[0] // 2, 2, cols.shape[0]))
+    rows = tl.reshape(rows, (rows.shape[0] // 2, 2))[:, :, None]
+    cols = cols[None, None, :]
+    tl.store(ptr + rows * N + cols, product.to(ptr.dtype.element_ty), mask=(rows < M) & (cols < N))
+
+
 @triton.jit(
     do_not_specialize=[
         *("M", "N", "K", "stride_im", "stride_ik", "stride_ok", "stride_on", "stride_am", "stride_an"),
@@ -186,9 +199,12 @@ def _matmul_forward_kernel(
         ).to(ACC)  # fmt: skip
     width = N // OUTPUT_VECTOR * OUTPUT_VECTOR
     output_ptr += (split.to(tl.int64) * batches + batch) * M * width
-    output_tile = output_ptr + offs_m[:, None] * width + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & (offs_n < width)[None, :]
-    tl.store(output_tile, acc.to(output_ptr.dtype.element_ty), mask=mask)
+    if MODE == "dot":
+        store_product(output_ptr, offs_m, offs_n, M, width, acc)
+    else:
+        at = output_ptr + offs_m[:, None] * width + offs_n[None, :]
+        mask = (offs_m < M)[:, None] & (offs_n < width)[None, :]
+        tl.store(at, acc.to(output_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "N", "stride_am", "stride_an", "m_tiles", "n_tiles", "k_steps"])

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dtypes import accumulator
+from . import config
 from .launch import cdiv, launch
 from .ordered_sum import ordered_sum
 from .rows import Rows, walk_rows
@@ -510,6 +511,7 @@ def mse_hvp(
         _mse_hvp_kernel, (walk.slices, programs), *tensors, partials, *buffers,
         walk.rows, walk.n, divisor, walk.sizes, *chain(*walk.strides),
         device=input.device, ELEMENTWISE=elementwise, ACC=_ACC[acc], **tiling,
+        num_warps=config.warps(config.target_of(input.device)),
     )  # fmt: skip
     if sums is not None and partials is not None and partials is not sums_buffer:
         _finish(partials, sums, divisor)

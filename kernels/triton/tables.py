@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import TRITON_DEVICES
-from ..buckets import Bucket
+from ..buckets import Bucket, Guard
+from . import config
+from .launch import launch
 
 CHUNK = tl.constexpr(4096)  # elements per program
-WARPS = 4
-LANES = 64 if torch.version.hip else 32
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -163,10 +163,45 @@ def dtype_of(tensors: list[Tensor] | None) -> Any:
     return DTYPES[tensors[0].dtype] if tensors else None
 
 
-def block_of(bucket: Bucket) -> int:
-    """Elements per iteration of a program's loop: 16 bytes per thread of the widest operand."""
+def launch_step(
+    kernel: Any, bucket: Bucket, options: Sequence[tuple[Any, ...]], guard: Guard, **dtypes: Any
+) -> None:
+    """Launch an optimizer's kernel over a bucket: one program for each chunk of each parameter.
+
+    Args:
+        kernel: it has the parameters that are filled in here.
+        bucket: the tensors.
+        options: of each group, by the index that ``bucket.groups`` holds.
+        guard: scale, clipping and whether to skip.
+        dtypes: further constexpr parameters of the kernel.
+    """
+    tables = tables_of(bucket)
+    device = bucket.params[0].device
     operands = [bucket.params, bucket.grads, *(bucket.states[key] for key in bucket.states if key != "step")]
-    return WARPS * LANES * 16 // max(tensors[0].element_size() for tensors in operands)
+    widest = max(tensors[0].element_size() for tensors in operands)
+    launch(
+        kernel,
+        (tables.programs,),
+        tables.chunks.tensor,
+        tables.rows.tensor,
+        tables.arrivals,
+        tables.options(options, guard.max_norm),
+        guard.grad_scale,
+        guard.found_inf,
+        guard.norms,
+        guard.skipped,
+        device=device,
+        DTYPE_P=dtype_of(bucket.params),
+        DTYPE_G=dtype_of(bucket.grads),
+        DTYPE_STEP=dtype_of(bucket.states.get("step")),
+        **dtypes,
+        HAS_MASTER="master_param" in bucket.states,
+        STOCHASTIC=bucket.seed is not None,
+        NORMS=0 if guard.norms is None else len(guard.norms),
+        SKIP=guard.skip_nonfinite,
+        ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+        **config.optimizer(widest, config.target_of(device)),
+    )
 
 
 def _addresses(tensors: list[Tensor]) -> np.ndarray:
@@ -182,6 +217,21 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+@triton.jit
+def chunk_of(chunks_ptr, rows_ptr, c):
+    """Of the c-th chunk: its tensor's number and row, its first element, and how many its tensor has."""
+    t = tl.load(chunks_ptr + 2 * c).to(tl.int64)
+    start = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64) * CHUNK
+    row = rows_ptr + t * WIDTH
+    return t, row, start, tl.load(row + NUMEL)
+
+
+@triton.jit
+def is_whole(row, start, numel):
+    """Whether the chunk at ``start`` has CHUNK elements, and each operand is aligned to 16 bytes."""
+    return (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel)
 
 
 @triton.jit
@@ -203,13 +253,19 @@ def load_option(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def load_guard(found_inf_ptr, norms_ptr, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr):
-    """(skip, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
+def load_guard(
+    grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr
+):
+    """(skip, inverse_scale, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
 
-    found_inf_ptr: 0-d float32, or None. norms_ptr: (NORMS, 2), or None; see buckets.Guard.
+    grad_scale_ptr, found_inf_ptr: 0-d float32, or None. norms_ptr: (NORMS, 2) float64, or None.
+    skipped_ptr: (1,) int64, raised by program 0 if the step is skipped, or None. See buckets.Guard.
     """
     skip = tl.full((), 0, tl.int1)
+    inverse_scale = tl.full((), 1.0, tl.float64)
     clip = tl.full((), 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
     if found_inf_ptr is not None:
         skip = tl.load(found_inf_ptr) != 0
     if norms_ptr is not None:
@@ -223,21 +279,59 @@ def load_guard(found_inf_ptr, norms_ptr, max_norm, NORMS: tl.constexpr, SKIP: tl
         clip = tl.where(max_norm == float("inf"), 1.0, clip)
         if SKIP:
             skip = skip | (nonfinite != 0)
-    return skip, clip
+    if skipped_ptr is not None:
+        counts = (tl.program_id(0) == 0) & skip
+        tl.store(skipped_ptr, tl.load(skipped_ptr, mask=counts) + 1, mask=counts)
+    return skip, inverse_scale, clip
 
 
 @triton.jit
-def count_step(step_ptr, step, arrivals_ptr, chunks_of_tensor, skip):
-    """Raise a tensor's step, once all of its programs have read it: the last to arrive does it.
+def take_step(row, arrivals_ptr, numel, skip, DTYPE_STEP: tl.constexpr):
+    """A tensor's step, which rises by one when all of its programs have read it: the last to arrive does it.
 
-    step_ptr: 0-d; step: its value as this program has read it. arrivals_ptr: 0-d int32, 0 before and after.
+    arrivals_ptr: 0-d int32, 0 before and after.
     """
+    step_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP))
+    step = tl.load(step_ptr)
     tl.debug_barrier()  # every thread has read the step before this program counts as arrived
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    if arrived == chunks_of_tensor - 1:
+    if arrived == tl.maximum(tl.cdiv(numel, CHUNK), 1) - 1:
         tl.store(arrivals_ptr, 0)
         if not skip:
             tl.store(step_ptr, step + 1)
+    return step
+
+
+@triton.jit
+def load_param(p_at, master_at, mask, ACC: tl.constexpr):
+    """The parameter's elements, from the master copy unless that is None."""
+    if master_at is not None:
+        return tl.load(master_at, mask=mask)
+    return tl.load(p_at, mask=mask).to(ACC)
+
+
+@triton.jit
+def load_grad(g_at, mask, inverse_scale, factor, UNSCALE: tl.constexpr, ACC: tl.constexpr):
+    """The gradient's elements times ``factor``; if UNSCALE unscaled before that, and written back so."""
+    g = tl.load(g_at, mask=mask).to(ACC)
+    if UNSCALE:
+        g = g * inverse_scale
+        tl.store(g_at, g.to(g_at.dtype.element_ty), mask=mask)
+    return g * factor
+
+
+@triton.jit
+def store_param(p_at, master_at, mask, p, draw, STOCHASTIC: tl.constexpr):
+    """Write the parameter's elements, and the master copy unless that is None."""
+    if master_at is not None:
+        tl.store(master_at, p, mask=mask)
+    tl.store(p_at, round_to(p, draw, p_at.dtype.element_ty, STOCHASTIC), mask=mask)
+
+
+@triton.jit
+def key_at(row, step):
+    """What a tensor's random numbers of one step start from."""
+    return mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32))
 
 
 @triton.jit
