@@ -12,8 +12,8 @@ import gradkernels
 import torch
 from gradkernels.reference import adam as reference
 
-from .case import OURS, Case, Op, Sweep
-from .optimizer import MAX_NORM, apex, compiled_stepper, step_case, stepper, torch_steppers
+from .case import OURS, Case
+from .optimizer import MAX_NORM, apex, compiled_stepper, declare, step_case, stepper, torch_steppers
 
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -52,30 +52,4 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
-OP = Op(
-    name="adam",
-    axes=("tensors", "numel"),
-    build=build,
-    shapes={
-        "cpu": ((1, 2), (1, 1 << 12), (1, 1 << 20), (1, 10**7), (10, 10**5), (300, 1000), (3000, 1000)),
-        "cuda": ((1, 2), (1, 1 << 20), (1, 10**8), (1, 10**9), (300, 10**5), (3000, 1000), (5000, 100)),
-    },
-    quick={
-        "cpu": ((1, 2), (1000, 1000), (1, 1 << 20), (1, 10**7)),
-        "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**7), (1, 10**8)),
-    },
-    dtypes={
-        "cpu": (torch.float32, torch.bfloat16),
-        "cuda": (torch.float32, torch.bfloat16, torch.float16),
-    },
-    sweeps={
-        "cpu": (
-            Sweep("numel", tuple(10**k for k in range(3, 9)), (1, 1)),
-            Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
-        ),
-        "cuda": (
-            Sweep("numel", tuple(10**k for k in range(3, 10)), (1, 1)),
-            Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
-        ),
-    },
-)
+OP = declare("adam", build)

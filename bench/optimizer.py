@@ -1,6 +1,6 @@
 """What the optimizers' declarations share: lists of parameters, ten steps to check, one step to time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .case import Call, Case, Contender, compiled, randn
+from .case import Call, Case, Contender, Op, Sweep, compiled, randn
 
 SAMPLED = 1 << 24  # elements; of more, every so-manieth is checked
 MAX_NORM = 1.0
@@ -146,4 +146,35 @@ def step_case(
         pick,
         calls=steps,
         compile=shape == (1, 10**7),
+    )
+
+
+def declare(name: str, build: Callable[[tuple[int, ...], torch.dtype], Iterator[Case]]) -> Op:
+    """The declaration of an optimizer: how many tensors of how many elements."""
+    return Op(
+        name=name,
+        axes=("tensors", "numel"),
+        build=build,
+        shapes={
+            "cpu": ((1, 2), (1, 1 << 12), (1, 1 << 20), (1, 10**7), (10, 10**5), (300, 1000), (3000, 1000)),
+            "cuda": ((1, 2), (1, 1 << 20), (1, 10**8), (1, 10**9), (300, 10**5), (3000, 1000), (5000, 100)),
+        },
+        quick={
+            "cpu": ((1, 2), (1000, 1000), (1, 1 << 20), (1, 10**7)),
+            "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**7), (1, 10**8)),
+        },
+        dtypes={
+            "cpu": (torch.float32, torch.bfloat16),
+            "cuda": (torch.float32, torch.bfloat16, torch.float16),
+        },
+        sweeps={
+            "cpu": (
+                Sweep("numel", tuple(10**k for k in range(3, 9)), (1, 1)),
+                Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
+            ),
+            "cuda": (
+                Sweep("numel", tuple(10**k for k in range(3, 10)), (1, 1)),
+                Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
+            ),
+        },
     )

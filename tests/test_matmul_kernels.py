@@ -145,6 +145,23 @@ def test_every_way_gives_the_same(mode, monkeypatch):
     check(random(3, 20, 30), random(3, 30, 24), random(20, 1), [0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("M", "K", "N"), [(5, 3, 4), (70, 40, 33), (65, 1, 70), (65, 300, 1), (2, 20000, 3)])
+def test_a_scale_meets_the_sums(M, K, N, dtype):
+    """Once, whichever kernel writes the result; a power of two, so that it rounds nothing."""
+    input, other = random(M, K, dtype=dtype), random(K, N, dtype=dtype)
+    output = torch.empty(M, N, dtype=dtype, device=DEVICE)
+    module.write_scaled_product(input, other, output, 2**-5)
+    assert torch.equal(output, matmul_forward(input, other, None, [], dtype) * 2**-5)
+
+
+def test_a_scale_in_float64_is_not_rounded_to_float32():
+    input = torch.ones(3, 3, dtype=torch.float64, device=DEVICE)
+    output = torch.empty_like(input)
+    module.write_scaled_product(input, input, output, 1 / 9)
+    assert torch.equal(output, torch.full_like(input, 3.0) * (1 / 9))
+
+
 def test_split_sums_have_the_same_bits_in_every_run():
     input, other = random(2, 20000), random(20000, 3)
     first = check(input, other, None, [])

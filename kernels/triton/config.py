@@ -1,12 +1,16 @@
 """Which tile sizes, warps and precision a kernel is launched with: pure functions of problem and chip.
 
-Nothing here looks at data, times anything or asks how many multiprocessors a chip has: the same problem on
-the same architecture always takes the same path, and how a sum is split never depends on the chip. A file of
-tiles tuned for a device by name, where there is one, takes precedence for large products.
+**The same bits on different GPUs.** Nothing here looks at data or times anything, and into how many pieces a sum
+is split comes from shapes and dtypes alone. So two GPUs of one architecture, however many multiprocessors they
+have, give the same bits, with nothing to set but ``GRADKERNELS_TUNED=0`` where a file of tiles that someone tuned
+for one of them by name would else take precedence. Architectures differ in the tiles of matrix instructions and
+in how those add; what is summed by multiply and add alone (``small``, ``column`` and ``outer`` products, the
+squared error, the fused loss of few outputs, the norm of gradients) is cut alike on all of NVIDIA's.
 """
 
 import functools
 import json
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,6 +67,11 @@ def lanes(target: Target) -> int:
 def warps(target: Target) -> int:
     """How many of them are LANES lanes."""
     return LANES // lanes(target)
+
+
+def has_descriptors(target: Target) -> bool:
+    """Whether whole tiles are copied by the chip."""
+    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
 
 
 def registers(most: int, target: Target) -> dict[str, int]:
@@ -135,9 +144,10 @@ def file_name(device_name: str) -> str:
 
 @functools.cache
 def tuned(device_name: str) -> dict[str, MatmulConfig]:
-    """The tiles that ``python -m bench tune`` found best on a device, by matmul_key; empty if none are shipped."""
+    """The tiles that ``python -m bench tune`` found best on a device, by matmul_key; empty if none are shipped
+    or ``GRADKERNELS_TUNED`` is 0."""
     path = TUNED / file_name(device_name)
-    if not path.is_file():
+    if os.environ.get("GRADKERNELS_TUNED") == "0" or not path.is_file():
         return {}
     return {key: MatmulConfig(*tile) for key, tile in json.loads(path.read_text())["matmul"].items()}
 
@@ -214,8 +224,7 @@ def matmul_way(
     if min(M, N) <= 64 or tiles * pieces < PROGRAMS // 4:
         longer = 2 if 16 in (small.BLOCK_M, small.BLOCK_N) else 1
         return MatmulWay("dot", small._replace(BLOCK_K=longer * small.BLOCK_K))
-    tma = target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
-    if tma and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
+    if has_descriptors(target) and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
         block_n = 256 if dtype.itemsize == 2 else 128
         return MatmulWay("descriptor", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3))
     block_n = _wide(dtype, target)
@@ -303,13 +312,44 @@ def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> Linear
     )
 
 
-def linear_mse_programs(N: int, itemsize: int, acc: torch.dtype) -> int:
+def linear_mse_product(
+    operand: torch.dtype,
+    M: int,
+    N: int,
+    K: int,
+    loads: bool,
+    aligned: bool,
+    descriptors: bool,
+    target: Target,
+) -> tuple[MatmulConfig, bool]:
+    """The tile of an (M, K) by (K, N) product in the fused loss, and whether it uses descriptors.
+
+    Args:
+        operand: dtype that is multiplied.
+        M, N, K: sizes.
+        loads: the last step reads a tile as large as the result's, which takes the registers of a wider one.
+        aligned: rows of operands and results begin at multiples of 16 bytes.
+        descriptors: both operands fit tensor descriptors too.
+        target: what is compiled for.
+    """
+    tile = matmul(operand, M, N, K, target)
+    if tile.BLOCK_M == 128 and descriptors and has_descriptors(target):
+        wide = operand.itemsize == 2 and N > 128 and not loads
+        return tile._replace(BLOCK_N=256 if wide else tile.BLOCK_N), True
+    # Narrower where registers are short: without alignment each element has an address of its own, and float32
+    # operands are split into several.
+    if not aligned or operand == torch.float32:
+        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 64))
+    return tile, False
+
+
+def linear_mse_programs(N: int, K: int, itemsize: int, acc: torch.dtype) -> int:
     """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
 
     At most two for each of 132 multiprocessors; while X is small, so few that the partial sums (written and read)
     and the weights are less than 1/16 of X, but not fewer than one for each multiprocessor and 48 rows.
     """
-    light = N * itemsize // (16 * (2 * acc.itemsize + itemsize))
+    light = N * itemsize // (16 * K * (2 * acc.itemsize + itemsize))
     return max(1, min(264, max(light, min(132, N // 48))))
 
 

@@ -13,17 +13,18 @@ X (N, D), W (K, D), Y (N, K). The predictions are never stored. Three plans (``p
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dtypes import accumulator
 from . import config
 from .launch import cdiv, launch
-from .matmul import matmul_forward, store_product
+from .matmul import store_product, write_scaled_product
 from .ordered_sum import ordered_sum
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -203,9 +204,13 @@ def _errors(
 def _product(
     a_ptr, b_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, TURNED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of A (M, K) times B (K, N), its row tile, and its 64-bit row and column numbers."""
+    """This program's tile of A (M, K) times B (K, N), its row tile, and its 64-bit row and column numbers.
+
+    DESCRIPTORS: a_ptr, b_ptr are descriptors of A and, if TURNED, of B^T, else of B; strides are not looked at.
+    """
     tile = tl.program_id(0)
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -216,17 +221,26 @@ def _product(
     tile_n = tile % (GROUP_M * n_tiles) // group_rows
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K).to(tl.int64)
-    a_tile = a_ptr + rows[:, None] * stride_am + ks[None, :] * stride_ak
-    b_tile = b_ptr + ks[:, None] * stride_bk + cols[None, :] * stride_bn
     products = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for k in tl.range(0, K, BLOCK_K):
-        inside = k + ks < K
-        a = tl.load(a_tile, mask=(rows < M)[:, None] & inside[None, :], other=0.0).to(OPERAND)
-        b = tl.load(b_tile, mask=inside[:, None] & (cols < N)[None, :], other=0.0).to(OPERAND)
-        products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACC)
-        a_tile += BLOCK_K * stride_ak
-        b_tile += BLOCK_K * stride_bk
+    if DESCRIPTORS:
+        for k in tl.range(0, K, BLOCK_K):
+            a = a_ptr.load([tile_m * BLOCK_M, k]).to(OPERAND)
+            if TURNED:
+                b = b_ptr.load([tile_n * BLOCK_N, k]).to(OPERAND).T
+            else:
+                b = b_ptr.load([k, tile_n * BLOCK_N]).to(OPERAND)
+            products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        a_tile = a_ptr + rows[:, None] * stride_am + ks[None, :] * stride_ak
+        b_tile = b_ptr + ks[:, None] * stride_bk + cols[None, :] * stride_bn
+        for k in tl.range(0, K, BLOCK_K):
+            inside = k + ks < K
+            a = tl.load(a_tile, mask=(rows < M)[:, None] & inside[None, :], other=0.0).to(OPERAND)
+            b = tl.load(b_tile, mask=inside[:, None] & (cols < N)[None, :], other=0.0).to(OPERAND)
+            products = tl.dot(a, b, products, input_precision=PRECISION, out_dtype=ACC)
+            a_tile += BLOCK_K * stride_ak
+            b_tile += BLOCK_K * stride_bk
     return products, tile_m, rows, cols
 
 
@@ -235,13 +249,13 @@ def _linear_mse_tiles_kernel(
     x_ptr, w_ptr, y_ptr, b_ptr, s_ptr, error_ptr, bias_ptr, loss_ptr,
     N, D, K, stride_xn, stride_xd, stride_wk, stride_wd, stride_yn, stride_yk, stride_sn, stride_sk,
     ALIGN: tl.constexpr, ALIGN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of E = s * (X W^T + b - Y), and its part of the loss and of sum_n E.
 
-    x_ptr      (N, D), any strides; ALIGN divides D, stride_xn and stride_wk
-    w_ptr      (K, D), any strides
+    x_ptr      (N, D), any strides; ALIGN divides D, stride_xn and stride_wk; a descriptor if DESCRIPTORS
+    w_ptr      (K, D), any strides; likewise
     y_ptr      (N, K), any strides; ALIGN_K divides K and stride_yn
     b_ptr      (K,) or None
     s_ptr      (N, K), any strides, or None
@@ -253,7 +267,7 @@ def _linear_mse_tiles_kernel(
     products, tile_m, rows, ks = _product(
         x_ptr, w_ptr, N, K, D // ALIGN * ALIGN,
         stride_xn // ALIGN * ALIGN, stride_xd, stride_wd, stride_wk // ALIGN * ALIGN,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, OPERAND, PRECISION, ACC,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, DESCRIPTORS, True, OPERAND, PRECISION, ACC,
     )  # fmt: skip
     error, square = _errors(
         products, rows, ks, N, K, y_ptr, b_ptr, s_ptr, error_ptr,
@@ -261,27 +275,30 @@ def _linear_mse_tiles_kernel(
     )  # fmt: skip
     if bias_ptr is not None:
         tl.store(bias_ptr + tile_m.to(tl.int64) * K + ks, tl.sum(error, axis=0), mask=ks < K)
-    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.sum(square, axis=1), axis=0))
+    # In one go: triton 3.6 fails to compile a sum of sums of a product for sm_100.
+    square = tl.reshape(square, (BLOCK_M * BLOCK_N,))
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(square, axis=0))
 
 
 @triton.jit
 def _linear_mse_grad_input_kernel(
     g_ptr, error_ptr, w_ptr, grad_ptr, N, D, K, stride_en, stride_ek, stride_wk, stride_wd, factor,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of grad_X = g * factor * E W; the small factor meets the sums, not the operands.
 
     g_ptr      ()
-    error_ptr  (N, K), any strides; ALIGN divides D, K, stride_en and stride_wk
-    w_ptr      (K, D), any strides
+    error_ptr  (N, K), any strides; ALIGN divides D, K, stride_en and stride_wk; a descriptor if DESCRIPTORS
+    w_ptr      (K, D), any strides; likewise
     grad_ptr   (N, D)
     Bytes: E and W once for each tile column and row (from cache where tiles share them), grad_X once.
     """
     products, _, rows, ds = _product(
         error_ptr, w_ptr, N, D // ALIGN * ALIGN, K // ALIGN * ALIGN,
         stride_en // ALIGN * ALIGN, stride_ek, stride_wk // ALIGN * ALIGN, stride_wd,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, OPERAND, PRECISION, ACC,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, DESCRIPTORS, False, OPERAND, PRECISION, ACC,
     )  # fmt: skip
     grad = products * (tl.load(g_ptr).to(ACC) * factor)
     store_product(grad_ptr, rows, ds, N, D // ALIGN * ALIGN, grad)
@@ -424,7 +441,7 @@ def _by_chunks(job: _Job, config_: config.LinearMseChunks) -> None:
     """One read of X, a row at a time in registers."""
     N, D = job.input.shape
     K = job.weight.shape[0]
-    P = config.linear_mse_programs(N, job.input.element_size(), job.acc)
+    P = config.linear_mse_programs(N, K, job.input.element_size(), job.acc)
     grads = None if job.grad_weight is None else job.partials(P, K, D)
     sums = job.partials(P, K + 1)
     launch(
@@ -443,29 +460,47 @@ class _Multiply(NamedTuple):
     operand: torch.dtype
     tile: config.MatmulConfig
     precision: str
+    descriptors: bool
+
+    def options(self) -> dict[str, Any]:
+        """The kernels' constexpr arguments, but for ALIGN and ACC."""
+        return {
+            "DESCRIPTORS": self.descriptors, "OPERAND": _OPERAND[self.operand], "PRECISION": self.precision,
+            "GROUP_M": 8, **self.tile._asdict(),
+        }  # fmt: skip
 
 
 def _multiply(
-    M: int, N: int, K: int, align: int, operand: torch.dtype, acc: torch.dtype, device: torch.device
-) -> _Multiply:
-    """The plan of an (M, K) by (K, N) product of ``operand``, whose rows all begin at multiples of ``align``."""
-    target = config.target_of(device)
+    M: int, N: int, K: int, align: int, operands: Sequence[Tensor], operand: torch.dtype, acc: torch.dtype,
+    loads: bool = False,
+) -> _Multiply:  # fmt: skip
+    """The plan of an (M, K) by (K, N) product of ``operands`` as ``operand``.
+
+    ``align``: rows of operands and result begin at multiples of so many elements. ``loads``: the last step reads
+    a tile as large as the result's.
+    """
+    target = config.target_of(operands[0].device)
+    rows = all(
+        tensor.dtype == operand and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0
+        for tensor in operands
+    )
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
     operand = acc if acc == torch.float64 or target.backend == "interpreter" else operand
-    tile = config.matmul(operand, M, N, K, target)
-    # Narrower where registers are short: without alignment each element has an address of its own, and float32
-    # operands are split into several.
-    if align * operand.itemsize < 16 or operand == torch.float32:
-        tile = tile._replace(BLOCK_N=min(tile.BLOCK_N, 64))
+    aligned = align * operand.itemsize >= 16
+    tile, descriptors = config.linear_mse_product(operand, M, N, K, loads, aligned, aligned and rows, target)
     precision = config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision)
-    return _Multiply(operand, tile, precision)
+    return _Multiply(operand, tile, precision, descriptors)
+
+
+def _descriptor(matrix: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
 def _by_dot(job: _Job, config_: config.LinearMseDot) -> None:
     """One read of X, a tile of rows at a time, for both products."""
     N, D = job.input.shape
     K = job.weight.shape[0]
-    P = config.linear_mse_programs(N, job.input.element_size(), job.acc)
+    P = config.linear_mse_programs(N, K, job.input.element_size(), job.acc)
     grads = None if job.grad_weight is None else job.partials(P, K, D)
     sums = job.partials(P, K + 1)
     launch(
@@ -473,7 +508,7 @@ def _by_dot(job: _Job, config_: config.LinearMseDot) -> None:
         job.error, grads, sums, N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
         device=job.input.device, ALIGN=_alignment((job.input,), D, job.input.stride(0)),
         ALIGN_K=_alignment((job.target,), K, job.target.stride(0)),
-        OPERAND=_OPERAND[_multiply(N, K, D, 16, job.input.dtype, job.acc, job.input.device).operand],
+        OPERAND=_OPERAND[_multiply(N, K, D, 1, (job.input, job.weight), job.input.dtype, job.acc).operand],
         ACC=_ACC[job.acc], **config_._asdict(),
     )  # fmt: skip
     job.add_up(grads, sums[:, :K], sums[:, K])
@@ -491,21 +526,23 @@ def _by_tiles(job: _Job) -> None:
     operands = (job.input, job.weight, job.target)
     align = _alignment(operands, D, job.input.stride(0), job.weight.stride(0))
     align_k = _alignment(operands, K, job.target.stride(0))
-    plan = _multiply(N, K, D, min(align, align_k), operand, job.acc, device)
+    plan = _multiply(N, K, D, min(align, align_k), operands[:2], operand, job.acc, loads=True)
+    left, right = operands[:2]
+    if plan.descriptors:
+        left = _descriptor(left, plan.tile.BLOCK_M, plan.tile.BLOCK_K)
+        right = _descriptor(right, plan.tile.BLOCK_N, plan.tile.BLOCK_K)
     m_tiles, n_tiles = cdiv(N, plan.tile.BLOCK_M), cdiv(K, plan.tile.BLOCK_N)
     biases, losses = job.partials(m_tiles, K), job.partials(m_tiles * n_tiles)
     launch(
-        _linear_mse_tiles_kernel, (m_tiles * n_tiles,), job.input, job.weight, job.target, job.bias,
+        _linear_mse_tiles_kernel, (m_tiles * n_tiles,), left, right, job.target, job.bias,
         job.sample_weight, error, None if job.grad_bias is None else biases, losses,
         N, D, K, *job.input.stride(), *job.weight.stride(), *job.element_strides(),
-        device=device, ALIGN=align, ALIGN_K=align_k, GROUP_M=8,
-        OPERAND=_OPERAND[plan.operand], PRECISION=plan.precision, ACC=_ACC[job.acc], **plan.tile._asdict(),
+        device=device, ALIGN=align, ALIGN_K=align_k, ACC=_ACC[job.acc], **plan.options(),
         **config.registers(255, config.target_of(device)),
     )  # fmt: skip
     job.add_up(None, biases, losses)
     if job.grad_weight is not None and error is not None:
-        product = matmul_forward(error.t(), job.input, None, [], job.acc)
-        torch.mul(product, 2 / job.divisor, out=job.grad_weight)
+        write_scaled_product(error.t(), job.input, job.grad_weight, 2 / job.divisor)
 
 
 def _by_plan(job: _Job) -> None:
@@ -576,13 +613,16 @@ def linear_mse_backward(
             )  # fmt: skip
         else:
             align = _alignment((error, weight), D, K, error.stride(0), weight.stride(0))
-            plan = _multiply(N, D, K, align, weight.dtype, acc, device)
+            plan = _multiply(N, D, K, align, (error, weight), weight.dtype, acc)
+            left, right = error, weight
+            if plan.descriptors:
+                left = _descriptor(left, plan.tile.BLOCK_M, plan.tile.BLOCK_K)
+                right = _descriptor(right, plan.tile.BLOCK_K, plan.tile.BLOCK_N)
             tiles = cdiv(N, plan.tile.BLOCK_M) * cdiv(D, plan.tile.BLOCK_N)
             launch(
-                _linear_mse_grad_input_kernel, (tiles,), *operands,
+                _linear_mse_grad_input_kernel, (tiles,), grad_output, left, right, grad_input,
                 N, D, K, *error.stride(), *weight.stride(), factor, device=device, ALIGN=align,
-                GROUP_M=8, OPERAND=_OPERAND[plan.operand],
-                PRECISION=plan.precision, ACC=_ACC[acc], **plan.tile._asdict(),
+                ACC=_ACC[acc], **plan.options(),
             )  # fmt: skip
         results.append(grad_input)
     if needs[1]:

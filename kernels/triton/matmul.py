@@ -100,7 +100,7 @@ def _matmul_forward_kernel(
     M, N, K, stride_im, stride_ik, stride_ok, stride_on, stride_am, stride_an,
     batch_sizes, batch_strides_input, batch_strides_other, batch_strides_addend,
     sum_sizes, sum_strides_input, sum_strides_other,
-    m_tiles, n_tiles, k_steps, batches, steps, steps_per_split,
+    m_tiles, n_tiles, k_steps, batches, steps, steps_per_split, scale,
     INPUT_CONTIGUOUS: tl.constexpr, INPUT_VECTOR: tl.constexpr,
     OTHER_CONTIGUOUS: tl.constexpr, OTHER_VECTOR: tl.constexpr, OUTPUT_VECTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr, ADDEND_ROW: tl.constexpr, ADDEND_VECTOR: tl.constexpr,
@@ -192,6 +192,7 @@ def _matmul_forward_kernel(
     if MODE == "column":
         acc = tl.sum(acc, axis=1)[:, None]
 
+    acc *= scale
     if HAS_ADDEND:
         addend_ptr += _batch_offset(batch, batch_sizes, batch_strides_addend)
         acc += _load_addend(
@@ -209,7 +210,8 @@ def _matmul_forward_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "stride_am", "stride_an", "m_tiles", "n_tiles", "k_steps"])
 def _matmul_descriptor_kernel(
-    input_desc, other_desc, output_desc, addend_ptr, M, N, stride_am, stride_an, m_tiles, n_tiles, k_steps,
+    input_desc, other_desc, output_desc, addend_ptr,
+    M, N, stride_am, stride_an, m_tiles, n_tiles, k_steps, scale,
     INPUT_TRANSPOSED: tl.constexpr, OTHER_TRANSPOSED: tl.constexpr,
     HAS_ADDEND: tl.constexpr, ADDEND_ROW: tl.constexpr, ADDEND_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -238,7 +240,7 @@ def _matmul_descriptor_kernel(
                 y = other_desc.load([step * BLOCK_K, first_n])
             acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=tl.float32)
         # In two halves, so that the staging of the result takes half the shared memory.
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        halves = tl.permute(tl.reshape(acc * scale, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         if HAS_ADDEND:
             offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -274,7 +276,7 @@ def _matmul_descriptor_kernel(
 def _matmul_small_kernel(
     input_ptr, other_ptr, addend_ptr, output_ptr,
     size, M, N, K, stride_im, stride_ik, stride_ok, stride_on, stride_am, stride_an,
-    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_addend,
+    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_addend, scale,
     HAS_ADDEND: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -304,6 +306,7 @@ def _matmul_small_kernel(
             other_column + stride_ok.to(tl.int64) * k, mask=offs < tl.where(k < K, size, 0), other=0.0
         )
         acc = tl.fma(x.to(ACC), y.to(ACC), acc)
+    acc *= scale
     if HAS_ADDEND:
         addend_ptr += _batch_offset(batch, batch_sizes, batch_strides_addend)
         acc += tl.load(addend_ptr + m * stride_am + n * stride_an, mask=mask, other=0.0).to(ACC)
@@ -324,7 +327,7 @@ def _matmul_small_kernel(
 )
 def _matmul_reduce_kernel(
     partial_ptr, addend_ptr, output_ptr,
-    splits, size, M, N, stride_am, stride_an, batch_sizes, batch_strides_addend,
+    splits, size, M, N, stride_am, stride_an, batch_sizes, batch_strides_addend, scale,
     HAS_ADDEND: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of the result: the partial sums of all splits, always added in the same order.
@@ -342,7 +345,7 @@ def _matmul_reduce_kernel(
         rows = first + offs_s
         tile = partial_ptr + rows[:, None].to(tl.int64) * size + offs[None, :]
         acc += tl.load(tile, mask=(rows < splits)[:, None] & mask[None, :], other=0.0)
-    total = tl.sum(acc, axis=0)
+    total = tl.sum(acc, axis=0) * scale
     if HAS_ADDEND:
         offsets = _batch_offset(offs // N // M, batch_sizes, batch_strides_addend)
         offsets += offs // N % M * stride_am + offs % N * stride_an
@@ -354,8 +357,8 @@ _TYPES = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
 }  # fmt: skip
 
-# Launches on (input, other, addend, output), in the order of the normal form.
-Run = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+# Launches on (input, other, addend, output, scale), in the order of the normal form.
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
 
 _plans: dict[tuple[Any, ...], tuple[tuple[int, ...], bool, Run | None]] = {}
 _PLANS = 4096  # kept at most; the shapes of a training loop are few
@@ -374,6 +377,31 @@ def matmul_forward(
         sum_dims: dimensions of ``batch``, counted from 0, that are summed along with K.
         dtype: of the result.
     """
+    shape, swapped, run = _planned(input, other, addend, sum_dims, dtype)
+    output = torch.empty(shape, dtype=dtype, device=input.device)
+    if run is not None:
+        left, right = (other, input) if swapped else (input, other)
+        run(left, right, output if addend is None else addend, output, 1.0)
+    return output
+
+
+def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: float) -> None:
+    """``output = scale * input @ other`` for matrices; ``output`` is contiguous."""
+    _, swapped, run = _planned(input, other, None, [], output.dtype)
+    left, right = (other, input) if swapped else (input, other)
+    if run is None:  # no elements
+        return
+    if output.dtype == torch.float64:  # Triton passes a Python float as float32
+        run(left, right, output, output, 1.0)
+        output.mul_(scale)
+    else:
+        run(left, right, output, output, scale)
+
+
+def _planned(
+    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> tuple[tuple[int, ...], bool, Run | None]:
+    """As _plan, from the cache if it is there."""
     precision = torch.backends.cuda.matmul.fp32_precision if input.dtype == torch.float32 else "none"
     seen = [_seen(input), _seen(other), addend is not None and _seen(addend)]
     key = (*seen, *sum_dims, dtype, precision, input.device)
@@ -382,12 +410,7 @@ def matmul_forward(
         if len(_plans) >= _PLANS:
             _plans.clear()
         found = _plans[key] = _plan(input, other, addend, sum_dims, dtype, precision)
-    shape, swapped, run = found
-    output = torch.empty(shape, dtype=dtype, device=input.device)
-    if run is not None:
-        left, right = (other, input) if swapped else (input, other)
-        run(left, right, output if addend is None else addend, output)
-    return output
+    return found
 
 
 def _seen(tensor: Tensor) -> tuple[Any, ...]:
@@ -436,7 +459,8 @@ def _plan(
     tile = config.tuned(config.name_of(input.device)).get(config.matmul_key(staged, sizes, mode), tile)
 
     options: dict[str, Any] = {
-        "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages
+        "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        **(config.registers(255, target) if mode == "outer" else {}),
     }  # fmt: skip
     if mode == "small":
         options |= {"DOUBLE": double, "BLOCK": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K}
@@ -503,9 +527,19 @@ def _small(form: Contraction, options: dict[str, Any], device: torch.device) -> 
     )
     options = {**options, "WIDE": size > 2**30}
 
-    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor) -> None:
+    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
         launch(
-            _matmul_small_kernel, grid, input, other, addend, output, size, *numbers, device=device, **options
+            _matmul_small_kernel,
+            grid,
+            input,
+            other,
+            addend,
+            output,
+            size,
+            *numbers,
+            scale,
+            device=device,
+            **options,
         )
 
     return run
@@ -530,11 +564,11 @@ def _descriptor(form: Contraction, options: dict[str, Any], device: torch.device
         right = ([n.size, k.size], [n.other, 1], [block_n, block_k])
     result = ([m.size, n.size], [n.size, 1], [block_m, block_n // 2])
 
-    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor) -> None:
+    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
         launch(
             _matmul_descriptor_kernel, grid,
             TensorDescriptor(input, *left), TensorDescriptor(other, *right),
-            TensorDescriptor(output, *result), addend, *numbers, device=device, **options,
+            TensorDescriptor(output, *result), addend, *numbers, scale, device=device, **options,
         )  # fmt: skip
 
     return run
@@ -556,9 +590,18 @@ def _general(form: Contraction, options: dict[str, Any], device: torch.device) -
         m_tiles, n_tiles, k_steps, batches, steps, steps_per_split,
     )  # fmt: skip
 
-    def whole(input: Tensor, other: Tensor, addend: Tensor, output: Tensor) -> None:
+    def whole(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
         launch(
-            _matmul_forward_kernel, (tiles,), input, other, addend, output, *numbers, device=device, **options
+            _matmul_forward_kernel,
+            (tiles,),
+            input,
+            other,
+            addend,
+            output,
+            *numbers,
+            scale,
+            device=device,
+            **options,
         )
 
     if splits == 1:
@@ -577,14 +620,14 @@ def _general(form: Contraction, options: dict[str, Any], device: torch.device) -
         "BLOCK_S": 1024 // block, "BLOCK": block,
     }  # fmt: skip
 
-    def split(input: Tensor, other: Tensor, addend: Tensor, output: Tensor) -> None:
+    def split(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
         partial = torch.empty((splits, size), dtype=accumulator, device=device)
         launch(
-            _matmul_forward_kernel, (tiles * splits,), input, other, output, partial, *numbers,
+            _matmul_forward_kernel, (tiles * splits,), input, other, output, partial, *numbers, 1.0,
             device=device, **partial_options,
         )  # fmt: skip
         launch(
-            _matmul_reduce_kernel, reduce_grid, partial, addend, output, *reduce_numbers,
+            _matmul_reduce_kernel, reduce_grid, partial, addend, output, *reduce_numbers, scale,
             device=device, **reduce_options,
         )  # fmt: skip
 
