@@ -107,7 +107,7 @@ class Case:
         ]
         x, w, y, b = leaves
         prediction = torch.nn.functional.linear(x, w, b)
-        weights = torch.from_numpy(s).to(DEVICE, self.dtype)
+        weights = torch.from_numpy(s.astype(np.float64)).to(DEVICE, self.dtype)
         error = (prediction.to(self.dtype) - y) * weights
         loss = error * (prediction.to(self.dtype) - y)
         loss = loss.mean() if self.reduction == "mean" else loss.sum()

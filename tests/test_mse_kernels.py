@@ -105,7 +105,7 @@ def check(
         for mine, grad in zip(
             one_pass[1:], reference.backward(np.full(shape, c), *arrays, reduction="none"), strict=False
         ):
-            theirs_too = torch.from_numpy(np.asarray(grad)).to(DEVICE, dtype)
+            theirs_too = torch.from_numpy(np.asarray(grad, np.float64)).to(DEVICE, dtype)
             assert_matches(mine, theirs_too, grad, f"{what}: gradient of one pass")
     for tensor, copy in zip((*tensors, grad_output), before, strict=True):
         assert tensor is None or torch.equal(tensor, copy)
@@ -247,7 +247,7 @@ def test_operands_of_several_dtypes(mse):
     grad_x, grad_t = mse.mse_backward(g, x, t, None, "mean", 0, [True, True, False])
     assert (grad_x.dtype, grad_t.dtype) == (torch.bfloat16, torch.float32)
     expected = reference.backward(3.0, to_numpy(x), to_numpy(t))
-    exact = torch.from_numpy(expected[0]).to(DEVICE)
+    exact = torch.from_numpy(np.asarray(expected[0], np.float64)).to(DEVICE)
     assert_matches(grad_x, exact.to(torch.bfloat16), expected[0])
     assert_matches(grad_t, -exact.float(), expected[1])
 
