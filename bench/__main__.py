@@ -14,6 +14,7 @@ other commands:
   report FILE...          pictures and an HTML page from results (beside each file, or --out DIR)
   compare BEFORE AFTER    case by case, noise taken into account; exit status 1 if something became slower
   aot                     what the compiler makes of every kernel (needs triton, no GPU)
+  host                    what a call costs the host, beside torch's own
   traffic                 bytes moved and launches of every op, counted under the interpreter
   tune                    time the tiles of large products on this GPU and keep the best
 
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_command(argv[1:])
     if argv[:1] == ["compare"]:
         return compare_command(argv[1:])
-    if argv[:1] in (["aot"], ["traffic"], ["tune"]):
+    if argv[:1] in (["aot"], ["host"], ["traffic"], ["tune"]):
         return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
     return run(argv)
 
