@@ -10,9 +10,9 @@ from torch import Tensor
 from ..checks import REDUCTIONS
 from ..dtypes import accumulator
 
-# Elements of a pass: what is made of them stays in a core's cache. From so many passes on the losses of all
-# elements no longer fit it, and memory for them is fetched from the system each time.
-_BLOCK = 1 << 18
+# Elements of a block: what is made of them stays in the cache. For all elements at once torch would need new
+# memory at each call, which the system clears page by page: that takes longer than the sum. A few blocks need none.
+_BLOCK = 1 << 19
 _FEW = 4
 
 
