@@ -129,17 +129,22 @@ def jobs() -> Iterator[Job]:
             1.10,
             2,
         )
-    n, d, k = 1024, 128, 128
-    inputs = randn(n, d), randn(k, d), randn(n, k), randn(k)
-    yield Job(
-        f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} float32",
-        _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
-        _backward(plain, *inputs, wrt=(1, 3)),
-        4 * (2 * n * d + 3 * n * k + 2 * d * k + 2 * k),  # X twice, target, the error written and read
-        None,
-        1.25,
-        4,
-    )
+    # Few outputs read X once; with few rows to a multiprocessor, the partial sums of many programs weigh: 3PK / N.
+    # More read it twice, and the target, and write and read the error.
+    for n, d, k, twice, limit, distinct, launches in (
+        (2048, 64, 8, False, 1.45, 1.45, 2),
+        (1024, 128, 128, True, None, 1.25, 4),
+    ):
+        inputs = randn(n, d), randn(k, d), randn(n, k), randn(k)
+        yield Job(
+            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} float32",
+            _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
+            _backward(plain, *inputs, wrt=(1, 3)),
+            4 * (n * d + n * k + 2 * d * k + 2 * k + twice * (n * d + 2 * n * k)),
+            limit,
+            distinct,
+            launches,
+        )
     n = 1 << 17
     pair = randn(n), randn(n)
     yield Job(
