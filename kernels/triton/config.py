@@ -211,7 +211,7 @@ def matmul_way(
             block_m = 256 if M > 64 else 16
         return MatmulWay("column", MatmulConfig(block_m, 1, 4096 // block_m, 4, 1))
     if sums == 1 and K <= 4:
-        return MatmulWay("outer", MatmulConfig(64, 128, 1, 4, 1))
+        return MatmulWay("outer", MatmulConfig(64, 64 if dtype == torch.float64 else 128, 1, 4, 1))
     small = matmul(dtype, min(M, 64), min(N, 64), K, target)
     if dtype == torch.float64:
         return MatmulWay("dot", small)

@@ -460,7 +460,7 @@ def _plan(
 
     options: dict[str, Any] = {
         "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-        **(config.registers(255, target) if mode == "outer" else {}),
+        **(config.registers(255 if double else 168, target) if mode == "outer" else {}),
     }  # fmt: skip
     if mode == "small":
         options |= {"DOUBLE": double, "BLOCK": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K}
