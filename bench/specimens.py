@@ -45,9 +45,12 @@ def _matmul(
     addend: tuple[int, ...] | None = None,
     sum_dims: Sequence[int] = (),
     transposed: str = "",
+    wide: bool = False,
 ) -> Callable[[Any, torch.dtype], object]:
+    """Of one dtype, or with ``wide`` with a float32 left operand."""
+
     def call(module: Any, dtype: torch.dtype) -> object:
-        operands = [_meta(*shape, dtype=dtype) for shape in (left, right)]
+        operands = [_meta(*left, dtype=FLOAT32 if wide else dtype), _meta(*right, dtype=dtype)]
         if transposed:
             which = ("left", "right").index(transposed)
             operands[which] = operands[which].mT.contiguous().mT
@@ -166,6 +169,16 @@ SPECIMENS = (
     Specimen("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1)), stores=False),
     Specimen("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096)), stores=False),
     Specimen("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1)), stores=False),
+    *(
+        Specimen("matmul", name, call, dtypes=(BFLOAT16,))
+        for name, call in (
+            ("float32 errors by weights", _matmul((65536, 512), (512, 1024), wide=True)),
+            (
+                "float32 errors by data",
+                _matmul((512, 65536), (65536, 1024), transposed="left", wide=True),
+            ),
+        )
+    ),
     Specimen("matmul", "outer product", _matmul((4096, 1), (1, 4096)), loads=False),
     Specimen("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
     Specimen(

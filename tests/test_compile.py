@@ -185,6 +185,7 @@ def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
         yield one, random(2, 3, 4), random(2, 3, 4), None, "mean", 0, [True, True, False]
         yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "none", 0, [True] * 3
         yield random(2), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", 1, [False, True, True]
+        yield one, random(2, 3, 4), random(2, 3, 4), random(2, 3, 1), "mean", 0, [True] * 3  # spread
     elif name == "mse_forward_backward":
         yield random(2, 3, 4), random(2, 3, 4), None, "mean", [True, True, False], torch.float64
         yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", [False, True, True], torch.float64
@@ -192,6 +193,8 @@ def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
         x = [random(2, 3, 4) for _ in range(6)]
         yield one, *x[:3], one.clone(), *x[3:], "mean", 0, [True] * 4
         yield None, *x[:3], None, x[3], None, None, "sum", 0, [True, False, False, False]
+        spread = random(2, 3, 1), None, x[2], None, random(2, 3, 1)
+        yield one, *x[:2], *spread, "sum", 0, [True] * 4
         yield (
             random(2, 3, 4),
             x[0],

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from gradkernels.fallback.matmul import matmul_forward as fallback
 from gradkernels.triton import config
 from gradkernels.triton import matmul as module
 from gradkernels.triton.contraction import contract
@@ -87,6 +88,30 @@ def test_shapes(case, dtype):
     left, right, extra, sum_dims = CASES[case]
     addend = None if extra is None else random(*extra, dtype=dtype)
     check(random(*left, dtype=dtype), random(*right, dtype=dtype), addend, sum_dims)
+
+
+@pytest.mark.parametrize("launcher", [matmul_forward, fallback], ids=["triton", "fallback"])
+@pytest.mark.parametrize(
+    ("left", "right", "dtype"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "case", ["K = 3, large", "one row, many matrices", "sum, broadcast left", "K = 40, many tiny"]
+)
+def test_operands_of_two_dtypes(case, left, right, dtype, launcher):
+    """As the derivatives meet them; tensor cores multiply the narrower."""
+    one, other, extra, sum_dims = CASES[case]
+    x, y = random(*one, dtype=left), random(*other, dtype=right)
+    addend = None if extra is None else random(*extra)
+    wide = [tensor if tensor is None else tensor.double() for tensor in (x, y, addend)]
+    theirs = expected(*wide, sum_dims).to(dtype)
+    ours = launcher(x, y, addend, sum_dims, dtype)
+    assert_matches(ours, theirs, expected(x, y, addend, sum_dims, to_numpy))
 
 
 LAYOUTS = {
