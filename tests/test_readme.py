@@ -6,11 +6,59 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
-PROGRAMS = [
-    block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "import" in block
-]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+PROGRAMS = [block for block in SNIPPETS if "import" in block]
+# A training program of each library, around the README's lines; it prints the optimizer's class and its result.
+TRAINERS = {
+    "transformers": """
+from transformers import Trainer, TrainingArguments
+class Model(torch.nn.Linear):
+    def forward(self, x, labels):
+        return {{"loss": mse_loss(super().forward(x), labels)}}
+model = Model(4, 1)
+given = dict(
+    model=model,
+    args=TrainingArguments(
+        "output", num_train_epochs=5, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    ),
+    train_dataset=[dict(x=x, labels=y) for x, y in zip(X, Y)],
+)
+trainer = {snippet}
+trainer.train()
+optimizer = trainer.optimizer.optimizer
+""",
+    "lightning": """
+import lightning
+from torch.utils.data import DataLoader, TensorDataset
+{snippet}
+class Model(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+    def training_step(self, batch, index):
+        return mse_loss(self.linear(batch[0]), batch[1])
+Model.configure_optimizers = configure_optimizers
+model = Model()
+trainer = lightning.Trainer(
+    max_epochs=5, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+)
+trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=8))
+(optimizer,) = trainer.optimizers
+""",
+}
+BEGINNING = """
+import torch
+from gradkernels import FusedAdamW, mse_loss
+torch.manual_seed(0)
+X = torch.randn(64, 4)
+Y = X.sum(1, keepdim=True)
+"""
+END = """
+print(type(optimizer).__name__, *torch.cat([param.detach().reshape(-1) for param in model.parameters()]).tolist())
+"""
 ENDINGS = {
     "linear_mse_loss": (0, ""),
     "verify.gradcheck": (0, "the gradient is 1/2"),
@@ -67,3 +115,27 @@ def test_program(uses: str, tmp_path: Path) -> None:
     status, said = ENDINGS[uses]
     assert done.returncode == status, done.stderr
     assert said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("library", TRAINERS)
+def test_the_swap_in_a_trainer(library: str, tmp_path: Path) -> None:
+    """The README's lines train a model in the library itself, to the numbers of torch.optim.AdamW.
+
+    Neither library is needed by this package or its tests: install it to run this.
+    """
+    pytest.importorskip(library)
+    (snippet,) = (
+        text for text in SNIPPETS if ("Trainer(" if library == "transformers" else "Lightning") in text
+    )
+    results = []
+    for wanted in ("FusedAdamW", "torch.optim.AdamW"):
+        lines = snippet.replace("...", "**given").replace("FusedAdamW", wanted)
+        program = BEGINNING + TRAINERS[library].format(snippet=lines) + END
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        name, *values = done.stdout.splitlines()[-1].split()
+        assert name == wanted.rpartition(".")[2]
+        results.append(torch.tensor(list(map(float, values))))
+    torch.testing.assert_close(*results)
