@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradkernels.reference import adam, sgd
@@ -116,10 +117,10 @@ def optimizer_of(name: str, module: ModuleType) -> Any:
                 for param in group["params"]:
                     before = {key: to_numpy(value) for key, value in self.state.get(param, {}).items()}
                     value, after = module.step(to_numpy(param), to_numpy(param.grad), before, **options)
-                    param.copy_(torch.from_numpy(value))
+                    param.copy_(torch.from_numpy(value.astype(np.float64)))
                     for key, array in after.items():
                         dtype = torch.float32 if key == "step" else param.dtype
-                        self.state[param][key] = torch.from_numpy(array).to(dtype)
+                        self.state[param][key] = torch.from_numpy(np.asarray(array, np.float64)).to(dtype)
 
     return Stepper
 
