@@ -42,15 +42,17 @@ def run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, o
         one_pass: whether ``kernel`` goes through memory once, and divides by the scale.
     """
     native, elements = _size_up(bucket)
-    in_cache = elements <= _most(bucket, bucket.params[0].dtype)
-    if native and (in_cache or (one_pass and not decision.clips)):
+    in_one_go = one_pass and not decision.clips
+    if native and (in_one_go or elements <= _most(bucket, bucket.params[0].dtype)):
         grads, scale = _picked(bucket.grads, chosen), decision.scale
         if scale is not None and (decision.clips or not one_pass):
             torch._foreach_div_(grads, scale)
             scale = None
         if decision.clips:  # copies: the caller's gradients stay as they are
             grads = list(torch._foreach_mul(grads, decision.clip))
-        states = {key: _picked(tensors, chosen) for key, tensors in bucket.states.items()}
+        states = bucket.states
+        if len(chosen) < len(bucket.params):
+            states = {key: _picked(tensors, chosen) for key, tensors in states.items()}
         kernel(_picked(bucket.params, chosen), grads, states, scale)
         return
     dtype = bucket.params[0].dtype if native else accumulator(bucket.params[0])

@@ -31,7 +31,7 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
             _update_on_device(bucket, i, options[group], decision)
         raise_steps(steps, decision.skip)
         return
-    fresh = {i for i, step in enumerate(steps) if step.item() == 0}
+    fresh = steps and {i for i, step in enumerate(steps) if step.item() == 0}
     raise_steps(steps, False)
     for group, chosen in by_group(bucket):
         if not fresh:
