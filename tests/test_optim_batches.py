@@ -1,0 +1,91 @@
+"""The fallback's batches, made so small that every tensor is cut: the numbers are those of uncut tensors."""
+
+import pytest
+import torch
+from gradkernels.fallback import batches, pieces
+
+from . import test_optim_training as training
+from .helpers import assert_matches
+from .optimizers import (
+    NAMES,
+    Feed,
+    ReferenceRun,
+    assert_same_run,
+    copies,
+    make_params,
+    ours_for,
+    parameters,
+    set_gradients,
+    theirs_for,
+)
+from .test_optim_training import SCALE, amp_step, clipped
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "ON_HOST", 80)
+    monkeypatch.setattr(batches, "RANDOM", 7)
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_clipped(name: str) -> None:
+    training.test_max_norm_over_mixed_dtypes_and_missing_gradients(name, CPU)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["float32", "masters"])
+def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
+    """Copies of gradients stand beside parameters and masters that are walked in the order of their memory."""
+    low = make_params(((9, 7), (4, 3), (65,)), torch.bfloat16 if master else torch.float32)
+    options = {"lr": 0.1, "weight_decay": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
+    transposed = [torch.nn.Parameter(param.detach().t()) for param in low]
+    ours = ours_for(name)(copies(transposed), **options, max_norm=0.5, master_weights=True)
+    theirs = theirs_for(name)([torch.nn.Parameter(p.detach().float()) for p in transposed], **options)
+    feed, reference = Feed(transposed), ReferenceRun(theirs)
+    for step in range(1, 7):
+        gradients = feed(step)
+        set_gradients(ours, [grad * SCALE for grad in gradients])
+        amp_step(ours, SCALE, False)
+        set_gradients(theirs, [grad.float() for grad in gradients])
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5, foreach=False)
+        theirs.step()
+        reference.step(clipped(gradients, 0.5)[0])
+        for mine, other, grad in zip(parameters(ours), parameters(theirs), gradients, strict=True):
+            wide = ours.state[mine]["master_param"] if master else mine
+            assert torch.equal(mine, wide.to(mine.dtype))
+            assert mine.grad is not None
+            assert torch.equal(mine.grad, grad), "the unscaled gradient is left behind, unclipped"
+            scale = reference.scales[other]["param"]
+            assert_matches(wide, other, reference.values[other]["param"], f"step {step}", scale)
+
+
+def test_random_rounding() -> None:
+    training.test_both_backends_draw_the_same_numbers()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_in_any_order_of_memory(name: str, dtype: torch.dtype) -> None:
+    """Parameters and states transposed, gradients not; an unneeded clip changes nothing."""
+    options = {"lr": 0.004, "weight_decay": 0.1, **({"momentum": 0.9} if name == "SGD" else {"eps": 0.01})}
+    params = [
+        torch.nn.Parameter(param.detach().t()) for param in make_params(((9, 7), (30, 2), (4, 3)), dtype)
+    ]
+    ours = ours_for(name)(copies(params), **options, max_norm=1e6)
+    theirs = theirs_for(name)(params, **options, foreach=False)
+    assert not parameters(ours)[0].is_contiguous()
+    assert_same_run(ours, theirs, Feed(params))
+
+
+def test_pieces_cover_every_element_once() -> None:
+    tensors = [torch.arange(float(n)) for n in (0, 3, 25, 1, 7, 10)]
+    found = [piece for batch in pieces.cut(tensors, [5, 0, 1, 2, 3], 10) for piece in batch]
+    assert found == [(5, 0, 10), (1, 0, 3), (2, 0, 10), (2, 10, 20), (2, 20, 25), (3, 0, 1)]
+    for batch in pieces.cut(tensors, range(6), 10):
+        assert sum(end - start for _, start, end in batch) <= 10
+        for piece, (i, start, end) in zip(pieces.pieces_of(tensors, batch), batch, strict=True):
+            assert piece.tolist() == list(map(float, range(start, end))), i
