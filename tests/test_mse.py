@@ -81,8 +81,8 @@ def test_the_fallback_in_blocks(
     monkeypatch.setattr(launchers, "_BLOCK", 50)
     monkeypatch.setattr(launchers, "_FEW", 1)
     x = torch.empty(33, 7, dtype=dtype)
-    assert len(list(launchers._blocks(x, x))) == 5
-    assert len(list(launchers._blocks(x.mT, x.mT))) == 1
+    assert len(list(launchers._blocks(x.dtype, x, x))) == 5
+    assert len(list(launchers._blocks(x.dtype, x.mT, x.mT))) == 1
     test_loss_and_grad("fallback", x.device, reduction, weighted, dtype)
     names = NAMES if weighted else NAMES[:2]
     check(Case("mse_loss", dict.fromkeys(names, x.shape), {"reduction": reduction}), dtype, x.device)

@@ -40,17 +40,21 @@ def _spread(grad: Tensor, input: Tensor, reduction: str, kept: int) -> Tensor:
     return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
 
 
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Tensors of one shape a block at a time; all at once where they are small, strided, or on another device."""
+def _blocks(wide: torch.dtype, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors of one shape a block at a time; all at once where they are small, strided, or on another device.
+
+    Before them scratch memory for a block, the same for all: what is freed may go back to the system each time.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     numel = given[0].numel()
     if numel <= _FEW * _BLOCK or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in given):
-        yield tensors
+        yield None, *tensors
         return
     flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    scratch = torch.empty(_BLOCK, dtype=wide)
     for start in range(0, numel, _BLOCK):
-        end = start + _BLOCK
-        yield tuple(None if tensor is None else tensor[start:end] for tensor in flat)
+        end = min(start + _BLOCK, numel)
+        yield scratch[: end - start], *(None if tensor is None else tensor[start:end] for tensor in flat)
 
 
 def _total(totals: list[Tensor], input: Tensor, reduction: str) -> Tensor:
@@ -72,14 +76,14 @@ def mse_forward(
         return _like(loss, input) if reduction == "none" else loss
     wide = accumulator(input, target, weight)
 
-    def losses(x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-        squares = (x.to(wide) - y.to(wide)).square_()
+    def losses(out: Tensor | None, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
+        squares = torch.sub(x.to(wide), y.to(wide), out=out).square_()
         return squares if w is None else squares.mul_(w)
 
     if reduction == "none" or kept:
-        loss = _reduce(losses(input, target, weight), reduction, kept).to(dtype)
+        loss = _reduce(losses(None, input, target, weight), reduction, kept).to(dtype)
         return _like(loss, input.to(dtype)) if reduction == "none" else loss
-    totals = [losses(*block).sum() for block in _blocks(input, target, weight)]
+    totals = [losses(*block).sum() for block in _blocks(wide, input, target, weight)]
     return _total(totals, input, reduction).to(dtype)
 
 
@@ -181,10 +185,10 @@ def mse_forward_backward(
         for tensor, need in zip(tensors, needs, strict=True)
     ]
     totals = []
-    for x, y, w, grad_x, grad_y, grad_w in _blocks(*tensors, *results):
+    for scratch, x, y, w, grad_x, grad_y, grad_w in _blocks(wide, *tensors, *results):
         in_place = grad_x is not None and grad_x.dtype == wide
         error = torch.sub(x.to(wide), y.to(wide), out=grad_x if in_place else None)
-        squares = error * error
+        squares = torch.mul(error, error, out=scratch)
         if grad_w is not None:
             torch.mul(squares, scale, out=grad_w)
         totals.append((squares if w is None else squares.mul_(w)).sum())
