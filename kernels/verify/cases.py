@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .tolerance import exactly
+
 Results = dict[str, Tensor]
 
 
@@ -42,8 +44,8 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 AXES = {"matmul": "[B x] M x K x N", "linear_mse": "N x D x K"}
 
 
-def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
-    """The case of ``op`` at ``shape``, on seeded random numbers.
+def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, draw: int = 0) -> Case:
+    """The case of ``op`` at ``shape``, on random numbers seeded by ``draw``.
 
     Raises:
         ValueError: the op is unknown, or takes another number of sizes.
@@ -53,7 +55,7 @@ def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> C
     wanted = {"matmul": (3, 4), "linear_mse": (3,)}.get(op)
     if wanted is not None and len(shape) not in wanted:
         raise ValueError(f"{op} takes sizes {AXES[op]}, got {'x'.join(map(str, shape))}")
-    generator = torch.Generator().manual_seed(len(shape) + sum(shape))
+    generator = torch.Generator().manual_seed(len(shape) + sum(shape) + 100_003 * draw)
 
     def randn(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
@@ -63,8 +65,8 @@ def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> C
     )
 
 
-def _f64(*tensors: Tensor) -> list[Any]:
-    return [tensor.detach().double().cpu().numpy() for tensor in tensors]
+def _arrays(*tensors: Tensor) -> list[Any]:
+    return [exactly(tensor) for tensor in tensors]
 
 
 def _differentiated(
@@ -112,7 +114,7 @@ def _matmul(op: str, shape: tuple[int, ...], dtype: torch.dtype, randn: Callable
     grad = randn(*batch, m, n)
 
     def in_float64() -> dict[str, Any]:
-        g, *arrays = _f64(grad, *inputs.values())
+        g, *arrays = _arrays(grad, *inputs.values())
         gradients = reference.backward(g, *arrays)
         return {
             "output": reference.forward(*arrays),
@@ -132,7 +134,7 @@ def _mse(op: str, shape: tuple[int, ...], dtype: torch.dtype, randn: Callable[..
     grad = randn()
 
     def in_float64() -> dict[str, Any]:
-        g, *arrays = _f64(grad, *inputs.values())
+        g, *arrays = _arrays(grad, *inputs.values())
         gradients = reference.backward(g, *arrays)
         return {
             "output": reference.forward(*arrays),
@@ -152,7 +154,7 @@ def _linear_mse(op: str, shape: tuple[int, ...], dtype: torch.dtype, randn: Call
     grad = randn()
 
     def in_float64() -> dict[str, Any]:
-        g, *arrays = _f64(grad, *inputs.values())
+        g, *arrays = _arrays(grad, *inputs.values())
         gradients = reference.backward(g, *arrays)
         return {
             "output": reference.forward(*arrays),
@@ -193,7 +195,7 @@ def _optimizer(
         return run
 
     def in_float64() -> dict[str, Any]:
-        value, *gradients = _f64(param, *grads)
+        value, *gradients = _arrays(param, *grads)
         state: Any = None
         for gradient in gradients:
             value, state = step(value, gradient, state, **options)
