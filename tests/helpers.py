@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradkernels.verify.tolerance import compare, exactly
+from gradkernels.verify.tolerance import DRAWS, compare, exactly
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -31,6 +31,12 @@ class Draws:
 
     def add(self, name: str, ours: Tensor, theirs: Tensor, reference: Any) -> None:
         self._drawn.setdefault(name, []).append((ours.detach(), theirs.detach(), np.asarray(reference)))
+
+    @property
+    def enough(self) -> bool:
+        """Whether each result has been drawn DRAWS times, or has so many numbers that one draw will do."""
+        drawn = self._drawn.values()
+        return bool(drawn) and all(len(draws) >= DRAWS or draws[0][0].numel() >= DRAWS for draws in drawn)
 
     def assert_match(self) -> None:
         """Assert that every name is within the tolerance policy."""

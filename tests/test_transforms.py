@@ -20,15 +20,24 @@ from .helpers import assert_matches, to_numpy
 Function = Callable[..., Tensor]
 
 
+def upstream(result: Tensor) -> Tensor:
+    """An upstream gradient that is neither ones nor the same twice."""
+    factors = torch.linspace(-1, 2, result.numel(), dtype=result.dtype, device=result.device)
+    return factors.view(result.shape)
+
+
 def scalar(function: Function) -> Function:
-    """A weighted sum of the results: an upstream gradient that is neither ones nor the same twice."""
+    """A weighted sum of the results."""
 
     def total(*tensors: Tensor) -> Tensor:
         result = function(*tensors)
-        factors = torch.linspace(-1, 2, result.numel(), dtype=result.dtype, device=result.device)
-        return (result * factors.view(result.shape)).sum()
+        return (result * upstream(result)).sum()
 
     return total
+
+
+def pulled_back(result: Tensor, pullback: Callable[[Tensor], Any]) -> Any:
+    return pullback(upstream(result))
 
 
 def directions(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -38,7 +47,7 @@ def directions(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 TRANSFORMS: dict[str, Callable[[Function, tuple[int, ...]], Callable[..., Any]]] = {
     "grad": lambda f, all_: grad(scalar(f), all_),
     "grad_and_value": lambda f, all_: grad_and_value(scalar(f), all_),
-    "vjp": lambda f, _: lambda *x: vjp(f, *x)[1](f(*x).cos()),
+    "vjp": lambda f, _: lambda *x: pulled_back(*vjp(f, *x)),
     "jvp": lambda f, _: lambda *x: jvp(f, x, directions(x)),
     "jvp of grad": lambda f, all_: lambda *x: jvp(grad(scalar(f), all_), x, directions(x)),
     "grad of jvp": lambda f, all_: grad(lambda *x: jvp(scalar(f), x, directions(x))[1], all_),
