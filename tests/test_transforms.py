@@ -55,8 +55,8 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[int, ...]], Callable[..., Any]]]
     "jacfwd": jacfwd,
     "hessian": hessian,
     "jacrev of jacrev": lambda f, all_: jacrev(jacrev(scalar(f), all_), all_),
-    "jacrev of jacfwd": lambda f, all_: jacrev(jacfwd(f, all_), all_),
-    "jacfwd of jacfwd": lambda f, all_: jacfwd(jacfwd(f, all_), all_),
+    "jacrev of jacfwd": lambda f, all_: jacrev(jacfwd(scalar(f), all_), all_),
+    "jacfwd of jacfwd": lambda f, all_: jacfwd(jacfwd(scalar(f), all_), all_),
     "jacrev of hessian": lambda f, all_: jacrev(hessian(scalar(f), all_), all_),
     "jacfwd of hessian": lambda f, all_: jacfwd(hessian(scalar(f), all_), all_),
 }
