@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gradkernels.verify.tolerance import DRAWS, compare, exactly
+from gradkernels.verify import tolerance
+from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -47,5 +48,10 @@ class Draws:
 
 
 def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
-    """The values for a reference to start from, exactly."""
-    return None if tensor is None else exactly(tensor)
+    """The values as float64, exactly."""
+    return None if tensor is None else tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def exactly(tensor: Tensor | None) -> np.ndarray | None:
+    """The values for a reference of the ops to start from: longer than float64 where they are float64."""
+    return None if tensor is None else tolerance.exactly(tensor)

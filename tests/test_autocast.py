@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from .cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
-from .helpers import assert_matches, to_numpy
+from .helpers import assert_matches, exactly
 
 PRODUCTS = [*MATMUL, *LINEAR]
 CASES = [case.resized({3: 17, 4: 33}) for case in [*PRODUCTS, *MSE, *LINEAR_MSE]]
@@ -24,9 +24,9 @@ def test_float32_arguments(backend: str, device: torch.device, case: Case, lower
         ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
     assert ours[0].dtype == dtype_under_autocast(case, torch.float32, lower)
     # The budget is that of a result in the lower dtype: so are the operands.
-    arrays = [to_numpy(tensor) for tensor in tensors]
+    arrays = [exactly(tensor) for tensor in tensors]
     upstream = torch.linspace(-1, 2, ours[0].numel()).to(ours[0]).view(ours[0].shape)
-    references = [case.forward(*arrays), *case.backward(to_numpy(upstream), *arrays)]
+    references = [case.forward(*arrays), *case.backward(exactly(upstream), *arrays)]
     for number, (mine, torchs, reference) in enumerate(zip(ours, theirs, references, strict=True)):
         assert mine.dtype == torchs.dtype
         assert_matches(mine.to(lower), torchs.to(lower), reference, f"result {number}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .cases import CASES, LINEAR_MSE, MATMUL, MSE, Case, label, on_both_backends, value_and_gradients
-from .helpers import DTYPES, Draws, assert_matches, to_numpy
+from .helpers import DTYPES, Draws, assert_matches, exactly
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -78,10 +78,10 @@ def test_values(
                 grad_output = LAYOUTS[upstream](torch.randn(result.shape, dtype=torch.float64).to(result))
             needed = [leaf for leaf in leaves if leaf.requires_grad]
             results.append((result, torch.autograd.grad(result, needed, grad_output)))
-        arrays = [to_numpy(tensor) for tensor in tensors]
+        arrays = [exactly(tensor) for tensor in tensors]
         (ours, our_grads), (theirs, their_grads) = results
         draws.add("result", ours, theirs, case.forward(*arrays))
-        grads = case.backward(to_numpy(grad_output), *arrays)
+        grads = case.backward(exactly(grad_output), *arrays)
         expected = [(name, grad) for name, grad, needs in zip(case.shapes, grads, mask, strict=True) if needs]
         for (name, reference), mine, torchs in zip(expected, our_grads, their_grads, strict=True):
             draws.add(f"grad_{name}", mine, torchs, reference)
@@ -117,9 +117,9 @@ def test_inf_and_nan(backend: str, device: torch.device, case: Case, dtype: torc
         tensors[0].view(-1)[0] = value
         tensors[1].view(-1)[-1] = value
         ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-        arrays = [to_numpy(tensor) for tensor in tensors]
+        arrays = [exactly(tensor) for tensor in tensors]
         upstream = np.linspace(-1, 2, ours[0].numel()).reshape(ours[0].shape)
-        upstream = to_numpy(torch.from_numpy(upstream).float().to(dtype))
+        upstream = exactly(torch.from_numpy(upstream).float().to(dtype))
         with np.errstate(all="ignore"):
             references = [case.forward(*arrays), *case.backward(upstream, *arrays)]
         for number, (mine, torchs, reference) in enumerate(zip(ours, theirs, references, strict=True)):
@@ -155,8 +155,8 @@ def test_offsets_past_32_bits(backend: str, device: torch.device, case: Case, fa
     stride = (2**30, 1) if near.dim() == 2 else (2**30,)
     tensors[far] = buffer.as_strided(near.shape, stride).copy_(near)
     ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-    arrays = [to_numpy(tensor) for tensor in tensors]
-    upstream = to_numpy(torch.linspace(-1, 2, ours[0].numel()).half().view(ours[0].shape))
+    arrays = [exactly(tensor) for tensor in tensors]
+    upstream = exactly(torch.linspace(-1, 2, ours[0].numel()).half().view(ours[0].shape))
     for mine, torchs, reference in zip(
         ours, theirs, [case.forward(*arrays), *case.backward(upstream, *arrays)], strict=True
     ):

@@ -11,7 +11,7 @@ from gradkernels.dtypes import accumulator
 from gradkernels.reference import linear_mse as reference
 
 from .cases import REDUCTIONS, Case, label, on_both_backends, torch_linear_mse_loss
-from .helpers import DTYPES, SIZES, assert_matches, to_numpy
+from .helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
 
 SHAPES = [  # input, weight, target, shapes that sample_weight may have
@@ -74,7 +74,7 @@ def test_loss_and_grad(
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     theirs = torch_linear_mse_loss(**leaves, reduction=reduction)
     their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
-    arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
+    arrays = {name: exactly(tensor) for name, tensor in given.items()}
     exact = dict(zip(given, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=False))
     masks = list(product((False, True), repeat=4))
     for mask in masks if backend == "fallback" else masks[DTYPES.index(dtype) :: 4]:
@@ -174,7 +174,7 @@ def test_the_fallback_in_blocks_of_rows(
     weights = 1 if s is None else s
     predictions = torch.nn.functional.linear(x, w, b)
     residual = (predictions - y).to(wide)
-    values = (to_numpy(tensor) for tensor in (x, w, y, b, s))
+    values = (exactly(tensor) for tensor in (x, w, y, b, s))
     arrays = dict(zip(("input", "weight", "target", "bias", "sample_weight"), values, strict=True))
     _, grad_w, grad_y, grad_b, _ = reference.backward(1.0, **arrays, reduction="sum")
     assert_matches(loss, (weights * residual**2).sum(), reference.forward(**arrays, reduction="sum"), "loss")

@@ -16,7 +16,7 @@ from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 
 from .conftest import DEVICES, GPU
-from .helpers import DTYPES, assert_matches, to_numpy
+from .helpers import DTYPES, assert_matches, exactly
 
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])
@@ -77,7 +77,7 @@ class Case:
         return [self.input, self.weight, self.target, self.bias, self.sample_weight]
 
     def expected(self) -> dict[str, tuple[Tensor, np.ndarray, np.ndarray]]:
-        x, w, y, b, s = arrays = [to_numpy(tensor) for tensor in self.tensors]
+        x, w, y, b, s = arrays = [exactly(tensor) for tensor in self.tensors]
         N, K = y.shape
         s = np.ones((N, K)) if s is None else s
         b = np.zeros(K) if b is None else b
@@ -85,7 +85,7 @@ class Case:
         loss = reference.forward(*arrays, reduction="sum") * self.c
         grads = reference.backward(self.c, *arrays, reduction="sum")
         error = s * (x @ w.T + b - y)
-        g = to_numpy(self.grad_output)
+        g = exactly(self.grad_output)
         terms = s * (np.abs(x) @ np.abs(w).T + np.abs(b) + np.abs(y))
         # Each result for grad_output 1 but the last two, the size of its terms, and whether it stays wide.
         values = {

@@ -8,7 +8,7 @@ from gradkernels import linear, matmul
 from torch import Tensor
 
 from .cases import Case, label, on_both_backends, value_and_gradients
-from .helpers import DTYPES, SIZES, Draws, to_numpy
+from .helpers import DTYPES, SIZES, Draws, exactly
 
 SHAPES = [  # input, other
     ((5,), (5,)),
@@ -36,9 +36,9 @@ def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     while not draws.enough:
         tensors = case.arguments(dtype, device)
         ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-        arrays = [to_numpy(tensor) for tensor in tensors]
+        arrays = [exactly(tensor) for tensor in tensors]
         upstream = torch.linspace(-1, 2, ours[0].numel()).to(ours[0]).view(ours[0].shape)
-        references = [case.forward(*arrays), *case.backward(to_numpy(upstream), *arrays)]
+        references = [case.forward(*arrays), *case.backward(exactly(upstream), *arrays)]
         names = ["result", *(f"grad_{name}" for name in case.shapes)]
         for name, mine, torchs, reference in zip(names, ours, theirs, references, strict=True):
             draws.add(name, mine, torchs, reference)

@@ -16,7 +16,7 @@ from gradkernels.triton.contraction import contract
 from gradkernels.triton.matmul import matmul_forward
 
 from .conftest import DEVICES
-from .helpers import DTYPES, assert_matches, to_numpy
+from .helpers import DTYPES, assert_matches, exactly
 
 DEVICE = DEVICES["triton"]
 
@@ -78,7 +78,7 @@ def check(input, other, addend, sum_dims, dtype=None):
     ours = matmul_forward(input, other, addend, sum_dims, dtype)
     assert ours.is_contiguous()
     theirs = expected(input, other, addend, sum_dims).to(dtype)
-    assert_matches(ours, theirs, expected(input, other, addend, sum_dims, to_numpy))
+    assert_matches(ours, theirs, expected(input, other, addend, sum_dims, exactly))
     return ours
 
 
@@ -140,8 +140,8 @@ def test_result_and_addend_of_other_dtypes():
     bias = random(17)
     ours = matmul_forward(input, other, bias, [], torch.float32)
     assert ours.dtype == torch.float32
-    exact = expected(input, other, bias, [], to_numpy)
-    assert np.abs(to_numpy(ours) - exact).max() < 1e-5  # no rounding to bfloat16 on the way
+    exact = expected(input, other, bias, [], exactly)
+    assert np.abs(exactly(ours) - exact).max() < 1e-5  # no rounding to bfloat16 on the way
     doubled = matmul_forward(random(4, 5), random(5, 6), random(6, dtype=torch.float64), [], torch.float64)
     assert doubled.dtype == torch.float64
 

@@ -12,7 +12,7 @@ from gradkernels.reference import mse as reference
 from torch.nn import functional
 
 from .cases import REDUCTIONS, Case, label
-from .helpers import DTYPES, SIZES, assert_matches, to_numpy
+from .helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
 
 NAMES = ("input", "target", "weight")
@@ -55,7 +55,7 @@ def test_loss_and_grad(
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     theirs = functional.mse_loss(**leaves, reduction=reduction)
     their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
-    arrays = {name: to_numpy(tensor) for name, tensor in given.items()}
+    arrays = {name: exactly(tensor) for name, tensor in given.items()}
     exact = dict(zip(NAMES, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=True))
     masks = list(product((False, True), repeat=3))
     for mask in masks if backend == "fallback" else masks[DTYPES.index(dtype) % 2 :: 2]:

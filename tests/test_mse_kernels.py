@@ -14,7 +14,7 @@ from gradkernels.reference import mse as reference
 from torch import Tensor
 
 from .conftest import DEVICES, GPU
-from .helpers import DTYPES, assert_matches, to_numpy
+from .helpers import DTYPES, assert_matches, exactly
 
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])
@@ -78,7 +78,7 @@ def check(
     theirs = torch_loss(*leaves, reduction, kept)
     their_grads = torch.autograd.grad(theirs, [leaf for leaf in leaves if leaf is not None], grad_output)
 
-    arrays = [to_numpy(tensor) for tensor in tensors]
+    arrays = [exactly(tensor) for tensor in tensors]
     axes = tuple(range(kept, len(shape)))
     c = 1 / math.prod(shape[kept:]) if reduction == "mean" else 1.0
     losses = reference.forward(*arrays, reduction="none")
@@ -88,7 +88,7 @@ def check(
         if reduction == "none"
         else (losses.sum(axes) * c, np.abs(losses).sum(axes) * c)
     )
-    g = to_numpy(grad_output)
+    g = exactly(grad_output)
     if reduction != "none":
         g = np.broadcast_to(g.reshape(g.shape + (1,) * len(axes)), shape)
     expected_grads = reference.backward(c * g, *arrays, reduction="none")
@@ -242,11 +242,11 @@ def test_operands_of_several_dtypes(mse):
     """Each is read in its own dtype, as under autocast; gradients come back in it."""
     x, t = torch.randn(9, 33).to(DEVICE, torch.bfloat16), torch.randn(9, 33, device=DEVICE)
     loss = mse.mse_forward(x, t, None, "mean", 0, torch.float32)
-    assert_matches(loss, torch_loss(x.float(), t, None, "mean", 0), np.mean((to_numpy(x) - to_numpy(t)) ** 2))
+    assert_matches(loss, torch_loss(x.float(), t, None, "mean", 0), np.mean((exactly(x) - exactly(t)) ** 2))
     g = torch.tensor(3.0, device=DEVICE)
     grad_x, grad_t = mse.mse_backward(g, x, t, None, "mean", 0, [True, True, False])
     assert (grad_x.dtype, grad_t.dtype) == (torch.bfloat16, torch.float32)
-    expected = reference.backward(3.0, to_numpy(x), to_numpy(t))
+    expected = reference.backward(3.0, exactly(x), exactly(t))
     exact = torch.from_numpy(np.asarray(expected[0], np.float64)).to(DEVICE)
     assert_matches(grad_x, exact.to(torch.bfloat16), expected[0])
     assert_matches(grad_t, -exact.float(), expected[1])

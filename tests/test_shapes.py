@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from .cases import ARGUMENTS, Case
-from .helpers import DTYPES, Draws, to_numpy
+from .helpers import DTYPES, Draws, exactly
 from .strategies import calls, fuzz, tensors
 
 Data = Any  # what st.data() draws
@@ -95,10 +95,10 @@ def check_call(op: str, device: torch.device, data: Data) -> None:
     for _ in range(DRAWS):
         arguments = [source().to(device) for source in made.values()]
         upstream = upstreams().to(device)
-        arrays = [to_numpy(tensor) for tensor in arguments]
+        arrays = [exactly(tensor) for tensor in arguments]
         mine, theirs = (value_and_gradients(f, arguments, mask, upstream) for f in (ours, case.theirs))
         draws.add("result", mine.pop(-1), theirs[-1], case.forward(*arrays))
-        exact = case.backward(to_numpy(upstream), *arrays)
+        exact = case.backward(exactly(upstream), *arrays)
         for place, grad in mine.items():
             name = list(case.shapes)[place]
             if measurable(case, name, arrays):
@@ -134,7 +134,7 @@ def test_loss_and_grad(backend: str, device: torch.device, op: str, data: Data) 
     draws = Draws()
     for _ in range(DRAWS):
         arguments = [source().to(device) for source in made.values()]
-        arrays = [to_numpy(tensor) for tensor in arguments]
+        arrays = [exactly(tensor) for tensor in arguments]
         loss, found = loss_and_grad(case, wrt)(*arguments)
         theirs = value_and_gradients(case.theirs, arguments, mask, torch.ones_like(loss))
         draws.add("loss", loss, theirs[-1], case.forward(*arrays))
