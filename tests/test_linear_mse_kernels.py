@@ -40,6 +40,8 @@ def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> Tensor
         return torch.full((rows, columns + 3), math.nan).to(DEVICE, dtype)[:, :columns].copy_(values)
     if layout == "repeated column":
         return values[:, :1].to(DEVICE, dtype).expand(rows, columns)
+    if layout == "repeated row":
+        return values[:1].to(DEVICE, dtype).expand(rows, columns)
     return values.to(DEVICE, dtype)
 
 
@@ -213,6 +215,9 @@ def test_tiles_by_descriptors(linear_mse, monkeypatch, layout, dtype):
     for N, D, K in ((65, 72, 40), (33, 16, 72)):
         check(linear_mse, Case(rng, N, D, K, dtype))
     check(linear_mse, Case(rng, 33, 17, 40, dtype))
+    monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", ("repeated row",))
+    check(linear_mse, Case(rng, 33, 16, 40, dtype))
+    assert not any(fits[-2:])
     assert any(fits) == (layout == "contiguous")
     assert not all(fits)
 

@@ -159,6 +159,19 @@ def test_tensor_descriptors(transposed, dtype, monkeypatch):
         check(left, right, None if extra is None else random(*extra, dtype=dtype), [])
 
 
+def test_rows_that_repeat_or_overlap_take_no_descriptor(monkeypatch):
+    seen = []
+    real = config.matmul_way
+    monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(config, "matmul_way", lambda *given: seen.append(given[4]) or real(*given))
+    input, other = random(48, 64), random(64, 40)
+    overlapping = random(64 + 47 * 32).as_strided((48, 64), (32, 1))
+    for left in (input, input[:1].expand(48, 64), overlapping):
+        check(left, other, None, [])
+    check(input, other[:1].expand(64, 40), None, [])
+    assert [operands.descriptors for operands in seen] == [True, False, False, False]
+
+
 @pytest.mark.parametrize("mode", ["dot", "outer"])
 def test_every_way_gives_the_same(mode, monkeypatch):
     """What the choice of kernel would not take for these sizes: small tiles, many groups, several splits."""

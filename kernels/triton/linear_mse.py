@@ -481,7 +481,10 @@ def _multiply(
     """
     target = config.target_of(operands[0].device)
     rows = all(
-        tensor.dtype == operand and tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0
+        tensor.dtype == operand
+        and tensor.data_ptr() % 16 == 0
+        and tensor.stride(1) == 1
+        and tensor.stride(0) >= tensor.shape[1]  # rows neither repeat nor overlap
         for tensor in operands
     )
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.

@@ -452,6 +452,7 @@ def _plan(
     aligned = input_vector > 1 and other_vector > 1
     sums = math.prod(dim.size for dim in form.sums)
     descriptors = aligned and output_vector > 1 and wide == narrow
+    descriptors = descriptors and _apart((m, k), input_axis, 1) and _apart((k, n), other_axis, 2)
     operands = config.Operands(aligned, descriptors, input_axis == 0)
     sizes = (m.size, n.size, k.size)
     staged = max(wide, operand, key=lambda dtype: dtype.itemsize)  # what has to fit in shared memory
@@ -502,6 +503,11 @@ def _layout(
     counts = [axes[axis].size, *(dim[field] for dim in (across, *rest) if dim.size > 1)]
     aligned = tensor.data_ptr() % 16 == 0 and all(count % vector == 0 for count in counts)
     return axis, vector if aligned else 1
+
+
+def _apart(axes: tuple[Dimension, Dimension], axis: int, field: int) -> bool:
+    """Whether rows neither repeat nor overlap, as the chip's copies need; see _layout."""
+    return axes[1 - axis][field] >= axes[axis].size
 
 
 def _fields(dims: tuple[Dimension, ...]) -> tuple[tuple[int, ...], ...]:
