@@ -22,7 +22,8 @@ def info() -> dict[str, Any]:
         "gradkernels": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        "torch": str(torch.__version__),  # the wheel's metadata may leave out what it was built for
+        **{name: _version(name) for name in ("triton", "numpy")},
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         "devices": [_device(name, label) for name, label in _devices()],
