@@ -48,8 +48,8 @@ def run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, o
         if scale is not None and (decision.clips or not one_pass):
             torch._foreach_div_(grads, scale)
             scale = None
-        if decision.clips:  # copies: the caller's gradients stay as they are
-            grads = list(torch._foreach_mul(grads, decision.clip))
+        if decision.clips:
+            grads = _clipped(bucket, tuple(chosen), grads, decision)
         states = bucket.states
         if len(chosen) < len(bucket.params):
             states = {key: _picked(tensors, chosen) for key, tensors in states.items()}
@@ -84,7 +84,9 @@ def _run_batch(
     if decision.scale is not None:
         grads.replace(torch.div, decision.scale)
         grads.write_back()
-    if decision.clips:
+    if decision.clips and grads.values is grads.narrow:
+        grads.values = _clipped(bucket, tuple(pieces), grads.values, decision)
+    elif decision.clips:
         grads.replace(torch.mul, decision.clip)
     params = _Copies(bucket.states.get("master_param", bucket.params), pieces, dtype)
     states = {
@@ -104,6 +106,34 @@ def _run_batch(
         copies.write_back()
     if "master_param" in bucket.states:
         torch._foreach_copy_(pieces_of(bucket.params, pieces), params.values)
+
+
+def _clipped(bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], decision: Decision) -> list[Tensor]:
+    """Copies of the gradients, clipped: the caller's stay as they are.
+
+    All batches share memory that lasts from step to step: fresh pages would cost more than the arithmetic.
+    """
+    known = bucket.memory.setdefault("clipped", {})
+    found = known.get(which)
+    if found is None:
+        sizes = [grad.numel() for grad in grads]
+        scratch = bucket.memory.get("scratch")
+        if scratch is None or len(scratch) < sum(sizes):
+            scratch = torch.empty(sum(sizes), dtype=grads[0].dtype, device=grads[0].device)
+            bucket.memory["scratch"] = scratch
+        flat = scratch[: sum(sizes)]
+        copies = [
+            part.as_strided(grad.size(), grad.stride())
+            for part, grad in zip(flat.split(sizes), grads, strict=True)
+        ]
+        found = known[which] = flat, copies
+    flat, copies = found
+    if len(grads) == 1:
+        torch.mul(grads[0], decision.clip, out=copies[0])
+    else:
+        torch._foreach_copy_(copies, grads)
+        flat.mul_(decision.clip)
+    return copies
 
 
 def _round_at_random(bucket: Bucket, seed: int, pieces: list[Piece], written: list["_Copies"]) -> None:

@@ -12,6 +12,7 @@ from ..dtypes import accumulator
 from .pieces import batch_size, cut, flatten, pieces_of
 
 ROW = 1024
+JOINED = 1 << 14
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -23,7 +24,11 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         out: (2,), overwritten.
     """
     wide = accumulator(bucket.grads[0])
-    batches = cut(bucket.grads, range(len(bucket.grads)), batch_size(out.device, wide))
+    most = batch_size(out.device, wide)
+    sizes = list(enumerate(map(Tensor.numel, bucket.grads)))
+    # Only small ones are joined, which copies them.
+    batches = [*cut(bucket.grads, [i for i, numel in sizes if numel < JOINED], most)]
+    batches += [pieces for i, numel in sizes if numel >= JOINED for pieces in cut(bucket.grads, [i], most)]
     norms = [
         norm
         for pieces in batches
