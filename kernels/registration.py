@@ -195,7 +195,7 @@ def served_by_torch(first: Tensor, *others: Tensor, optional: Tensor | None = No
     out too), unless something looks on that torch's ops do not serve: the mse_loss of torch has no forward
     derivative of its backward, for one. There the registered operators take over.
     """
-    if _watched() or type(first) not in _PLAIN_TYPES or backends.backend_for(first) != "fallback":
+    if _watched() or type(first) not in _PLAIN_TYPES:
         return False
     dtype, on_cpu = first.dtype, first.is_cpu
     for tensor in others if optional is None else (*others, optional):
@@ -206,7 +206,10 @@ def served_by_torch(first: Tensor, *others: Tensor, optional: Tensor | None = No
             or tensor.layout is not _STRIDED
         ):
             return False
-    return dtype in DTYPES and first.layout is _STRIDED and (on_cpu or first.device.type in DEVICE_TYPES)
+    if dtype not in DTYPES or first.layout is not _STRIDED:
+        return False
+    # Asked last: where the backend cannot serve ``first``, devices that differ are still named by the checks.
+    return (on_cpu or first.device.type in DEVICE_TYPES) and backends.backend_for(first) == "fallback"
 
 
 def requires_grad(args: Sequence[Any]) -> bool:
