@@ -128,10 +128,10 @@ class Tables:
         self.rows.upload()
 
     def options(self, groups: Sequence[tuple[Any, ...]], max_norm: float | None) -> Tensor:
-        """(groups, 2, options + 1): numbers, max_norm last; and as float64 bits the addresses to read instead."""
+        """(groups, 2, options + 1): numbers, max_norm last or -1; and as float64 bits the addresses to read instead."""
         table = np.zeros((len(groups), 2, len(groups[0]) + 1))
         addresses = table.view(np.int64)
-        table[:, 0, -1] = np.inf if max_norm is None else max_norm
+        table[:, 0, -1] = -1.0 if max_norm is None else max_norm
         sources = []
         for row, group in enumerate(groups):
             for column, value in enumerate(group):
@@ -276,7 +276,7 @@ def load_guard(
             nonfinite += tl.load(norms_ptr + 2 * row + 1)
         clip = max_norm / (tl.sqrt(squares) + 1e-6)
         clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
-        clip = tl.where(max_norm == float("inf"), 1.0, clip)
+        clip = tl.where(max_norm < 0, 1.0, clip)
         if SKIP:
             skip = skip | (nonfinite != 0)
     if skipped_ptr is not None:
