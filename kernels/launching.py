@@ -6,7 +6,7 @@ The optimizers use it directly; the operators that torch.compile captures use it
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,9 @@ def sort_into_parts(entries: Iterable[Entry]) -> list[Part]:
             parts[identity] = Part(bucket, [], [], entry.shards)
         part = parts[identity]
         moving = [value for key, value in entry.state.items() if key != "step"]
+        shape = entry.param.shape
+        if entry.grad.shape != shape or any(value.shape != shape for value in moving):
+            _refuse_shapes(entry)
         if not even(entry.param, [entry.grad, *moving]):
             part.uneven.append(len(part.slots))
         part.slots.append(slot)
@@ -72,6 +75,13 @@ def sort_into_parts(entries: Iterable[Entry]) -> list[Part]:
         for key, value in entry.state.items():
             part.bucket.states[key].append(value)
     return list(parts.values())
+
+
+def _refuse_shapes(entry: Entry) -> NoReturn:
+    """Kernels walk through memory from end to end, and would go beyond that of the smaller tensor."""
+    shapes = {"grad": entry.grad, **entry.state}
+    shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in shapes.items() if key != "step")
+    raise RuntimeError(f"parameter {entry.position} has shape {tuple(entry.param.shape)}, but {shown}")
 
 
 def measure(

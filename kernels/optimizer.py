@@ -8,6 +8,7 @@ save where ``on_nonfinite="raise"`` must and where torch's own loop serves (spar
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import unwrap
 from itertools import chain
 from operator import is_
 from typing import Any, ClassVar
@@ -47,6 +48,8 @@ class _Plan:
     missing: list[bool]
     kinds: list[Any]
     layouts: list[Any]
+    stepped: list[Tensor]
+    forms: list[Any]
     values: list[Any]
     tensors: list[Tensor]
     addresses: list[int]
@@ -66,9 +69,10 @@ class _Plan:
             or kinds != self.kinds
             or not _same(_values(state), self.values)
             or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
+            or _forms(self.stepped) != self.forms
         ):
             return None
-        live = [grad for grad in grads if grad is not None]
+        live: Any = [grad for grad in grads if grad is not None] if True in self.missing else grads
         if self.wrapped:
             owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
             live = [_local_grad(grad, param) for grad, param in zip(live, owners, strict=True)]
@@ -199,7 +203,9 @@ class FusedStep(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
             or torch.compiler.is_compiling()
         ):
-            return self._hooked_step(closure)
+            if not torch.compiler.is_compiling() and unwrap(type(self).step) is not FusedStep.step:
+                return self._step(closure)  # a subclass's own step, which torch has wrapped, runs the hooks
+            return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch adds nothing, which would take longer than a small step
@@ -457,7 +463,8 @@ class FusedStep(torch.optim.Optimizer):
                     grad.div_(guard.grad_scale.to(grad.device))
             if guard.max_norm is not None:
                 clip = (guard.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-                grads = [grad * clip.to(grad.device, torch.float32) for grad in grads]
+                wide = [torch.promote_types(grad.dtype.to_real(), torch.float32) for grad in grads]
+                grads = [grad * clip.to(grad.device, dtype) for grad, dtype in zip(grads, wide, strict=True)]
             if chosen:
                 self._torch_step(group, chosen, grads)
 
@@ -483,12 +490,15 @@ class FusedStep(torch.optim.Optimizer):
             )
         parts = sort_into_parts(entries)
         live = [entry.grad for entry in entries]
+        stepped = [entry.param for entry in entries]
         tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
         plan = _Plan(
             params=params,
             missing=[grad is None for grad in grads],
             kinds=kinds,
             layouts=_layouts(live),
+            stepped=stepped,
+            forms=_forms(stepped),
             values=_values(self.state),
             tensors=tensors,
             addresses=list(map(Tensor.data_ptr, tensors)),
@@ -535,14 +545,27 @@ def _same(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(map(is_, first, second))
 
 
-def _values(state: dict[Tensor, Any]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, state.values())))
+def _values(state: dict[Any, Any]) -> list[Any]:
+    try:
+        return list(chain.from_iterable(map(dict.values, state.values())))
+    except TypeError:  # torch lets a user keep values of the whole optimizer there too
+        return list(
+            chain.from_iterable(entry.values() for entry in state.values() if isinstance(entry, dict))
+        )
 
 
 def _layouts(tensors: list[Tensor]) -> list[Any]:
     """The dtypes, and the strides unless all are contiguous: an address says neither."""
     dtypes: list[Any] = [tensor.dtype for tensor in tensors]
     return dtypes if all(map(Tensor.is_contiguous, tensors)) else dtypes + list(map(Tensor.stride, tensors))
+
+
+def _forms(params: list[Tensor]) -> list[Any]:
+    """The sizes, and shapes and strides unless all are contiguous: ``.data`` may be another view of its memory."""
+    sizes: list[Any] = list(map(Tensor.numel, params))
+    if all(map(Tensor.is_contiguous, params)):
+        return sizes
+    return sizes + [(param.shape, param.stride()) for param in params]
 
 
 def _local(tensor: Tensor) -> Tensor:

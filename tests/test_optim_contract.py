@@ -4,6 +4,7 @@ Backends matter only where tensors are laid out; everything else runs on the fal
 """
 
 import copy
+import functools
 import inspect
 import io
 import itertools
@@ -212,6 +213,29 @@ def test_loading_casts_state_to_the_parameter_but_step_stays(name: str) -> None:
     run(low, some_gradients(low, 2))
 
 
+def test_refuses_state_of_another_shape_as_torch_does(name: str) -> None:
+    """Kernels, torch's fused ones among them, would write beyond the smaller tensor."""
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    for optimizer in (ours, theirs):
+        run(optimizer, some_gradients(optimizer, 1))
+        before = [param.detach().clone() for param in parameters(optimizer)]
+        state = copy.deepcopy(optimizer.state_dict())
+        for key, value in state["state"][0].items():
+            state["state"][0][key] = value[:3] if isinstance(value, Tensor) and value.ndim else value
+        optimizer.load_state_dict(state)
+        with pytest.raises(RuntimeError, match=r"65"):
+            run(optimizer, some_gradients(optimizer, 1))
+        if optimizer is ours:  # torch has applied the weight decay by then
+            assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+
+
+def test_state_of_the_whole_optimizer_may_lie_beside_that_of_parameters(name: str) -> None:
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    ours.state["epoch"] = 3  # type: ignore[index]
+    assert_same_run(ours, theirs)
+    assert ours.state_dict()["state"]["epoch"] == 3
+
+
 def test_refuses_a_checkpoint_of_other_groups_as_torch_does(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL)
     state = ours.state_dict()
@@ -294,6 +318,40 @@ def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str
         for handle in handles:
             handle.remove()
     assert log == ["global pre", "pre", "post", "global post"]
+
+
+def test_hooks_get_the_arguments_of_the_call(name: str) -> None:
+    """Torch hands hooks what the caller wrote, and a pre hook may bring a closure where there was none."""
+    for optimizer in make_pair(name, shapes=SMALL):
+        seen: list[int] = []
+
+        def hook(_: Any, args: Any, kwargs: Any, seen: list[int] = seen) -> Any:
+            seen.append(len(args))
+            return args[:1], {"closure": lambda: torch.tensor(2.0)}
+
+        optimizer.register_step_pre_hook(hook)
+        assert optimizer.step() == 2
+        assert optimizer.step(lambda: torch.tensor(1.0)) == 2
+        assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_subclass_with_its_own_step_runs_hooks_once(name: str, wraps: bool) -> None:
+    cls = ours_for(name)
+
+    class Own(cls):  # type: ignore[misc,valid-type]
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+        if wraps:  # torch then takes it for a step that runs the hooks by itself
+            step = functools.wraps(cls.step)(step)
+
+    ours = Own(make_params(SMALL))
+    log: list[str] = []
+    ours.register_step_pre_hook(lambda optimizer, args, kwargs: log.append("pre"))
+    ours.register_step_post_hook(lambda optimizer, args, kwargs: log.append("post"))
+    run(ours, some_gradients(ours, 1))
+    assert log == ["pre", "post"]
 
 
 def test_the_profiler_sees_the_step(name: str) -> None:
@@ -567,6 +625,28 @@ def test_parameters_moved_to_other_memory_between_steps(name: str, device: torch
 
 
 @on_both_backends
+def test_a_parameter_that_becomes_another_view_of_its_memory(name: str, device: torch.device) -> None:
+    """``param.data = param.data.t()`` and ``param.data = param.data[:5]``: the address stays."""
+    for change in (Tensor.t, lambda data: data[:5]):
+        if change is not Tensor.t and name != "SGD":
+            continue  # the state would keep the old shape
+        ours, theirs = make_pair(name, device, shapes=((16, 16),), lr=0.01)
+        for step in range(6):
+            if step == 3:
+                for optimizer in (ours, theirs):
+                    optimizer.zero_grad()
+                    parameters(optimizer)[0].data = change(parameters(optimizer)[0].data)
+            shape = parameters(theirs)[0].shape
+            grad = spread(shape, 4.0, torch.float32)
+            # Contiguous before and after: only the parameter tells that something has changed.
+            set_gradients(ours, [grad])
+            set_gradients(theirs, [grad])
+            ours.step()
+            theirs.step()
+            torch.testing.assert_close(parameters(ours)[0].cpu(), parameters(theirs)[0])
+
+
+@on_both_backends
 def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, device: torch.device) -> None:
     """Views of one flat buffer at odd offsets: FSDP's shards."""
     params = make_params(((5,), (64,), (1,), (130,)))
@@ -700,6 +780,24 @@ def test_complex_parameters(name: str) -> None:
     torch.testing.assert_close(parameters(ours)[1], parameters(theirs)[1])
     for key, value in theirs.state[parameters(theirs)[0]].items():
         assert torch.equal(ours.state[parameters(ours)[0]][key], value), key
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
+    start = torch.complex(spread((9,), 0.03), spread((9,), 0.03)).to(dtype)
+    ours = ours_for(name)([start.clone().requires_grad_()], lr=0.01, max_norm=0.5)
+    theirs = theirs_for(name)([start.clone().requires_grad_()], lr=0.01, foreach=False)
+    for _ in range(10):
+        grad = torch.complex(spread((9,), 4.0), spread((9,), 4.0)).to(dtype)
+        for optimizer in (ours, theirs):
+            parameters(optimizer)[0].grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5, foreach=False)
+        ours.step()
+        theirs.step()
+        assert torch.equal(parameters(ours)[0].grad, grad)
+    torch.testing.assert_close(
+        parameters(ours)[0], parameters(theirs)[0], rtol=1e-5 if dtype == torch.complex64 else 1e-13, atol=0
+    )
 
 
 def test_differentiable(name: str) -> None:
