@@ -30,6 +30,8 @@ def linear_mse_forward(
     rows = _block_rows(input, target) if needs[1] else max(1, input.shape[0])
     xs, ys = _blocks(input, rows), _blocks(target, rows)
     ss = [None] * len(xs) if sample_weight is None else _blocks(sample_weight, rows)
+    # E^T X is divided by the number of samples afterwards: before that it may not fit float16, nor may E.
+    operand = wide if input.dtype == torch.float16 else input.dtype
     residuals, errors = [], []
     grad_weight = None
     for x, y, s in zip(xs, ys, ss, strict=True):
@@ -38,7 +40,7 @@ def linear_mse_forward(
         residuals.append(residual)
         errors.append(error)
         if needs[1]:
-            product = (error.to(input.dtype).mT @ x).to(wide)
+            product = (error.to(operand).mT @ x.to(operand)).to(wide)
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
     residual = _joined(residuals)
     error = residual if sample_weight is None else _joined(errors)
