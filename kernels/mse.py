@@ -292,29 +292,37 @@ def _hvp_formula(
 ) -> list[Tensor]:
     """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
     scale = _scale(input, reduction, kept)
-    zero = input.new_zeros(())
+    wide = accumulator(grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
+    zero = input.new_zeros((), dtype=wide)
+
+    def widened(tensor: Tensor | None) -> Tensor:
+        return zero if tensor is None else tensor.to(wide)
 
     def spread(grad: Tensor | None) -> Tensor:
         if grad is None or reduction == "none":
-            return zero if grad is None else grad
-        return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
+            return widened(grad)
+        return widened(grad).reshape((*grad.shape, *(1,) * (input.dim() - kept)))
 
-    error = input - target
-    d_error = (zero if d_input is None else d_input) - (zero if d_target is None else d_target)
-    w = zero + 1 if weight is None else weight
-    dw = zero if d_weight is None else d_weight
+    error = widened(input) - widened(target)
+    d_error = widened(d_input) - widened(d_target)
+    w = zero + 1 if weight is None else widened(weight)
+    dw = widened(d_weight)
     g, dg = spread(grad_output), spread(d_grad)
     results = []
     if needs[0]:
         tangent = scale * (dw * error**2 + 2 * w * error * d_error)
         if reduction != "none" and kept < input.dim():
             tangent = tangent.sum(list(range(kept, input.dim())))
-        results.append(tangent)
+        results.append(tangent.to((input if grad_output is None else grad_output).dtype))
     if needs[1] or needs[2]:
         out = 2 * scale * (dg * w * error + g * dw * error + g * w * d_error)
-        results += [out] * needs[1] + [-out] * needs[2]
-    if needs[3]:
-        results.append((scale * (dg * error**2 + 2 * g * error * d_error)).sum_to_size(w.shape))
+        if needs[1]:
+            results.append(out.to(input.dtype))
+        if needs[2]:
+            results.append((-out).to(target.dtype))
+    if needs[3] and weight is not None:
+        out = (scale * (dg * error**2 + 2 * g * error * d_error)).sum_to_size(weight.shape)
+        results.append(out.to(weight.dtype))
     return results
 
 

@@ -19,7 +19,9 @@ from gradkernels import (
     mse_loss_and_grad,
     use_backend,
 )
+from gradkernels.fallback import mse as mse_launchers
 from torch import Tensor
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
 
@@ -200,6 +202,18 @@ def test_tangent_of_a_weighted_float16_sum(backend: str, reduction: str) -> None
     close(tangent.item(), 60.0 if reduction == "mean" else 600.0, rtol=2e-3, atol=0)
 
 
+def test_a_tangent_that_is_differentiated_has_the_dtype_of_its_loss(backend: str) -> None:
+    x = torch.tensor([3.0, 1.0], dtype=torch.bfloat16, requires_grad=True)
+    with dual_level():
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = mse_loss(make_dual(x, torch.ones_like(x)), torch.zeros_like(x))
+        tangent = unpack_dual(loss).tangent
+    assert tangent.dtype == loss.dtype == torch.float32
+    close(tangent.item(), 4.0)
+    (gradient,) = torch.autograd.grad(tangent, x)
+    close(gradient, torch.ones_like(x))
+
+
 def test_blocks_that_end_out_of_order() -> None:
     """A block in a generator ends with it, and leaves nothing behind."""
 
@@ -240,12 +254,16 @@ def test_one_block_in_two_threads() -> None:
     assert backend_for(random(1)) == "fallback"
 
 
-def test_another_default_device() -> None:
-    x, y = random(3), random(3)
-    with torch.device("meta"), use_backend("reference"):
+@pytest.mark.unwatched  # which stands in for torch.empty, and torch.device knows it no more
+@pytest.mark.parametrize("name", ["fallback", "reference"])
+def test_another_default_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mse_launchers, "_BLOCK", 4)  # three blocks, which share their scratch memory
+    monkeypatch.setattr(mse_launchers, "_FEW", 1)
+    x, y = random(11), random(11)
+    with torch.device("meta"), use_backend(name):
         loss, (gradient, _, _) = mse_loss_and_grad(x, y)
     close(loss, F.mse_loss(x, y))
-    close(gradient, 2 * (x - y) / 3)
+    close(gradient, 2 * (x - y) / 11)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

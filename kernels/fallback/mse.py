@@ -51,7 +51,7 @@ def _blocks(wide: torch.dtype, *tensors: Tensor | None) -> Iterator[tuple[Any, .
         yield None, *tensors
         return
     flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    scratch = torch.empty(_BLOCK, dtype=wide)
+    scratch = given[0].new_empty(_BLOCK, dtype=wide)
     for start in range(0, numel, _BLOCK):
         end = min(start + _BLOCK, numel)
         yield scratch[: end - start], *(None if tensor is None else tensor[start:end] for tensor in flat)
