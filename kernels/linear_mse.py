@@ -429,7 +429,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 d_error = scale_and_add(slope, projected)
             if ctx.needs_input_grad[0]:
-                d_grad = ctx.factor * _dot(projected, error).to(grad_output.dtype)
+                d_grad = (ctx.factor * _dot(projected, error)).to(grad_output.dtype)
         return d_grad, d_error, d_weight, None, None
 
     @staticmethod

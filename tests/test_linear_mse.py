@@ -121,6 +121,19 @@ def test_errors_beyond_float16_under_autocast(backend: str, device: torch.device
     assert torch.equal(grad, torch.full_like(grad, -(2.0**11)))
 
 
+def test_a_sum_beyond_float16_reaches_the_second_derivative_of_a_mean(
+    backend: str, device: torch.device
+) -> None:
+    n = 4096
+    x, y = (torch.full(shape, 6.0, dtype=torch.float16, device=device) for shape in ((n, 1), (n,)))
+    x.requires_grad_()
+    upstream = torch.ones((), dtype=torch.float16, device=device, requires_grad=True)
+    loss = linear_mse_loss(x, torch.ones_like(x[0]) / 2, y)
+    (grad,) = torch.autograd.grad(loss, x, upstream, create_graph=True)
+    (second,) = torch.autograd.grad(grad, upstream, torch.full_like(x, 16.0))
+    assert second.item() == -48.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
 def test_long_sums_are_kept_wide(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     x = torch.ones(4097, 1, dtype=dtype, device=device)

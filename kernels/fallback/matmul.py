@@ -12,7 +12,7 @@ def matmul_forward(
         wide = torch.promote_types(input.dtype, other.dtype)
         input, other = input.to(wide), other.to(wide)
     if sum_dims:
-        result = _summed_product(input, other, sum_dims)
+        result = _summed_product(_wide(input, dtype), _wide(other, dtype), sum_dims)
     elif (
         addend is not None and addend.dim() == 1 and other.dim() == 2 and dtype == addend.dtype == input.dtype
     ):
