@@ -53,7 +53,9 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
         buffers = states.get("momentum_buffer", [])
-        if _rounds_often(params[0]):  # else they are wide copies of 16-bit ones
+        alone = scale is None and not isinstance(skip, Tensor)
+        # Where it rounds often the parameters are 16-bit, not wide copies of them.
+        if _rounds_often(params[0]) or (alone and _is_one_addition(params[0], buffers, options)):
             _loop(params, grads, buffers, options)
             return
         torch._fused_sgd_(
@@ -80,6 +82,11 @@ def _rounds_often(param: Tensor) -> bool:
     On the CPU, up to 2.13, that leaves whole blocks of 16-bit parameters unmoved (pytorch#191763).
     """
     return param.is_cpu and param.element_size() == 2
+
+
+def _is_one_addition(param: Tensor, buffers: Tensors, options: SGDOptions) -> bool:
+    """Whether torch's loop is one call too, which starts no threads for small tensors as its fused kernel does."""
+    return param.is_cpu and not buffers and not options.maximize and float(options.weight_decay) == 0
 
 
 def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions) -> None:
