@@ -192,7 +192,7 @@ def assert_moved(theirs: Optimizer, reference: ReferenceRun, start: list[np.ndar
         if param.numel() == 0:
             continue
         expected, scale = reference.values[param]["param"], reference.scales[param]["param"]
-        stuck = compare(torch.from_numpy(before.astype(np.float64)).to(param.dtype), param, expected, scale)
+        stuck = compare(torch.from_numpy(before).to(param.dtype), param, expected, scale)
         assert not stuck.passed, f"the run of {tuple(param.shape)} {param.dtype} is too short: {stuck}"
 
 

@@ -15,10 +15,8 @@ from .optimizers import (
     make_params,
     ours_for,
     parameters,
-    set_gradients,
     theirs_for,
 )
-from .test_optim_training import SCALE, amp_step, clipped
 
 CPU = torch.device("cpu")
 
@@ -49,12 +47,7 @@ def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
     feed, reference = Feed(transposed), ReferenceRun(theirs)
     for step in range(1, 7):
         gradients = feed(step)
-        set_gradients(ours, [grad * SCALE for grad in gradients])
-        amp_step(ours, SCALE, False)
-        set_gradients(theirs, [grad.float() for grad in gradients])
-        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5, foreach=False)
-        theirs.step()
-        reference.step(clipped(gradients, 0.5)[0])
+        training.step_scaled_and_clipped(ours, theirs, reference, gradients, 0.5)
         for mine, other, grad in zip(parameters(ours), parameters(theirs), gradients, strict=True):
             wide = ours.state[mine]["master_param"] if master else mine
             assert torch.equal(mine, wide.to(mine.dtype))

@@ -117,7 +117,7 @@ def optimizer_of(name: str, module: ModuleType) -> Any:
                 for param in group["params"]:
                     before = {key: to_numpy(value) for key, value in self.state.get(param, {}).items()}
                     value, after = module.step(to_numpy(param), to_numpy(param.grad), before, **options)
-                    param.copy_(torch.from_numpy(value.astype(np.float64)))
+                    param.copy_(torch.from_numpy(value))
                     for key, array in after.items():
                         dtype = torch.float32 if key == "step" else param.dtype
                         self.state[param][key] = torch.from_numpy(np.asarray(array, np.float64)).to(dtype)

@@ -615,6 +615,18 @@ def test_master_weights_are_the_float32_run(name: str, dtype: torch.dtype, devic
     assert "master_param" not in ours.state[parameters(ours)[-1]]
 
 
+def step_scaled_and_clipped(
+    ours: Any, theirs: Optimizer, reference: ReferenceRun, gradients: list[Tensor], max_norm: float
+) -> None:
+    """Ours by scaled gradients, clipping inside the step; torch's and the reference by those gradients clipped."""
+    set_gradients(ours, [grad * SCALE for grad in gradients])
+    amp_step(ours, SCALE, False)
+    set_gradients(theirs, [grad.float() for grad in gradients])
+    torch.nn.utils.clip_grad_norm_(parameters(theirs), max_norm, foreach=False)
+    theirs.step()
+    reference.step(clipped(gradients, max_norm)[0])
+
+
 @on_both_backends
 def test_master_weights_under_clipping_and_amp(name: str, device: torch.device) -> None:
     """The scale and the clip reach masters as they reach parameters."""
@@ -624,13 +636,7 @@ def test_master_weights_under_clipping_and_amp(name: str, device: torch.device) 
     ours = ours_for(name)(copies(low, device), **options, master_weights=True, max_norm=2.0)
     feed, reference = Feed(low), ReferenceRun(theirs)
     for step in range(1, 7):
-        gradients = feed(step)
-        set_gradients(ours, [grad * SCALE for grad in gradients])
-        amp_step(ours, SCALE, False)
-        set_gradients(theirs, [grad.float() for grad in gradients])
-        torch.nn.utils.clip_grad_norm_(parameters(theirs), 2.0, foreach=False)
-        theirs.step()
-        reference.step(clipped(gradients, 2.0)[0])
+        step_scaled_and_clipped(ours, theirs, reference, feed(step), 2.0)
         for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
             master = ours.state[mine]["master_param"]
             scale = reference.scales[other]["param"]
