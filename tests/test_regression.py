@@ -245,7 +245,13 @@ def test_sigint_keeps_a_checkpoint_that_resumes_to_the_same_bits(
     command = [sys.executable, str(SCRIPT), *arguments, "--output", str(output)]
     # What is printed fills this pipe more than twice: the run waits for the signal, however late it comes.
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pipesize=4096
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pipesize=4096,
+        # A shell's background jobs, and their children, ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         for line in process.stdout:
             if line.split()[:1] == ["3"]:
