@@ -65,8 +65,9 @@ def _launch(
     stream = driver.active.get_current_stream(device.index)
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     metadata = compiled.launch_metadata((x, y, z), stream, *args, *constants) if enter.calls else None
+    run = compiled.run  # loads the module, before which `function` is None
     loaded = (compiled.function, compiled.packed_metadata)
-    compiled.run(x, y, z, stream, *loaded, metadata, enter, leave, *args, *constants)
+    run(x, y, z, stream, *loaded, metadata, enter, leave, *args, *constants)
 
 
 def cdiv(a: int, b: int) -> int:
