@@ -44,6 +44,28 @@ def test_matches_torch_and_numpy(options: dict[str, Any], dtype: torch.dtype, de
                 assert_matches(tensor, theirs.state[q][key], state[key], f"{key} at step {step}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [*RULES, {"momentum": 0.99, "dampening": 0.07}], ids=str)
+@pytest.mark.parametrize("backend", ["fallback"], indirect=True)
+def test_16_bits_on_a_cpu_have_the_bits_of_torch_s_loop(
+    options: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A number that one of torch's calls rounds to 16 bits and the other does not: 0.99^300 was halved."""
+    start = [torch.randn(shape).to(dtype) for shape in ((300,), (3, 5), ())]
+    mine, other = leaves(start, device), leaves(start, device)
+    ours, theirs = FusedSGD(mine, lr=0.013, **options), SGD(other, lr=0.013, foreach=False, **options)
+    for _ in range(30):
+        for p, q in zip(mine, other, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for p, q in zip(mine, other, strict=True):
+        assert torch.equal(p, q)
+        if "momentum" in options:
+            assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
     storage = torch.randn(4098, device=device).to(dtype)

@@ -97,7 +97,8 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
     if decay != 0:
         grads = torch._foreach_add(grads, params, alpha=decay)
     if buffers:
-        torch._foreach_mul_(buffers, options.momentum)
+        # A bare number would be rounded to the buffers' dtype, which Tensor.mul_ does not do.
+        torch._foreach_mul_(buffers, torch.tensor(options.momentum, dtype=accumulator(buffers[0])))
         torch._foreach_add_(buffers, grads, alpha=1 - options.dampening)
         grads = torch._foreach_add(grads, buffers, alpha=options.momentum) if options.nesterov else buffers
     torch._foreach_add_(params, grads, alpha=-float(options.lr))
