@@ -42,7 +42,7 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 def _matmul(
     left: tuple[int, ...],
     right: tuple[int, ...],
-    addend: tuple[int, ...] | None = None,
+    bias: tuple[int, ...] | None = None,
     sum_dims: Sequence[int] = (),
     transposed: str = "",
     wide: bool = False,
@@ -54,7 +54,7 @@ def _matmul(
         if transposed:
             which = ("left", "right").index(transposed)
             operands[which] = operands[which].mT.contiguous().mT
-        extra = None if addend is None else _meta(*addend, dtype=dtype)
+        extra = None if bias is None else _meta(*bias, dtype=dtype)
         return module.matmul_forward(*operands, extra, list(sum_dims), dtype)
 
     return call

@@ -157,9 +157,9 @@ def linear_mse_loss_and_grad(
     arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
     want_input, want_weight, want_target, want_bias = wanted_gradients(op, wrt, arguments)
     x, w, y, b, _ = _normal_form(input, weight, target, bias, None)
-    needs = [want_input or want_target, want_weight, want_bias]
-    args = (x, w, y, b, None, reduction, needs, loss_dtype(target))
-    loss, error, grad_weight, grad_bias = _outputs(_linear_mse.without_autograd(*args), needs)
+    output_mask = [want_input or want_target, want_weight, want_bias]
+    args = (x, w, y, b, None, reduction, output_mask, loss_dtype(target))
+    loss, error, grad_weight, grad_bias = _outputs(_linear_mse.without_autograd(*args), output_mask)
     grad_input = grad_target = None
     if error is not None:
         with torch.no_grad():
@@ -228,17 +228,17 @@ def _slope(target: Tensor, reduction: str) -> float:
     return 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
 
 
-def _outputs(results: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Any]:
+def _outputs(results: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Any]:
     """(loss, E, grad_weight, grad_bias) with None for what was not asked for."""
-    return in_places(results, (True, *needs))
+    return in_places(results, (True, *output_mask))
 
 
 def _backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: Sequence[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: Sequence[bool]
 ) -> list[Tensor | None]:
-    if not any(needs):
+    if not any(output_mask):
         return [None, None]
-    return in_places(_linear_mse_backward(grad_output, error, weight, factor, list(needs)), needs)
+    return in_places(_linear_mse_backward(grad_output, error, weight, factor, list(output_mask)), output_mask)
 
 
 def _times(samples: Tensor | None, values: Tensor) -> Tensor:
@@ -266,32 +266,32 @@ class LinearMseFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.reduction, ctx.needs, ctx.dtype = inputs
-        _, error, grad_weight, grad_bias = _outputs(output, ctx.needs)
+        *tensors, ctx.reduction, ctx.output_mask, ctx.dtype = inputs
+        _, error, grad_weight, grad_bias = _outputs(output, ctx.output_mask)
         ctx.save_for_backward(*tensors, error, grad_weight, grad_bias)
         ctx.save_for_forward(*tensors, error)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         input, weight, target, bias, samples, error, grad_weight, grad_bias = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        d_loss, d_error, d_grad_weight, d_grad_bias = _outputs(cotangents, ctx.needs)
+        output_mask = ctx.needs_input_grad[:5]
+        d_loss, d_error, d_grad_weight, d_grad_bias = _outputs(cotangents, ctx.output_mask)
         q = _slope(target, ctx.reduction)
-        if needs[4] or any(d is not None for d in (d_error, d_grad_weight, d_grad_bias)):
+        if output_mask[4] or any(d is not None for d in (d_error, d_grad_weight, d_grad_bias)):
             tensors = (input, weight, target, bias, samples, error)
-            grads = _general_backward(tensors, (d_loss, d_error, d_grad_weight, d_grad_bias), q, needs)
+            grads = _general_backward(tensors, (d_loss, d_error, d_grad_weight, d_grad_bias), q, output_mask)
         else:
             assert d_loss is not None
             grad_input, grad_target = (
-                _backward(d_loss, error, weight, q, (needs[0], needs[2]))
+                _backward(d_loss, error, weight, q, (output_mask[0], output_mask[2]))
                 if error is not None
                 else (None, None)
             )
             grads = [
                 grad_input,
-                (d_loss * grad_weight).to(weight.dtype) if needs[1] else None,
+                (d_loss * grad_weight).to(weight.dtype) if output_mask[1] else None,
                 grad_target,
-                (d_loss * grad_bias).to(bias.dtype) if needs[3] else None,
+                (d_loss * grad_bias).to(bias.dtype) if output_mask[3] else None,
                 None,
             ]
         return (*grads, None, None, None)
@@ -312,7 +312,7 @@ class LinearMseFunction(torch.autograd.Function):
             (None, predictions, target, samples), directions, ctx.reduction, 0, (True, False, False, False)
         )
         d_outputs: list[Any] = [results[0].to(ctx.dtype)]
-        if any(ctx.needs):
+        if any(ctx.output_mask):
             # E = s (P - y) is half the gradient of sum(s (P - y)^2), and its tangent half that gradient's.
             half = target.new_full((), 0.5)
             error = _error(input, weight, target, bias, samples, error, predictions)
@@ -321,15 +321,17 @@ class LinearMseFunction(torch.autograd.Function):
             )[1]
             d_grad_weight = d_grad_bias = None
             wide = accumulator(input)
-            if ctx.needs[1]:
+            if ctx.output_mask[1]:
                 d_grad_weight = product(d_error.mT, input, dtype=wide)
                 if d_input is not None:
                     d_grad_weight = product(error.mT, d_input, d_grad_weight, dtype=wide)
                 d_grad_weight = q * d_grad_weight
-            if ctx.needs[2]:
+            if ctx.output_mask[2]:
                 d_grad_bias = q * sum_to(d_error, (target.shape[1],), wide)
             d_outputs += [
-                d for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.needs, strict=True) if need
+                d
+                for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.output_mask, strict=True)
+                if need
             ]
         return tuple(d_outputs)
 
@@ -355,7 +357,7 @@ def _error(
 
 
 def _general_backward(
-    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, needs: Sequence[bool]
+    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
     input, weight, target, bias, samples, saved_error = tensors
@@ -372,12 +374,12 @@ def _general_backward(
         R = scale_and_add(q * d_loss, error, R)
     assert R is not None
     grad_input = grad_samples = None
-    if needs[0]:
+    if output_mask[0]:
         grad_input = product(R, weight, dtype=input.dtype)
         if d_grad_weight is not None:
             slope = (q * d_grad_weight).to(weight.dtype)
             grad_input = product(error, slope, grad_input, dtype=input.dtype)
-    if needs[4]:
+    if output_mask[4]:
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
             half_q = 0.5 * q * d_loss
@@ -392,9 +394,9 @@ def _general_backward(
             grad_samples = scale_and_add(part.new_ones(()), part, grad_samples, samples.dtype)
     return [
         grad_input,
-        product(R.mT, input, dtype=weight.dtype) if needs[1] else None,
-        scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if needs[2] else None,
-        sum_to(R, (R.shape[1],), bias.dtype) if needs[3] else None,
+        product(R.mT, input, dtype=weight.dtype) if output_mask[1] else None,
+        scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if output_mask[2] else None,
+        sum_to(R, (R.shape[1],), bias.dtype) if output_mask[3] else None,
         grad_samples,
     ]
 
@@ -404,14 +406,14 @@ class LinearMseBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        grad_output, error, weight, ctx.factor, ctx.needs = inputs
+        grad_output, error, weight, ctx.factor, ctx.output_mask = inputs
         ctx.save_for_backward(grad_output, error, weight)
         ctx.save_for_forward(grad_output, error, weight)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, error, weight = ctx.saved_tensors
-        d_grad_input, d_grad_target = in_places(cotangents, ctx.needs)
+        d_grad_input, d_grad_target = in_places(cotangents, ctx.output_mask)
         slope = ctx.factor * grad_output
         d_grad = d_error = d_weight = None
         if d_grad_input is not None:
@@ -442,12 +444,12 @@ class LinearMseBackwardFunction(torch.autograd.Function):
         if d_error is not None:
             tangent = scale_and_add(slope, d_error, tangent)
         results = []
-        if ctx.needs[0]:
+        if ctx.output_mask[0]:
             d_input = None if tangent is None else product(tangent, weight, dtype=weight.dtype)
             if d_weight is not None:
                 d_input = product(error, (slope * d_weight).to(weight.dtype), d_input, dtype=weight.dtype)
             results.append(d_input)
-        if ctx.needs[1]:
+        if ctx.output_mask[1]:
             results.append(None if tangent is None else scale_and_add(tangent.new_full((), -1), tangent))
         return tuple(results)
 
@@ -462,17 +464,17 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     The caller may be a level of torch.func to which the tensors that this level differentiates are constants:
     it gets the outputs that it asked for, no others.
     """
-    input, weight, target, bias, samples, reduction, needs, dtype = args
+    input, weight, target, bias, samples, reduction, output_mask, dtype = args
 
     def may_need(tensor: Tensor | None) -> bool:
         return tensor is not None and needs_derivative((tensor,))
 
     given = [
-        needs[0] or may_need(input) or may_need(target),
-        needs[1] or may_need(weight),
-        needs[2] or may_need(bias),
+        output_mask[0] or may_need(input) or may_need(target),
+        output_mask[1] or may_need(weight),
+        output_mask[2] or may_need(bias),
     ]
-    asked = [0, *(sum(given[: i + 1]) for i, need in enumerate(needs) if need)]
+    asked = [0, *(sum(given[: i + 1]) for i, need in enumerate(output_mask) if need)]
     return (input, weight, target, bias, samples, reduction, given, dtype), asked
 
 
@@ -495,57 +497,63 @@ def _fake(
     bias: Tensor | None,
     samples: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     wide = accumulator(input, weight, target, bias, samples)
     shapes = ((target.shape, dtype), (weight.shape, wide), (target.shape[1:], wide))
-    rest = [input.new_empty(shape, dtype=dt) for (shape, dt), need in zip(shapes, needs, strict=True) if need]
+    rest = [
+        input.new_empty(shape, dtype=dt)
+        for (shape, dt), need in zip(shapes, output_mask, strict=True)
+        if need
+    ]
     return [input.new_empty((), dtype=dtype), *rest]
 
 
 def _fake_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
     grad_input = weight.new_empty((error.shape[0], weight.shape[1]))
     return [
-        result for result, need in zip((grad_input, error.new_empty(error.shape)), needs, strict=True) if need
+        result
+        for result, need in zip((grad_input, error.new_empty(error.shape)), output_mask, strict=True)
+        if need
     ]
 
 
 def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
     """The composition on batched matrices: one product and one loss for the whole batch."""
-    *tensors, reduction, needs, dtype = args
+    *tensors, reduction, output_mask, dtype = args
     input, weight, target, bias, samples = (
         tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims[:5], strict=True)
     )
     if bias is not None and bias.dim() == 2:
         bias = bias.unsqueeze(1)
-        if input.dim() == weight.dim() == 2:  # an addend adds no dimensions to a product
+        if input.dim() == weight.dim() == 2:  # a bias adds no dimensions to a product
             input = input.expand(info.batch_size, *input.shape)
     predictions = product(input, weight.mT, bias, dtype=dtype)
     shape = (info.batch_size, *predictions.shape[-2:])
     predictions, target = predictions.expand(shape), target.expand(shape)
     results = [mse(predictions, target, samples, reduction, 1, dtype)]
-    if any(needs):
+    if any(output_mask):
         # As in _error: half the gradient of sum(s (P - y)^2).
         half = target.new_full((), 0.5).expand(info.batch_size)
         error = mse_backward(half, predictions, target, samples, "sum", 1, (True, False, False))[0]
         assert error is not None
         q = 2.0 / max(1, math.prod(shape[1:])) if reduction == "mean" else 2.0
         wide = accumulator(input)
-        if needs[0]:
+        if output_mask[0]:
             results.append(error)
-        if needs[1]:
+        if output_mask[1]:
             results.append(q * product(error.mT, input, dtype=wide))
-        if needs[2]:
+        if output_mask[2]:
             results.append(q * sum_to(error, (info.batch_size, 1, shape[2]), wide).squeeze(1))
     return results, [0] * len(results)
 
 
 def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    grad_output, error, weight, factor, needs = args
+    grad_output, error, weight, factor, output_mask = args
     if in_dims[0] is None:
         grad_output = grad_output.expand(info.batch_size)
     error = error if in_dims[1] is None else error.movedim(in_dims[1], 0)
@@ -553,9 +561,9 @@ def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[lis
     slope = (factor * grad_output.to(accumulator(error))).reshape(-1, 1, 1, 1)
     scaled = product(error.unsqueeze(-1), slope, dtype=error.dtype).squeeze(-1)
     results = []
-    if needs[0]:
+    if output_mask[0]:
         results.append(product(scaled, weight, dtype=weight.dtype))
-    if needs[1]:
+    if output_mask[1]:
         results.append(scale_and_add(scaled.new_full((), -1), scaled))
     return results, [0] * len(results)
 
@@ -567,16 +575,16 @@ def _autocast(
     bias: Tensor | None,
     samples: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     x, w, b = (autocast_cast(tensor) for tensor in (input, weight, bias))
-    return x, w, target, b, samples, reduction, needs, accumulator(target, samples)
+    return x, w, target, b, samples, reduction, output_mask, accumulator(target, samples)
 
 
 _linear_mse = Operator(
     "linear_mse(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? samples, str reduction, "
-    "bool[] needs, ScalarType dtype) -> Tensor[]",
+    "bool[] output_mask, ScalarType dtype) -> Tensor[]",
     launch=_launch,
     fake=_fake,
     vmap=_vmap,
@@ -585,7 +593,8 @@ _linear_mse = Operator(
     autocast=_autocast,
 )
 _linear_mse_backward = Operator(
-    "linear_mse_backward(Tensor grad_output, Tensor error, Tensor weight, float factor, bool[] needs) -> Tensor[]",
+    "linear_mse_backward(Tensor grad_output, Tensor error, Tensor weight, float factor, bool[] output_mask) "
+    "-> Tensor[]",
     launch=_launch_backward,
     fake=_fake_backward,
     vmap=_vmap_backward,

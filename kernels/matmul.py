@@ -2,7 +2,7 @@
 
 Both are one registered operator on matrices with batch dimensions,
 
-    result = (input @ other).sum(sum_dims, keepdim=True) + addend,
+    result = (input @ other).sum(sum_dims, keepdim=True) + bias,
 
 chosen so that it is closed under differentiation: the gradients of a product are products of the same form (a
 sum over broadcast batch dimensions included), the gradient of a bias is a product with ones, and a tangent is
@@ -146,17 +146,17 @@ def _one_bias_per_column(op: str, bias: Tensor, columns: int, **operand: Tensor)
 
 
 def scale_and_add(
-    factor: Tensor, tensor: Tensor, addend: Tensor | None = None, dtype: torch.dtype | None = None
+    factor: Tensor, tensor: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``factor * tensor + addend`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix."""
-    column = None if addend is None else addend.unsqueeze(-1)
+    """``factor * tensor + bias`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix."""
+    column = None if bias is None else bias.unsqueeze(-1)
     return product(tensor.unsqueeze(-1), factor.reshape(1, 1), column, dtype=dtype).squeeze(-1)
 
 
 def product(
     input: Tensor,
     other: Tensor,
-    addend: Tensor | None = None,
+    bias: Tensor | None = None,
     sum_dims: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -165,11 +165,11 @@ def product(
     Args:
         input: ``(*A, M, K)``.
         other: ``(*B, K, N)``, of any float dtype.
-        addend: broadcastable to the result.
+        bias: broadcastable to the result.
         sum_dims: which of the broadcast batch dimensions are summed (and kept with size 1).
         dtype: of the result; input's if None.
     """
-    return _operator(input, other, addend, list(sum_dims), input.dtype if dtype is None else dtype)
+    return _operator(input, other, bias, list(sum_dims), input.dtype if dtype is None else dtype)
 
 
 def _batch_shape(input: Tensor, other: Tensor) -> list[int]:
@@ -220,51 +220,51 @@ def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = Non
 
 
 class MatmulFunction(torch.autograd.Function):
-    """Derivatives of ``(input @ other).sum(sum_dims) + addend``, each one or two calls of the operator."""
+    """Derivatives of ``(input @ other).sum(sum_dims) + bias``, each one or two calls of the operator."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, other, addend, ctx.sum_dims, ctx.dtype = inputs
-        ctx.addend = None if addend is None else (addend.shape, addend.dtype)
+        input, other, bias, ctx.sum_dims, ctx.dtype = inputs
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(input, other)
         ctx.save_for_forward(input, other)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, other = ctx.saved_tensors
-        needs_input, needs_other, needs_addend = ctx.needs_input_grad[:3]
+        needs_input, needs_other, needs_bias = ctx.needs_input_grad[:3]
         return (
             _product_like(grad, other.mT, input) if needs_input else None,
             _product_like(input.mT, grad, other) if needs_other else None,
-            sum_to(grad, *ctx.addend) if needs_addend else None,
+            sum_to(grad, *ctx.bias) if needs_bias else None,
             None,
             None,
         )
 
     @staticmethod
     def jvp(
-        ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_addend: Tensor | None, *_: None
+        ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_bias: Tensor | None, *_: None
     ) -> Tensor | None:
         input, other = ctx.saved_tensors
-        tangent = d_addend
+        tangent = d_bias
         # torch.func makes the tangent of ``0.5 * scalar`` float64, whatever the scalar is.
         if d_input is not None:
             tangent = product(d_input.to(input.dtype), other, tangent, ctx.sum_dims, ctx.dtype)
         if d_other is not None:
             tangent = product(input, d_other.to(other.dtype), tangent, ctx.sum_dims, ctx.dtype)
-        if tangent is d_addend and tangent is not None:
+        if tangent is d_bias and tangent is not None:
             tangent = product(input[..., :0], other[..., :0, :], tangent, ctx.sum_dims, ctx.dtype)
         return tangent
 
 
 def _launch(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
-    return backends.implementation("matmul", input).matmul_forward(input, other, addend, sum_dims, dtype)
+    return backends.implementation("matmul", input).matmul_forward(input, other, bias, sum_dims, dtype)
 
 
 def _fake(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
     return input.new_empty(_result_shape(input, other, sum_dims), dtype=dtype)
 
@@ -288,14 +288,14 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]
 
 
 def _autocast(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    left, right, plus = (autocast_cast(tensor) for tensor in (input, other, addend))
+    left, right, plus = (autocast_cast(tensor) for tensor in (input, other, bias))
     return left, right, plus, sum_dims, left.dtype
 
 
 _operator = Operator(
-    "matmul(Tensor input, Tensor other, Tensor? addend, int[] sum_dims, ScalarType dtype) -> Tensor",
+    "matmul(Tensor input, Tensor other, Tensor? bias, int[] sum_dims, ScalarType dtype) -> Tensor",
     launch=_launch,
     fake=_fake,
     vmap=_vmap,

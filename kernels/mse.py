@@ -182,10 +182,10 @@ def loss_dtype(tensor: Tensor) -> torch.dtype:
     return accumulator(tensor) if checks.autocast_enabled(tensor) else tensor.dtype
 
 
-def in_places(results: Sequence[Any], needs: Sequence[bool]) -> list[Any]:
-    """``results``, of which there are as many as ``needs`` says yes, with None in the other places."""
+def in_places(results: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
+    """``results``, of which there are as many as ``output_mask`` says yes, with None in the other places."""
     given = iter(results)
-    return [next(given) if need else None for need in needs]
+    return [next(given) if need else None for need in output_mask]
 
 
 def mse(
@@ -193,14 +193,14 @@ def mse(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    kept: int = 0,
+    batch_dims: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The registered operator: no checks, no weighted mean; leading ``kept`` dimensions survive a reduction.
+    """The registered operator: no checks, no weighted mean; leading ``batch_dims`` dimensions survive a reduction.
 
     A ``weight`` with dimensions of size 1 is spread over input's, and its gradient is the sum over them.
     """
-    return _mse(input, target, weight, reduction, kept, input.dtype if dtype is None else dtype)
+    return _mse(input, target, weight, reduction, batch_dims, input.dtype if dtype is None else dtype)
 
 
 def mse_backward(
@@ -209,25 +209,25 @@ def mse_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: Sequence[bool],
+    batch_dims: int,
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of ``mse`` for input, target and weight; None where ``needs`` says no."""
-    results = _mse_backward(grad_output, input, target, weight, reduction, kept, list(needs))
-    return in_places(results, needs)
+    """Gradients of ``mse`` for input, target and weight; None where ``output_mask`` says no."""
+    results = _mse_backward(grad_output, input, target, weight, reduction, batch_dims, list(output_mask))
+    return in_places(results, output_mask)
 
 
 def mse_hvp(
     primals: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
     tangents: Sequence[Tensor | None],
     reduction: str,
-    kept: int,
-    needs: Sequence[bool],
+    batch_dims: int,
+    output_mask: Sequence[bool],
 ) -> list[Any]:
     """The Hessian of C at ``primals`` times ``tangents``, both (grad_output, input, target, weight)."""
-    if not any(needs):
+    if not any(output_mask):
         return [None] * 4
-    return in_places(_mse_hvp(*primals, *tangents, reduction, kept, list(needs)), needs)
+    return in_places(_mse_hvp(*primals, *tangents, reduction, batch_dims, list(output_mask)), output_mask)
 
 
 class MseFunction(torch.autograd.Function):
@@ -235,25 +235,25 @@ class MseFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reduction, ctx.kept, ctx.dtype = inputs
+        *tensors, ctx.reduction, ctx.batch_dims, ctx.dtype = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, target, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = mse_backward(grad, input, target, weight, ctx.reduction, ctx.kept, needs)
+        output_mask = ctx.needs_input_grad[:3]
+        grads = mse_backward(grad, input, target, weight, ctx.reduction, ctx.batch_dims, output_mask)
         return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         input, target, weight = ctx.saved_tensors
-        shape = input.shape if ctx.reduction == "none" else input.shape[: ctx.kept]
+        shape = input.shape if ctx.reduction == "none" else input.shape[: ctx.batch_dims]
         # The tangent has grad_output's dtype and does not depend on its values.
         grad = None if ctx.dtype == input.dtype else input.new_zeros((), dtype=ctx.dtype).expand(shape)
         primals, directions = (grad, input, target, weight), (None, *tangents[:3])
-        return mse_hvp(primals, directions, ctx.reduction, ctx.kept, (True, False, False, False))[0]
+        return mse_hvp(primals, directions, ctx.reduction, ctx.batch_dims, (True, False, False, False))[0]
 
 
 class MseBackwardFunction(torch.autograd.Function):
@@ -261,20 +261,27 @@ class MseBackwardFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.reduction, ctx.kept, ctx.needs = inputs
+        *tensors, ctx.reduction, ctx.batch_dims, ctx.output_mask = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        directions = [None, *in_places(cotangents, ctx.needs)]
-        needs = ctx.needs_input_grad[:4]
-        return (*mse_hvp(ctx.saved_tensors, directions, ctx.reduction, ctx.kept, needs), None, None, None)
+        directions = [None, *in_places(cotangents, ctx.output_mask)]
+        output_mask = ctx.needs_input_grad[:4]
+        return (
+            *mse_hvp(ctx.saved_tensors, directions, ctx.reduction, ctx.batch_dims, output_mask),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        results = mse_hvp(ctx.saved_tensors, tangents[:4], ctx.reduction, ctx.kept, (False, *ctx.needs))
-        return tuple(result for result, need in zip(results[1:], ctx.needs, strict=True) if need)
+        results = mse_hvp(
+            ctx.saved_tensors, tangents[:4], ctx.reduction, ctx.batch_dims, (False, *ctx.output_mask)
+        )
+        return tuple(result for result, need in zip(results[1:], ctx.output_mask, strict=True) if need)
 
 
 def _hvp_formula(
@@ -287,11 +294,11 @@ def _hvp_formula(
     d_target: Tensor | None,
     d_weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: list[bool],
+    batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
-    scale = _scale(input, reduction, kept)
+    scale = _scale(input, reduction, batch_dims)
     wide = accumulator(grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
     zero = input.new_zeros((), dtype=wide)
 
@@ -301,7 +308,7 @@ def _hvp_formula(
     def spread(grad: Tensor | None) -> Tensor:
         if grad is None or reduction == "none":
             return widened(grad)
-        return widened(grad).reshape((*grad.shape, *(1,) * (input.dim() - kept)))
+        return widened(grad).reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
 
     error = widened(input) - widened(target)
     d_error = widened(d_input) - widened(d_target)
@@ -309,18 +316,18 @@ def _hvp_formula(
     dw = widened(d_weight)
     g, dg = spread(grad_output), spread(d_grad)
     results = []
-    if needs[0]:
+    if output_mask[0]:
         tangent = scale * (dw * error**2 + 2 * w * error * d_error)
-        if reduction != "none" and kept < input.dim():
-            tangent = tangent.sum(list(range(kept, input.dim())))
+        if reduction != "none" and batch_dims < input.dim():
+            tangent = tangent.sum(list(range(batch_dims, input.dim())))
         results.append(tangent.to((input if grad_output is None else grad_output).dtype))
-    if needs[1] or needs[2]:
+    if output_mask[1] or output_mask[2]:
         out = 2 * scale * (dg * w * error + g * dw * error + g * w * d_error)
-        if needs[1]:
+        if output_mask[1]:
             results.append(out.to(input.dtype))
-        if needs[2]:
+        if output_mask[2]:
             results.append((-out).to(target.dtype))
-    if needs[3] and weight is not None:
+    if output_mask[3] and weight is not None:
         out = (scale * (dg * error**2 + 2 * g * error * d_error)).sum_to_size(weight.shape)
         results.append(out.to(weight.dtype))
     return results
@@ -331,30 +338,30 @@ def _forward_backward_formula(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
-    kept: int = 0,
+    batch_dims: int = 0,
 ) -> list[Tensor]:
     """``mse_forward_backward`` in two passes: the operators that have derivatives, and can keep dimensions."""
-    one = input.new_ones((), dtype=dtype).expand(input.shape[:kept])
-    loss = mse(input, target, weight, reduction, kept, dtype)
-    return [loss, *_mse_backward(one, input, target, weight, reduction, kept, needs)]
+    one = input.new_ones((), dtype=dtype).expand(input.shape[:batch_dims])
+    loss = mse(input, target, weight, reduction, batch_dims, dtype)
+    return [loss, *_mse_backward(one, input, target, weight, reduction, batch_dims, output_mask)]
 
 
-def _scale(input: Tensor, reduction: str, kept: int) -> float:
-    return 1.0 / math.prod(input.shape[kept:]) if reduction == "mean" and input.numel() else 1.0
+def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
+    return 1.0 / math.prod(input.shape[batch_dims:]) if reduction == "mean" and input.numel() else 1.0
 
 
-def _loss_fake(input: Tensor, reduction: str, kept: int, dtype: torch.dtype) -> Tensor:
+def _loss_fake(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
     if reduction == "none":
         return torch.empty_like(input, dtype=dtype)
-    return input.new_empty(input.shape[:kept], dtype=dtype)
+    return input.new_empty(input.shape[:batch_dims], dtype=dtype)
 
 
 def _mse_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
-    return _loss_fake(input, reduction, kept, dtype)
+    return _loss_fake(input, reduction, batch_dims, dtype)
 
 
 def _backward_fake(
@@ -363,10 +370,10 @@ def _backward_fake(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: list[bool],
+    batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:
-    tensors = zip((input, target, weight), needs, strict=True)
+    tensors = zip((input, target, weight), output_mask, strict=True)
     return [
         torch.empty_like(tensor) if tensor.shape == input.shape else tensor.new_empty(tensor.shape)
         for tensor, need in tensors
@@ -379,12 +386,12 @@ def _forward_backward_fake(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     return [
         _loss_fake(input, reduction, 0, dtype),
-        *_backward_fake(input, input, target, weight, reduction, 0, needs),
+        *_backward_fake(input, input, target, weight, reduction, 0, output_mask),
     ]
 
 
@@ -398,12 +405,12 @@ def _hvp_fake(
     d_target: Tensor | None,
     d_weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: list[bool],
+    batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     dtype = input.dtype if grad_output is None else grad_output.dtype
-    results = [_loss_fake(input, reduction, kept, dtype)] if needs[0] else []
-    return results + _backward_fake(input, input, target, weight, reduction, kept, needs[1:])
+    results = [_loss_fake(input, reduction, batch_dims, dtype)] if output_mask[0] else []
+    return results + _backward_fake(input, input, target, weight, reduction, batch_dims, output_mask[1:])
 
 
 def _launch_forward(input: Tensor, target: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
@@ -445,9 +452,9 @@ def _spread(weight: Tensor | None, input: Tensor) -> Tensor | None:
     return weight if weight is None or weight.shape == input.shape else weight.expand_as(input)
 
 
-def _gathered(results: list[Tensor], weight: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+def _gathered(results: list[Tensor], weight: Tensor | None, output_mask: Sequence[bool]) -> list[Tensor]:
     """The launcher's results, of which the last, the weight's, is summed to the weight's shape."""
-    if needs[-1] and weight is not None and weight.shape != results[-1].shape:
+    if output_mask[-1] and weight is not None and weight.shape != results[-1].shape:
         results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
     return results
 
@@ -467,40 +474,42 @@ def _mapped_first(
 
 
 def _mse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    *tensors, reduction, kept, dtype = args
-    return _mse(*_mapped_first(info, in_dims[:3], tensors), reduction, kept + 1, dtype), 0
+    *tensors, reduction, batch_dims, dtype = args
+    return _mse(*_mapped_first(info, in_dims[:3], tensors), reduction, batch_dims + 1, dtype), 0
 
 
 def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    *tensors, reduction, kept, needs = args
-    results = _mse_backward(*_mapped_first(info, in_dims[:4], tensors), reduction, kept + 1, needs)
+    *tensors, reduction, batch_dims, output_mask = args
+    results = _mse_backward(
+        *_mapped_first(info, in_dims[:4], tensors), reduction, batch_dims + 1, output_mask
+    )
     return results, [0] * len(results)
 
 
 def _hvp_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    *tensors, reduction, kept, needs = args
-    results = _mse_hvp(*_mapped_first(info, in_dims[:8], tensors), reduction, kept + 1, needs)
+    *tensors, reduction, batch_dims, output_mask = args
+    results = _mse_hvp(*_mapped_first(info, in_dims[:8], tensors), reduction, batch_dims + 1, output_mask)
     return results, [0] * len(results)
 
 
 def _forward_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    *tensors, reduction, needs, dtype = args
+    *tensors, reduction, output_mask, dtype = args
     input, target, weight = _mapped_first(info, in_dims[:3], tensors)
     assert input is not None
     assert target is not None
-    results = _forward_backward_formula(input, target, weight, reduction, needs, dtype, kept=1)
+    results = _forward_backward_formula(input, target, weight, reduction, output_mask, dtype, batch_dims=1)
     return results, [0] * len(results)
 
 
 def _autocast(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> tuple[Any, ...]:
     """As it is, but with the loss in float32: the kernels convert each element as they load it."""
-    return input, target, weight, reduction, kept, accumulator(input, target, weight)
+    return input, target, weight, reduction, batch_dims, accumulator(input, target, weight)
 
 
 _mse = Operator(
-    "mse(Tensor input, Tensor target, Tensor? weight, str reduction, int kept, ScalarType dtype) -> Tensor",
+    "mse(Tensor input, Tensor target, Tensor? weight, str reduction, int batch_dims, ScalarType dtype) -> Tensor",
     launch=_launch_forward,
     fake=_mse_fake,
     vmap=_mse_vmap,
@@ -508,8 +517,8 @@ _mse = Operator(
     autocast=_autocast,
 )
 _mse_backward = Operator(
-    "mse_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, str reduction, int kept, "
-    "bool[] needs) -> Tensor[]",
+    "mse_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, str reduction, int batch_dims, "
+    "bool[] output_mask) -> Tensor[]",
     launch=_launch_backward,
     fake=_backward_fake,
     vmap=_backward_vmap,
@@ -517,14 +526,14 @@ _mse_backward = Operator(
 )
 _mse_hvp = Operator(
     "mse_hvp(Tensor? grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? d_grad, Tensor? d_input, "
-    "Tensor? d_target, Tensor? d_weight, str reduction, int kept, bool[] needs) -> Tensor[]",
+    "Tensor? d_target, Tensor? d_weight, str reduction, int batch_dims, bool[] output_mask) -> Tensor[]",
     launch=_launch_hvp,
     fake=_hvp_fake,
     vmap=_hvp_vmap,
     derivative=_hvp_formula,
 )
 _mse_forward_backward = Operator(
-    "mse_forward_backward(Tensor input, Tensor target, Tensor? weight, str reduction, bool[] needs, "
+    "mse_forward_backward(Tensor input, Tensor target, Tensor? weight, str reduction, bool[] output_mask, "
     "ScalarType dtype) -> Tensor[]",
     launch=_launch_forward_backward,
     fake=_forward_backward_fake,

@@ -37,37 +37,37 @@ def _in_layout(array: Array, like: Tensor) -> Tensor:
 
 
 def matmul_forward(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: Sequence[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    left, right, plus = _arrays(input, other, addend)
+    left, right, plus = _arrays(input, other, bias)
     result = matmul.forward(left, right).sum(axis=tuple(sum_dims), keepdims=True)
     return _tensor(result if plus is None else result + plus, input, dtype)
 
 
-def _per_element(grad: Any, shape: Sequence[int], reduction: str, kept: int) -> Any:
+def _per_element(grad: Any, shape: Sequence[int], reduction: str, batch_dims: int) -> Any:
     """The gradient of a reduced loss, as that of each element's loss."""
     if grad is None or reduction == "none":
         return grad
-    grad = np.reshape(grad, np.shape(grad) + (1,) * (len(shape) - kept))
-    count = np.prod(shape[kept:], dtype=np.int64) if reduction == "mean" else 1
+    grad = np.reshape(grad, np.shape(grad) + (1,) * (len(shape) - batch_dims))
+    count = np.prod(shape[batch_dims:], dtype=np.int64) if reduction == "mean" else 1
     return np.broadcast_to(grad / max(count, 1), shape)
 
 
-def _reduced(losses: Array, reduction: str, kept: int) -> Array:
+def _reduced(losses: Array, reduction: str, batch_dims: int) -> Array:
     if reduction == "none":
         return losses
-    axes = tuple(range(kept, losses.ndim))
+    axes = tuple(range(batch_dims, losses.ndim))
     total = losses.sum(axis=axes)
     with np.errstate(all="ignore"):
-        return total / np.prod(losses.shape[kept:], dtype=np.int64) if reduction == "mean" else total
+        return total / np.prod(losses.shape[batch_dims:], dtype=np.int64) if reduction == "mean" else total
 
 
 def mse_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
     x, y, w = _arrays(input, target, weight)
     losses = mse.forward(x, y, w, "none")
-    loss = _tensor(_reduced(losses, reduction, kept), input, dtype)
+    loss = _tensor(_reduced(losses, reduction, batch_dims), input, dtype)
     return _in_layout(_array(loss), input.to(dtype)) if reduction == "none" else loss
 
 
@@ -77,13 +77,13 @@ def mse_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: Sequence[bool],
+    batch_dims: int,
+    output_mask: Sequence[bool],
 ) -> list[Tensor]:
-    grad = _per_element(_array(grad_output), input.shape, reduction, kept)
+    grad = _per_element(_array(grad_output), input.shape, reduction, batch_dims)
     x, y, w = _arrays(input, target, weight)
     grads = mse.backward(grad, x, y, w, "none")
-    tensors = zip(grads, (input, target, weight), needs, strict=True)
+    tensors = zip(grads, (input, target, weight), output_mask, strict=True)
     return [_in_layout(g, like) for g, like, need in tensors if need and g is not None and like is not None]
 
 
@@ -97,15 +97,15 @@ def mse_hvp(
     d_target: Tensor | None,
     d_weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: Sequence[bool],
+    batch_dims: int,
+    output_mask: Sequence[bool],
 ) -> list[Tensor]:
     """The gradient's derivative along the direction by the five-point stencil, exact for its cubic polynomial."""
     shape = tuple(input.shape)
 
     def point(tensors: Sequence[Tensor | None]) -> list[Array]:
         grad, *rest = _arrays(*tensors)
-        values = [_per_element(grad, shape, reduction, kept), *rest]
+        values = [_per_element(grad, shape, reduction, batch_dims), *rest]
         return [np.zeros(shape) if value is None else value for value in values]
 
     at = point((grad_output, input, target, weight))
@@ -122,11 +122,11 @@ def mse_hvp(
         far = [after - before for after, before in zip(gradient(2), gradient(-2), strict=True)]
         results = [(8 * n - f) / 12 for n, f in zip(near, far, strict=True)]
     first = input if grad_output is None else grad_output
-    tangent = _reduced(results[0], reduction, kept)
+    tangent = _reduced(results[0], reduction, batch_dims)
     likes = (input.to(first.dtype) if reduction == "none" else None, input, target, weight)
     return [
         _tensor(tangent, first) if like is None else _in_layout(tangent if i == 0 else results[i], like)
-        for i, (like, need) in enumerate(zip(likes, needs, strict=True))
+        for i, (like, need) in enumerate(zip(likes, output_mask, strict=True))
         if need
     ]
 
@@ -136,12 +136,12 @@ def mse_forward_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    needs: Sequence[bool],
+    output_mask: Sequence[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     one = torch.ones((), dtype=torch.float64, device="cpu")
     loss = mse_forward(input, target, weight, reduction, 0, dtype)
-    return [loss, *mse_backward(one, input, target, weight, reduction, 0, needs)]
+    return [loss, *mse_backward(one, input, target, weight, reduction, 0, output_mask)]
 
 
 def linear_mse_forward(
@@ -151,7 +151,7 @@ def linear_mse_forward(
     bias: Tensor | None,
     samples: Tensor | None,
     reduction: str,
-    needs: Sequence[bool],
+    output_mask: Sequence[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     x, w, y, b, s = _arrays(input, weight, target, bias, samples)
@@ -170,16 +170,16 @@ def linear_mse_forward(
     )
     results = [_tensor(np.asarray(loss), target, dtype)]
     return results + [
-        _tensor(value, input, dt) for (value, dt), need in zip(rest, needs, strict=True) if need
+        _tensor(value, input, dt) for (value, dt), need in zip(rest, output_mask, strict=True) if need
     ]
 
 
 def linear_mse_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: Sequence[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: Sequence[bool]
 ) -> list[Tensor]:
     scaled = factor * _array(grad_output) * _array(error)
     results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
-    return [_tensor(value, like) for (value, like), need in zip(results, needs, strict=True) if need]
+    return [_tensor(value, like) for (value, like), need in zip(results, output_mask, strict=True) if need]
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:

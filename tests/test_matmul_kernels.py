@@ -20,14 +20,14 @@ from .helpers import DTYPES, assert_matches, exactly
 
 DEVICE = DEVICES["triton"]
 
-# input, other, addend (or None), summed dimensions
+# input, other, bias (or None), summed dimensions
 CASES = {
     "square": ((16, 16), (16, 16), None, []),
     "odd": ((65, 63), (63, 130), None, []),
     "two tiles each way, bias": ((130, 70), (70, 131), (131,), []),
     "several steps": ((7, 300), (300, 9), (7, 9), []),
     "bias column": ((5, 6), (6, 7), (5, 1), []),
-    "scalar addend": ((5, 6), (6, 7), (1, 1), []),
+    "scalar bias": ((5, 6), (6, 7), (1, 1), []),
     "outer product": ((63, 1), (1, 65), None, []),
     "row by matrix": ((1, 65), (65, 130), (130,), []),
     "matrix by column": ((65, 63), (63, 1), (65, 1), []),
@@ -53,7 +53,7 @@ CASES = {
     "sum over a repeated operand": ((1, 3, 5), (1, 5, 7), None, [0]),
     "sum of many small": ((300, 2, 3), (300, 3, 2), (2,), [0]),
     "K = 0": ((3, 0), (0, 4), (4,), []),
-    "K = 0, no addend": ((2, 3, 0), (0, 4), None, []),
+    "K = 0, no bias": ((2, 3, 0), (0, 4), None, []),
     "M = 0": ((0, 3), (3, 4), (4,), []),
     "N = 0": ((2, 3), (3, 0), None, []),
     "empty batch": ((0, 2, 3), (3, 4), (4,), []),
@@ -65,20 +65,20 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def expected(input, other, addend, sum_dims, compute=lambda tensor: tensor):
+def expected(input, other, bias, sum_dims, compute=lambda tensor: tensor):
     """The launcher's result by the library's own operators; ``compute`` picks the number type."""
     result = compute(input) @ compute(other)
     axes = tuple(sum_dims)
     result = result.sum(axis=axes, keepdims=True) if axes else result
-    return result if addend is None else result + compute(addend)
+    return result if bias is None else result + compute(bias)
 
 
-def check(input, other, addend, sum_dims, dtype=None):
+def check(input, other, bias, sum_dims, dtype=None):
     dtype = dtype or input.dtype
-    ours = matmul_forward(input, other, addend, sum_dims, dtype)
+    ours = matmul_forward(input, other, bias, sum_dims, dtype)
     assert ours.is_contiguous()
-    theirs = expected(input, other, addend, sum_dims).to(dtype)
-    assert_matches(ours, theirs, expected(input, other, addend, sum_dims, exactly))
+    theirs = expected(input, other, bias, sum_dims).to(dtype)
+    assert_matches(ours, theirs, expected(input, other, bias, sum_dims, exactly))
     return ours
 
 
@@ -86,8 +86,8 @@ def check(input, other, addend, sum_dims, dtype=None):
 @pytest.mark.parametrize("case", CASES)
 def test_shapes(case, dtype):
     left, right, extra, sum_dims = CASES[case]
-    addend = None if extra is None else random(*extra, dtype=dtype)
-    check(random(*left, dtype=dtype), random(*right, dtype=dtype), addend, sum_dims)
+    bias = None if extra is None else random(*extra, dtype=dtype)
+    check(random(*left, dtype=dtype), random(*right, dtype=dtype), bias, sum_dims)
 
 
 @pytest.mark.parametrize("launcher", [matmul_forward, fallback], ids=["triton", "fallback"])
@@ -107,11 +107,11 @@ def test_operands_of_two_dtypes(case, left, right, dtype, launcher):
     """As the derivatives meet them; tensor cores multiply the narrower."""
     one, other, extra, sum_dims = CASES[case]
     x, y = random(*one, dtype=left), random(*other, dtype=right)
-    addend = None if extra is None else random(*extra)
-    wide = [tensor if tensor is None else tensor.double() for tensor in (x, y, addend)]
+    bias = None if extra is None else random(*extra)
+    wide = [tensor if tensor is None else tensor.double() for tensor in (x, y, bias)]
     theirs = expected(*wide, sum_dims).to(dtype)
-    ours = launcher(x, y, addend, sum_dims, dtype)
-    assert_matches(ours, theirs, expected(x, y, addend, sum_dims, exactly))
+    ours = launcher(x, y, bias, sum_dims, dtype)
+    assert_matches(ours, theirs, expected(x, y, bias, sum_dims, exactly))
 
 
 LAYOUTS = {
@@ -129,13 +129,13 @@ LAYOUTS = {
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
 def test_strides(layouts, sum_dims):
     left, right = (LAYOUTS[layout] for layout in layouts)
-    addend = LAYOUTS[layouts[0]](
+    bias = LAYOUTS[layouts[0]](
         random(*(1 if dim in sum_dims else size for dim, size in enumerate((2, 3))), 16, 24)
     )
-    check(left(random(2, 3, 16, 8)), right(random(2, 3, 8, 24)), addend, sum_dims)
+    check(left(random(2, 3, 16, 8)), right(random(2, 3, 8, 24)), bias, sum_dims)
 
 
-def test_result_and_addend_of_other_dtypes():
+def test_result_and_bias_of_other_dtypes():
     input, other = random(9, 33, dtype=torch.bfloat16), random(33, 17, dtype=torch.bfloat16)
     bias = random(17)
     ours = matmul_forward(input, other, bias, [], torch.float32)
@@ -149,7 +149,7 @@ def test_result_and_addend_of_other_dtypes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
 def test_tensor_descriptors(transposed, dtype, monkeypatch):
-    """Several tiles for each program, ragged at every edge, with each kind of addend."""
+    """Several tiles for each program, ragged at every edge, with each kind of bias."""
     monkeypatch.setattr(module, "_plans", {})
     way = config.MatmulWay("descriptor", config.MatmulConfig(32, 32, 16, 4, 1))
     monkeypatch.setattr(config, "matmul_way", lambda *_: way)
@@ -211,7 +211,7 @@ def test_split_sums_have_the_same_bits_in_every_run():
     [((4, 8), (2**30, 1)), ((4, 8), (1, 2**29)), ((3, 2, 4), (2**31, 2**30, 1))],
     ids=["rows", "columns", "batch"],
 )
-@pytest.mark.parametrize("which", ["input", "other", "addend"])
+@pytest.mark.parametrize("which", ["input", "other", "bias"])
 @pytest.mark.parametrize("mode", ["small", "dot", "outer"])
 def test_offsets_past_32_bits(mode, shape, stride, which, monkeypatch):
     monkeypatch.setattr(module, "_plans", {})
@@ -227,7 +227,7 @@ def test_offsets_past_32_bits(mode, shape, stride, which, monkeypatch):
     operands = {
         "input": (far, random(*batch, columns, 5, dtype=torch.float16), None),
         "other": (random(*batch, 5, rows, dtype=torch.float16), far, None),
-        "addend": (
+        "bias": (
             random(*batch, rows, 3, dtype=torch.float16),
             random(3, columns, dtype=torch.float16),
             far,

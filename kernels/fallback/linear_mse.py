@@ -22,12 +22,12 @@ def linear_mse_forward(
     bias: Tensor | None,
     sample_weight: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
     wide = accumulator(input, weight, target, bias, sample_weight)
-    rows = _block_rows(input, target) if needs[1] else max(1, input.shape[0])
+    rows = _block_rows(input, target) if output_mask[1] else max(1, input.shape[0])
     xs, ys = _blocks(input, rows), _blocks(target, rows)
     ss = [None] * len(xs) if sample_weight is None else _blocks(sample_weight, rows)
     # E^T X is divided by the number of samples afterwards: before that it may not fit float16, nor may E.
@@ -39,7 +39,7 @@ def linear_mse_forward(
         error = residual if s is None else residual * s
         residuals.append(residual)
         errors.append(error)
-        if needs[1]:
+        if output_mask[1]:
             product = (error.to(operand).mT @ x.to(operand)).to(wide)
             grad_weight = product if grad_weight is None else grad_weight.add_(product)
     residual = _joined(residuals)
@@ -52,22 +52,22 @@ def linear_mse_forward(
         loss = loss.div_(target.numel())
         factor /= max(1, target.numel())
     results = [loss.to(dtype)]
-    if needs[0]:
+    if output_mask[0]:
         results.append(error.to(dtype))
     if grad_weight is not None:
         results.append(grad_weight.mul_(factor))
-    if needs[2]:
+    if output_mask[2]:
         results.append(error.sum(0).mul_(factor))
     return results
 
 
 def linear_mse_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
     """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
     scaled = error * (grad_output.to(accumulator(error)) * factor)
-    results = [scaled.to(weight.dtype) @ weight] if needs[0] else []
-    return [*results, scaled.neg_().to(error.dtype).contiguous()] if needs[1] else results
+    results = [scaled.to(weight.dtype) @ weight] if output_mask[0] else []
+    return [*results, scaled.neg_().to(error.dtype).contiguous()] if output_mask[1] else results
 
 
 def _block_rows(input: Tensor, target: Tensor) -> int:

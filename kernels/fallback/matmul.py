@@ -5,25 +5,23 @@ from torch import Tensor
 
 
 def matmul_forward(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """``(input @ other).sum(sum_dims, keepdim=True) + addend``; see kernels/triton/matmul.py."""
+    """``(input @ other).sum(sum_dims, keepdim=True) + bias``; see kernels/triton/matmul.py."""
     if input.dtype != other.dtype:
         wide = torch.promote_types(input.dtype, other.dtype)
         input, other = input.to(wide), other.to(wide)
     if sum_dims:
         result = _summed_product(_wide(input, dtype), _wide(other, dtype), sum_dims)
-    elif (
-        addend is not None and addend.dim() == 1 and other.dim() == 2 and dtype == addend.dtype == input.dtype
-    ):
-        return torch.nn.functional.linear(input, other.mT, addend)
+    elif bias is not None and bias.dim() == 1 and other.dim() == 2 and dtype == bias.dtype == input.dtype:
+        return torch.nn.functional.linear(input, other.mT, bias)
     else:
         result = torch.matmul(_wide(input, dtype), _wide(other, dtype))
-    if addend is not None:
+    if bias is not None:
         result = (
-            result.add_(addend)
-            if result.shape == torch.broadcast_shapes(result.shape, addend.shape)
-            else result + addend
+            result.add_(bias)
+            if result.shape == torch.broadcast_shapes(result.shape, bias.shape)
+            else result + bias
         )
     return result.to(dtype)
 

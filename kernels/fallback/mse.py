@@ -16,14 +16,14 @@ _BLOCK = 1 << 19
 _FEW = 4
 
 
-def _scale(input: Tensor, reduction: str, kept: int) -> float:
-    return 1.0 / max(1, math.prod(input.shape[kept:])) if reduction == "mean" else 1.0
+def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
+    return 1.0 / max(1, math.prod(input.shape[batch_dims:])) if reduction == "mean" else 1.0
 
 
-def _reduce(values: Tensor, reduction: str, kept: int) -> Tensor:
-    if reduction == "none" or kept == values.dim():
+def _reduce(values: Tensor, reduction: str, batch_dims: int) -> Tensor:
+    if reduction == "none" or batch_dims == values.dim():
         return values
-    dims = list(range(kept, values.dim()))
+    dims = list(range(batch_dims, values.dim()))
     return values.mean(dims) if reduction == "mean" else values.sum(dims)
 
 
@@ -34,10 +34,10 @@ def _like(values: Tensor, tensor: Tensor) -> Tensor:
     return values if same else result.copy_(values)
 
 
-def _spread(grad: Tensor, input: Tensor, reduction: str, kept: int) -> Tensor:
+def _spread(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> Tensor:
     if reduction == "none":
         return grad
-    return grad.reshape((*grad.shape, *(1,) * (input.dim() - kept)))
+    return grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
 
 
 def _blocks(wide: torch.dtype, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -63,14 +63,14 @@ def _total(totals: list[Tensor], input: Tensor, reduction: str) -> Tensor:
 
 
 def mse_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
     """``c * sum(w e^2)``; see kernels/triton/mse.py."""
     few = input.numel() <= _FEW * _BLOCK
     if (
         weight is None
         and input.dtype == target.dtype == dtype
-        and (reduction == "none" or (kept == 0 and few))
+        and (reduction == "none" or (batch_dims == 0 and few))
     ):
         loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
         return _like(loss, input) if reduction == "none" else loss
@@ -80,8 +80,8 @@ def mse_forward(
         squares = torch.sub(x.to(wide), y.to(wide), out=out).square_()
         return squares if w is None else squares.mul_(w)
 
-    if reduction == "none" or kept:
-        loss = _reduce(losses(None, input, target, weight), reduction, kept).to(dtype)
+    if reduction == "none" or batch_dims:
+        loss = _reduce(losses(None, input, target, weight), reduction, batch_dims).to(dtype)
         return _like(loss, input.to(dtype)) if reduction == "none" else loss
     totals = [losses(*block).sum() for block in _blocks(wide, input, target, weight)]
     return _total(totals, input, reduction).to(dtype)
@@ -93,32 +93,32 @@ def mse_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: list[bool],
+    batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """The gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
     if (
         weight is None
-        and kept == 0
+        and batch_dims == 0
         and input.dtype == target.dtype == grad_output.dtype
-        and needs[0] != needs[1]
+        and output_mask[0] != output_mask[1]
     ):
-        first, second = (input, target) if needs[0] else (target, input)
+        first, second = (input, target) if output_mask[0] else (target, input)
         grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
         return [_like(grad, first)]
     wide = accumulator(grad_output, input, target, weight)
-    grad = _spread(grad_output.to(wide), input, reduction, kept) * _scale(input, reduction, kept)
+    grad = _spread(grad_output.to(wide), input, reduction, batch_dims) * _scale(input, reduction, batch_dims)
     error = input.to(wide) - target.to(wide)
     results = []
-    if needs[0] or needs[1]:
+    if output_mask[0] or output_mask[1]:
         slope = error * (2 * grad)
         if weight is not None:
             slope *= weight
-        if needs[0]:
+        if output_mask[0]:
             results.append(_like(slope, input))
-        if needs[1]:
+        if output_mask[1]:
             results.append(_like(-slope, target))
-    if needs[2] and weight is not None:
+    if output_mask[2] and weight is not None:
         results.append(_like(error.square_().mul_(grad), weight))
     return results
 
@@ -133,15 +133,15 @@ def mse_hvp(
     d_target: Tensor | None,
     d_weight: Tensor | None,
     reduction: str,
-    kept: int,
-    needs: list[bool],
+    batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
     tensors = (grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
     wide = accumulator(*tensors)
     zero = torch.zeros((), dtype=wide, device=input.device)
     grad, d_grad = (
-        zero if tensor is None else _spread(tensor.to(wide), input, reduction, kept)
+        zero if tensor is None else _spread(tensor.to(wide), input, reduction, batch_dims)
         for tensor in (grad_output, d_grad)
     )
     error = input.to(wide) - target.to(wide)
@@ -150,20 +150,20 @@ def mse_hvp(
     )
     w = zero + 1 if weight is None else weight.to(wide)
     dw = zero if d_weight is None else d_weight.to(wide)
-    scale = _scale(input, reduction, kept)
+    scale = _scale(input, reduction, batch_dims)
     results = []
-    if needs[0]:
+    if output_mask[0]:
         tangent = (dw * error + 2 * w * d_error) * error
         dtype = input.dtype if grad_output is None else grad_output.dtype
-        tangent = _reduce(tangent, reduction, kept).to(dtype)
+        tangent = _reduce(tangent, reduction, batch_dims).to(dtype)
         results.append(_like(tangent, input.to(dtype)) if reduction == "none" else tangent)
-    if needs[1] or needs[2]:
+    if output_mask[1] or output_mask[2]:
         slope = (((d_grad * w + grad * dw) * error + grad * w * d_error) * (2 * scale)).expand(input.shape)
-        if needs[1]:
+        if output_mask[1]:
             results.append(_like(slope, input))
-        if needs[2]:
+        if output_mask[2]:
             results.append(_like(-slope, target))
-    if needs[3] and weight is not None:
+    if output_mask[3] and weight is not None:
         results.append(_like((d_grad * error + 2 * grad * d_error) * error * scale, weight))
     return results
 
@@ -173,7 +173,7 @@ def mse_forward_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    needs: list[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
@@ -182,7 +182,7 @@ def mse_forward_backward(
     tensors = (input, target, weight)
     results = [
         torch.empty_like(tensor) if need and tensor is not None else None
-        for tensor, need in zip(tensors, needs, strict=True)
+        for tensor, need in zip(tensors, output_mask, strict=True)
     ]
     totals = []
     for scratch, x, y, w, grad_x, grad_y, grad_w in _blocks(wide, *tensors, *results):

@@ -13,11 +13,11 @@ class Dimension(NamedTuple):
     size: int
     input: int
     other: int
-    addend: int
+    bias: int
 
 
 class Contraction(NamedTuple):
-    """``result[b, m, n] = sum over s, k of input[b, s, m, k] * other[b, s, k, n], + addend[b, m, n]``.
+    """``result[b, m, n] = sum over s, k of input[b, s, m, k] * other[b, s, k, n], + bias[b, m, n]``.
 
     Attributes:
         m, n, k: the matrix dimensions; batch and summed dimensions are folded into them where strides allow.
@@ -39,19 +39,19 @@ class Contraction(NamedTuple):
         return math.prod(dim.size for dim in self.batch)
 
 
-def contract(input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int]) -> Contraction:
-    """The normal form of ``(input @ other).sum(sum_dims, keepdim=True) + addend``."""
+def contract(input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int]) -> Contraction:
+    """The normal form of ``(input @ other).sum(sum_dims, keepdim=True) + bias``."""
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
     M, K, N = input.shape[-2], input.shape[-1], other.shape[-1]
     input, other = input.expand(*batch, M, K), other.expand(*batch, K, N)
     kept = [1 if dim in sum_dims else size for dim, size in enumerate(batch)]
-    extra = addend.expand(*kept, M, N).stride() if addend is not None else (0,) * (len(batch) + 2)
+    extra = bias.expand(*kept, M, N).stride() if bias is not None else (0,) * (len(batch) + 2)
     m = Dimension(M, input.stride(-2), 0, extra[-2])
     n = Dimension(N, 0, other.stride(-1), extra[-1])
     k = Dimension(K, input.stride(-1), other.stride(-2), 0)
     outer = [Dimension(*dim) for dim in zip(batch, input.stride(), other.stride(), extra)]  # noqa: B905
     left = _collapsed([dim for index, dim in enumerate(outer) if index not in sum_dims])
-    summed = [dim._replace(addend=0) for index, dim in enumerate(outer) if index in sum_dims]
+    summed = [dim._replace(bias=0) for index, dim in enumerate(outer) if index in sum_dims]
     swapped = False
     while left:
         inner = left[-1]
@@ -85,7 +85,7 @@ def _swapped(
     """The dimensions when input and other change places, and m and n with them."""
 
     def swap(dim: Dimension) -> Dimension:
-        return Dimension(dim.size, dim.other, dim.input, dim.addend)
+        return Dimension(dim.size, dim.other, dim.input, dim.bias)
 
     left, summed = ([swap(dim) for dim in dims] for dims in rest)
     return swap(n), swap(m), swap(k), left, summed

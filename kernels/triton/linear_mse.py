@@ -565,7 +565,7 @@ def _by_plan(job: _Job) -> None:
 
 def linear_mse_forward(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
-    reduction: str, needs: list[bool], dtype: torch.dtype,
+    reduction: str, output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
     N, D = input.shape
@@ -573,9 +573,9 @@ def linear_mse_forward(
     bias = None if bias is None else bias.contiguous()
     acc = accumulator(input, weight, target, bias, sample_weight)
     loss = input.new_empty((), dtype=dtype)
-    error = input.new_empty((N, K), dtype=dtype) if needs[0] else None
-    grad_weight = input.new_empty((K, D), dtype=acc) if needs[1] else None
-    grad_bias = input.new_empty((K,), dtype=acc) if needs[2] else None
+    error = input.new_empty((N, K), dtype=dtype) if output_mask[0] else None
+    grad_weight = input.new_empty((K, D), dtype=acc) if output_mask[1] else None
+    grad_bias = input.new_empty((K,), dtype=acc) if output_mask[2] else None
     if N * K == 0:
         loss.fill_(math.nan if reduction == "mean" else 0.0)
         for grad in (grad_weight, grad_bias):
@@ -593,7 +593,7 @@ def linear_mse_forward(
 
 
 def linear_mse_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, needs: list[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
     """As needed, grad_input = g * factor * error @ weight and grad_target = -g * factor * error."""
     N, K = error.shape
@@ -603,7 +603,7 @@ def linear_mse_backward(
     if acc == torch.float64:  # Triton passes a Python float as float32
         grad_output, factor = grad_output.to(acc) * factor, 1.0
     results = []
-    if needs[0]:
+    if output_mask[0]:
         grad_input = torch.empty((N, D), dtype=weight.dtype, device=device)
         operands = grad_output, error, weight, grad_input
         if K <= 8:
@@ -628,7 +628,7 @@ def linear_mse_backward(
                 ACC=_ACC[acc], **plan.options(),
             )  # fmt: skip
         results.append(grad_input)
-    if needs[1]:
+    if output_mask[1]:
         error = error.contiguous()
         grad_target = torch.empty_like(error)
         launch(

@@ -1,4 +1,4 @@
-"""Batched matrix product with an addend: one tile of the result per program, partial sums where K is long.
+"""Batched matrix product with a bias: one tile of the result per program, partial sums where K is long.
 
 Every derivative of a product is a product again, so this launcher also serves the gradients of matmul, linear
 and bias: outer products, single rows and columns, and long sums into a small result. Four kernels:
@@ -45,33 +45,33 @@ def _tile_of(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _load_addend(
-    addend_ptr,
+def _load_bias(
+    bias_ptr,
     offs_m,
     offs_n,
     M,
     N,
     stride_am,
     stride_an,
-    ADDEND_ROW: tl.constexpr,
-    ADDEND_VECTOR: tl.constexpr,
+    BIAS_ROW: tl.constexpr,
+    BIAS_VECTOR: tl.constexpr,
 ):
-    """A tile of the addend: (1, BLOCK_N) if ADDEND_ROW, the same for every row of the result.
+    """A tile of the bias: (1, BLOCK_N) if BIAS_ROW, the same for every row of the result.
 
-    ADDEND_VECTOR: 0 if its columns are not contiguous, else how many of them are sure to be loaded together.
+    BIAS_VECTOR: 0 if its columns are not contiguous, else how many of them are sure to be loaded together.
     """
-    if ADDEND_VECTOR == 0:
-        addend_ptr += offs_n[None, :] * stride_an
+    if BIAS_VECTOR == 0:
+        bias_ptr += offs_n[None, :] * stride_an
     else:
-        addend_ptr += offs_n[None, :]
-        stride_am = stride_am // ADDEND_VECTOR * ADDEND_VECTOR
-        N = N // ADDEND_VECTOR * ADDEND_VECTOR
-    if ADDEND_ROW:
-        addend = tl.load(addend_ptr, mask=(offs_n < N)[None, :], other=0.0)
+        bias_ptr += offs_n[None, :]
+        stride_am = stride_am // BIAS_VECTOR * BIAS_VECTOR
+        N = N // BIAS_VECTOR * BIAS_VECTOR
+    if BIAS_ROW:
+        bias = tl.load(bias_ptr, mask=(offs_n < N)[None, :], other=0.0)
     else:
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        addend = tl.load(addend_ptr + offs_m[:, None] * stride_am, mask=mask, other=0.0)
-    return addend
+        bias = tl.load(bias_ptr + offs_m[:, None] * stride_am, mask=mask, other=0.0)
+    return bias
 
 
 @triton.jit
@@ -90,27 +90,27 @@ def store_product(ptr, rows, cols, M, N, product):
 @triton.jit(
     do_not_specialize=[
         *("M", "N", "K", "stride_im", "stride_ik", "stride_ok", "stride_on", "stride_am", "stride_an"),
-        *("batch_sizes", "batch_strides_input", "batch_strides_other", "batch_strides_addend"),
+        *("batch_sizes", "batch_strides_input", "batch_strides_other", "batch_strides_bias"),
         *("sum_sizes", "sum_strides_input", "sum_strides_other"),
         *("m_tiles", "n_tiles", "k_steps", "batches", "steps", "steps_per_split"),
     ]
 )
 def _matmul_forward_kernel(
-    input_ptr, other_ptr, addend_ptr, output_ptr,
+    input_ptr, other_ptr, bias_ptr, output_ptr,
     M, N, K, stride_im, stride_ik, stride_ok, stride_on, stride_am, stride_an,
-    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_addend,
+    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_bias,
     sum_sizes, sum_strides_input, sum_strides_other,
     m_tiles, n_tiles, k_steps, batches, steps, steps_per_split, scale,
     INPUT_CONTIGUOUS: tl.constexpr, INPUT_VECTOR: tl.constexpr,
     OTHER_CONTIGUOUS: tl.constexpr, OTHER_VECTOR: tl.constexpr, OUTPUT_VECTOR: tl.constexpr,
-    HAS_ADDEND: tl.constexpr, ADDEND_ROW: tl.constexpr, ADDEND_VECTOR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BIAS_ROW: tl.constexpr, BIAS_VECTOR: tl.constexpr,
     MODE: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, BLOCK_N) tile of one matrix of the result, summed over one split of the steps along K.
 
     input_ptr: (*batch, *sum, M, K). other_ptr: (*batch, *sum, K, N).
-    addend_ptr: (*batch, M, N), strides may be 0. output_ptr: (splits, *batch, M, N), contiguous.
+    bias_ptr: (*batch, M, N), strides may be 0. output_ptr: (splits, *batch, M, N), contiguous.
     A step is BLOCK_K of K at one index of the summed dimensions; there are k_steps for each such index.
     INPUT_CONTIGUOUS, OTHER_CONTIGUOUS: which axis (0 or 1) of the matrix has stride 1; -1 for neither.
     INPUT_VECTOR, OTHER_VECTOR, OUTPUT_VECTOR: how many elements along that axis (of the output: along N) are
@@ -193,10 +193,10 @@ def _matmul_forward_kernel(
         acc = tl.sum(acc, axis=1)[:, None]
 
     acc *= scale
-    if HAS_ADDEND:
-        addend_ptr += _batch_offset(batch, batch_sizes, batch_strides_addend)
-        acc += _load_addend(
-            addend_ptr, offs_m, offs_n, M, N, stride_am, stride_an, ADDEND_ROW, ADDEND_VECTOR
+    if HAS_BIAS:
+        bias_ptr += _batch_offset(batch, batch_sizes, batch_strides_bias)
+        acc += _load_bias(
+            bias_ptr, offs_m, offs_n, M, N, stride_am, stride_an, BIAS_ROW, BIAS_VECTOR
         ).to(ACC)  # fmt: skip
     width = N // OUTPUT_VECTOR * OUTPUT_VECTOR
     output_ptr += (split.to(tl.int64) * batches + batch) * M * width
@@ -210,17 +210,17 @@ def _matmul_forward_kernel(
 
 @triton.jit(do_not_specialize=["M", "N", "stride_am", "stride_an", "m_tiles", "n_tiles", "k_steps"])
 def _matmul_descriptor_kernel(
-    input_desc, other_desc, output_desc, addend_ptr,
+    input_desc, other_desc, output_desc, bias_ptr,
     M, N, stride_am, stride_an, m_tiles, n_tiles, k_steps, scale,
     INPUT_TRANSPOSED: tl.constexpr, OTHER_TRANSPOSED: tl.constexpr,
-    HAS_ADDEND: tl.constexpr, ADDEND_ROW: tl.constexpr, ADDEND_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BIAS_ROW: tl.constexpr, BIAS_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """The (BLOCK_M, BLOCK_N) tiles number pid, pid + programs, ... of one large matrix product.
 
     input_desc: (M, K), or (K, M) if INPUT_TRANSPOSED. other_desc: (K, N), or (N, K) if OTHER_TRANSPOSED.
     output_desc: (M, N). All three contiguous in their last dimension, rows 16-byte aligned.
-    addend_ptr: (M, N), strides may be 0.
+    bias_ptr: (M, N), strides may be 0.
     The bits of a tile do not depend on which program computes it.
     Bytes: as _matmul_forward_kernel.
     """
@@ -242,15 +242,15 @@ def _matmul_descriptor_kernel(
         # In two halves, so that the staging of the result takes half the shared memory.
         halves = tl.permute(tl.reshape(acc * scale, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        if HAS_ADDEND:
+        if HAS_BIAS:
             offs_m = first_m.to(tl.int64) + tl.arange(0, BLOCK_M)
             offs_n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N // 2)
-            left += _load_addend(
-                addend_ptr, offs_m, offs_n, M, N, stride_am, stride_an, ADDEND_ROW, ADDEND_VECTOR
+            left += _load_bias(
+                bias_ptr, offs_m, offs_n, M, N, stride_am, stride_an, BIAS_ROW, BIAS_VECTOR
             ).to(tl.float32)  # fmt: skip
             offs_n += BLOCK_N // 2
-            right += _load_addend(
-                addend_ptr, offs_m, offs_n, M, N, stride_am, stride_an, ADDEND_ROW, ADDEND_VECTOR
+            right += _load_bias(
+                bias_ptr, offs_m, offs_n, M, N, stride_am, stride_an, BIAS_ROW, BIAS_VECTOR
             ).to(tl.float32)  # fmt: skip
         output_desc.store([first_m, first_n], left.to(output_desc.dtype))
         output_desc.store([first_m, first_n + BLOCK_N // 2], right.to(output_desc.dtype))
@@ -270,19 +270,19 @@ def _matmul_descriptor_kernel(
             "stride_am",
             "stride_an",
         ),
-        *("batch_sizes", "batch_strides_input", "batch_strides_other", "batch_strides_addend"),
+        *("batch_sizes", "batch_strides_input", "batch_strides_other", "batch_strides_bias"),
     ]
 )
 def _matmul_small_kernel(
-    input_ptr, other_ptr, addend_ptr, output_ptr,
+    input_ptr, other_ptr, bias_ptr, output_ptr,
     size, M, N, K, stride_im, stride_ik, stride_ok, stride_on, stride_am, stride_an,
-    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_addend, scale,
-    HAS_ADDEND: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr,
+    batch_sizes, batch_strides_input, batch_strides_other, batch_strides_bias, scale,
+    HAS_BIAS: tl.constexpr, DOUBLE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of the result, over rows and matrices alike; K <= BLOCK_K.
 
-    input_ptr: (*batch, M, K). other_ptr: (*batch, K, N). addend_ptr: (*batch, M, N), strides may be 0.
+    input_ptr: (*batch, M, K). other_ptr: (*batch, K, N). bias_ptr: (*batch, M, N), strides may be 0.
     output_ptr: (*batch, M, N), contiguous, of ``size`` elements. WIDE: that takes 64 bits to count.
     Bytes: operands and result once; what several elements of the result share comes from the cache.
     """
@@ -307,9 +307,9 @@ def _matmul_small_kernel(
         )
         acc = tl.fma(x.to(ACC), y.to(ACC), acc)
     acc *= scale
-    if HAS_ADDEND:
-        addend_ptr += _batch_offset(batch, batch_sizes, batch_strides_addend)
-        acc += tl.load(addend_ptr + m * stride_am + n * stride_an, mask=mask, other=0.0).to(ACC)
+    if HAS_BIAS:
+        bias_ptr += _batch_offset(batch, batch_sizes, batch_strides_bias)
+        acc += tl.load(bias_ptr + m * stride_am + n * stride_an, mask=mask, other=0.0).to(ACC)
     tl.store(output_ptr + offs, acc.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -322,17 +322,17 @@ def _matmul_small_kernel(
         "stride_am",
         "stride_an",
         "batch_sizes",
-        "batch_strides_addend",
+        "batch_strides_bias",
     ]
 )
 def _matmul_reduce_kernel(
-    partial_ptr, addend_ptr, output_ptr,
-    splits, size, M, N, stride_am, stride_an, batch_sizes, batch_strides_addend, scale,
-    HAS_ADDEND: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, bias_ptr, output_ptr,
+    splits, size, M, N, stride_am, stride_an, batch_sizes, batch_strides_bias, scale,
+    HAS_BIAS: tl.constexpr, VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK elements of the result: the partial sums of all splits, always added in the same order.
 
-    partial_ptr: (splits, *batch, M, N), contiguous. addend_ptr: (*batch, M, N), strides may be 0.
+    partial_ptr: (splits, *batch, M, N), contiguous. bias_ptr: (*batch, M, N), strides may be 0.
     output_ptr: (*batch, M, N), contiguous, of ``size`` elements, a multiple of VECTOR.
     Bytes: splits + 1 elements per element of the result.
     """
@@ -346,10 +346,10 @@ def _matmul_reduce_kernel(
         tile = partial_ptr + rows[:, None].to(tl.int64) * size + offs[None, :]
         acc += tl.load(tile, mask=(rows < splits)[:, None] & mask[None, :], other=0.0)
     total = tl.sum(acc, axis=0) * scale
-    if HAS_ADDEND:
-        offsets = _batch_offset(offs // N // M, batch_sizes, batch_strides_addend)
+    if HAS_BIAS:
+        offsets = _batch_offset(offs // N // M, batch_sizes, batch_strides_bias)
         offsets += offs // N % M * stride_am + offs % N * stride_an
-        total += tl.load(addend_ptr + offsets, mask=mask, other=0.0).to(total.dtype)
+        total += tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(total.dtype)
     tl.store(output_ptr + offs, total.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -357,7 +357,7 @@ _TYPES = {
     torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16
 }  # fmt: skip
 
-# Launches on (input, other, addend, output, scale), in the order of the normal form.
+# Launches on (input, other, bias, output, scale), in the order of the normal form.
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
 
 _plans: dict[tuple[Any, ...], tuple[tuple[int, ...], bool, Run | None]] = {}
@@ -365,23 +365,23 @@ _PLANS = 4096  # kept at most; the shapes of a training loop are few
 
 
 def matmul_forward(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """``(input @ other).sum(sum_dims, keepdim=True) + addend`` as a new contiguous tensor.
+    """``(input @ other).sum(sum_dims, keepdim=True) + bias`` as a new contiguous tensor.
 
     Args:
         input: ``(*A, M, K)``, any strides.
         other: ``(*B, K, N)``, any strides; A and B broadcast to ``batch``. Of two float dtypes tensor cores
             multiply the narrower.
-        addend: None, or a tensor that broadcasts to the result.
+        bias: None, or a tensor that broadcasts to the result.
         sum_dims: dimensions of ``batch``, counted from 0, that are summed along with K.
         dtype: of the result.
     """
-    shape, swapped, run = _planned(input, other, addend, sum_dims, dtype)
+    shape, swapped, run = _planned(input, other, bias, sum_dims, dtype)
     output = torch.empty(shape, dtype=dtype, device=input.device)
     if run is not None:
         left, right = (other, input) if swapped else (input, other)
-        run(left, right, output if addend is None else addend, output, 1.0)
+        run(left, right, output if bias is None else bias, output, 1.0)
     return output
 
 
@@ -399,17 +399,17 @@ def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: fl
 
 
 def _planned(
-    input: Tensor, other: Tensor, addend: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> tuple[tuple[int, ...], bool, Run | None]:
     """As _plan, from the cache if it is there."""
     precision = torch.backends.cuda.matmul.fp32_precision if input.dtype == torch.float32 else "none"
-    seen = [_seen(input), _seen(other), addend is not None and _seen(addend)]
+    seen = [_seen(input), _seen(other), bias is not None and _seen(bias)]
     key = (*seen, *sum_dims, dtype, precision, input.device)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _PLANS:
             _plans.clear()
-        found = _plans[key] = _plan(input, other, addend, sum_dims, dtype, precision)
+        found = _plans[key] = _plan(input, other, bias, sum_dims, dtype, precision)
     return found
 
 
@@ -421,7 +421,7 @@ def _seen(tensor: Tensor) -> tuple[Any, ...]:
 def _plan(
     input: Tensor,
     other: Tensor,
-    addend: Tensor | None,
+    bias: Tensor | None,
     sum_dims: list[int],
     dtype: torch.dtype,
     precision: str,
@@ -432,12 +432,12 @@ def _plan(
     shape = (*kept, input.shape[-2], other.shape[-1])
     if 0 in shape:
         return shape, False, None
-    form = contract(input, other, addend, sum_dims)
+    form = contract(input, other, bias, sum_dims)
     if form.swapped:
         input, other = other, input
     m, n, k = form.m, form.n, form.k
     target = config.target_of(input.device)
-    double = torch.float64 in (input.dtype, other.dtype, None if addend is None else addend.dtype)
+    double = torch.float64 in (input.dtype, other.dtype, None if bias is None else bias.dtype)
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
     interpreted = target.backend == "interpreter"
     wide, narrow = sorted((input.dtype, other.dtype), key=lambda dtype: -dtype.itemsize)
@@ -446,7 +446,7 @@ def _plan(
     rest = (*form.batch, *form.sums)
     input_axis, input_vector = _layout(input, (m, k), rest, 1)
     other_axis, other_vector = _layout(other, (k, n), rest, 2)
-    addend_axis, addend_vector = (-1, 1) if addend is None else _layout(addend, (m, n), form.batch, 3)
+    bias_axis, bias_vector = (-1, 1) if bias is None else _layout(bias, (m, n), form.batch, 3)
     widest = 16 // dtype.itemsize
     output_vector = widest if n.size % widest == 0 else 1
     aligned = input_vector > 1 and other_vector > 1
@@ -460,15 +460,15 @@ def _plan(
     tile = config.tuned(config.name_of(input.device)).get(config.matmul_key(staged, sizes, mode), tile)
 
     options: dict[str, Any] = {
-        "HAS_ADDEND": addend is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+        "HAS_BIAS": bias is not None, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
         **(config.registers(255 if double else 168, target) if mode == "outer" else {}),
     }  # fmt: skip
     if mode == "small":
         options |= {"DOUBLE": double, "BLOCK": tile.BLOCK_M, "BLOCK_K": tile.BLOCK_K}
         return shape, form.swapped, _small(form, options, input.device)
     options |= {
-        "ADDEND_ROW": addend is not None and m.addend == 0,
-        "ADDEND_VECTOR": addend_vector if addend_axis == 1 else 0,
+        "BIAS_ROW": bias is not None and m.bias == 0,
+        "BIAS_VECTOR": bias_vector if bias_axis == 1 else 0,
         "PRECISION": config.dot_precision(operand, target, precision), "GROUP_M": 8,
         "BLOCK_M": tile.BLOCK_M, "BLOCK_N": tile.BLOCK_N, "BLOCK_K": tile.BLOCK_K,
     }  # fmt: skip
@@ -511,7 +511,7 @@ def _apart(axes: tuple[Dimension, Dimension], axis: int, field: int) -> bool:
 
 
 def _fields(dims: tuple[Dimension, ...]) -> tuple[tuple[int, ...], ...]:
-    """Sizes, strides in input, strides in other, strides in addend."""
+    """Sizes, strides in input, strides in other, strides in bias."""
     return tuple(tuple(dim[field] for dim in dims) for field in range(4))
 
 
@@ -527,19 +527,19 @@ def _small(form: Contraction, options: dict[str, Any], device: torch.device) -> 
         k.input,
         k.other,
         n.other,
-        m.addend,
-        n.addend,
+        m.bias,
+        n.bias,
         *_fields(form.batch),
     )
     options = {**options, "WIDE": size > 2**30}
 
-    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
+    def run(input: Tensor, other: Tensor, bias: Tensor, output: Tensor, scale: float) -> None:
         launch(
             _matmul_small_kernel,
             grid,
             input,
             other,
-            addend,
+            bias,
             output,
             size,
             *numbers,
@@ -560,7 +560,7 @@ def _descriptor(form: Contraction, options: dict[str, Any], device: torch.device
         triton.cdiv(k.size, block_k),
     )
     grid = (min(m_tiles * n_tiles, config.multiprocessors(device)),)
-    numbers = (m.size, n.size, m.addend, n.addend, m_tiles, n_tiles, k_steps)
+    numbers = (m.size, n.size, m.bias, n.bias, m_tiles, n_tiles, k_steps)
     # Shape, strides and block of each; the contiguous dimension is the last.
     left = ([m.size, k.size], [m.input, 1], [block_m, block_k])
     if options["INPUT_TRANSPOSED"]:
@@ -570,11 +570,11 @@ def _descriptor(form: Contraction, options: dict[str, Any], device: torch.device
         right = ([n.size, k.size], [n.other, 1], [block_n, block_k])
     result = ([m.size, n.size], [n.size, 1], [block_m, block_n // 2])
 
-    def run(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
+    def run(input: Tensor, other: Tensor, bias: Tensor, output: Tensor, scale: float) -> None:
         launch(
             _matmul_descriptor_kernel, grid,
             TensorDescriptor(input, *left), TensorDescriptor(other, *right),
-            TensorDescriptor(output, *result), addend, *numbers, scale, device=device, **options,
+            TensorDescriptor(output, *result), bias, *numbers, scale, device=device, **options,
         )  # fmt: skip
 
     return run
@@ -591,18 +591,18 @@ def _general(form: Contraction, options: dict[str, Any], device: torch.device) -
     splits = triton.cdiv(steps, steps_per_split) if steps else 1
     sizes, *batch_strides = _fields(form.batch)
     numbers = (
-        m.size, n.size, k.size, m.input, k.input, k.other, n.other, m.addend, n.addend,
+        m.size, n.size, k.size, m.input, k.input, k.other, n.other, m.bias, n.bias,
         sizes, *batch_strides, *_fields(form.sums)[:3],
         m_tiles, n_tiles, k_steps, batches, steps, steps_per_split,
     )  # fmt: skip
 
-    def whole(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
+    def whole(input: Tensor, other: Tensor, bias: Tensor, output: Tensor, scale: float) -> None:
         launch(
             _matmul_forward_kernel,
             (tiles,),
             input,
             other,
-            addend,
+            bias,
             output,
             *numbers,
             scale,
@@ -614,26 +614,26 @@ def _general(form: Contraction, options: dict[str, Any], device: torch.device) -
         return whole
     block = 16 if size <= 64 else 256
     reduce_grid = (triton.cdiv(size, block),)
-    reduce_numbers = (splits, size, m.size, n.size, m.addend, n.addend, sizes, batch_strides[-1])
+    reduce_numbers = (splits, size, m.size, n.size, m.bias, n.bias, sizes, batch_strides[-1])
     accumulator = torch.float64 if options["DOUBLE"] else torch.float32
     widest = 16 // accumulator.itemsize
     partial_options = {
-        **options, "HAS_ADDEND": False, "ADDEND_ROW": False, "ADDEND_VECTOR": 0,
+        **options, "HAS_BIAS": False, "BIAS_ROW": False, "BIAS_VECTOR": 0,
         "OUTPUT_VECTOR": widest if n.size % widest == 0 else 1,
     }  # fmt: skip
     reduce_options = {
-        "HAS_ADDEND": options["HAS_ADDEND"], "VECTOR": widest if size % widest == 0 else 1,
+        "HAS_BIAS": options["HAS_BIAS"], "VECTOR": widest if size % widest == 0 else 1,
         "BLOCK_S": 1024 // block, "BLOCK": block,
     }  # fmt: skip
 
-    def split(input: Tensor, other: Tensor, addend: Tensor, output: Tensor, scale: float) -> None:
+    def split(input: Tensor, other: Tensor, bias: Tensor, output: Tensor, scale: float) -> None:
         partial = torch.empty((splits, size), dtype=accumulator, device=device)
         launch(
             _matmul_forward_kernel, (tiles * splits,), input, other, output, partial, *numbers, 1.0,
             device=device, **partial_options,
         )  # fmt: skip
         launch(
-            _matmul_reduce_kernel, reduce_grid, partial, addend, output, *reduce_numbers, scale,
+            _matmul_reduce_kernel, reduce_grid, partial, bias, output, *reduce_numbers, scale,
             device=device, **reduce_options,
         )  # fmt: skip
 

@@ -351,24 +351,24 @@ def _spread(grad: Tensor | None, input: Tensor) -> Tensor | None:
     return grad[(..., *(None,) * (input.dim() - grad.dim()))].expand(input.shape)
 
 
-def _divisor(reduction: str, shape: torch.Size, kept: int) -> int:
-    return math.prod(shape[kept:]) if reduction == "mean" else 1
+def _divisor(reduction: str, shape: torch.Size, batch_dims: int) -> int:
+    return math.prod(shape[batch_dims:]) if reduction == "mean" else 1
 
 
-def _empty_likes(tensors: tuple[Tensor | None, ...], needs: list[bool]) -> list[Tensor | None]:
+def _empty_likes(tensors: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
     return [
         torch.empty_like(tensor) if need and tensor is not None else None
-        for tensor, need in zip(tensors, needs, strict=True)
+        for tensor, need in zip(tensors, output_mask, strict=True)
     ]
 
 
-def _empty_sums(input: Tensor, reduction: str, kept: int, dtype: torch.dtype) -> Tensor:
+def _empty_sums(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
     """Where the loss goes; a sum or mean of no elements is there already."""
     if reduction == "none":
         return torch.empty_like(input, dtype=dtype)
     if input.numel():
-        return input.new_empty(input.shape[:kept], dtype=dtype)
-    return input.new_full(input.shape[:kept], math.nan if reduction == "mean" else 0.0, dtype=dtype)
+        return input.new_empty(input.shape[:batch_dims], dtype=dtype)
+    return input.new_full(input.shape[:batch_dims], math.nan if reduction == "mean" else 0.0, dtype=dtype)
 
 
 def _in_order(result: Tensor, order: list[int]) -> Tensor:
@@ -411,20 +411,20 @@ def _finish(partials: Tensor, sums: Tensor, divisor: int) -> None:
 
 
 def _forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, needs: list[bool],
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and, for grad_output = 1, the needed gradients."""
     tensors = (input, target, weight)
     elementwise = reduction == "none"
-    kept = 0 if elementwise else kept
-    loss = _empty_sums(input, reduction, kept, dtype)
-    grads = _empty_likes(tensors, needs)
+    batch_dims = 0 if elementwise else batch_dims
+    loss = _empty_sums(input, reduction, batch_dims, dtype)
+    grads = _empty_likes(tensors, output_mask)
     if input.numel() == 0:
         return [loss, *(grad for grad in grads if grad is not None)]
-    walk = walk_rows(kept, *tensors)
+    walk = walk_rows(batch_dims, *tensors)
     acc = accumulator(*tensors)
-    divisor = _divisor(reduction, input.shape, kept)
+    divisor = _divisor(reduction, input.shape, batch_dims)
     tiling = _tiling(walk, BLOCK, sliced=walk.slices > 1)
     tiles = cdiv(walk.rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     programs = _programs(tiles, walk.slices, elementwise)
@@ -442,38 +442,38 @@ def _forward(
 
 
 def mse_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int, dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
-    """The loss: elementwise for "none", else of shape input.shape[:kept]."""
-    return _forward(input, target, weight, reduction, kept, [False] * 3, dtype)[0]
+    """The loss: elementwise for "none", else of shape input.shape[:batch_dims]."""
+    return _forward(input, target, weight, reduction, batch_dims, [False] * 3, dtype)[0]
 
 
 def mse_forward_backward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, needs: list[bool],
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and its needed gradients by input, target and weight, in one pass."""
-    return _forward(input, target, weight, reduction, 0, needs, dtype)
+    return _forward(input, target, weight, reduction, 0, output_mask, dtype)
 
 
 def mse_backward(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, kept: int,
-    needs: list[bool],
+    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int,
+    output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients by input, target and weight: 2c g w e, -2c g w e and c g e^2."""
     tensors = (input, target, weight)
-    results = _empty_likes(tensors, needs)
-    if input.numel() == 0 or not any(needs):
+    results = _empty_likes(tensors, output_mask)
+    if input.numel() == 0 or not any(output_mask):
         return [result for result in results if result is not None]
-    kept = 0 if reduction == "none" else kept
-    walk = walk_rows(kept, *tensors, _spread(grad_output, input))
+    batch_dims = 0 if reduction == "none" else batch_dims
+    walk = walk_rows(batch_dims, *tensors, _spread(grad_output, input))
     rows = walk.slices * walk.rows
     tiling = _tiling(walk, BLOCK)
     tiles = cdiv(rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     buffers = _all_in_order(results, walk.order)
     launch(
         _mse_backward_kernel, (tiles,), *tensors, grad_output, *buffers,
-        rows, walk.n, _divisor(reduction, input.shape, kept), walk.sizes, *chain(*walk.strides),
+        rows, walk.n, _divisor(reduction, input.shape, batch_dims), walk.sizes, *chain(*walk.strides),
         device=input.device, ACC=_ACC[accumulator(grad_output, *tensors)], **tiling,
     )  # fmt: skip
     return _delivered(results, buffers)
@@ -482,21 +482,21 @@ def mse_backward(
 def mse_hvp(
     grad_output: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None,
     d_grad: Tensor | None, d_input: Tensor | None, d_target: Tensor | None, d_weight: Tensor | None,
-    reduction: str, kept: int, needs: list[bool],
+    reduction: str, batch_dims: int, output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed derivatives (grad_output, input, target, weight) of c * sum(g w e^2) along a direction."""
     elementwise = reduction == "none"
-    kept = 0 if elementwise else kept
+    batch_dims = 0 if elementwise else batch_dims
     dtype = (input if grad_output is None else grad_output).dtype
-    sums = _empty_sums(input, reduction, kept, dtype) if needs[0] else None
-    results = _empty_likes((input, target, weight), needs[1:])
-    if input.numel() == 0 or not any(needs):
+    sums = _empty_sums(input, reduction, batch_dims, dtype) if output_mask[0] else None
+    results = _empty_likes((input, target, weight), output_mask[1:])
+    if input.numel() == 0 or not any(output_mask):
         return [result for result in (sums, *results) if result is not None]
     tensors = (input, target, weight, grad_output, d_input, d_target, d_weight, d_grad)
     grads = (_spread(grad, input) for grad in (grad_output, d_grad))
-    walk = walk_rows(kept, *tensors[:3], next(grads), *tensors[4:7], next(grads))
+    walk = walk_rows(batch_dims, *tensors[:3], next(grads), *tensors[4:7], next(grads))
     acc = accumulator(*tensors)
-    divisor = _divisor(reduction, input.shape, kept)
+    divisor = _divisor(reduction, input.shape, batch_dims)
     tiling = _tiling(walk, HVP_BLOCK, sliced=walk.slices > 1)
     tiles = cdiv(walk.rows, tiling["ROWS"]) * cdiv(walk.n, tiling["COLS"])
     programs = _programs(tiles, walk.slices, elementwise)

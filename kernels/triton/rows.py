@@ -14,7 +14,7 @@ class Rows(NamedTuple):
     """How operands are walked: for each of ``slices``, ``rows`` rows of ``n`` columns.
 
     Attributes:
-        slices: product of the kept dims' sizes.
+        slices: product of the batch_dims dims' sizes.
         rows: rows of one slice; 1 if there are several slices.
         n: columns of a row.
         order: the permutation of dims under which the walk is row-major.
@@ -43,29 +43,29 @@ def _merged(dims: list[tuple[int, Steps]]) -> list[tuple[int, Steps]]:
     return merged
 
 
-def lie_order(kept: int, input: Tensor) -> list[int]:
-    """The first ``kept`` dims as they are, the others in the order in which input's elements lie."""
+def lie_order(batch_dims: int, input: Tensor) -> list[int]:
+    """The first ``batch_dims`` dims as they are, the others in the order in which input's elements lie."""
     # What torch gives a new tensor like input: dense, even where input is not.
     dense = torch.empty_like(input, device="meta").stride()
-    return [*range(kept), *sorted(range(kept, input.dim()), key=lambda d: -dense[d])]
+    return [*range(batch_dims), *sorted(range(batch_dims, input.dim()), key=lambda d: -dense[d])]
 
 
-def walk_rows(kept: int, input: Tensor, *others: Tensor | None) -> Rows:
-    """Walk operands of one shape in the order of lie_order; the first ``kept`` dims are slices.
+def walk_rows(batch_dims: int, input: Tensor, *others: Tensor | None) -> Rows:
+    """Walk operands of one shape in the order of lie_order; the first ``batch_dims`` dims are slices.
 
     Operands that lie alike, permuted or not, become one row. Nothing is copied.
     """
     tensors = [input, *others]
-    if kept == 0 and all(tensor is None or _flat(tensor) for tensor in tensors):
+    if batch_dims == 0 and all(tensor is None or _flat(tensor) for tensor in tensors):
         flat = [((), 1 if tensor is not None and tensor.is_contiguous() else None) for tensor in tensors]
         return Rows(1, 1, input.numel(), list(range(input.dim())), (), flat)
-    order = lie_order(kept, input)
+    order = lie_order(batch_dims, input)
     strides = [(0,) * input.dim() if tensor is None else tensor.stride() for tensor in tensors]
     dims = [(input.shape[d], tuple(stride[d] for stride in strides)) for d in order]
-    inner = _merged(dims[kept:])
+    inner = _merged(dims[batch_dims:])
     n, columns = inner.pop() if inner else (1, (0,) * len(tensors))
-    outer = _merged([*dims[:kept], *inner])[::-1]
-    slices = math.prod(input.shape[:kept])
+    outer = _merged([*dims[:batch_dims], *inner])[::-1]
+    slices = math.prod(input.shape[:batch_dims])
     pairs = [(tuple(steps[i] for _, steps in outer), column or None) for i, column in enumerate(columns)]
     return Rows(slices, input.numel() // (slices * n), n, order, tuple(size for size, _ in outer), pairs)
 
