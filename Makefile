@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Where nvidia-smi or rocm-smi answers, torch's ordinary wheels are right; elsewhere the pinned CPU build.
 CONSTRAINTS := $(shell (nvidia-smi || rocm-smi) >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-.PHONY: setup demo test test-full test-gpu lint fuzz bench bench-gpu clean
+.PHONY: setup demo test test-full test-gpu docs lint fuzz bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,10 @@ test-full: setup
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
 test-gpu: build/here/gradkernels
 	PYTHONPATH=build/here $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+
+# The site, in build/site; a warning is an error.
+docs: setup build/here/gradkernels
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,54 @@
+"""The documentation's programs run and print what they say, its API pages are complete, its links lead somewhere."""
+
+import re
+import runpy
+from pathlib import Path
+
+import gradkernels
+import pytest
+from gradkernels import nn, verify
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+PROGRAMS = {
+    f"{name}-{number}": program
+    for name, text in PAGES.items()
+    for number, program in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+}
+
+
+@pytest.mark.unwatched
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block is a program of its own; a comment behind ``print`` begins with what is printed."""
+    if "triton" in PROGRAMS[name]:
+        pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    file = tmp_path / "program.py"  # Triton reads a kernel's source from its file
+    file.write_text(PROGRAMS[name])
+    runpy.run_path(str(file))
+    printed = capsys.readouterr().out.splitlines()
+    for said in re.findall(r"^print\(.*\)  # (.+)$", PROGRAMS[name], re.MULTILINE):
+        assert any(said.startswith(line) for line in printed if line), f"{said!r} is not in {printed}"
+
+
+def test_every_public_name_has_its_place() -> None:
+    """On an API page, as a directive that mkdocstrings expands."""
+    directives = re.findall(r"^::: gradkernels\.(\S+)$", "\n".join(PAGES.values()), re.MULTILINE)
+    public = {name for name in gradkernels.__all__ if name != "nn"}
+    public |= {f"verify.{name}" for name in verify.__all__}
+    public |= {
+        f"nn.{name}" for name, value in vars(nn).items() if getattr(value, "__module__", "") == nn.__name__
+    }
+    assert public <= set(directives), f"no page has {sorted(public - set(directives))}"
+    assert len(directives) == len(set(directives))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links(name: str) -> None:
+    prose = re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
+        if "://" not in target:
+            assert ((DOCS / name).parent / target).is_file(), target
