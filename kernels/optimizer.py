@@ -245,8 +245,8 @@ class FusedStep(torch.optim.Optimizer):
         self.__dict__.setdefault("_captured", [])
         for param, values in self.state.items():
             step = values.get("step") if isinstance(values, dict) else None
-            if isinstance(step, Tensor) and step.device != param.device:
-                values["step"] = step.to(param.device)
+            if isinstance(step, Tensor):
+                values["step"] = step.to(param.device).resolve_neg()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch's, as torch.optim does.
@@ -310,8 +310,8 @@ class FusedStep(torch.optim.Optimizer):
 
     def _update_traced(self) -> None:
         """The step as a graph with one operator per group and dtype."""
-        scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
+        scale = _resolved(getattr(self, "grad_scale", None))
+        found_inf = _resolved(getattr(self, "found_inf", None))
         calls = []
         every_grad: list[Tensor] = []
         for group in self.param_groups:
@@ -392,8 +392,8 @@ class FusedStep(torch.optim.Optimizer):
                 part.bucket.grads = []  # a plan that kept gradients would keep their memory
 
     def _launch(self, plan: _Plan) -> None:
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        scale = _resolved(getattr(self, "grad_scale", None))
+        found_inf = _resolved(getattr(self, "found_inf", None))
         options = [self._options(group) for group in self.param_groups]
         if scale is None and found_inf is None and not self._measures():
             update(self._operator, plan.parts, options, UNGUARDED)
@@ -555,9 +555,11 @@ def _values(state: dict[Any, Any]) -> list[Any]:
 
 
 def _layouts(tensors: list[Tensor]) -> list[Any]:
-    """The dtypes, and the strides unless all are contiguous: an address says neither."""
+    """The dtypes, and what an address does not say either: strides and negative bits, unless none stands out."""
     dtypes: list[Any] = [tensor.dtype for tensor in tensors]
-    return dtypes if all(map(Tensor.is_contiguous, tensors)) else dtypes + list(map(Tensor.stride, tensors))
+    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
+        return dtypes
+    return dtypes + [(tensor.stride(), tensor.is_neg()) for tensor in tensors]
 
 
 def _forms(params: list[Tensor]) -> list[Any]:
@@ -566,6 +568,11 @@ def _forms(params: list[Tensor]) -> list[Any]:
     if all(map(Tensor.is_contiguous, params)):
         return sizes
     return sizes + [(param.shape, param.stride()) for param in params]
+
+
+def _resolved(tensor: Tensor | None) -> Tensor | None:
+    """The tensor with its negative bit, if it has one, carried out in memory."""
+    return None if tensor is None else tensor.resolve_neg()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -53,6 +53,9 @@ def dense_strides(param: Tensor) -> tuple[int, ...]:
 
 
 def strides_agree(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the tensor's memory holds its elements in the order of ``strides``, and not their negatives."""
+    if tensor.is_neg():
+        return False
     return tensor.numel() == 0 or all(
         mine == wanted
         for mine, wanted, size in zip(tensor.stride(), strides, tensor.shape, strict=True)
@@ -61,8 +64,8 @@ def strides_agree(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def even(param: Tensor, others: Iterable[Tensor]) -> bool:
-    """Whether a parameter has no holes, and the others its strides."""
-    if param.is_contiguous() and all(other.is_contiguous() for other in others):
+    """Whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
+    if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in (param, *others)):
         return True
     strides = dense_strides(param)
     return all(strides_agree(tensor, strides) for tensor in (param, *others))

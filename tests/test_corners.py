@@ -153,6 +153,33 @@ def test_loss_and_grad_of_a_negative_view(backend: str) -> None:
     close(gradient, 2 * (input - target) / 5)
 
 
+@pytest.mark.parametrize("negative", [*range(4), "upstream"])
+@pytest.mark.parametrize("op", [lambda x, w, y, b: linear(x, w, b), linear_mse_loss])
+def test_negative_views_reach_no_kernel(backend: str, op: Callable[..., Tensor], negative: Any) -> None:
+    """An operand, an upstream gradient and the direction of a second derivative whose memory has the other sign."""
+
+    def lazily(tensor: Tensor) -> Tensor:
+        return torch._neg_view(-tensor.detach()).requires_grad_(tensor.requires_grad)
+
+    tensors = [random(3, 4), random(2, 4), random(3, 2), random(2)]
+    upstream = torch.randn_like(op(*tensors))
+    results = []
+    for lazy in (False, True):
+        given = [lazily(t.requires_grad_()) if lazy and negative == i else t for i, t in enumerate(tensors)]
+        given = [t.requires_grad_() for t in given]
+        output = op(*given)
+        grads = torch.autograd.grad(
+            output,
+            given[:2],
+            lazily(upstream) if lazy and negative == "upstream" else upstream,
+            create_graph=True,
+        )
+        directions = [lazily(w) if lazy else w for w in given[:2]]
+        results.append((output, *grads, *torch.autograd.grad(grads, given[:2], directions)))
+    for plain, other in zip(*results, strict=True):
+        close(other, plain)
+
+
 def test_loss_and_grad_under_transforms(backend: str) -> None:
     x, y, w = random(4, 5), random(4, 5), random(4, 5)
 

@@ -11,10 +11,12 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from gradkernels import backend_for
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -590,6 +592,68 @@ def test_expanded_gradients(name: str, device: torch.device) -> None:
         return [size.expand(param.shape) * 1.0 for size, param in zip(sizes, parameters(theirs), strict=True)]
 
     assert_same_run(ours, theirs, constant, lay_out=lambda grad: grad.flatten()[0].clone().expand(grad.shape))
+
+
+@on_both_backends
+def test_gradients_with_the_negative_bit(name: str, device: torch.device) -> None:
+    """Autograd hands out 0-d and one-element ones where conjugates are; memory has them with the other sign."""
+    ours, theirs = make_pair(name, device, shapes=((), (1,), (7, 9), (65,)), **FULL_OPTIONS[name])
+    for param in parameters(ours)[:2]:
+        value = torch.complex(torch.ones_like(param), param)
+        (value.conj() * (1 + 2j)).imag.sum().backward()
+        assert param.grad.is_neg()
+
+    # The address stays: only the bit tells one step from the next.
+    buffers = [torch.empty_like(param) for param in parameters(ours)]
+    reference = ReferenceRun(theirs)
+    for step, grads in enumerate(some_gradients(theirs, STEPS), start=1):
+        set_gradients(theirs, grads)
+        for param, buffer, grad in zip(parameters(ours), buffers, grads, strict=True):
+            param.grad = buffer.copy_(grad) if step % 2 else torch._neg_view(buffer.copy_(-grad))
+        reference.step(grads)
+        theirs.step()
+        ours.step()
+        assert_same_state(ours, theirs, reference, f"at step {step}")
+
+
+@on_both_backends
+def test_all_else_with_the_negative_bit(name: str, device: torch.device) -> None:
+    """A parameter that is the imaginary part of a conjugate, its state, the scale, the learning rate."""
+
+    def negative(tensor: Tensor) -> Tensor:
+        return torch._neg_view(-tensor.detach())
+
+    theirs = theirs_for(name)(make_params(((65,), ())), foreach=False, **FULL_OPTIONS[name])
+    lr = negative(torch.tensor(theirs.param_groups[0]["lr"], device=device))
+    params = [negative(param.to(device)).requires_grad_() for param in parameters(theirs)]
+    ours = ours_for(name)(params, **{**FULL_OPTIONS[name], "lr": lr})
+    for step, grads in enumerate(some_gradients(theirs, 4)):
+        set_gradients(theirs, grads)
+        set_gradients(ours, [4 * grad for grad in grads])
+        ours.grad_scale = negative(torch.tensor(4.0, device=device))
+        ours.found_inf = negative(torch.tensor(float(step == 2), device=device))
+        if step == 3:
+            ours.load_state_dict(ours.state_dict())
+            for state in ours.state.values():
+                state.update({key: negative(value) for key, value in state.items() if key != "step"})
+        ours.step()
+        if step != 2:
+            theirs.step()
+    for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(mine.cpu(), other)
+
+
+@on_both_backends
+def test_gradients_without_memory_are_refused(name: str, device: torch.device) -> None:
+    """Forward mode makes zeros that no memory holds: refused, save by torch's own addition, which serves them."""
+    ours, _ = make_pair(name, device, shapes=SMALL)
+    before = [param.detach().clone() for param in parameters(ours)]
+    for param in parameters(ours):
+        param.grad = torch._efficientzerotensor(param.shape, device=device)
+    served = name == "SGD" and backend_for(before[0]) == "fallback"
+    with nullcontext() if served else pytest.raises(RuntimeError, match=r"clone\(\)"):
+        ours.step()
+    assert all(torch.equal(param, value) for param, value in zip(parameters(ours), before, strict=True))
 
 
 @on_both_backends

@@ -122,6 +122,8 @@ class Tables:
         addresses = _addresses(grads)
         if np.array_equal(addresses, self._grads):
             return
+        if not addresses[self.rows.array[:, NUMEL.value] != 0].all():
+            raise RuntimeError("a gradient has no memory (a ZeroTensor has none): clone() it")
         self._grads = addresses
         self.rows.array[:, GRAD.value] = addresses
         self.rows.array[:, ALIGNED.value] = ((self._addresses | addresses) & 15) == 0
@@ -136,7 +138,7 @@ class Tables:
         for row, group in enumerate(groups):
             for column, value in enumerate(group):
                 if isinstance(value, Tensor) and not value.is_cpu:
-                    sources.append(value.detach().to(self.rows.tensor.device, torch.float32))
+                    sources.append(value.detach().to(self.rows.tensor.device, torch.float32).resolve_neg())
                     addresses[row, 1, column] = sources[-1].data_ptr()
                 else:
                     table[row, 0, column] = float(value)
