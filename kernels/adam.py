@@ -38,7 +38,8 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
             captured graph or compiled step follows its changes. Likewise ``betas`` and ``weight_decay``.
         betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable: as in torch.optim.Adam.
-        foreach, fused: checked as in torch, and select nothing.
+        foreach, fused: checked as in torch, and select nothing; but with ``fused=True`` GradScaler leaves overflow
+            to the step, which then needs no wait for the device, as in torch.
         decoupled_weight_decay: AdamW's weight decay.
         max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
             ``p.grad`` stays unclipped.

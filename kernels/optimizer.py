@@ -82,7 +82,6 @@ class _Plan:
 class FusedStep(torch.optim.Optimizer):
     """``step`` for torch.optim's classes in one launch per bucket; see FusedSGD, FusedAdam and FusedAdamW."""
 
-    _step_supports_amp_scaling = True  # an attribute of the class: copies and pickles have it too
     _operator: ClassVar[str]
     _state_keys: ClassVar[tuple[str, ...]]
 
@@ -180,7 +179,10 @@ class FusedStep(torch.optim.Optimizer):
 
     @property
     def steps_skipped(self) -> int:
-        """How many steps the guard or GradScaler has skipped. Reading it waits for the device."""
+        """How many steps the guard has skipped, or, with ``fused=True``, GradScaler. Reading it waits for the device.
+
+        Otherwise GradScaler calls ``step`` only where it found no overflow.
+        """
         return sum(int(count.item()) for count in self._skipped.values())
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -241,6 +243,8 @@ class FusedStep(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._counts = {}  # of the state that is being replaced, unless it brings its own
         super().__setstate__(state)
+        if self.defaults["fused"]:  # as torch's constructor; torch's own copies lose it
+            self._step_supports_amp_scaling = True
         self._forget()
         self.__dict__.setdefault("_captured", [])
         for param, values in self.state.items():

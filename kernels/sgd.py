@@ -34,7 +34,8 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
             captured graph or compiled step follows its changes. Likewise ``weight_decay``.
         momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in torch.optim.SGD.
-        foreach, fused: checked as in torch, and select nothing.
+        foreach, fused: checked as in torch, and select nothing; but with ``fused=True`` GradScaler leaves overflow
+            to the step, which then needs no wait for the device, as in torch.
         capturable: whether a CUDA graph may capture the step.
         max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
             ``p.grad`` stays unclipped.

@@ -272,7 +272,6 @@ def test_copies_go_on_alone_with_everything(name: str, clone: Callable[[Any], An
     assert twin.max_norm == 2.0
     assert twin.on_nonfinite == "skip"
     assert twin.seed == 5
-    assert twin._step_supports_amp_scaling
     untouched = [param.detach().clone() for param in parameters(twin)]
     run(ours, gradients[warm:])
     assert all(torch.equal(param, value) for param, value in zip(parameters(twin), untouched, strict=True))

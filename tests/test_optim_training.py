@@ -146,12 +146,14 @@ def test_the_step_on_the_kernels_reads_no_value(name: str, device: torch.device)
     assert ours.steps_skipped == 1
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("clip", [False, True], ids=["step", "unscale_clip_step"])
 @on_both_backends
-def test_grad_scaler(name: str, clip: bool, device: torch.device) -> None:
+def test_grad_scaler(name: str, clip: bool, fused: bool, device: torch.device) -> None:
     """torch's own GradScaler on both: the same scales, the same numbers, overflow at steps 1 and 5."""
     options = {**OPTIONS[name], "lr": 0.1} if clip and name == "SGD" else OPTIONS[name]
     ours, theirs = make_pair(name, device, shapes=SMALL, **options)
+    ours = ours_for(name)(parameters(ours), fused=fused, **options)
     feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
     start = [to_numpy(param).copy() for param in parameters(theirs)]
     scalers = {
@@ -182,6 +184,29 @@ def test_grad_scaler(name: str, clip: bool, device: torch.device) -> None:
         assert_same_state(ours, theirs, reference, f"at step {step}")
     assert scalers[ours].get_scale() != 64.0
     assert_moved(theirs, reference, start)
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_grad_scaler_calls_the_steps_that_it_calls_of_torch_s(name: str, flags: dict[str, bool]) -> None:
+    """Training libraries take a step that GradScaler left out for skipped, and leave their scheduler out too."""
+    called: list[list[int]] = []
+    for cls in (ours_for(name), theirs_for(name)):
+        first = cls(make_params(SMALL), **OPTIONS[name], **flags)
+        copied = [copy.deepcopy(first), pickle.loads(pickle.dumps(first))] if cls is ours_for(name) else []
+        for optimizer in (first, *copied):
+            steps: list[bool] = []
+            optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(True))
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            for value in (torch.inf, 1.0, torch.nan, 1.0):
+                scaler.scale(torch.zeros(()))
+                set_gradients(optimizer, [torch.full_like(p, value) for p in parameters(optimizer)])
+                assert hasattr(optimizer, "_step_supports_amp_scaling") == flags.get("fused", False)
+                before = len(steps)
+                scaler.step(optimizer)
+                scaler.update()
+                steps += [False] * (len(steps) == before)
+            called.append(steps)
+    assert called == [[True] * 4 if flags.get("fused") else [False, True] * 2] * 4
 
 
 @pytest.mark.parametrize(
