@@ -130,6 +130,7 @@ def run(argv: Sequence[str]) -> int:
     seconds = arguments.seconds or (0.14 if arguments.quick else 0.7)
     timer = timer_for(device)
     runner = Runner(device, timer, seconds, arguments.quick)
+    load = machine.load_average()
     document: dict[str, Any] = {
         "schema": results.SCHEMA,
         "machine": machine.describe(device),
@@ -137,8 +138,11 @@ def run(argv: Sequence[str]) -> int:
         "settings": {"quick": arguments.quick, "seconds": seconds},
         "cases": [],
     }
+    document["busy"] = machine.signs_of_other_work(document["machine"], document["limits"], load)
     for line in header(document["machine"], document["limits"]):
         screen.line(line)
+    for line in document["busy"]:
+        screen.line(f"warning: {line}", "bad")
     sweeps = sum(len(op.sweep(device.type)) for op in ops) if arguments.scale else 0
     with screen.progress(len(cases) + sweeps) as advance:
         document["cases"] = list(runner.run(cases, lambda case: advance(case.name)))
@@ -183,6 +187,16 @@ def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
     return True
 
 
+def read(parser: argparse.ArgumentParser, *paths: Path) -> list[dict[str, Any]]:
+    """The results in these files; ends the program with one line and status 2 if one holds none."""
+    from . import results
+
+    try:
+        return [results.load(path) for path in paths]
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
 def report_command(argv: Sequence[str]) -> int:
     made = argparse.ArgumentParser(
         prog="python -m bench report", description="Pictures and an HTML page from results."
@@ -190,13 +204,12 @@ def report_command(argv: Sequence[str]) -> int:
     made.add_argument("files", nargs="+", type=Path, metavar="FILE")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: beside each file")
     arguments = made.parse_args(argv)
-    from . import machine, results
+    from . import machine
     from .console import Screen
 
     several = len(arguments.files) > 1
     drawn = []
-    for path in arguments.files:
-        document = results.load(path)
+    for path, document in zip(arguments.files, read(made, *arguments.files), strict=True):
         folder = arguments.out or path.parent
         if arguments.out and several:
             folder = folder / machine.slug(document["machine"])
@@ -205,7 +218,7 @@ def report_command(argv: Sequence[str]) -> int:
 
 
 def compare_command(argv: Sequence[str]) -> int:
-    from . import compare, results
+    from . import compare
     from .console import Screen
 
     made = argparse.ArgumentParser(
@@ -219,7 +232,7 @@ def compare_command(argv: Sequence[str]) -> int:
         "--threshold", type=float, default=compare.THRESHOLD, help="smallest change that counts (0.05)"
     )
     arguments = made.parse_args(argv)
-    before, after = results.load(arguments.before), results.load(arguments.after)
+    before, after = read(made, arguments.before, arguments.after)
     screen = Screen()
     if before["machine"]["device"] != after["machine"]["device"]:
         screen.line("the two runs are of different machines", "bad")

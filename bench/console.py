@@ -10,6 +10,7 @@ from .results import (
     SHORT,
     baselines,
     groups,
+    is_tie,
     microseconds,
     outcome,
     rates,
@@ -39,8 +40,9 @@ def number(value: float | None) -> str:
 
 
 def times(value: float) -> Cell:
-    """A ratio: how many times faster than the baseline."""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}", "good" if value >= 1 else "bad"
+    """A ratio: how many times faster than the baseline; a tie is neither good nor bad."""
+    style = "" if is_tie(value) else "good" if value > 1 else "bad"
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}", style
 
 
 def percent(value: float | None) -> str:

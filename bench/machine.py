@@ -1,5 +1,6 @@
 """The machine a run is about: what it is, and how fast it copies and multiplies when the run starts."""
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -14,7 +15,10 @@ import gradkernels
 import torch
 
 from .case import dtype_name
+from .results import load as load_results
 from .timing import WallTimer, in_turns, summarise
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def _said_by(*command: str) -> str:
@@ -79,6 +83,36 @@ def describe(device: torch.device) -> dict[str, Any]:
 def slug(machine: dict[str, Any]) -> str:
     """The machine's name as a folder's."""
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+
+
+def load_average() -> float | None:
+    """The processes that ran or waited for a core over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def signs_of_other_work(machine: dict[str, Any], limits: dict[str, Any], load: float | None) -> list[str]:
+    """What suggests that other processes slow this machine down: times taken now would be theirs too.
+
+    Args:
+        machine, limits: of this run.
+        load: the load average before the run.
+    """
+    found = []
+    cores = os.cpu_count() or 1
+    if load is not None and load > 0.25 * cores:
+        found.append(f"this machine is busy: load {load:.1f} on {cores} cores before the run")
+    path = RESULTS / slug(machine) / "bench.json"
+    with contextlib.suppress(ValueError):
+        committed = load_results(path)["limits"]["copy"]
+        if limits["copy"] < 0.8 * committed:
+            found.append(
+                f"this machine is busy, or slower than it was: it copies {limits['copy'] / 1e9:.1f} GB/s, "
+                f"and {committed / 1e9:.1f} in {path.parent.name}/{path.name}"
+            )
+    return found
 
 
 def measure_rates(

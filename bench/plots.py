@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .case import OURS
 from .results import SHORT, baselines, groups, rates, ratio, ratio_rounds
@@ -73,7 +73,10 @@ def _caption(figure: Figure, machine: dict[str, Any]) -> None:
 
 
 def roofline(document: dict[str, Any]) -> Figure:
-    """Every case under the machine's measured limits: ours filled, plain torch hollow, a line between."""
+    """Every case under the machine's measured limits: ours filled, plain torch hollow, a line between.
+
+    The first decade of intensity is free of cases: the label of the copy roof stands there.
+    """
     limits, records = document["limits"], document["cases"]
     ops = list(dict.fromkeys(record["op"] for record in records))
     figure, axes = plt.subplots(figsize=(10, 6.4), layout="constrained")
@@ -94,7 +97,7 @@ def roofline(document: dict[str, Any]) -> Figure:
     used = {record["dtype"] for record in records}
     roofs = sorted((rate, name) for name, rate in limits["matmul"].items() if name in used)
     ridge = max((rate / limits["copy"] for rate, _ in roofs), default=1.0)
-    x = np.geomspace(min(intensities, default=1.0) / 2, max([*intensities, 12 * ridge]) * 2, 400)
+    x = np.geomspace(min(intensities, default=1.0) / 20, max([*intensities, 12 * ridge]) * 2, 400)
     axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
     shift = -3
     for i, (rate, name) in enumerate(roofs):
@@ -107,18 +110,22 @@ def roofline(document: dict[str, Any]) -> Figure:
             textcoords="offset points",
             fontsize=9,
         )
-    start = x[0] * 1.2
+    start = x[0] * 1.3
     copy = axes.annotate(
         f"copy {_three(limits['copy'], 'B/s')}",
         (start, limits["copy"] * start),
-        xytext=(-2, 7),
+        xytext=(-2, 6),
         textcoords="offset points",
         fontsize=9,
         rotation_mode="anchor",
     )
-    axes.set_xlabel("arithmetic intensity (FLOP per compulsory byte)")
+    axes.set_xlabel(
+        "arithmetic intensity: FLOP per byte of minimum traffic\n"
+        "above the copy roof: the data were still in a cache, or more is read than written\n"
+        "far below it: small jobs, whose time is the cost of the call"
+    )
     axes.set_ylabel("FLOP/s")
-    axes.set_title("Roofline: how far from what this machine can do")
+    axes.set_title("Roofline: how far from this machine's measured limits")
     axes.xaxis.set_major_formatter(FuncFormatter(_si))
     axes.yaxis.set_major_formatter(FuncFormatter(_si))
     keys = [_key(COLOURS[i % len(COLOURS)], "o", op) for i, op in enumerate(ops)]
@@ -141,62 +148,87 @@ def _key(colour: str, mark: str, label: str) -> Line2D:
     return Line2D([], [], marker=mark, linestyle="", color=colour, markeredgecolor=PAPER, label=label)
 
 
+def ratio_ticks(low: float, high: float, apart: float = 0.06) -> list[float]:
+    """Round ratios between low and high: 1 first, then powers of 2, then the steps between them.
+
+    On a logarithmic axis any two are at least ``apart`` of its length from each other, so labels do not collide.
+    """
+    powers = sorted((2.0**k for k in range(-8, 13)), key=lambda value: abs(np.log(value)))
+    chosen: list[float] = []
+    for value in (*powers, 1.5, 0.75, 3, 6, 12, 24, 1.25, 0.9, 1.1, 0.8, 1.05, 0.95, 1.02, 0.98):
+        distances = [abs(np.log(value / other)) for other in chosen]
+        if low <= value <= high and all(each >= apart * np.log(high / low) for each in distances):
+            chosen.append(value)
+    return sorted(chosen)
+
+
 def ratios(document: dict[str, Any], op: str) -> Figure:
-    """The time of each baseline over ours, by the bytes of the job; a panel per variant."""
+    """The time of each baseline over ours: a row per workload, a panel per variant."""
     records = [record for record in document["cases"] if record["op"] == op]
     others = baselines(records)
-    panels = list(groups(records).items())
+    panels = [(variant, _ordered(found)) for (_, variant), found in groups(records).items()]
+    heights = [len(found) + 0.4 for _, found in panels]
     figure, all_axes = plt.subplots(
-        1,
         len(panels),
-        figsize=(1.6 + 4.4 * len(panels), 4.6),
+        1,
+        figsize=(10, 1.3 + 0.75 * len(panels) + 0.3 * sum(heights)),
+        height_ratios=heights,
         layout="constrained",
-        sharey=True,
         squeeze=False,
     )
-    drawn: list[float] = [1.0]
-    for axes, ((_, variant), found) in zip(all_axes[0], panels, strict=True):
-        for name, colour in zip(others, COLOURS, strict=False):
-            for dtype, mark in DTYPE_MARKS.items():
-                points = sorted(
-                    (record["bytes"], value, *_spread(record, name))
-                    for record in found
-                    if record["dtype"] == dtype and (value := ratio(record, name)) is not None
-                )
-                if not points:
-                    continue
-                x, y, low, high = np.array(points).T
-                error = [np.maximum(y - low, 0).tolist(), np.maximum(high - y, 0).tolist()]
+    drawn: list[float] = [0.9, 1.5]
+    for axes, (variant, found) in zip(all_axes[:, 0], panels, strict=True):
+        for row, record in enumerate(found):
+            timed = [name for name in others if ratio(record, name) is not None]
+            for i, name in enumerate(timed):
+                x, (low, high) = ratio(record, name), _spread(record, name)
                 axes.errorbar(
-                    x, y, error, color=colour, marker=mark, markersize=6, markeredgecolor=PAPER,
-                    linewidth=1.3, elinewidth=1, capsize=2, alpha=0.9,
+                    x, row + 0.17 * (i - (len(timed) - 1) / 2), xerr=[[max(x - low, 0)], [max(high - x, 0)]],
+                    color=COLOURS[others.index(name) % len(COLOURS)], marker="o", markersize=6,
+                    markeredgecolor=PAPER, elinewidth=1.2,
                 )  # fmt: skip
-                drawn += [*y, *low, *high]
-        axes.axhline(1, color=INK, linewidth=1.2)
-        sizes = [record["bytes"] for record in found]
-        axes.set(xscale="log", yscale="log", title=variant, xlabel="compulsory bytes of the job")
-        axes.set_xlim(min(sizes) / 3, max(sizes) * 3)
-        axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
-    top, bottom = max(drawn) * 1.4, min(min(drawn) / 1.4, 0.7)
-    for axes in all_axes[0]:
-        axes.set_ylim(bottom, top)
-        axes.axhspan(bottom, 1, color="#fdeceb", zorder=0)
-        steps = [2.0**k for k in range(-6, 13) if bottom <= 2.0**k <= top]
-        axes.set_yticks(steps, [f"{step:g}x" for step in steps])
-        axes.yaxis.set_minor_locator(NullLocator())
-    all_axes[0][0].set_ylabel(f"baseline's time ÷ {OURS}'s")
-    all_axes[0][0].annotate(
-        f"{OURS} is slower here", (0.015, 0.02), xycoords="axes fraction", color="#b42318", fontsize=9
+                drawn += [x, low, high]
+        labels = [f"{record['label']}  {SHORT[record['dtype']]}" for record in found]
+        axes.set_yticks(range(len(found)), labels)
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.set_title(variant)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        for row, record in enumerate(found):
+            if row % 2:
+                axes.axhspan(row - 0.5, row + 0.5, color="#f4f6f8", zorder=-2)
+            axes.annotate(
+                _three(record["bytes"], "B"), (1.0, row), xytext=(8, 0), textcoords="offset points",
+                xycoords=("axes fraction", "data"), va="center", fontsize=9, color="#52606d",
+            )  # fmt: skip
+    low, high = min(drawn) / 1.06, max(drawn) * 1.06
+    ticks = ratio_ticks(low, high)
+    for axes in all_axes[:, 0]:
+        axes.set(xscale="log", xlim=(low, high))
+        axes.axvspan(low, 1, color="#fdeceb", alpha=0.75, zorder=-1)
+        axes.axvline(1, color=INK, linewidth=1.2, zorder=1)
+        axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    all_axes[0, 0].annotate(
+        "minimum\ntraffic", (1, 1), xytext=(8, 0), textcoords="offset points", xycoords="axes fraction",
+        fontsize=8, color="#52606d",
+    )  # fmt: skip
+    all_axes[-1, 0].set_xlabel(
+        f"speedup: baseline's time ÷ {OURS}' time, launch included\n"
+        f"line: middle 60 % of the rounds; shaded: {OURS} is slower"
     )
-    used = {record["dtype"] for record in records}
-    keys = [_key(colour, "o", f"against {name}") for name, colour in zip(others, COLOURS, strict=False)]
-    keys += [_key(FAINT, mark, name) for name, mark in DTYPE_MARKS.items() if name in used]
-    figure.legend(handles=keys, loc="outside right upper", fontsize=9)
-    figure.suptitle(
-        f"{op}: how many times faster than each baseline", x=0.01, ha="left", weight="bold", fontsize=13
-    )
+    keys = [_key(colour, "o", f"over {name}") for name, colour in zip(others, COLOURS, strict=False)]
+    figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), fontsize=9, columnspacing=1.2)
+    figure.suptitle(f"{op}: speedup", x=0.01, ha="left", weight="bold", fontsize=13)
     _caption(figure, document["machine"])
     return figure
+
+
+def _ordered(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of one panel by dtype, then by the bytes of the job; those that were skipped left out."""
+    timed = [record for record in records if "skipped" not in record]
+    dtypes = list(DTYPE_MARKS)
+    return sorted(timed, key=lambda record: (dtypes.index(record["dtype"]), record["bytes"]))
 
 
 def _spread(record: dict[str, Any], baseline: str) -> tuple[float, float]:
@@ -219,7 +251,7 @@ def scale(document: dict[str, Any]) -> Figure:
         axes.set_visible(False)
     keys = [_key(COLOURS[0], "o", OURS), _key(FAINT, "o", "plain torch")]
     keys.append(Line2D([], [], color=INK, linestyle=":", label="knee: twice the fixed cost"))
-    figure.legend(handles=keys, loc="outside lower left", ncols=3, fontsize=9)
+    figure.legend(handles=keys, loc="outside upper right", ncols=3, fontsize=9)
     figure.suptitle("Scale: time = fixed + c · size^p", x=0.01, ha="left", weight="bold", fontsize=13)
     _caption(figure, document["machine"])
     return figure
@@ -234,7 +266,8 @@ def _sweep(axes: Axes, sweep: dict[str, Any]) -> None:
         if found["exponent"]:
             curve = found["fixed_us"] + found["c"] * smooth ** found["exponent"]
             axes.plot(smooth, curve, color=colour, linewidth=1.4)
-        axes.scatter(x, y, 26, color=colour, edgecolor=PAPER, linewidth=0.6, zorder=3)
+        size = 26 if who == "ours" else 55  # equal times show as a ring
+        axes.scatter(x, y, size, color=colour, edgecolor=PAPER, linewidth=0.6, zorder=3)
         if who == "ours" and found["knee"]:
             axes.axvline(found["knee"], color=INK, linestyle=":", linewidth=1.2)
             axes.annotate(
@@ -243,10 +276,21 @@ def _sweep(axes: Axes, sweep: dict[str, Any]) -> None:
                 xycoords=("data", "axes fraction"),
                 fontsize=9,
             )
-    axes.set(xscale="log", yscale="log", xlabel=sweep["axis"])
+    others = ", ".join(f"{name} = {n:,}" for name, n in sweep["base"].items() if name != sweep["axis"])
+    axes.set(xscale="log", yscale="log", xlabel=sweep["axis"] + (f"  ({others})" if others else ""))
     exponent = sweep["ours"]["exponent"]
     axes.set_title(
         f"{sweep['op']} over {sweep['axis']}" + (f"  (p = {exponent:g})" if exponent else ""), fontsize=11
     )
-    axes.xaxis.set_major_formatter(FuncFormatter(_si))
-    axes.yaxis.set_major_formatter(FuncFormatter(_microseconds))
+    for axis, form, values in (
+        (axes.xaxis, _si, x),
+        (
+            axes.yaxis,
+            _microseconds,
+            [point[f"{who}_us"] for point in sweep["points"] for who in ("ours", "torch")],
+        ),
+    ):
+        steps = (1.0, 2.0, 5.0) if max(values) < 100 * min(values) else (1.0,)
+        axis.set_major_locator(LogLocator(subs=steps))
+        axis.set_major_formatter(FuncFormatter(form))
+        axis.set_minor_formatter(NullFormatter())

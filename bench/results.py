@@ -12,6 +12,7 @@ import numpy as np
 from .case import OURS
 
 SCHEMA = 1
+TIED = 0.005  # two times whose ratio is printed as 1.00 are a tie
 SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -62,6 +63,11 @@ def ratio(record: dict[str, Any], baseline: str, key: str = "call") -> float | N
     return theirs / ours if ours and theirs else None
 
 
+def is_tie(ratio: float) -> bool:
+    """True if the ratio is 1.00 to the two decimals that are printed."""
+    return abs(ratio - 1) < TIED
+
+
 def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
     """The contenders besides ours that were timed at least once, in the order of declaration."""
     names: dict[str, None] = {}
@@ -82,7 +88,7 @@ def groups(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict
 
 @dataclass(frozen=True)
 class Loss:
-    """A case in which a baseline is faster; ``clear`` if it was in every round."""
+    """A case in which a baseline is faster, by more than a tie; ``clear`` if it was in every round."""
 
     case: str
     ratio: float
@@ -129,7 +135,7 @@ def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
             timed.sort(key=lambda each: each.ratio)
             if timed:
                 mean = float(np.exp(np.mean(np.log([each.ratio for each in timed]))))
-                losses = [each for each in timed if each.ratio < 1]
+                losses = [each for each in timed if each.ratio < 1 and not is_tie(each.ratio)]
                 found.append(Summary(op, baseline, mean, timed[0].ratio, timed[0].case, losses, len(timed)))
     return found
 
@@ -137,7 +143,7 @@ def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
 def remarks(document: dict[str, Any]) -> list[str]:
     """What the numbers do not say: wrong and failed results, contenders that are absent, cases skipped."""
     records = document["cases"]
-    found: dict[str, None] = {}
+    found: dict[str, None] = dict.fromkeys(document.get("busy", ()))
     for record in records:
         if "skipped" in record:
             found[f"{case_name(record)}: skipped, {record['skipped']}"] = None
@@ -166,10 +172,19 @@ def load(path: str | Path) -> dict[str, Any]:
     """A file written by ``write_json``.
 
     Raises:
-        ValueError: it is something else, or of another schema.
+        ValueError: it cannot be read, is something else, or of another schema.
     """
-    document = json.loads(Path(path).read_text())
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    try:
+        document = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError:  # neither text nor JSON
+        document = None
+    if not (
+        isinstance(document, dict)
+        and document.get("schema") == SCHEMA
+        and {"machine", "limits", "cases"} <= document.keys()
+    ):
         raise ValueError(f"{path}: not a result of python -m bench --json (schema {SCHEMA})")
     return document
 
