@@ -4,13 +4,15 @@
     python examples/lessons.py A6 C3                    some of them
     python examples/lessons.py --backend reference      on the NumPy reference (or fallback, or triton)
 
-Each example is one function that returns its figures by name. tests/test_lessons.py holds the figures that
-the lessons print and compares them on every backend. Squared error is ``(p - y)^2``, "half" is
+Each example is one function: its docstring says what the figures show, and it returns them by name.
+tests/test_lessons.py holds the figures and compares them on every backend. Squared error is ``(p - y)^2``, "half" is
 ``0.5 (p - y)^2``; float64 unless a lesson says otherwise.
 """
 
 import argparse
+import textwrap
 from collections.abc import Callable
+from inspect import cleandoc
 
 import gradkernels
 import numpy as np
@@ -82,6 +84,10 @@ LATENCIES = [2.5, 5, 6.5, 10]
 
 @lesson("A1", "One weight")
 def one_weight() -> Figures:
+    """For x = 2 the weight 3 predicts 6, where y is 5: loss (6 - 5)^2 = 1. Raising w by 0.001 raises the loss
+    by 0.004004, a slope of 4.004. backward gives the exact slope, 2 (w x - y) x = 4; the one-sided slope is
+    off by the curvature, the centered one is not.
+    """
     x, y = data([2]), data(5)
 
     def loss(w: Tensor) -> Tensor:
@@ -102,6 +108,9 @@ def one_weight() -> Figures:
 
 @lesson("A2", "Five steps of gradient descent")
 def five_steps() -> Figures:
+    """Each step subtracts 0.1 times the gradient from w. The error shrinks to a fifth each time, the loss to a
+    25th, and w approaches 2.5, which predicts 5.
+    """
     x, y, w = data([2]), data(5), parameter([3])
     optimizer = FusedSGD([w], lr=0.1)
     rows = []
@@ -117,6 +126,9 @@ def five_steps() -> Figures:
 
 @lesson("A3", "A correct gradient, a bad step")
 def bad_step() -> Figures:
+    """With rate 0.1 the loss falls from 1 to 0.04. With rate 1 the same gradient takes w from 3 past the
+    minimum at 2.5 to -1, and the loss rises to 49: the gradient was right, the step too long.
+    """
     figures: Figures = {}
     for lr in (0.1, 1.0):
         x, y, w = data([2]), data(5), parameter([3])
@@ -127,6 +139,9 @@ def bad_step() -> Figures:
 
 @lesson("A4", "Two weights")
 def two_weights() -> Figures:
+    """The gradient of each weight is 2 (prediction - y) times its own feature: 2 * 1 * (2, 1) = (4, 2). After
+    one step with rate 0.1 the weights predict 5 exactly: loss 0.
+    """
     features, y, w = data(2, 1), data(5), parameter(2, 2)
     prediction = linear(features, w)
     mse_loss(prediction, y).backward()
@@ -141,6 +156,7 @@ def two_weights() -> Figures:
 
 @lesson("A5", "Paths that meet add")
 def shared_weight() -> Figures:
+    """One weight multiplies both features. Its gradient is the sum over the two paths to the loss: 4 + 2 = 6."""
     features, y, w = data(2, 1), data(5), parameter(2)
     both = w.expand(2)
     both.retain_grad()
@@ -150,6 +166,10 @@ def shared_weight() -> Figures:
 
 @lesson("A6", "Four rows")
 def four_rows() -> Figures:
+    """The loss is the mean over four rows. 100 steps bring it from 43.4 to 0.0007. The learned weights say
+    2.03 seconds per unit of length and 0.94 per unit of delay; the predictions miss the targets 2.5, 5,
+    6.5, 10 by 0.05 at most.
+    """
     x, y, w = data(ROWS), data(LATENCIES), parameter(0, 0)
     optimizer = FusedSGD([w], lr=0.03, on_nonfinite="raise")
     figures: Figures = {}
@@ -165,6 +185,9 @@ def four_rows() -> Figures:
 
 @lesson("A7", "Gradient check")
 def gradient_check() -> Figures:
+    """Three ways to one gradient: backward, the one-pass form without autograd, and centered differences of
+    the loss, which use neither formula. All agree.
+    """
     x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
     loss = linear_mse_loss(x, w, y)
     loss.backward()
@@ -179,6 +202,9 @@ def gradient_check() -> Figures:
 
 @lesson("A8", "Gradients accumulate")
 def accumulation() -> Figures:
+    """backward adds to .grad: after two calls it holds twice the gradient, and a step would be twice as long.
+    After zero_grad it holds the gradient of one call.
+    """
     x, y, w = data(ROWS), data(LATENCIES), parameter(1.3, 1.1)
     optimizer = FusedSGD([w], lr=0.03)
     linear_mse_loss(x, w, y).backward()
@@ -191,6 +217,9 @@ def accumulation() -> Figures:
 
 @lesson("A9", "Non-finite guard")
 def nonfinite_guard() -> Figures:
+    """One nan or inf in the data makes the gradient non-finite. on_nonfinite="raise" names the parameter and
+    raises before the update: the weights are still 1.3 and 1.1.
+    """
     figures: Figures = {}
     for name, bad in (("NaN", float("nan")), ("infinite", float("inf"))):
         for where in ("feature", "target"):
@@ -210,6 +239,10 @@ def nonfinite_guard() -> Figures:
 
 @lesson("B1", "One weight and a bias")
 def weight_and_bias() -> Figures:
+    """Half the squared error is 0.5 (2 - 6)^2 = 8, so dL/dprediction is prediction - y = -4. dL/dw is that
+    times x = 2, dL/db is that itself. One step takes the prediction from 2 to 4: half the error, a quarter
+    of the loss.
+    """
     x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
     prediction = linear(x, w, b)
     prediction.retain_grad()
@@ -232,6 +265,9 @@ def weight_and_bias() -> Figures:
 
 @lesson("B2", "Five steps")
 def five_steps_with_bias() -> Figures:
+    """Each step halves the error, so each loss is a quarter of the one before. w and b move in the ratio 2 to
+    1, that of their gradients.
+    """
     x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
     optimizer = FusedSGD([w, b], lr=0.1)
     rows = []
@@ -244,6 +280,9 @@ def five_steps_with_bias() -> Figures:
 
 @lesson("B3", "Learning-rate sweep")
 def learning_rate_sweep() -> Figures:
+    """Each step multiplies the error by 0.95 at rate 0.01 (slow), by 0.5 at 0.1 (good) and by -1.5 at 0.5
+    (overshooting, further away each time), and the loss by the square of that.
+    """
     figures: Figures = {}
     for lr in (0.01, 0.1, 0.5):
         x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
@@ -255,6 +294,7 @@ def learning_rate_sweep() -> Figures:
 
 @lesson("B4", "Centered check")
 def centered_check() -> Figures:
+    """Centered differences of the loss find the slopes that B1 has by the chain rule: -8 and -4."""
     x, y, w, b = data([2]), data(6), parameter([1]), parameter([0])
 
     def loss() -> Tensor:
@@ -265,6 +305,9 @@ def centered_check() -> Figures:
 
 @lesson("B5", "Scalar reverse-mode autodiff")
 def scalar_autodiff() -> Figures:
+    """Scalar reverse-mode autodiff gives the loss and gradients of B1. a * a uses a twice, so the gradient is
+    the sum of two paths: 3 + 3 = 6.
+    """
     w, b, a = Value(1), Value(0), Value(3)
     loss = (w * 2 + b - 6) ** 2 * 0.5
     loss.backward()
@@ -278,6 +321,9 @@ SHIPMENTS = [[1], [2], [3]]
 
 @lesson("B6", "Three shipments")
 def three_shipments() -> Figures:
+    """The rows (1, 3), (2, 5), (3, 7) lie on 2 x + 1. After 20 steps the loss is 0.0005, and w = 2.04, b =
+    0.92 are still on their way to 2 and 1.
+    """
     x, y, w, b = data(SHIPMENTS), data(3, 5, 7), parameter([0]), parameter([0])
     optimizer = FusedSGD([w, b], lr=0.08)
     figures: Figures = {}
@@ -290,6 +336,9 @@ def three_shipments() -> Figures:
 
 @lesson("B7", "Train/validation mismatch")
 def train_validation_mismatch() -> Figures:
+    """The training targets are 4 x, the validation targets 2 x, and w begins at 2. Each step lowers the
+    training loss and raises the validation loss: the optimizer is right, the two sets of data disagree.
+    """
     x, train, validation, w = data(SHIPMENTS), data(4, 8, 12), data(2, 4, 6), parameter([2])
     optimizer = FusedSGD([w], lr=0.02)
     rows = []
@@ -301,6 +350,9 @@ def train_validation_mismatch() -> Figures:
 
 @lesson("B8", "The same through a Linear layer")
 def linear_layer() -> Figures:
+    """nn.Linear and nn.MSELoss on the shipments of B6: the losses before and after one step are the first two
+    of B6.
+    """
     x, y = data(SHIPMENTS), data([3], [5], [7])
     model = gradkernels.nn.Linear(1, 1, dtype=torch.float64)
     torch.nn.init.zeros_(model.weight)
@@ -320,6 +372,9 @@ def linear_layer() -> Figures:
 
 @lesson("B9", "Accumulation without and with zeroing")
 def zeroing() -> Figures:
+    """The gradient of one call is -8. A second call adds to it: -16. With .grad cleared before the third it is
+    -8 again.
+    """
     x, y, w = data([2]), data(6), parameter([1])
     gradients = []
     for zero in (False, False, True):
@@ -338,6 +393,9 @@ HOURS = [5, 3.2, 9.5, 2.1, 6.8]
 
 @lesson("C1", "Two steps by hand")
 def two_steps() -> Figures:
+    """The prediction 8 is 3 too high: loss 9, gradient 2 * 3 * (2, 3) = (12, 18). The step overshoots to 4.1,
+    which is 0.9 too low: the second gradient has the other sign and is smaller.
+    """
     x, y, w = data(2, 3), data(5), parameter(1, 2)
     optimizer = FusedSGD([w], lr=0.05)
     rows = []
@@ -363,6 +421,9 @@ def deliveries(
 
 @lesson("C2", "Three learning rates, float32")
 def three_learning_rates() -> Figures:
+    """The losses tell a rate that is too low from one that is too high: after 12 steps 0.05 has reached 0.34
+    and 0.001 only 0.64, while 1.5 makes the loss explode at the second step.
+    """
     return {
         "losses at lr 0.05": deliveries(lambda p: FusedSGD(p, lr=0.05), 12)[0],
         "12th loss at lr 0.001": deliveries(lambda p: FusedSGD(p, lr=0.001), 12)[0][-1],
@@ -372,6 +433,7 @@ def three_learning_rates() -> Figures:
 
 @lesson("C3", "Adam beside torch's, float32")
 def adam() -> Figures:
+    """The weights after each of 20 steps of Adam, ours and torch's: equal to the rounding of float32."""
     options = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8}
     return {
         "weights": deliveries(lambda p: FusedAdam(p, **options), 20)[1],
@@ -381,6 +443,10 @@ def adam() -> Figures:
 
 @lesson("C4", "Schedules of torch")
 def schedules() -> Figures:
+    """torch's schedulers drive our optimizer as they drive torch's. ReduceLROnPlateau divides the rate by 10
+    at the second epoch in a row without a better validation loss; the cosine falls from 0.05 to 0.0001 in
+    10 steps. The weights after the last step are torch's.
+    """
     x, y = data(DELIVERIES), data(HOURS)
     figures: Figures = {}
     for name, make in (("ours", FusedSGD), ("torch's", torch.optim.SGD)):
@@ -408,6 +474,9 @@ def schedules() -> Figures:
 
 @lesson("C5", "A weight that gets no signal")
 def no_signal() -> Figures:
+    """The second feature is 0 in every row, so its weight does not change the loss: its gradient is 0 although
+    the loss is large, and the gradient check says that this weight gets no signal.
+    """
     x, y, w = data(DELIVERIES), data(HOURS), parameter(0.8, 1.5)
     x[:, 1] = 0
     loss = linear_mse_loss(x, w, y)
@@ -430,6 +499,10 @@ def bowl(point: Tensor) -> Tensor:
 
 @lesson("D1", "A bowl")
 def descend_the_bowl() -> Figures:
+    """At (4, 3) the gradient of x^2 + 3 y^2 is (2 x, 6 y) = (8, 18); a step of rate 0.1 leads to (3.2, 1.2).
+    Rate 0.4 multiplies y by 1 - 0.4 * 6 = -1.4 each time, so the loss grows. The points of 20 steps are
+    those of torch's SGD.
+    """
     point = parameter(4, 3)
     descend(lambda: bowl(point), FusedSGD([point], lr=0.1), steps=1)
     far = parameter(4, 3)
@@ -455,6 +528,9 @@ def hundred_samples() -> tuple[Tensor, Tensor, Tensor]:
 
 @lesson("D2", "Linear regression in matrix form")
 def matrix_form() -> Figures:
+    """The gradient has one entry per weight. backward and the matrix formula, two products, give the same
+    numbers.
+    """
     x, w, y = hundred_samples()
     linear_mse_loss(x, w, y).backward()
     with torch.no_grad():
@@ -464,6 +540,10 @@ def matrix_form() -> Figures:
 
 @lesson("D3", "Clipping by the global norm")
 def clipping() -> Figures:
+    """Clipping scales all gradients together until their joint norm is max_norm; 1000 is above the norm and
+    changes nothing. The first number is the norm before clipping, the others are the weights after the
+    step: as torch's.
+    """
     x, y = data(DELIVERIES), data(HOURS)
     figures: Figures = {}
     for max_norm in (1.0, 1000.0):
@@ -482,6 +562,9 @@ def clipping() -> Figures:
 
 @lesson("D4", "Monotone check")
 def monotone() -> Figures:
+    """50 steps downhill never raise the loss. With the sign flipped the first step does: watching the loss for
+    a rise finds a wrong sign at once.
+    """
     x, y = data(DELIVERIES), data(HOURS)
     figures: Figures = {}
     for name, uphill in (("downhill", False), ("sign flipped", True)):
@@ -495,6 +578,9 @@ def monotone() -> Figures:
 
 @lesson("D5", "(n, 1) against (n,)")
 def mismatched_shapes() -> Figures:
+    """A column (4, 1) minus a row (4,) would broadcast to (4, 4): 16 differences, 12 of them between wrong
+    pairs. Both losses refuse it and name the shapes.
+    """
     figures: Figures = {}
     column, row, x, w = torch.ones(4, 1), torch.ones(4), torch.ones(4, 3), torch.ones(1, 3)
     for name, call in (
@@ -528,6 +614,7 @@ def main() -> None:
         for number in options.lessons:
             title, function = LESSONS[number]
             print(f"{number}  {title}")
+            print(textwrap.indent(cleandoc(function.__doc__), "    "))
             for name, figure in function().items():
                 nested = isinstance(figure, list) and figure and isinstance(figure[0], list)
                 lines = [readable(row) for row in figure] if nested else [readable(figure)]

@@ -11,7 +11,7 @@ form of least squares stand beside it at the end. Features and targets are stand
 so losses are in units of the target's variance.
 
 Into the output folder go checkpoint.pt (after every epoch), loss.png and record.json. Exit status: 0 done,
-1 training or reproduction failed, 2 bad input (nothing written), 130 stopped by Ctrl-C.
+1 training or reproduction failed or the loss grew, 2 bad input (nothing written), 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -46,6 +46,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import lr_scheduler
+
+DIVERGED = 2.0  # a train loss above this, in variances of the target: the updates made the model worse
 
 
 class InputError(Exception):
@@ -213,9 +215,7 @@ class PlainTorch(Training):
     def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss = self.loss(x, y)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.settings.max_norm, error_if_nonfinite=True
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
         self.optimizer.step()
         return loss, norm
 
@@ -585,8 +585,10 @@ def run(arguments: list[str] | None, console: Console) -> int:
             console.print(f"stopped; --resume continues from {checkpoint_path}")
             return 130
         except FloatingPointError as error:
+            who, failed = ("", ours) if len(ours.history) < settings.epochs else ("plain torch: ", plain)
             console.print(
-                f"epoch {len(ours.history) + 1} failed: {error}; {checkpoint_path} is of the epoch before"
+                f"{who}epoch {len(failed.history) + 1} failed: {error}; "
+                f"{checkpoint_path} is of epoch {len(ours.history)}"
             )
             return 1
         results = {
@@ -620,7 +622,15 @@ def run(arguments: list[str] | None, console: Console) -> int:
     )
     replace(output / "record.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     console.print(f"checkpoint.pt, loss.png and record.json are in {output}")
-    return compare_with_record(kept, record, console) if options.record else 0
+    status = compare_with_record(kept, record, console) if options.record else 0
+    # The weights begin at zero, whose loss is the variance of the target: 1 on the training rows.
+    if (loss := results["gradkernels"]["train_loss"]) > DIVERGED:
+        console.print(
+            f"diverged: the train loss is {loss:.4g}, and 1 for the weights that training began with; "
+            f"try a smaller --lr than {settings.lr:g}"
+        )
+        status = 1
+    return status
 
 
 def compare_with_record(old: dict, new: dict, console: Console) -> int:

@@ -257,11 +257,18 @@ def test_every_lesson_is_asserted() -> None:
     assert set(LESSONS) == set(PRINTED) | others
 
 
+def test_every_lesson_says_what_its_figures_show() -> None:
+    said = [function.__doc__ or "" for _, function in LESSONS.values()]
+    assert min(len(doc.split()) for doc in said) >= 15
+    assert len(set(said)) == len(said)
+
+
 def test_the_script_prints_what_it_is_asked_for() -> None:
     command = [sys.executable, str(SCRIPT), "--backend", "reference", "A2", "A5"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "[2.5008, 5.0016, 2.56e-06, 0.0064]" in output
     assert "gradient: 6" in output
+    assert "the sum over the two paths to the loss: 4 + 2 = 6." in output
     assert "A1" not in output
 
 

@@ -307,6 +307,38 @@ def test_divergence_stops_and_keeps_the_last_good_epoch(
     assert not (tmp_path / "record.json").exists()
 
 
+def test_a_loss_that_grew_is_named_and_fails(
+    regression: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clipping keeps the numbers finite: the run ends, with its files, and says what became of the loss."""
+    arguments = ("--optimizer", "sgd", "--epochs", 3, "--output", tmp_path)
+    assert run(regression, *arguments, "--lr", 1.5) == 1
+    loss = record(tmp_path)["results"]["gradkernels"]["train_loss"]
+    assert loss > 2
+    assert f"diverged: the train loss is {loss:.4g}, and 1 for the weights that training began with" in (
+        printed := capsys.readouterr().out
+    )
+    assert "smaller --lr than 1.5" in printed
+    again = ("--record", tmp_path / "record.json", "--output", tmp_path / "again")
+    assert run(regression, *again) == 1
+    assert "reproduced: " in capsys.readouterr().out
+
+
+def test_plain_torchs_divergence_is_not_blamed_on_ours(
+    regression: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def step(training: object, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.new_tensor(torch.inf), x.new_tensor(torch.inf)
+
+    monkeypatch.setattr(regression.PlainTorch, "step", step)
+    assert run(regression, "--epochs", 2, "--output", tmp_path) == 1
+    assert "plain torch: epoch 1 failed: train loss inf" in (printed := capsys.readouterr().out), printed
+    assert "checkpoint.pt is of epoch 2" in printed
+
+
 @pytest.mark.parametrize("where", ["train_x", "train_y"])
 def test_the_guard_stops_before_the_weights_are_touched(regression: ModuleType, where: str) -> None:
     settings = regression.Settings(batch_size=1000, device="cpu")
