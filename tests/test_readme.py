@@ -10,48 +10,53 @@ import torch
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-PROGRAMS = [block for block in SNIPPETS if "import" in block]
 # A training program of each library, around the README's lines; it prints the optimizer's class and its result.
 TRAINERS = {
     "transformers": """
-from transformers import Trainer, TrainingArguments
+import functools
+import transformers
 class Model(torch.nn.Linear):
     def forward(self, x, labels):
         return {{"loss": mse_loss(super().forward(x), labels)}}
 model = Model(4, 1)
-given = dict(
-    model=model,
-    args=TrainingArguments(
-        "output", num_train_epochs=5, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
-    ),
-    train_dataset=[dict(x=x, labels=y) for x, y in zip(X, Y)],
+dataset = [dict(x=x, labels=y) for x, y in zip(X, Y)]
+transformers.TrainingArguments = functools.partial(
+    transformers.TrainingArguments,
+    "output", num_train_epochs=5, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
 )
-trainer = {snippet}
-trainer.train()
+{snippet}
 optimizer = trainer.optimizer.optimizer
 """,
     "lightning": """
-import lightning
 from torch.utils.data import DataLoader, TensorDataset
 {snippet}
-class Model(lightning.LightningModule):
+class Whole(Model):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(4, 1)
     def training_step(self, batch, index):
         return mse_loss(self.linear(batch[0]), batch[1])
-Model.configure_optimizers = configure_optimizers
-model = Model()
+model = Whole()
 trainer = lightning.Trainer(
-    max_epochs=5, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    max_epochs=5, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False{clip}
 )
 trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=8))
 (optimizer,) = trainer.optimizers
 """,
 }
+PROGRAMS = [block for block in SNIPPETS if not any(library in block for library in TRAINERS)]
+# What makes torch.optim.AdamW's program of the README's: it clips outside the step.
+SWAPPED = {
+    "from gradkernels import FusedAdamW\n": "",
+    "FusedAdamW": "torch.optim.AdamW",
+    "max_grad_norm=0.0": "max_grad_norm=1.0",
+    ', "max_norm": 1.0': "",
+    ", max_norm=1.0": "",
+    "print(trainer.optimizer.optimizer.grad_norm)": "",
+}
 BEGINNING = """
 import torch
-from gradkernels import FusedAdamW, mse_loss
+from gradkernels import mse_loss
 torch.manual_seed(0)
 X = torch.randn(64, 4)
 Y = X.sum(1, keepdim=True)
@@ -60,7 +65,8 @@ END = """
 print(type(optimizer).__name__, *torch.cat([param.detach().reshape(-1) for param in model.parameters()]).tolist())
 """
 ENDINGS = {
-    "linear_mse_loss": (0, ""),
+    "linear_mse_loss": (0, "[2.0, -1.0, 0.5, 3.0]"),
+    "FusedAdamW": (0, "tensor("),
     "verify.gradcheck": (0, "the gradient is 1/2"),
     "verify.memory_check": (1, "out-of-bounds store in double: program (3, 0, 0) stores to y_ptr"),
 }
@@ -102,11 +108,12 @@ def test_every_row_of_the_optimizers_table_has_its_test() -> None:
 
 def test_every_program_is_known() -> None:
     assert len(PROGRAMS) == len(ENDINGS)
+    assert all("import" in snippet for snippet in SNIPPETS)
 
 
 @pytest.mark.parametrize("uses", ENDINGS)
 def test_program(uses: str, tmp_path: Path) -> None:
-    (program,) = (program for program in PROGRAMS if uses in program)
+    program = next(program for program in PROGRAMS if uses in program)
     if uses == "verify.memory_check":
         pytest.importorskip("triton")
     file = tmp_path / "program.py"  # Triton reads a kernel's source from its file
@@ -119,18 +126,21 @@ def test_program(uses: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("library", TRAINERS)
 def test_the_swap_in_a_trainer(library: str, tmp_path: Path) -> None:
-    """The README's lines train a model in the library itself, to the numbers of torch.optim.AdamW.
+    """The README's lines train a model in the library itself, to the numbers of torch.optim.AdamW and its clipping.
 
     Neither library is needed by this package or its tests: install it to run this.
     """
     pytest.importorskip(library)
-    (snippet,) = (
-        text for text in SNIPPETS if ("Trainer(" if library == "transformers" else "Lightning") in text
-    )
+    (snippet,) = (text for text in SNIPPETS if library in text)
     results = []
-    for wanted in ("FusedAdamW", "torch.optim.AdamW"):
-        lines = snippet.replace("...", "**given").replace("FusedAdamW", wanted)
-        program = BEGINNING + TRAINERS[library].format(snippet=lines) + END
+    for wanted, changes, clip in (
+        ("FusedAdamW", {}, ""),
+        ("torch.optim.AdamW", SWAPPED, ", gradient_clip_val=1.0"),
+    ):
+        lines = snippet
+        for ours, theirs in changes.items():
+            lines = lines.replace(ours, theirs)
+        program = BEGINNING + TRAINERS[library].format(snippet=lines, clip=clip) + END
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
         )
