@@ -90,8 +90,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         seed: int = 0,
         norm_group: Any = None,
     ) -> None:
-        torch.optim.Adam.__init__(
-            self,
+        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
             params,
             lr,
             betas,
@@ -219,8 +218,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         seed: int = 0,
         norm_group: Any = None,
     ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
+        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
             params,
             lr,
             betas,

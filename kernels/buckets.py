@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+MASK = 0xFFFFFFFF
+
 
 class SGDOptions(NamedTuple):
     """One parameter group of FusedSGD; tensors are read when the step runs on the device, never before."""
@@ -78,3 +80,15 @@ class Guard(NamedTuple):
 
 
 UNGUARDED = Guard()
+
+
+def mix(x: Any) -> Any:
+    """A bijection of 32-bit integers that scatters them: xor-shift, multiply, twice. For int, and int64 tensors."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
+    return x ^ (x >> 16)
+
+
+def key_of(seed: int, index: int) -> int:
+    """The 32 bits from which the random numbers of the parameter at ``index`` start."""
+    return mix(mix((seed ^ mix(seed >> 32 & MASK)) & MASK) ^ (index & MASK))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backends import implementation
 from .buckets import UNGUARDED, Bucket, Guard
-from .strides import EqualStrides, even
+from .strides import EqualStrides, even, overlaps
 
 
 class Entry(NamedTuple):
@@ -53,23 +53,38 @@ class Part:
 
 
 def sort_into_parts(entries: Iterable[Entry]) -> list[Part]:
-    """One part per device, dtypes, state keys and shards, in the order of first appearance."""
+    """One part per device, dtypes, state keys and shards, in the order of first appearance.
+
+    Parameters of the same memory are updated one after the other, as torch does: in parts of their own.
+    """
     parts: dict[tuple[Any, ...], Part] = {}
+    met: dict[tuple[torch.device, int], int] = defaultdict(int)
     for slot, entry in enumerate(entries):
+        param = entry.param
         dtypes = tuple((key, value.dtype) for key, value in entry.state.items())
-        identity = (entry.param.device, entry.param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards)
+        again = 0
+        if param.numel() > 0:
+            memory = (param.device, param.data_ptr())
+            again = met[memory]
+            met[memory] += 1
+        identity = (param.device, param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards, again)
         if identity not in parts:
             bucket = Bucket([], [], {key: [] for key in entry.state}, [], [], entry.seed)
             parts[identity] = Part(bucket, [], [], entry.shards)
         part = parts[identity]
         moving = [value for key, value in entry.state.items() if key != "step"]
-        shape = entry.param.shape
+        shape = param.shape
         if entry.grad.shape != shape or any(value.shape != shape for value in moving):
             _refuse_shapes(entry)
-        if not even(entry.param, [entry.grad, *moving]):
+        if not even(param, [entry.grad, *moving]):
+            if any(map(overlaps, (param, *moving))):
+                raise RuntimeError(  # as torch
+                    "unsupported operation: more than one element of the written-to tensor refers to a single "
+                    "memory location. Please clone() the tensor before performing the operation."
+                )
             part.uneven.append(len(part.slots))
         part.slots.append(slot)
-        part.bucket.params.append(entry.param)
+        part.bucket.params.append(param)
         part.bucket.groups.append(entry.group)
         part.bucket.indices.append(entry.position)
         for key, value in entry.state.items():

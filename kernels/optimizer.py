@@ -147,7 +147,9 @@ class FusedStep(torch.optim.Optimizer):
         """The seed with which the values of ``param`` are rounded, None to round to nearest."""
         if self.stochastic_rounding and param.dtype == torch.float16:
             raise ValueError("stochastic_rounding is for bfloat16 parameters; found one of float16")
-        return self.seed if self.stochastic_rounding and param.dtype == torch.bfloat16 else None
+        if not self.stochastic_rounding or param.dtype != torch.bfloat16:
+            return None
+        return (self.seed + 2**63) % 2**64 - 2**63  # what an operator's int holds
 
     def _with_master(self, param: Tensor, state: dict[str, Tensor], moments: list[str]) -> dict[str, Tensor]:
         """The moments; beside a 16-bit parameter that has a master, the master too, and all in float32."""
@@ -184,6 +186,11 @@ class FusedStep(torch.optim.Optimizer):
         Otherwise GradScaler calls ``step`` only where it found no overflow.
         """
         return sum(int(count.item()) for count in self._skipped.values())
+
+    def __repr__(self) -> str:
+        own = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed")
+        lines = "".join(f"    {name}: {getattr(self, name)}\n" for name in own)
+        return f"{super().__repr__()[:-1]}\nAll parameter groups\n{lines})"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -300,6 +307,7 @@ class FusedStep(torch.optim.Optimizer):
             if id(param) in own and param.grad is not None and param.dtype == dtype
         ]
         plain = all(_local(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
+        plain = plain and len(own) == len(group["params"])  # an operator may not write to one tensor twice
         if not plain or self.norm_group is not None or self.on_nonfinite == "raise":
             return False
         columns = [self._state_of(group, param) for _, param, _ in wanted]
@@ -337,7 +345,7 @@ class FusedStep(torch.optim.Optimizer):
             norms = calls[0][5][1]
             optimizer_norm(every_grad, scale, norms)
         counting = found_inf is not None or self.on_nonfinite != "ignore"
-        for group, dtype, params, grads, positions, records, keys, states in calls:
+        for group, _, params, grads, positions, records, keys, states in calls:
             options = list(self._options(group))
             columns = [i for i, value in enumerate(options) if isinstance(value, Tensor)]
             optimizer_step(
@@ -347,7 +355,7 @@ class FusedStep(torch.optim.Optimizer):
                 grads,
                 states,
                 positions,
-                self.seed if self.stochastic_rounding and dtype == torch.bfloat16 else None,
+                self._seed_of(params[0]),
                 [0.0 if isinstance(value, Tensor) else float(value) for value in options],
                 [options[i] for i in columns],
                 columns,

@@ -86,8 +86,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         seed: int = 0,
         norm_group: Any = None,
     ) -> None:
-        torch.optim.SGD.__init__(
-            self,
+        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
             params,
             lr,
             momentum,

@@ -63,6 +63,11 @@ def strides_agree(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     )
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def even(param: Tensor, others: Iterable[Tensor]) -> bool:
     """Whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
     if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in (param, *others)):

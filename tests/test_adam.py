@@ -273,7 +273,7 @@ def test_capture_is_refused_where_it_cannot_be_right() -> None:
 @pytest.mark.parametrize("ours", [FusedAdam, FusedAdamW])
 def test_nothing_waits_for_the_device(ours: type) -> None:
     model = torch.nn.Linear(8, 8, device="cuda")
-    optimizer = ours(model.parameters(), max_norm=1.0, on_nonfinite="skip")
+    optimizer = ours(model.parameters(), fused=True, max_norm=1.0, on_nonfinite="skip")
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0)
     for step in range(3):
         if step == 2:

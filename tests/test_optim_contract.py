@@ -643,6 +643,49 @@ def test_all_else_with_the_negative_bit(name: str, device: torch.device) -> None
 
 
 @on_both_backends
+def test_expanded_parameters_are_refused_as_torch_does(name: str, device: torch.device) -> None:
+    """One number for many elements, of a parameter or of a state: which of them is to be written?"""
+    for optimizer in make_pair(name, device, shapes=((4,), (65,)), **FULL_OPTIONS[name]):
+        wide = parameters(optimizer)[0].detach()[:1].expand(4).requires_grad_()
+        optimizer.add_param_group({"params": [wide]})
+        before = [param.detach().clone() for param in parameters(optimizer)]
+        for param in parameters(optimizer):
+            param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+            optimizer.step()
+        if optimizer.__class__ is ours_for(name):
+            assert all(torch.equal(p, value) for p, value in zip(parameters(optimizer), before, strict=True))
+
+    ours, _ = make_pair(name, device, shapes=((4,),), **FULL_OPTIONS[name])
+    run(ours, some_gradients(ours, 1))
+    state = ours.state[parameters(ours)[0]]
+    state.update({key: value[:1].expand(4) for key, value in state.items() if key != "step"})
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        run(ours, some_gradients(ours, 1))
+
+
+@on_both_backends
+def test_a_parameter_given_twice_steps_twice_as_torch_s(name: str, device: torch.device) -> None:
+    """One launch over both would let its programs race."""
+    options = {**FULL_OPTIONS[name], **({"momentum": 0, "dampening": 0} if name == "SGD" else {})}
+    # (torch's SGD makes as many first buffers as there are mentions, and keeps the last.)
+    ours, theirs = make_pair(name, device, shapes=((65,), (7, 9)), **options)
+    for optimizer in (ours, theirs):
+        group = optimizer.param_groups[0]
+        group["params"] = [group["params"][i] for i in (0, 1, 0, 0)]
+    alias = torch.nn.Parameter(parameters(ours)[1].data)  # another object, the same memory
+    ours.add_param_group({"params": [alias]})
+    theirs.add_param_group({"params": [torch.nn.Parameter(parameters(theirs)[1].data)]})
+    for grads in some_gradients(theirs, 5):
+        for optimizer in (ours, theirs):
+            for param, grad in zip(parameters(optimizer), grads, strict=True):
+                param.grad = grad.to(param.device, copy=True)
+            optimizer.step()
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            torch.testing.assert_close(mine.cpu(), other)
+
+
+@on_both_backends
 def test_gradients_without_memory_are_refused(name: str, device: torch.device) -> None:
     """Forward mode makes zeros that no memory holds: refused, save by torch's own addition, which serves them."""
     ours, _ = make_pair(name, device, shapes=SMALL)
@@ -958,6 +1001,25 @@ def test_the_signature_begins_as_torch_s(name: str) -> None:
         assert known[parameter.name].kind == parameter.kind, parameter.name
     positional = [p.name for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == [p.name for p in other if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def test_under_torch_s_own_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.optim.AdamW = FusedAdamW``: the way to bring it into a training script that cannot be changed."""
+    expected = theirs_for(name)(make_params(SMALL), lr=0.01).defaults
+    drop_ins = {each: ours_for(each) for each in NAMES}
+    for each, cls in drop_ins.items():
+        monkeypatch.setattr(torch.optim, each, cls)
+    ours = getattr(torch.optim, name)(make_params(SMALL), lr=0.01)
+    assert type(ours) is drop_ins[name]
+    assert ours.defaults == expected
+    run(copy.deepcopy(ours), some_gradients(ours, 2))
+
+
+def test_repr_shows_our_options_after_torch_s(name: str) -> None:
+    shown = repr(ours_for(name)(make_params(SMALL), max_norm=1.5, on_nonfinite="skip"))
+    assert shown.startswith(repr(theirs_for(name)(make_params(SMALL)))[:-1].replace(name, f"Fused{name}"))
+    assert "    max_norm: 1.5\n    on_nonfinite: skip\n" in shown
+    assert shown.endswith("\n)")
 
 
 def test_no_gradient_is_kept_alive_by_the_optimizer(name: str) -> None:

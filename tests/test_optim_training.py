@@ -578,6 +578,20 @@ def test_momentum_switched_on_in_mid_run_under_stochastic_rounding(device: torch
     assert bool((optimizer.state[param]["momentum_buffer"] == 1).all())
 
 
+def test_every_seed_draws_its_own_numbers(device: torch.device) -> None:
+    """All 64 bits of a seed count, and its sign."""
+    seeds = (0, 1, 2**32, 2**32 + 1, 2**40, 2**63, -1, 2**32 - 1)
+    results = []
+    for seed in (*seeds, 2**40):
+        param = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16, device=device))
+        optimizer = ours_for("SGD")([param], lr=2.0**-10, stochastic_rounding=True, seed=seed)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        results.append(tuple(param.tolist()))
+    assert len(set(results)) == len(seeds)
+    assert results[-1] == results[seeds.index(2**40)]
+
+
 def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
     param = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=device))
     optimizer = ours_for("SGD")([param], lr=1.0, stochastic_rounding=True)

@@ -3,14 +3,7 @@
 import torch
 from torch import Tensor
 
-MASK = 0xFFFFFFFF
-
-
-def mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers (held in int64) that scatters them: xor-shift, multiply, twice."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
-    return x ^ (x >> 16)
+from ..buckets import MASK, key_of, mix
 
 
 def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Tensor]:
@@ -21,8 +14,7 @@ def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Ten
         seed, index: the optimizer's seed and the parameter's position in it.
         step: 0-d, the updates made before this one.
     """
-    word = torch.tensor([seed & MASK], device=step.device)
-    key = mix(mix(mix(word) ^ (index & MASK)) ^ step.long())
+    key = mix(step.long() ^ key_of(seed, index))
     place = torch.arange(start, end, device=step.device)
     first = mix(mix((place & MASK) ^ key) ^ (place >> 32))
     second = mix(first ^ 0x9E3779B9)

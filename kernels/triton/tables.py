@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import TRITON_DEVICES
-from ..buckets import Bucket, Guard
+from ..buckets import Bucket, Guard, key_of
 from . import config
 from .launch import launch
 
@@ -210,17 +210,6 @@ def _addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
-def key_of(seed: int, index: int) -> int:
-    """The 32 bits from which a tensor's random numbers start: the kernels' ``mix`` of seed and index."""
-    return _mix(_mix(seed & 0xFFFFFFFF) ^ index)
-
-
-def _mix(x: int) -> int:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
-
-
 @triton.jit
 def chunk_of(chunks_ptr, rows_ptr, c):
     """Of the c-th chunk: its tensor's number and row, its first element, and how many its tensor has."""
@@ -338,7 +327,7 @@ def key_at(row, step):
 
 @triton.jit
 def mix(x):
-    """A bijection of uint32 that scatters its values; the same as in fallback/rounding.py."""
+    """A bijection of uint32 that scatters its values; the same as in buckets.py."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
