@@ -5,5 +5,6 @@ setup(
         "gradkernels",
         *("gradkernels." + package for package in find_packages("kernels")),
         "gradkernels.bench",
+        *("gradkernels.bench." + package for package in find_packages("bench")),
     ]
 )

@@ -112,11 +112,11 @@ def run(argv: Sequence[str]) -> int:
     arguments = made.parse_args(argv)
     import torch
 
-    from . import machine, results
-    from .console import Screen, header
-    from .runner import Runner
-    from .scale import study
-    from .timing import timer_for
+    from .throughput import machine, results
+    from .throughput.console import Screen, header
+    from .throughput.runner import Runner
+    from .throughput.scale import study
+    from .throughput.timing import timer_for
 
     try:
         device = pick_device(arguments.device)
@@ -156,7 +156,7 @@ def run(argv: Sequence[str]) -> int:
 
 def write(document: dict[str, Any], arguments: argparse.Namespace, screen: Any) -> None:
     """The files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
-    from . import machine, results
+    from .throughput import machine, results
 
     jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
     if arguments.out:
@@ -181,7 +181,7 @@ def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
             "no pictures: matplotlib is not installed; elsewhere, `python -m bench report FILE` draws them"
         )
         return False
-    from . import report
+    from .throughput import report
 
     screen.line(f"written: {report.write(document, folder)}")
     return True
@@ -189,7 +189,7 @@ def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
 
 def read(parser: argparse.ArgumentParser, *paths: Path) -> list[dict[str, Any]]:
     """The results in these files; ends the program with one line and status 2 if one holds none."""
-    from . import results
+    from .throughput import results
 
     try:
         return [results.load(path) for path in paths]
@@ -204,8 +204,8 @@ def report_command(argv: Sequence[str]) -> int:
     made.add_argument("files", nargs="+", type=Path, metavar="FILE")
     made.add_argument("--out", type=Path, metavar="DIR", help="default: beside each file")
     arguments = made.parse_args(argv)
-    from . import machine
-    from .console import Screen
+    from .throughput import machine
+    from .throughput.console import Screen
 
     several = len(arguments.files) > 1
     drawn = []
@@ -218,8 +218,8 @@ def report_command(argv: Sequence[str]) -> int:
 
 
 def compare_command(argv: Sequence[str]) -> int:
-    from . import compare
-    from .console import Screen
+    from .throughput import compare
+    from .throughput.console import Screen
 
     made = argparse.ArgumentParser(
         prog="python -m bench compare",
@@ -254,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["compare"]:
         return compare_command(argv[1:])
     if argv[:1] in (["aot"], ["host"], ["traffic"], ["tune"]):
-        return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
+        return importlib.import_module(f".reports.{argv[0]}", __package__).main(argv[1:])
     return run(argv)
 
 

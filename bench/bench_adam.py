@@ -12,8 +12,16 @@ import gradkernels
 import torch
 from gradkernels.reference import adam as reference
 
-from .case import OURS, Case
-from .optimizer import MAX_NORM, apex, compiled_stepper, declare, step_case, stepper, torch_steppers
+from .throughput.case import OURS, Case
+from .throughput.optimizer import (
+    MAX_NORM,
+    apex,
+    compiled_stepper,
+    declare,
+    step_case,
+    stepper,
+    torch_steppers,
+)
 
 STATES = ("exp_avg", "exp_avg_sq")
 

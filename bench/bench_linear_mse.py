@@ -17,7 +17,7 @@ from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 from torch.nn import functional
 
-from .case import OURS, Case, Contender, Op, Results, Sweep, compiled, function, randn
+from .throughput.case import OURS, Case, Contender, Op, Results, Sweep, compiled, function, randn
 
 
 def _plain(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from gradkernels.reference import matmul as reference
 from torch import Tensor
 
-from .case import OURS, Case, Contender, Op, Results, Sweep, compiled, flag_gems, function, randn
+from .throughput.case import OURS, Case, Contender, Op, Results, Sweep, compiled, flag_gems, function, randn
 
 CHECKED_WHOLE = 1 << 33  # FLOPs; a larger product is checked on 64 rows of each result
 

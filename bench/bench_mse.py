@@ -16,7 +16,7 @@ from gradkernels.reference import mse as reference
 from torch import Tensor
 from torch.nn import functional
 
-from .case import OURS, Case, Contender, Op, Results, Sweep, compiled, flag_gems, function, randn
+from .throughput.case import OURS, Case, Contender, Op, Results, Sweep, compiled, flag_gems, function, randn
 
 
 def _forward(loss: Callable[..., Tensor], input: Tensor, target: Tensor, _: Tensor) -> Results:

@@ -12,8 +12,8 @@ import gradkernels
 import torch
 from gradkernels.reference import sgd as reference
 
-from .case import OURS, Case
-from .optimizer import apex, compiled_stepper, declare, step_case, stepper, torch_steppers
+from .throughput.case import OURS, Case
+from .throughput.optimizer import apex, compiled_stepper, declare, step_case, stepper, torch_steppers
 
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:

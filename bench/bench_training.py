@@ -20,8 +20,8 @@ from gradkernels.reference import adam, linear_mse, matmul, mse, sgd
 from torch import Tensor
 from torch.nn import functional
 
-from .case import OURS, Call, Case, Contender, Op, compiled, randn
-from .optimizer import step_case, stepper, torch_steppers
+from .throughput.case import OURS, Call, Case, Contender, Op, compiled, randn
+from .throughput.optimizer import step_case, stepper, torch_steppers
 
 STEPS = 3  # before the weights are checked
 LR, MOMENTUM = 0.01, 0.9

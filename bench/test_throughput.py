@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 from .__main__ import declared, pick_device
-from .case import Case, Contender
-from .runner import Runner, quiet
-from .timing import input_sets, timer_for
+from .throughput.case import Case, Contender
+from .throughput.runner import Runner, quiet
+from .throughput.timing import input_sets, timer_for
 
 DEVICE = pick_device(None)
 CASES = [case for op in declared(()) for case in op.cases(DEVICE.type, quick=True)]

@@ -117,7 +117,7 @@ def test_the_tuner_keeps_what_is_faster_and_as_exact(monkeypatch):
     """By a clock of its own: the second tile is fastest, and the third faster still but wrong."""
     from gradkernels.triton import matmul
 
-    from bench import tune
+    from bench.reports import tune
 
     times = iter([1.0, 0.99, 0.5, 0.1])
     tiles = [(32, 32, 32, 4, 1), (16, 16, 32, 4, 1), (16, 32, 32, 4, 1)]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 PREAMBLE = """
 import json, torch, triton, triton.language as tl
-from bench.aot import null_driver
+from bench.reports.aot import null_driver
 from gradkernels.triton import launch as module
 from gradkernels.triton.launch import launch
 

@@ -18,7 +18,7 @@ from .case import dtype_name
 from .results import load as load_results
 from .timing import WallTimer, in_turns, summarise
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def _said_by(*command: str) -> str:

@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 from gradkernels import mse_loss, use_backend
 
 from bench import __main__ as cli
-from bench import host
+from bench.reports import host
 
-from .conftest import DEVICES
+from ..conftest import DEVICES
 
 
 def test_every_op_on_both_backends(

@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.aot import TARGETS, Row, every_specimen, report
-from bench.specimens import SPECIMENS
+from bench.reports.aot import TARGETS, Row, every_specimen, report
+from bench.reports.specimens import SPECIMENS
 
-from .test_launch import run
+from ..test_launch import run
 
 SAMPLE = {
     "matmul": (
@@ -138,7 +138,7 @@ def test_the_report_sees_spills(tmp_path):
     row = run(
         """
         from dataclasses import asdict
-        from bench.aot import Row, _nvidia
+        from bench.reports.aot import Row, _nvidia
         @triton.jit
         def cramped(x_ptr, out_ptr, SIZE: tl.constexpr):
             i = tl.arange(0, SIZE)
@@ -163,7 +163,7 @@ def test_every_kernel_on_every_chip(all_rows):
 
 def test_rows_are_json(tmp_path):
     """The report's file holds what it prints; empty where no specimen was asked for."""
-    from bench.aot import main
+    from bench.reports.aot import main
 
     path = tmp_path / "deep" / "aot.json"
     assert main(["--op", "none", "--target", "sm_90", "--json", str(path)]) == 0

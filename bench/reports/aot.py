@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: ``python -m bench.aot``.
+"""What the compiler makes of every kernel, without a GPU: ``python -m bench aot``.
 
 Each specimen calls an op's own launchers under a driver that compiles for the wanted chip and launches nothing.
 What was compiled is then disassembled: registers, spills, shared memory, the widths of global loads and stores,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import traffic
+from bench.reports import traffic
 
 pytest.importorskip("triton")
 pytestmark = [

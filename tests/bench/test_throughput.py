@@ -23,12 +23,12 @@ import torch
 from gradkernels import use_backend
 
 from bench import __main__ as cli
-from bench import case as declaration
-from bench import compare, machine, results, scale
-from bench.case import OURS, Case, Contender, Op, Sweep, function
-from bench.console import Screen
-from bench.runner import Runner
-from bench.timing import ROUNDS, CudaTimer, WallTimer, input_sets, summarise
+from bench.throughput import case as declaration
+from bench.throughput import compare, machine, results, scale
+from bench.throughput.case import OURS, Case, Contender, Op, Sweep, function
+from bench.throughput.console import Screen
+from bench.throughput.runner import Runner
+from bench.throughput.timing import ROUNDS, CudaTimer, WallTimer, input_sets, summarise
 
 CPU = torch.device("cpu")
 LIMITS = {"copy": 1e10, "matmul": {"float32": 1e11}}
@@ -264,7 +264,7 @@ def test_case_without_a_yardstick_or_memory_is_skipped(monkeypatch: pytest.Monke
         assert word in results.remarks(found)[0]
     huge = dataclasses.replace(case, bytes=1 << 60)
     assert "GiB" in document(huge, clock=clock)["cases"][0]["skipped"]
-    monkeypatch.setattr("bench.runner.free_bytes", lambda device: 3 * case.bytes)
+    monkeypatch.setattr("bench.throughput.runner.free_bytes", lambda device: 3 * case.bytes)
     assert document(case, clock=clock)["cases"][0]["in_turns"] is False
 
 
@@ -399,9 +399,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line believes in a CUDA device, whose tensors stay on the CPU."""
     stand_in = CudaTimer(CPU, FakeCuda(RealClock(), cache_bytes=64))
     stand_in.least, stand_in.pause = 1e-5, 0.0
-    monkeypatch.setattr("bench.timing.ROUNDS", 2)
+    monkeypatch.setattr("bench.throughput.timing.ROUNDS", 2)
     monkeypatch.setattr(cli, "pick_device", lambda name: CPU)
-    monkeypatch.setattr("bench.timing.timer_for", lambda device: stand_in)
+    monkeypatch.setattr("bench.throughput.timing.timer_for", lambda device: stand_in)
     rates = machine.measure_rates
     monkeypatch.setattr(machine, "measure_rates", lambda *given: rates(*given, full=False))
 
@@ -507,7 +507,7 @@ def test_every_contender_agrees_with_the_reference(name: str, monkeypatch: pytes
 
 def test_large_products_and_lists_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.bench_matmul.CHECKED_WHOLE", 1)
-    monkeypatch.setattr("bench.optimizer.SAMPLED", 50)
+    monkeypatch.setattr("bench.throughput.optimizer.SAMPLED", 50)
     runner = Runner(CPU, wall(Clock()), seconds=0.0, quick=True)
     for name, shape, parts in (("matmul", (1, 130, 70, 9), {64 * 9, 64 * 70}), ("adam", (2, 100), {50})):
         (op,) = cli.declared([name])
@@ -670,7 +670,7 @@ def texts(axes: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["roofline", "training", "mse", "scale"])
 def test_no_labels_of_a_picture_collide(committed: dict[str, Any], name: str) -> None:
-    plots = pytest.importorskip("bench.plots")
+    plots = pytest.importorskip("bench.throughput.plots")
     with plots.plt.rc_context(plots.STYLE):
         drawn = {"roofline": plots.roofline, "scale": plots.scale}.get(name)
         figure = drawn(committed) if drawn else plots.ratios(committed, name)
@@ -690,7 +690,7 @@ def test_no_labels_of_a_picture_collide(committed: dict[str, Any], name: str) ->
 
 
 def test_the_roofs_labels_are_free_of_marks(committed: dict[str, Any]) -> None:
-    plots = pytest.importorskip("bench.plots")
+    plots = pytest.importorskip("bench.throughput.plots")
     figure = plots.roofline(committed)
     figure.canvas.draw()
     (axes,) = figure.axes
@@ -705,7 +705,7 @@ def test_the_roofs_labels_are_free_of_marks(committed: dict[str, Any]) -> None:
 
 def test_speedups_have_a_row_for_each_workload(committed: dict[str, Any]) -> None:
     """Cases of equal bytes are rows of their own, with no line between them; each names its bytes."""
-    plots = pytest.importorskip("bench.plots")
+    plots = pytest.importorskip("bench.throughput.plots")
     figure = plots.ratios(committed, "adam")
     panel = figure.axes[0]
     labels = [label.get_text() for label in panel.get_yticklabels()]
@@ -723,7 +723,7 @@ def test_speedups_have_a_row_for_each_workload(committed: dict[str, Any]) -> Non
 
 
 def test_ticks_of_a_small_range_are_readable() -> None:
-    plots = pytest.importorskip("bench.plots")
+    plots = pytest.importorskip("bench.throughput.plots")
     assert {0.9, 1, 1.1, 1.25, 1.5, 2} <= set(plots.ratio_ticks(0.85, 2.1))
     assert {1, 1.1, 1.25, 1.5} <= set(plots.ratio_ticks(0.95, 1.6))
     assert set(plots.ratio_ticks(0.5, 40)) >= {0.5, 1, 2, 4, 8, 16, 32}
@@ -738,7 +738,7 @@ def test_equal_times_are_a_tie(capsys: pytest.CaptureFixture) -> None:
     assert not summary.losses
     Screen(100).document(found)
     assert "slower than" not in capsys.readouterr().out
-    report = pytest.importorskip("bench.report")
+    report = pytest.importorskip("bench.throughput.report")
     page = report.page(found, dict.fromkeys(("roofline", "doubling"), Path(__file__)))
     assert '<b class="">1.00</b>' in page
     assert '"bad"' not in page
@@ -768,7 +768,7 @@ def test_a_busy_machine_is_named(
 
 
 def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("bench.console.rich", None)
+    monkeypatch.setattr("bench.throughput.console.rich", None)
     clock = Clock()
     screen = Screen()
     with screen.progress(1) as advance:

@@ -1,0 +1,1 @@
+"""Check, time, report, compare: what ``python -m bench OP...`` is made of."""
