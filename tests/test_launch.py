@@ -92,6 +92,30 @@ def test_one_compilation_for_each_specialisation(tmp_path):
     assert fresh == cached
 
 
+def test_arguments_that_are_none_are_told_apart(tmp_path):
+    """A call with a bias alone and one with a weight alone have as many tensors, of the same dtype and alignment."""
+    kernels = run(
+        """
+        @triton.jit
+        def optional(bias_ptr, weight_ptr, out_ptr):
+            x = 1.0
+            if bias_ptr is not None:
+                x += tl.load(bias_ptr)
+            if weight_ptr is not None:
+                x *= tl.load(weight_ptr)
+            tl.store(out_ptr, x)
+        x = torch.zeros(64)
+        for _ in range(2):
+            for given in ((x, None), (None, x), (None, None), (x, x)):
+                launch(optional, (1,), *given, x, device=CPU)
+        hashes = [key for key, _ in calls]
+        print(json.dumps([len(set(hashes)), hashes[:4] == hashes[4:]]))
+        """,
+        tmp_path,
+    )
+    assert kernels == [4, True]
+
+
 def test_the_kernel_receives_what_was_given(tmp_path):
     """In Triton's order: grid, stream, kernel, hooks, arguments, then constexpr values and their defaults."""
     received = run(

@@ -7,6 +7,7 @@ depends on; what it returns finds the compiled kernel, which is then run as Trit
 The cache holds each compiled kernel for good: unloading one is not allowed while a CUDA graph is captured.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _keys: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]]] = {}
+_numbers = itertools.count()
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -56,7 +58,7 @@ def _launch(
     key_of = _keys.get(types)
     if key_of is None:
         key_of = _keys[types] = _key_function(kernel, args)
-    key = (id(kernel), device.index, *key_of(*args), *options, *options.values())
+    key = (device.index, *key_of(*args), *options, *options.values())
     found = _compiled.get(key)
     if found is None:
         found = _compiled[key] = _compile(kernel, args, options)
@@ -83,11 +85,12 @@ def _width(value: int) -> int:
 def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
     """What a compilation depends on in arguments of these types, as a function of the arguments.
 
-    As Triton has it: a tensor's dtype and whether its address is a multiple of 16; whether an integer is 1,
-    is a multiple of 16, fits 32 bits; the block of a descriptor. Parameters under ``do_not_specialize`` count
-    by type alone.
+    First a number for the kernel and the types: a call without a bias and one without a weight give terms that
+    look the same. Then, as Triton has it: a tensor's dtype and whether its address is a multiple of 16; whether
+    an integer is 1, is a multiple of 16, fits 32 bits; the block of a descriptor. Parameters under
+    ``do_not_specialize`` count by type alone.
     """
-    terms = []
+    terms = [str(next(_numbers))]
     for index, (param, value) in enumerate(zip(kernel.params, args, strict=False)):
         if param.is_constexpr:
             raise TypeError(f"{kernel.__name__}: constexpr parameter {param.name} was passed by position")
