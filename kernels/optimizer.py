@@ -56,6 +56,7 @@ class _Plan:
     parts: list[Part]
     delegated: list[tuple[int, Tensor]]
     wrapped: bool
+    inference: bool = False
 
     def gradients(
         self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
@@ -63,6 +64,7 @@ class _Plan:
         """The local gradients in the plan's order, or None if the plan no longer fits."""
         if (
             self.delegated
+            or self.inference != torch.is_inference_mode_enabled()  # where else may its memory be written?
             or len(params) != len(self.params)
             or not all(map(is_, params, self.params))
             or [grad is None for grad in grads] != self.missing
@@ -384,14 +386,16 @@ class FusedStep(torch.optim.Optimizer):
         if self._plan is not None and not capturing:
             local = self._plan.gradients(params, grads, kinds, self.state)
         if local is None:
-            plan, local = self._make_plan(params, grads, kinds)
-            if capturing:
-                self._captured.append(plan)  # the graph reads its tables for as long as it lives
-            else:
-                self._plan = plan
-                for part in plan.parts:
-                    # Here, since a graph that made the counter would zero it at each replay.
-                    self._skip_count(part.bucket.params[0].device)
+            with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
+                plan, local = self._make_plan(params, grads, kinds)
+                if capturing:
+                    self._captured.append(plan)  # the graph reads its tables for as long as it lives
+                else:
+                    self._plan = plan
+                    for part in plan.parts:
+                        # Here, since a graph that made the counter would zero it at each replay.
+                        self._skip_count(part.bucket.params[0].device)
+            plan.inference = torch.is_inference_mode_enabled()
         else:
             assert self._plan is not None
             plan = self._plan

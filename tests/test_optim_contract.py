@@ -303,6 +303,27 @@ def test_a_closure_is_called_once_with_gradients_enabled(name: str) -> None:
     assert ours.step() is None
 
 
+@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "on_nonfinite": "skip"}], ids=str)
+@on_both_backends
+def test_steps_inside_inference_mode_and_outside(
+    name: str, options: dict[str, Any], device: torch.device
+) -> None:
+    """What a first step inside makes, later ones outside write: torch's own state refuses that."""
+    ours, plain = (
+        ours_for(name)(copies(make_params(((7, 3), (65,))), device), **FULL_OPTIONS[name], **options)
+        for _ in range(2)
+    )
+    for param, other in zip(parameters(ours), parameters(plain), strict=True):
+        other.data.copy_(param.detach())
+    for step, each in enumerate(some_gradients(ours, 6)):
+        run(plain, [each])
+        with torch.inference_mode(step not in (2, 3)):
+            run(ours, [each])
+    assert_equal_bits(ours, plain)
+    if options:
+        assert torch.equal(ours.grad_norm, plain.grad_norm)
+
+
 def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str) -> None:
     theirs_for(name)(make_params(SMALL))  # torch wraps `step` per class: super().step() would run hooks twice
     ours = ours_for(name)(make_params(SMALL), lr=1.0)
