@@ -48,7 +48,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             found the overflow, the step is skipped as GradScaler wants.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
             and the moments in float32.
-            If such a parameter is written by hand, delete its master, which is then made anew.
+            Elements of such a parameter that are written by hand, or by loading a model, go on from there.
         stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
             updates are not lost, the moments' included.
         seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.

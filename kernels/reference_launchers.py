@@ -248,10 +248,13 @@ def _step(
     for i, (param, grad) in enumerate(zip(bucket.params, bucket.grads, strict=True)):
         tensors = {key: values[i] for key, values in bucket.states.items()}
         master = tensors.pop("master_param", param)
+        start = torch.where(
+            master.to(param.dtype) == param, master, param
+        )  # a parameter may have been written since
         state = {key: _array(tensor) for key, tensor in tensors.items()}
         with np.errstate(all="ignore"):
             unscaled = _array(grad) / scale
-            new, new_state = update(_array(master), unscaled * clip, state, options[bucket.groups[i]])
+            new, new_state = update(_array(start), unscaled * clip, state, options[bucket.groups[i]])
         results = [(param, new), (master, new), *((tensors[key], new_state[key]) for key in tensors)]
         if guard.grad_scale is not None:
             results.append((grad, unscaled))

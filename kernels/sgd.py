@@ -44,7 +44,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             found the overflow, the step is skipped as GradScaler wants.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
             and the momentum in float32.
-            If such a parameter is written by hand, delete its master, which is then made anew.
+            Elements of such a parameter that are written by hand, or by loading a model, go on from there.
         stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
             updates are not lost, the momentum included;
             the count of updates is then kept in ``state["step"]``.

@@ -31,6 +31,7 @@ from .optimizers import (
     ours_for,
     parameters,
     set_gradients,
+    spread,
     theirs_for,
 )
 
@@ -680,6 +681,39 @@ def test_master_weights_under_clipping_and_amp(name: str, device: torch.device) 
             master = ours.state[mine]["master_param"]
             scale = reference.scales[other]["param"]
             assert_matches(master, other, reference.values[other]["param"], f"step {step}", scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_both_backends
+def test_what_is_written_to_a_parameter_with_a_master_stays(
+    name: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """By ``load_state_dict``, in place, or past the version counter; elements not written keep their masters."""
+    low = make_params(((4096 + 65,), (7, 9), ()), dtype)
+    theirs = theirs_for(name)(
+        [torch.nn.Parameter(p.detach().float()) for p in low], **OPTIONS[name], foreach=False
+    )
+    ours = ours_for(name)(copies(low, device), **OPTIONS[name], master_weights=True, max_norm=1e9)
+    feed = Feed(low)
+    for step in range(1, 7):
+        gradients = feed(step)
+        set_gradients(ours, gradients)
+        set_gradients(theirs, [grad.float() for grad in gradients])
+        ours.step()
+        theirs.step()
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            master = ours.state[mine]["master_param"]
+            torch.testing.assert_close(master.cpu(), other.detach())
+            assert torch.equal(mine, master.to(dtype))
+            value = spread(mine.shape, 0.03, dtype)
+            written = (torch.rand(mine.shape) < 0.3) & (value != mine.detach().cpu())
+            new = torch.where(written, value, mine.detach().cpu()).to(device)
+            with torch.no_grad():
+                other[written] = value[written].float()
+                if step % 2:
+                    mine.copy_(new)
+                else:
+                    mine.data = new
 
 
 @pytest.mark.parametrize("option", ["master_weights", "stochastic_rounding"])

@@ -89,6 +89,8 @@ def _run_batch(
     elif decision.clips:
         grads.replace(torch.mul, decision.clip)
     params = _Copies(bucket.states.get("master_param", bucket.params), pieces, dtype)
+    if "master_param" in bucket.states:
+        _follow(params.values, pieces_of(bucket.params, pieces))
     states = {
         key: _Copies(tensors, pieces, dtype)
         for key, tensors in bucket.states.items()
@@ -106,6 +108,15 @@ def _run_batch(
         copies.write_back()
     if "master_param" in bucket.states:
         torch._foreach_copy_(pieces_of(bucket.params, pieces), params.values)
+
+
+def _follow(masters: list[Tensor], params: list[Tensor]) -> None:
+    """Take over what was written to the parameters since the masters were rounded into them."""
+    given = flatten(params)
+    if given.is_cpu and torch.equal(flatten(masters).to(given.dtype), given):
+        return
+    for master, param in zip(masters, params, strict=True):
+        master.copy_(torch.where(master.to(param.dtype) == param, master, param))
 
 
 def _clipped(bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], decision: Decision) -> list[Tensor]:

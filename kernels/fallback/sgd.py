@@ -115,7 +115,10 @@ def _update_on_device(bucket: Bucket, i: int, options: SGDOptions, decision: Dec
     )
     g = unscaled(bucket.grads[i], decision, wide)
     g = -g if options.maximize else g
-    p = state.get("master_param", param).to(wide)
+    p = param.to(wide)
+    if "master_param" in state:
+        master = state["master_param"]
+        p = torch.where(master.to(param.dtype) == param, master, p)  # unless the parameter was written since
     if isinstance(decay, Tensor) or decay != 0:
         g = g + decay * p
     new = {}

@@ -295,10 +295,13 @@ def take_step(row, arrivals_ptr, numel, skip, DTYPE_STEP: tl.constexpr):
 
 @triton.jit
 def load_param(p_at, master_at, mask, ACC: tl.constexpr):
-    """The parameter's elements, from the master copy unless that is None."""
+    """The parameter's elements, from the master copy unless that is None or the parameter was written since."""
+    p = tl.load(p_at, mask=mask)
     if master_at is not None:
-        return tl.load(master_at, mask=mask)
-    return tl.load(p_at, mask=mask).to(ACC)
+        master = tl.load(master_at, mask=mask)
+        unwritten = round_to(master, 0, p.dtype, False).to(ACC) == p.to(ACC)
+        return tl.where(unwritten, master, p.to(ACC))
+    return p.to(ACC)
 
 
 @triton.jit
