@@ -59,7 +59,7 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Not always the innermost: a block in a generator ends when the generator does, in any order and thread.
+        # Blocks can close out of order: one opened in a generator closes when it is finalised, maybe in another thread.
         blocks = _open_blocks.get()
         for i in reversed(range(len(blocks))):
             if blocks[i] is self:
@@ -116,11 +116,12 @@ def backend_for(tensor: torch.Tensor) -> str:
 
 
 @functools.cache
-def _module(backend: str, op: str) -> Any:
+def module(backend: str, op: str) -> Any:
+    """The module that holds the op's launchers for a backend."""
     name = ".reference_launchers" if backend == "reference" else f".{backend}.{op}"
     return importlib.import_module(name, __package__)
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Any:
     """The module whose launchers (``<op>_<direction>``) serve ``tensor``."""
-    return _module(backend_for(tensor), op)
+    return module(backend_for(tensor), op)

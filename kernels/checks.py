@@ -1,17 +1,30 @@
-"""Checks of arguments: exceptions of torch's types that name the argument and show what came."""
+"""Checks of arguments, with exceptions of torch's types that name the argument and show what came; shared dtypes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-DTYPES = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
+def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that sums are accumulated in: float64 if one of the tensors is, else float32."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of a loss of ``tensor``: its own, or at least float32 under autocast."""
+    return acc_dtype(tensor) if autocast_enabled(tensor) else tensor.dtype
+
+
 def autocast_enabled(tensor: Tensor) -> bool:
-    """Whether autocast is on for the tensor's device."""
+    """True if autocast is on for the tensor's device."""
     device_type = tensor.device.type
     return device_type in DEVICE_TYPES and torch.is_autocast_enabled(device_type)
 
@@ -21,6 +34,16 @@ def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> Non
     if value not in allowed:
         expected = ", ".join(map(repr, allowed))
         raise ValueError(f"{op}: {value!r} is not a valid value for reduction; expected one of {expected}")
+
+
+def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | None]) -> list[bool]:
+    """Which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in arguments:
+            expected = ", ".join(map(repr, arguments))
+            raise ValueError(f"{op}: wrt names {name!r}; expected any of {expected}")
+    return [name in names and tensor is not None for name, tensor in arguments.items()]
 
 
 def tensors(op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...]) -> None:
@@ -68,3 +91,30 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given
             f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} for {beside} "
             f"(nothing is broadcast)"
         )
+
+
+def same_shape(op: str, input: Tensor, name: str, tensor: Tensor) -> None:
+    """ValueError unless ``tensor`` has input's shape."""
+    if tensor.shape != input.shape:
+        raise ValueError(
+            f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
+            f"they must be equal (nothing is broadcast)"
+        )
+
+
+def linear_shapes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """RuntimeError or ValueError unless the shapes are those of a linear map."""
+    rows, matrix = input.shape, weight.shape
+    if not rows or len(matrix) not in (1, 2) or rows[-1] != matrix[-1]:
+        raise RuntimeError(
+            f"{op}: input has shape {tuple(rows)} and weight {tuple(matrix)}; expected input (*, D) "
+            f"and weight (K, D) or (D,)"
+        )
+    if bias is not None and bias.shape != matrix[:-1]:
+        bias_shape(op, bias, matrix[0] if len(matrix) == 2 else 1, weight=weight)
+
+
+def bias_shape(op: str, bias: Tensor, columns: int, **operand: Tensor) -> None:
+    """ValueError unless bias has the shape ``(columns,)``, or one element beside a 1-D operand."""
+    if next(iter(operand.values())).dim() > 1 or bias.numel() != 1:
+        shape(op, "bias", bias, (columns,), **operand)

@@ -1,12 +1,5 @@
 """Which dtype sums are accumulated in."""
 
-import torch
-from torch import Tensor
+from .checks import acc_dtype as accumulator
 
-
-def accumulator(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where one of the tensors is, else float32."""
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype is torch.float64:
-            return torch.float64
-    return torch.float32
+__all__ = ["accumulator"]

@@ -13,26 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks
-from .dtypes import accumulator
-from .matmul import check_linear, linear, linear_in_torch, product, scale_and_add, sum_to
-from .mse import (
-    SMALL,
-    in_places,
-    loss_dtype,
-    mse,
-    mse_backward,
-    mse_hvp,
-    total_weight,
-    wanted_gradients,
-)
-from .registration import (
-    Operator,
-    autocast_cast,
-    needs_derivative,
-    served_by_torch,
-    torch_mse_loss,
-)
+from . import checks
+from .checks import acc_dtype
+from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
+from .mse import SMALL, mse, mse_backward, mse_hvp, total_weight
+from .operator import Operator, autocast_cast, in_places, needs_derivative, use_torch_fast_path
+from .torch_private import torch_mse_loss
 
 
 def linear_mse_loss(
@@ -86,28 +72,27 @@ def linear_mse_loss(
     if (
         sample_weight is None
         and reduction in checks.REDUCTIONS
-        and served_by_torch(input, weight, target, optional=bias)
+        and use_torch_fast_path(input, weight, target, optional=bias)
         and input.nbytes <= SMALL
         and target.nbytes <= SMALL
     ):
-        check_linear(op, input, weight, bias)
+        checks.linear_shapes(op, input, weight, bias)
         predictions = linear_in_torch(input, weight, bias)
         if predictions.shape == target.shape:
             return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
-    _check(op, input, weight, target, bias, checks.REDUCTIONS, reduction, sample_weight)
-    samples = sample_weight
-    if samples is not None and samples.shape != target.shape:
-        samples = samples.unsqueeze(-1)  # the operators spread one weight per sample over the outputs
+    _check(op, input, weight, target, bias, sample_weight, reduction, checks.REDUCTIONS)
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
     if reduction == "none":
-        return mse(linear(input, weight, bias), target, samples, "none")
-    matrices = _normal_form(input, weight, target, bias, samples)
-    dtype = loss_dtype(target)
+        return mse(linear(input, weight, bias), target, sample_weight, "none", 0, target.dtype)
+    matrices = _normal_form(input, weight, target, bias, sample_weight)
+    dtype = checks.loss_dtype(target)
     # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
-    if samples is None or reduction == "sum" or target.numel() == 0:
+    if sample_weight is None or reduction == "sum" or target.numel() == 0:
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
-    wide = accumulator(input, target)
-    total = _linear_mse(*matrices, "sum", [False] * 3, wide)[0]
-    return (total / total_weight(samples, target, wide)).to(dtype)
+    acc = acc_dtype(input, target)
+    total = _linear_mse(*matrices, "sum", [False] * 3, acc)[0]
+    return (total / total_weight(sample_weight, target, acc)).to(dtype)
 
 
 def linear_mse_loss_and_grad(
@@ -153,25 +138,26 @@ def linear_mse_loss_and_grad(
         >>> w -= 0.1 * grad_weight
     """
     op = "linear_mse_loss_and_grad"
-    _check(op, input, weight, target, bias, ("mean", "sum"), reduction)
+    _check(op, input, weight, target, bias, None, reduction, ("mean", "sum"))
     arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
-    want_input, want_weight, want_target, want_bias = wanted_gradients(op, wrt, arguments)
-    x, w, y, b, _ = _normal_form(input, weight, target, bias, None)
+    want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
+    matrices = _normal_form(input, weight, target, bias, None)
     output_mask = [want_input or want_target, want_weight, want_bias]
-    args = (x, w, y, b, None, reduction, output_mask, loss_dtype(target))
-    loss, error, grad_weight, grad_bias = _outputs(_linear_mse.without_autograd(*args), output_mask)
+    outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, checks.loss_dtype(target))
+    loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
     grad_input = grad_target = None
     if error is not None:
         with torch.no_grad():
-            grad_input, grad_target = _backward(
-                loss.new_ones(()), error, w, _slope(y, reduction), (want_input, want_target)
+            grad_input, grad_target = _linear_mse_backward.masked(
+                loss.new_ones(()),
+                error,
+                matrices[1],
+                _slope(target.numel(), reduction),
+                (want_input, want_target),
             )
-    return loss, (
-        _as(grad_input, input),
-        _as(grad_weight, weight),
-        _as(grad_target, target),
-        _as(grad_bias, bias),
-    )
+    grads = grad_input, grad_weight, grad_target, grad_bias
+    d_input, d_weight, d_target, d_bias = map(_as, grads, arguments.values())
+    return loss, (d_input, d_weight, d_target, d_bias)
 
 
 def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
@@ -187,70 +173,57 @@ def _check(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    reductions: tuple[str, ...],
+    sample_weight: Tensor | None,
     reduction: str,
-    sample_weight: Tensor | None = None,
+    allowed: tuple[str, ...],
 ) -> None:
-    checks.reduction(op, reduction, reductions)
-    tensors = {
-        "input": input,
-        "weight": weight,
-        "target": target,
-        "bias": bias,
-        "sample_weight": sample_weight,
-    }
-    checks.tensors(op, tensors, ("bias", "sample_weight"))
-    check_linear(op, input, weight, bias)
+    checks.reduction(op, reduction, allowed)
+    tensors = {"input": input, "weight": weight, "target": target, "bias": bias}
+    checks.tensors(op, {**tensors, "sample_weight": sample_weight}, ("bias", "sample_weight"))
+    checks.linear_shapes(op, input, weight, bias)
     checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)
     if sample_weight is not None and sample_weight.shape != target.shape:
         checks.shape(op, "sample_weight", sample_weight, input.shape[:-1], target=target)
 
 
 def _normal_form(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Matrices: input (N, D), weight (K, D), target (N, K), samples (N, K) or (N, 1); bias (K,)."""
+    """Matrices: input (N, D), weight (K, D), target (N, K), sample_weight (N, K) or (N, 1); bias (K,)."""
     if input.dim() == weight.dim() == 2:
-        return input, weight, target, bias, samples
+        return input, weight, target, bias, sample_weight
     outputs, features = (weight.shape[0] if weight.dim() == 2 else 1), weight.shape[-1]
     rows = math.prod(input.shape[:-1])
+    if sample_weight is not None:
+        sample_weight = sample_weight.reshape(rows, outputs if sample_weight.shape == target.shape else 1)
     return (
         input.reshape(rows, features),
         weight.reshape(outputs, features),
         target.reshape(rows, outputs),
         None if bias is None else bias.reshape(outputs),
-        None if samples is None else samples.reshape(rows, outputs if samples.shape == target.shape else 1),
+        sample_weight,
     )
 
 
-def _slope(target: Tensor, reduction: str) -> float:
-    """2c: what a sum over E must be multiplied by to become a gradient."""
-    return 2.0 / max(1, target.numel()) if reduction == "mean" else 2.0
+def _slope(count: int, reduction: str) -> float:
+    """2c, by which a sum over E becomes a gradient; ``count`` is the number of elements of target."""
+    return 2.0 / max(1, count) if reduction == "mean" else 2.0
 
 
-def _outputs(results: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Any]:
-    """(loss, E, grad_weight, grad_bias) with None for what was not asked for."""
-    return in_places(results, (True, *output_mask))
+def _weighted_error(
+    predictions: Tensor, target: Tensor, sample_weight: Tensor | None, batch_dims: int = 0
+) -> Tensor:
+    """``s (P - y)``: half the gradient of ``sum(s (P - y)^2)``, so that its derivatives are operators too."""
+    half = target.new_full((), 0.5).expand(target.shape[:batch_dims])
+    options = "sum", batch_dims, (True, False, False)
+    return mse_backward.masked(half, predictions, target, sample_weight, *options)[0]
 
 
-def _backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: Sequence[bool]
-) -> list[Tensor | None]:
-    if not any(output_mask):
-        return [None, None]
-    return in_places(_linear_mse_backward(grad_output, error, weight, factor, list(output_mask)), output_mask)
-
-
-def _times(samples: Tensor | None, values: Tensor) -> Tensor:
-    """``samples * values`` elementwise: half the gradient of ``sum(samples * values^2)``."""
-    if samples is None:
+def _weighted(sample_weight: Tensor | None, values: Tensor) -> Tensor:
+    """``s v``, as the weighted error of v against 0."""
+    if sample_weight is None:
         return values
-    half = values.new_full((), 0.5)
-    (result, _, _) = mse_backward(
-        half, values, values.new_zeros(()).expand_as(values), samples, "sum", 0, (True, False, False)
-    )
-    assert result is not None
-    return result
+    return _weighted_error(values, values.new_zeros(()).expand_as(values), sample_weight)
 
 
 class LinearMseFunction(torch.autograd.Function):
@@ -267,113 +240,98 @@ class LinearMseFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reduction, ctx.output_mask, ctx.dtype = inputs
-        _, error, grad_weight, grad_bias = _outputs(output, ctx.output_mask)
+        _, error, grad_weight, grad_bias = in_places(output, ctx.output_mask)
         ctx.save_for_backward(*tensors, error, grad_weight, grad_bias)
         ctx.save_for_forward(*tensors, error)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, weight, target, bias, samples, error, grad_weight, grad_bias = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+        *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
+        _, weight, target, bias, _ = tensors
         output_mask = ctx.needs_input_grad[:5]
-        d_loss, d_error, d_grad_weight, d_grad_bias = _outputs(cotangents, ctx.output_mask)
-        q = _slope(target, ctx.reduction)
-        if output_mask[4] or any(d is not None for d in (d_error, d_grad_weight, d_grad_bias)):
-            tensors = (input, weight, target, bias, samples, error)
-            grads = _general_backward(tensors, (d_loss, d_error, d_grad_weight, d_grad_bias), q, output_mask)
-        else:
-            assert d_loss is not None
-            grad_input, grad_target = (
-                _backward(d_loss, error, weight, q, (output_mask[0], output_mask[2]))
-                if error is not None
-                else (None, None)
+        cotangents = tuple(in_places(cotangents, ctx.output_mask))
+        d_loss, *others = cotangents
+        q = _slope(target.numel(), ctx.reduction)
+        if output_mask[4] or any(cotangent is not None for cotangent in others):
+            return _general_backward((*tensors, error), cotangents, q, output_mask)
+        assert d_loss is not None
+        grad_input = grad_target = None
+        if error is not None:
+            grad_input, grad_target = _linear_mse_backward.masked(
+                d_loss, error, weight, q, (output_mask[0], output_mask[2])
             )
-            grads = [
-                grad_input,
-                (d_loss * grad_weight).to(weight.dtype) if output_mask[1] else None,
-                grad_target,
-                (d_loss * grad_bias).to(bias.dtype) if output_mask[3] else None,
-                None,
-            ]
-        return (*grads, None, None, None)
+        return [
+            grad_input,
+            (d_loss * grad_weight).to(weight.dtype) if output_mask[1] else None,
+            grad_target,
+            (d_loss * grad_bias).to(bias.dtype) if output_mask[3] else None,
+            None,
+        ]
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        input, weight, target, bias, samples, error = ctx.saved_tensors
-        d_input, d_weight, d_target, d_bias, d_samples = tangents[:5]
-        q = _slope(target, ctx.reduction)
+    def jvp(
+        ctx: Any,
+        d_input: Tensor | None,
+        d_weight: Tensor | None,
+        d_target: Tensor | None,
+        d_bias: Tensor | None,
+        d_sample_weight: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        input, weight, target, bias, sample_weight, error = ctx.saved_tensors
+        q = _slope(target.numel(), ctx.reduction)
         predictions = product(input, weight.mT, bias, dtype=ctx.dtype)
         d_predictions = d_bias if d_bias is None else d_bias.expand_as(target)
         if d_input is not None:
             d_predictions = product(d_input, weight.mT, d_predictions, dtype=ctx.dtype)
         if d_weight is not None:
             d_predictions = product(input, d_weight.mT, d_predictions, dtype=ctx.dtype)
-        directions = (None, d_predictions, d_target, d_samples)
-        results = mse_hvp(
-            (None, predictions, target, samples), directions, ctx.reduction, 0, (True, False, False, False)
-        )
-        d_outputs: list[Any] = [results[0].to(ctx.dtype)]
+        primals = predictions, target, sample_weight
+        directions = None, d_predictions, d_target, d_sample_weight
+        loss_only, error_only = (True, False, False, False), (False, True, False, False)
+        d_loss = mse_hvp.masked(None, *primals, *directions, ctx.reduction, 0, loss_only)[0]
+        d_outputs: list[Any] = [d_loss.to(ctx.dtype)]
         if any(ctx.output_mask):
-            # E = s (P - y) is half the gradient of sum(s (P - y)^2), and its tangent half that gradient's.
-            half = target.new_full((), 0.5)
-            error = _error(input, weight, target, bias, samples, error, predictions)
-            d_error = mse_hvp(
-                (half, predictions, target, samples), directions, "sum", 0, (False, True, False, False)
-            )[1]
+            if error is None:
+                error = _weighted_error(*primals)
+            half = target.new_full((), 0.5)  # as in _weighted_error
+            d_error = mse_hvp.masked(half, *primals, *directions, "sum", 0, error_only)[1]
             d_grad_weight = d_grad_bias = None
-            wide = accumulator(input)
+            acc = acc_dtype(input)
             if ctx.output_mask[1]:
-                d_grad_weight = product(d_error.mT, input, dtype=wide)
+                d_grad_weight = product(d_error.mT, input, dtype=acc)
                 if d_input is not None:
-                    d_grad_weight = product(error.mT, d_input, d_grad_weight, dtype=wide)
+                    d_grad_weight = product(error.mT, d_input, d_grad_weight, dtype=acc)
                 d_grad_weight = q * d_grad_weight
             if ctx.output_mask[2]:
-                d_grad_bias = q * sum_to(d_error, (target.shape[1],), wide)
-            d_outputs += [
-                d
-                for d, need in zip((d_error, d_grad_weight, d_grad_bias), ctx.output_mask, strict=True)
-                if need
-            ]
+                d_grad_bias = q * sum_to(d_error, (target.shape[1],), acc)
+            found = zip((d_error, d_grad_weight, d_grad_bias), ctx.output_mask, strict=True)
+            d_outputs += [tangent for tangent, wanted in found if wanted]
         return tuple(d_outputs)
 
 
-def _error(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    samples: Tensor | None,
-    error: Tensor | None,
-    predictions: Tensor | None = None,
-) -> Tensor:
-    """E, recomputed if it was not saved: half the gradient of ``sum(s (P - y)^2)``."""
-    if error is not None:
-        return error
-    if predictions is None:
-        predictions = product(input, weight.mT, bias, dtype=target.dtype)
-    half = target.new_full((), 0.5)
-    result = mse_backward(half, predictions, target, samples, "sum", 0, (True, False, False))[0]
-    assert result is not None
-    return result
-
-
 def _general_backward(
-    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
+    tensors: tuple[Any, ...],
+    cotangents: tuple[Tensor | None, ...],
+    q: float,
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
-    input, weight, target, bias, samples, saved_error = tensors
+    input, weight, target, bias, sample_weight, error = tensors
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
-    error = _error(input, weight, target, bias, samples, saved_error)
+    if error is None:
+        predictions = product(input, weight.mT, bias, dtype=target.dtype)
+        error = _weighted_error(predictions, target, sample_weight)
     Q = d_error
     if d_grad_bias is not None:
         bias_part = (q * d_grad_bias).to(error.dtype).expand_as(error)
         Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part)
     if d_grad_weight is not None:
         Q = product(input, (q * d_grad_weight).to(input.dtype).mT, Q, dtype=error.dtype)
-    R = None if Q is None else _times(samples, Q)
+    R = None if Q is None else _weighted(sample_weight, Q)
     if d_loss is not None:
         R = scale_and_add(q * d_loss, error, R)
     assert R is not None
-    grad_input = grad_samples = None
+    grad_input = grad_sample_weight = None
     if output_mask[0]:
         grad_input = product(R, weight, dtype=input.dtype)
         if d_grad_weight is not None:
@@ -382,22 +340,20 @@ def _general_backward(
     if output_mask[4]:
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
-            half_q = 0.5 * q * d_loss
-            grad_samples = mse_backward(half_q, predictions, target, samples, "sum", 0, (False, False, True))[
-                2
-            ]
+            primals = 0.5 * q * d_loss, predictions, target, sample_weight
+            grad_sample_weight = mse_backward.masked(*primals, "sum", 0, (False, False, True))[2]
         if Q is not None:
-            half = target.new_full((), 0.5)
-            residual = mse_backward(half, predictions, target, None, "sum", 0, (True, False, False))[0]
-            assert residual is not None
-            part = sum_to(_times(Q, residual), samples.shape)
-            grad_samples = scale_and_add(part.new_ones(()), part, grad_samples, samples.dtype)
+            residual = _weighted_error(predictions, target, None)
+            part = sum_to(_weighted(Q, residual), sample_weight.shape)
+            grad_sample_weight = scale_and_add(
+                part.new_ones(()), part, grad_sample_weight, sample_weight.dtype
+            )
     return [
         grad_input,
         product(R.mT, input, dtype=weight.dtype) if output_mask[1] else None,
         scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if output_mask[2] else None,
         sum_to(R, (R.shape[1],), bias.dtype) if output_mask[3] else None,
-        grad_samples,
+        grad_sample_weight,
     ]
 
 
@@ -420,7 +376,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
             projected = product(d_grad_input, weight.mT, dtype=error.dtype)
             if ctx.needs_input_grad[2]:
-                d_weight = product(error.mT, d_grad_input, dtype=accumulator(weight))
+                d_weight = product(error.mT, d_grad_input, dtype=acc_dtype(weight))
                 d_weight = (slope * d_weight).to(weight.dtype)
         else:
             projected = None
@@ -432,11 +388,11 @@ class LinearMseBackwardFunction(torch.autograd.Function):
                 d_error = scale_and_add(slope, projected)
             if ctx.needs_input_grad[0]:
                 d_grad = (ctx.factor * _dot(projected, error)).to(grad_output.dtype)
-        return d_grad, d_error, d_weight, None, None
+        return d_grad, d_error, d_weight
 
     @staticmethod
     def jvp(
-        ctx: Any, d_grad: Tensor | None, d_error: Tensor | None, d_weight: Tensor | None, *_: None
+        ctx: Any, d_grad: Tensor | None, d_error: Tensor | None, d_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_output, error, weight = ctx.saved_tensors
         slope = ctx.factor * grad_output
@@ -455,7 +411,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return product(a.unsqueeze(-2), b.unsqueeze(-1), None, [0], accumulator(a)).reshape(())
+    return product(a.unsqueeze(-2), b.unsqueeze(-1), None, [0], acc_dtype(a)).reshape(())
 
 
 def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
@@ -464,108 +420,89 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     The caller may be a level of torch.func to which the tensors that this level differentiates are constants:
     it gets the outputs that it asked for, no others.
     """
-    input, weight, target, bias, samples, reduction, output_mask, dtype = args
-
-    def may_need(tensor: Tensor | None) -> bool:
-        return tensor is not None and needs_derivative((tensor,))
-
-    given = [
-        output_mask[0] or may_need(input) or may_need(target),
-        output_mask[1] or may_need(weight),
-        output_mask[2] or may_need(bias),
-    ]
-    asked = [0, *(sum(given[: i + 1]) for i, need in enumerate(output_mask) if need)]
-    return (input, weight, target, bias, samples, reduction, given, dtype), asked
+    *tensors, reduction, output_mask, dtype = args
+    input, weight, target, bias = (t is not None and needs_derivative((t,)) for t in tensors[:4])
+    needed = (input or target, weight, bias)
+    given = [asked or need for asked, need in zip(output_mask, needed, strict=True)]
+    places = [0, *(sum(given[: i + 1]) for i, asked in enumerate(output_mask) if asked)]
+    return (*tensors, reduction, given, dtype), places
 
 
 def _launch(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, samples: Tensor | None, *args: Any
-) -> list[Tensor]:
-    spread = None if samples is None else samples.expand_as(target)
-    launchers = backends.implementation("linear_mse", input)
-    return launchers.linear_mse_forward(input, weight, target, bias, spread, *args)
-
-
-def _launch_backward(grad_output: Tensor, error: Tensor, *args: Any) -> list[Tensor]:
-    return backends.implementation("linear_mse", error).linear_mse_backward(grad_output, error, *args)
-
-
-def _fake(
+    launcher: Any,
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    samples: Tensor | None,
-    reduction: str,
-    output_mask: list[bool],
-    dtype: torch.dtype,
+    sample_weight: Tensor | None,
+    *options: Any,
 ) -> list[Tensor]:
-    wide = accumulator(input, weight, target, bias, samples)
-    shapes = ((target.shape, dtype), (weight.shape, wide), (target.shape[1:], wide))
-    rest = [
-        input.new_empty(shape, dtype=dt)
-        for (shape, dt), need in zip(shapes, output_mask, strict=True)
-        if need
-    ]
-    return [input.new_empty((), dtype=dtype), *rest]
+    broadcast = None if sample_weight is None else sample_weight.expand_as(target)
+    return launcher(input, weight, target, bias, broadcast, *options)
 
 
-def _fake_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
-) -> list[Tensor]:
-    grad_input = weight.new_empty((error.shape[0], weight.shape[1]))
+def _fake(*args: Any) -> list[Tensor]:
+    *tensors, _reduction, output_mask, dtype = args
+    input, weight, target = tensors[:3]
+    acc = acc_dtype(*tensors)
+    others = ((target.shape, dtype), (weight.shape, acc), (target.shape[1:], acc))
+    outputs = zip(others, output_mask, strict=True)
     return [
-        result
-        for result, need in zip((grad_input, error.new_empty(error.shape)), output_mask, strict=True)
-        if need
+        input.new_empty((), dtype=dtype),
+        *(input.new_empty(shape, dtype=dt) for (shape, dt), wanted in outputs if wanted),
     ]
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+def _backward_fake(
+    _grad_output: Tensor, error: Tensor, weight: Tensor, _factor: float, output_mask: list[bool]
+) -> list[Tensor]:
+    shapes = ((weight, (error.shape[0], weight.shape[1])), (error, error.shape))
+    outputs = zip(shapes, output_mask, strict=True)
+    return [tensor.new_empty(shape) for (tensor, shape), wanted in outputs if wanted]
+
+
+def _vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
     """The composition on batched matrices: one product and one loss for the whole batch."""
     *tensors, reduction, output_mask, dtype = args
-    input, weight, target, bias, samples = (
+    input, weight, target, bias, sample_weight = (
         tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims[:5], strict=True)
     )
     if bias is not None and bias.dim() == 2:
         bias = bias.unsqueeze(1)
         if input.dim() == weight.dim() == 2:  # a bias adds no dimensions to a product
-            input = input.expand(info.batch_size, *input.shape)
+            input = input.expand(batch_size, *input.shape)
     predictions = product(input, weight.mT, bias, dtype=dtype)
-    shape = (info.batch_size, *predictions.shape[-2:])
+    shape = (batch_size, *predictions.shape[-2:])
     predictions, target = predictions.expand(shape), target.expand(shape)
-    results = [mse(predictions, target, samples, reduction, 1, dtype)]
+    results = [mse(predictions, target, sample_weight, reduction, 1, dtype)]
     if any(output_mask):
-        # As in _error: half the gradient of sum(s (P - y)^2).
-        half = target.new_full((), 0.5).expand(info.batch_size)
-        error = mse_backward(half, predictions, target, samples, "sum", 1, (True, False, False))[0]
-        assert error is not None
-        q = 2.0 / max(1, math.prod(shape[1:])) if reduction == "mean" else 2.0
-        wide = accumulator(input)
+        error = _weighted_error(predictions, target, sample_weight, batch_dims=1)
+        q = _slope(math.prod(shape[1:]), reduction)
+        acc = acc_dtype(input)
         if output_mask[0]:
             results.append(error)
         if output_mask[1]:
-            results.append(q * product(error.mT, input, dtype=wide))
+            results.append(q * product(error.mT, input, dtype=acc))
         if output_mask[2]:
-            results.append(q * sum_to(error, (info.batch_size, 1, shape[2]), wide).squeeze(1))
-    return results, [0] * len(results)
+            results.append(q * sum_to(error, (batch_size, 1, shape[2]), acc).squeeze(1))
+    return results
 
 
-def _vmap_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+def _backward_vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
     grad_output, error, weight, factor, output_mask = args
     if in_dims[0] is None:
-        grad_output = grad_output.expand(info.batch_size)
+        grad_output = grad_output.expand(batch_size)
     error = error if in_dims[1] is None else error.movedim(in_dims[1], 0)
     weight = weight if in_dims[2] is None else weight.movedim(in_dims[2], 0)
-    slope = (factor * grad_output.to(accumulator(error))).reshape(-1, 1, 1, 1)
+    slope = (factor * grad_output.to(acc_dtype(error))).reshape(-1, 1, 1, 1)
     scaled = product(error.unsqueeze(-1), slope, dtype=error.dtype).squeeze(-1)
     results = []
     if output_mask[0]:
         results.append(product(scaled, weight, dtype=weight.dtype))
     if output_mask[1]:
         results.append(scale_and_add(scaled.new_full((), -1), scaled))
-    return results, [0] * len(results)
+    return results
 
 
 def _autocast(
@@ -573,30 +510,24 @@ def _autocast(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    samples: Tensor | None,
-    reduction: str,
-    output_mask: list[bool],
-    dtype: torch.dtype,
+    sample_weight: Tensor | None,
+    *args: Any,
 ) -> tuple[Any, ...]:
-    x, w, b = (autocast_cast(tensor) for tensor in (input, weight, bias))
-    return x, w, target, b, samples, reduction, output_mask, accumulator(target, samples)
+    """Input, weight and bias as a product's operands, the loss in float32."""
+    input, weight, bias = map(autocast_cast, (input, weight, bias))
+    return input, weight, target, bias, sample_weight, *args[:-1], acc_dtype(target, sample_weight)
 
 
 _linear_mse = Operator(
-    "linear_mse(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? samples, str reduction, "
-    "bool[] output_mask, ScalarType dtype) -> Tensor[]",
-    launch=_launch,
+    "linear_mse",
+    "forward",
     fake=_fake,
     vmap=_vmap,
     derivative=LinearMseFunction,
+    launch=_launch,
     prepare=_prepare,
     autocast=_autocast,
 )
 _linear_mse_backward = Operator(
-    "linear_mse_backward(Tensor grad_output, Tensor error, Tensor weight, float factor, bool[] output_mask) "
-    "-> Tensor[]",
-    launch=_launch_backward,
-    fake=_fake_backward,
-    vmap=_vmap_backward,
-    derivative=LinearMseBackwardFunction,
+    "linear_mse", "backward", fake=_backward_fake, vmap=_backward_vmap, derivative=LinearMseBackwardFunction
 )

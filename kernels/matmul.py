@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from . import backends, checks
-from .registration import Operator, autocast_cast, served_by_torch
+from . import checks
+from .operator import Operator, autocast_cast, use_torch_fast_path
 
 
 def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -26,9 +26,9 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         result[..., m, n] = sum_k input[..., m, k] * other[..., k, n] + bias[n]
 
     Accumulates in float32 (float64 for float64). float32 products follow
-    ``torch.backends.cuda.matmul.fp32_precision``; by default they are as exact as float32, made of several narrower
-    ones on matrix instructions, which overflow earlier: a finite operand within a part 2^-12 of float32's largest
-    number (2^-9 on AMD) gives infinity there. Differentiable to any order, in reverse and forward mode.
+    ``torch.backends.cuda.matmul.fp32_precision``. By default they are accurate to float32 (3xTF32 on NVIDIA, 6xBF16
+    on AMD), but operands above (1 - 2^-12) FLT_MAX (1 - 2^-9 on AMD) overflow to inf. Differentiable to any order,
+    in reverse and forward mode.
 
     Shapes:
         input ``(*, M, K)`` or ``(K,)``; other ``(*, K, N)`` or ``(K,)``; bias ``(N,)``, or one element where
@@ -51,7 +51,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> matmul(torch.randn(8, 3, 4), torch.randn(4, 5), torch.zeros(5)).shape
         torch.Size([8, 3, 5])
     """
-    in_torch = served_by_torch(input, other, optional=bias)
+    in_torch = use_torch_fast_path(input, other, optional=bias)
     if not in_torch:
         checks.tensors("matmul", {"input": input, "other": other, "bias": bias}, ("bias",))
     if input.dim() == 0 or other.dim() == 0:
@@ -67,11 +67,11 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
             f"the inner sizes {left.shape[-1]} and {right.shape[-2]} must be equal"
         )
     if bias is not None:
-        bias = _one_bias_per_column("matmul", bias, right.shape[-1], other=other)
+        checks.bias_shape("matmul", bias, right.shape[-1], other=other)
     if in_torch:
         result = torch.matmul(input, other)
         return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
-    result = product(left, right, bias)
+    result = product(left, right, bias if bias is None or bias.dim() == 1 else bias.reshape(1))
     if other.dim() == 1:
         result = result.squeeze(-1)
     if input.dim() == 1:
@@ -105,11 +105,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.randn(8, 4), torch.randn(5, 4), torch.zeros(5)).shape
         torch.Size([8, 5])
     """
-    if served_by_torch(input, weight, optional=bias):
-        check_linear("linear", input, weight, bias)
+    in_torch = use_torch_fast_path(input, weight, optional=bias)
+    if not in_torch:
+        checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
+    checks.linear_shapes("linear", input, weight, bias)
+    if in_torch:
         return linear_in_torch(input, weight, bias)
-    checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
-    check_linear("linear", input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
     result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
@@ -123,26 +124,6 @@ def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     if bias is not None and weight.dim() == 1:
         return torch.matmul(input, weight) + bias.reshape(())
     return torch_linear(input, weight, bias)
-
-
-def check_linear(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """RuntimeError or ValueError unless the shapes are those of a linear map."""
-    rows, matrix = input.shape, weight.shape
-    if not rows or len(matrix) not in (1, 2) or rows[-1] != matrix[-1]:
-        raise RuntimeError(
-            f"{op}: input has shape {tuple(rows)} and weight {tuple(matrix)}; expected input (*, D) "
-            f"and weight (K, D) or (D,)"
-        )
-    if bias is not None and bias.shape != matrix[:-1]:
-        _one_bias_per_column(op, bias, matrix[0] if len(matrix) == 2 else 1, weight=weight)
-
-
-def _one_bias_per_column(op: str, bias: Tensor, columns: int, **operand: Tensor) -> Tensor:
-    """``bias`` as ``(columns,)``; beside a 1-D operand any shape of one element will do."""
-    if next(iter(operand.values())).dim() == 1 and bias.numel() == 1:
-        return bias.reshape(1)
-    checks.shape(op, "bias", bias, (columns,), **operand)
-    return bias
 
 
 def scale_and_add(
@@ -169,7 +150,7 @@ def product(
         sum_dims: which of the broadcast batch dimensions are summed (and kept with size 1).
         dtype: of the result; input's if None.
     """
-    return _operator(input, other, bias, list(sum_dims), input.dtype if dtype is None else dtype)
+    return _matmul(input, other, bias, list(sum_dims), input.dtype if dtype is None else dtype)
 
 
 def _batch_shape(input: Tensor, other: Tensor) -> list[int]:
@@ -237,14 +218,10 @@ class MatmulFunction(torch.autograd.Function):
             _product_like(grad, other.mT, input) if needs_input else None,
             _product_like(input.mT, grad, other) if needs_other else None,
             sum_to(grad, *ctx.bias) if needs_bias else None,
-            None,
-            None,
         )
 
     @staticmethod
-    def jvp(
-        ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_bias: Tensor | None, *_: None
-    ) -> Tensor | None:
+    def jvp(ctx: Any, d_input: Tensor | None, d_other: Tensor | None, d_bias: Tensor | None) -> Tensor | None:
         input, other = ctx.saved_tensors
         tangent = d_bias
         # torch.func makes the tangent of ``0.5 * scalar`` float64, whatever the scalar is.
@@ -257,19 +234,11 @@ class MatmulFunction(torch.autograd.Function):
         return tangent
 
 
-def _launch(
-    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
-) -> Tensor:
-    return backends.implementation("matmul", input).matmul_forward(input, other, bias, sum_dims, dtype)
-
-
-def _fake(
-    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
-) -> Tensor:
+def _fake(input: Tensor, other: Tensor, _: Tensor | None, sum_dims: list[int], dtype: torch.dtype) -> Tensor:
     return input.new_empty(_result_shape(input, other, sum_dims), dtype=dtype)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+def _vmap(operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> Tensor:
     *tensors, sum_dims, dtype = args
     rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors[:2], in_dims[:2], strict=True))
 
@@ -283,22 +252,14 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]
     operands = [front(tensor, dim) for tensor, dim in zip(tensors, in_dims[:3], strict=True)]
     if in_dims[0] is None and in_dims[1] is None:
         input = tensors[0]
-        operands[0] = input.expand(info.batch_size, *(1,) * (rank - input.dim()), *input.shape)
-    return _operator(*operands, [dim + 1 for dim in sum_dims], dtype), 0
+        operands[0] = input.expand(batch_size, *(1,) * (rank - input.dim()), *input.shape)
+    return operator(*operands, [dim + 1 for dim in sum_dims], dtype)
 
 
-def _autocast(
-    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
-) -> tuple[Any, ...]:
-    left, right, plus = (autocast_cast(tensor) for tensor in (input, other, bias))
-    return left, right, plus, sum_dims, left.dtype
+def _autocast(*args: Any) -> tuple[Any, ...]:
+    *tensors, sum_dims, _ = args
+    input, other, bias = map(autocast_cast, tensors)
+    return input, other, bias, sum_dims, input.dtype
 
 
-_operator = Operator(
-    "matmul(Tensor input, Tensor other, Tensor? bias, int[] sum_dims, ScalarType dtype) -> Tensor",
-    launch=_launch,
-    fake=_fake,
-    vmap=_vmap,
-    derivative=MatmulFunction,
-    autocast=_autocast,
-)
+_matmul = Operator("matmul", "forward", fake=_fake, vmap=_vmap, derivative=MatmulFunction, autocast=_autocast)

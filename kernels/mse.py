@@ -11,15 +11,16 @@ fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, checks
-from .dtypes import accumulator
+from . import checks
+from .checks import acc_dtype
 from .matmul import sum_to
-from .registration import Operator, served_by_torch, torch_mse_loss
+from .operator import Operator, in_places, use_torch_fast_path
+from .torch_private import torch_mse_loss
 
 # What the last cache of a CPU holds: a second pass over so many bytes costs nothing, nor does what torch stores
 # between two of its ops.
@@ -62,16 +63,16 @@ def mse_loss(
     if (
         weight is None
         and reduction in checks.REDUCTIONS
-        and served_by_torch(input, target)
+        and use_torch_fast_path(input, target)
         and input.shape == target.shape
         and (input.nbytes + target.nbytes <= SMALL or reduction == "none")
     ):
         return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
     _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
     if weight is None or reduction != "mean":
-        return mse(input, target, weight, reduction)
+        return mse(input, target, weight, reduction, 0, input.dtype)
     total, weights = _weighted_sums(input, target, weight)
-    return (total / weights).to(loss_dtype(input))
+    return (total / weights).to(checks.loss_dtype(input))
 
 
 def mse_loss_and_grad(
@@ -113,24 +114,26 @@ def mse_loss_and_grad(
         >>> loss, grad
         (tensor(1.), tensor([2.]))
     """
-    _check("mse_loss_and_grad", input, target, weight, reduction, ("mean", "sum"))
-    wanted = wanted_gradients("mse_loss_and_grad", wrt, {"input": input, "target": target, "weight": weight})
-    dtype = loss_dtype(input)
+    op = "mse_loss_and_grad"
+    _check(op, input, target, weight, reduction, ("mean", "sum"))
+    output_mask = checks.output_mask(op, wrt, {"input": input, "target": target, "weight": weight})
+    dtype = checks.loss_dtype(input)
     if weight is not None and reduction == "mean":
         with torch.no_grad():
-            return _weighted_mean_and_grad(input, target, weight, wanted, dtype)
-    args = (input, target, weight, reduction, wanted, dtype)
-    loss, *grads = _mse_forward_backward.without_autograd(*args)
-    grad_input, grad_target, grad_weight = in_places(grads, wanted)
+            return _weighted_mean_and_grad(input, target, weight, output_mask, dtype)
+    outputs = mse_forward_backward.without_autograd(input, target, weight, reduction, output_mask, dtype)
+    loss, grad_input, grad_target, grad_weight = in_places(outputs, output_mask)
     return loss, (grad_input, grad_target, grad_weight)
 
 
 def _weighted_mean_and_grad(
-    input: Tensor, target: Tensor, weight: Tensor, wanted: list[bool], dtype: torch.dtype
+    input: Tensor, target: Tensor, weight: Tensor, output_mask: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     total, weights = _weighted_sums(input, target, weight)
     loss = total / weights
-    grad_input, grad_target, grad_weight = mse_backward(1 / weights, input, target, weight, "sum", 0, wanted)
+    grad_input, grad_target, grad_weight = mse_backward.masked(
+        1 / weights, input, target, weight, "sum", 0, output_mask
+    )
     if grad_weight is not None:
         grad_weight -= loss / weights
     return loss.to(dtype), (grad_input, grad_target, grad_weight)
@@ -138,24 +141,14 @@ def _weighted_mean_and_grad(
 
 def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
-    wide = accumulator(input, target, weight)
-    return mse(input, target, weight, "sum", dtype=wide), total_weight(weight, target, wide)
+    dtype = acc_dtype(input, target, weight)
+    return mse(input, target, weight, "sum", 0, dtype), total_weight(weight, target, dtype)
 
 
 def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """``sum(w)`` over target's elements, as the loss of errors that are all 1: differentiable like any other loss."""
-    one, zero = weight.new_ones(()), weight.new_zeros(())
-    return mse(one.expand(target.shape), zero.expand(target.shape), weight, "sum", dtype=dtype)
-
-
-def wanted_gradients(op: str, wrt: Sequence[str], arguments: dict[str, Tensor | None]) -> list[bool]:
-    """Which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name in names:
-        if name not in arguments:
-            expected = ", ".join(map(repr, arguments))
-            raise ValueError(f"{op}: wrt names {name!r}; expected any of {expected}")
-    return [name in names and tensor is not None for name, tensor in arguments.items()]
+    ones, zeros = (weight.new_full((), value).expand(target.shape) for value in (1, 0))
+    return mse(ones, zeros, weight, "sum", 0, dtype)
 
 
 def _check(
@@ -163,71 +156,9 @@ def _check(
 ) -> None:
     checks.reduction(op, reduction, allowed)
     checks.tensors(op, {"input": input, "target": target, "weight": weight}, ("weight",))
-    shape = input.shape
-    if target.shape != shape:
-        _shapes_differ(op, input, "target", target)
-    if weight is not None and weight.shape != shape:
-        _shapes_differ(op, input, "weight", weight)
-
-
-def _shapes_differ(op: str, input: Tensor, name: str, tensor: Tensor) -> NoReturn:
-    raise ValueError(
-        f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
-        f"they must be equal (nothing is broadcast)"
-    )
-
-
-def loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a loss of ``tensor``: its own, or at least float32 under autocast."""
-    return accumulator(tensor) if checks.autocast_enabled(tensor) else tensor.dtype
-
-
-def in_places(results: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
-    """``results``, of which there are as many as ``output_mask`` says yes, with None in the other places."""
-    given = iter(results)
-    return [next(given) if need else None for need in output_mask]
-
-
-def mse(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    batch_dims: int = 0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The registered operator: no checks, no weighted mean; leading ``batch_dims`` dimensions survive a reduction.
-
-    A ``weight`` with dimensions of size 1 is spread over input's, and its gradient is the sum over them.
-    """
-    return _mse(input, target, weight, reduction, batch_dims, input.dtype if dtype is None else dtype)
-
-
-def mse_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    batch_dims: int,
-    output_mask: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of ``mse`` for input, target and weight; None where ``output_mask`` says no."""
-    results = _mse_backward(grad_output, input, target, weight, reduction, batch_dims, list(output_mask))
-    return in_places(results, output_mask)
-
-
-def mse_hvp(
-    primals: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
-    tangents: Sequence[Tensor | None],
-    reduction: str,
-    batch_dims: int,
-    output_mask: Sequence[bool],
-) -> list[Any]:
-    """The Hessian of C at ``primals`` times ``tangents``, both (grad_output, input, target, weight)."""
-    if not any(output_mask):
-        return [None] * 4
-    return in_places(_mse_hvp(*primals, *tangents, reduction, batch_dims, list(output_mask)), output_mask)
+    checks.same_shape(op, input, "target", target)
+    if weight is not None:
+        checks.same_shape(op, input, "weight", weight)
 
 
 class MseFunction(torch.autograd.Function):
@@ -240,11 +171,9 @@ class MseFunction(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight = ctx.saved_tensors
-        output_mask = ctx.needs_input_grad[:3]
-        grads = mse_backward(grad, input, target, weight, ctx.reduction, ctx.batch_dims, output_mask)
-        return (*grads, None, None, None)
+    def backward(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        options = ctx.reduction, ctx.batch_dims, ctx.needs_input_grad[:3]
+        return mse_backward.masked(grad, *ctx.saved_tensors, *options)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -252,8 +181,8 @@ class MseFunction(torch.autograd.Function):
         shape = input.shape if ctx.reduction == "none" else input.shape[: ctx.batch_dims]
         # The tangent has grad_output's dtype and does not depend on its values.
         grad = None if ctx.dtype == input.dtype else input.new_zeros((), dtype=ctx.dtype).expand(shape)
-        primals, directions = (grad, input, target, weight), (None, *tangents[:3])
-        return mse_hvp(primals, directions, ctx.reduction, ctx.batch_dims, (True, False, False, False))[0]
+        options = ctx.reduction, ctx.batch_dims, (True, False, False, False)
+        return mse_hvp.masked(grad, input, target, weight, None, *tangents, *options)[0]
 
 
 class MseBackwardFunction(torch.autograd.Function):
@@ -266,22 +195,15 @@ class MseBackwardFunction(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        directions = [None, *in_places(cotangents, ctx.output_mask)]
-        output_mask = ctx.needs_input_grad[:4]
-        return (
-            *mse_hvp(ctx.saved_tensors, directions, ctx.reduction, ctx.batch_dims, output_mask),
-            None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
+        directions = None, *in_places(cotangents, ctx.output_mask)
+        options = ctx.reduction, ctx.batch_dims, ctx.needs_input_grad[:4]
+        return mse_hvp.masked(*ctx.saved_tensors, *directions, *options)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        results = mse_hvp(
-            ctx.saved_tensors, tangents[:4], ctx.reduction, ctx.batch_dims, (False, *ctx.output_mask)
-        )
-        return tuple(result for result, need in zip(results[1:], ctx.output_mask, strict=True) if need)
+        options = ctx.reduction, ctx.batch_dims, [False, *ctx.output_mask]
+        return tuple(mse_hvp(*ctx.saved_tensors, *tangents, *options))
 
 
 def _hvp_formula(
@@ -299,13 +221,13 @@ def _hvp_formula(
 ) -> list[Tensor]:
     """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
     scale = _scale(input, reduction, batch_dims)
-    wide = accumulator(grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
-    zero = input.new_zeros((), dtype=wide)
+    acc = acc_dtype(grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
+    zero = input.new_zeros((), dtype=acc)
 
     def widened(tensor: Tensor | None) -> Tensor:
-        return zero if tensor is None else tensor.to(wide)
+        return zero if tensor is None else tensor.to(acc)
 
-    def spread(grad: Tensor | None) -> Tensor:
+    def broadcast(grad: Tensor | None) -> Tensor:
         if grad is None or reduction == "none":
             return widened(grad)
         return widened(grad).reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
@@ -314,7 +236,7 @@ def _hvp_formula(
     d_error = widened(d_input) - widened(d_target)
     w = zero + 1 if weight is None else widened(weight)
     dw = widened(d_weight)
-    g, dg = spread(grad_output), spread(d_grad)
+    g, dg = broadcast(grad_output), broadcast(d_grad)
     results = []
     if output_mask[0]:
         tangent = scale * (dw * error**2 + 2 * w * error * d_error)
@@ -333,6 +255,10 @@ def _hvp_formula(
     return results
 
 
+def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
+    return 1.0 / math.prod(input.shape[batch_dims:]) if reduction == "mean" and input.numel() else 1.0
+
+
 def _forward_backward_formula(
     input: Tensor,
     target: Tensor,
@@ -342,200 +268,139 @@ def _forward_backward_formula(
     dtype: torch.dtype,
     batch_dims: int = 0,
 ) -> list[Tensor]:
-    """``mse_forward_backward`` in two passes: the operators that have derivatives, and can keep dimensions."""
-    one = input.new_ones((), dtype=dtype).expand(input.shape[:batch_dims])
-    loss = mse(input, target, weight, reduction, batch_dims, dtype)
-    return [loss, *_mse_backward(one, input, target, weight, reduction, batch_dims, output_mask)]
+    """``mse_forward_backward`` in two passes: the operators that have derivatives, and batch dimensions."""
+    tensors = input, target, weight
+    ones = input.new_ones((), dtype=dtype).expand(input.shape[:batch_dims])
+    loss = mse(*tensors, reduction, batch_dims, dtype)
+    return [loss, *mse_backward(ones, *tensors, reduction, batch_dims, output_mask)]
 
 
-def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
-    return 1.0 / math.prod(input.shape[batch_dims:]) if reduction == "mean" and input.numel() else 1.0
-
-
-def _loss_fake(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
+def _empty_loss(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
     if reduction == "none":
         return torch.empty_like(input, dtype=dtype)
     return input.new_empty(input.shape[:batch_dims], dtype=dtype)
 
 
-def _mse_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
-) -> Tensor:
-    return _loss_fake(input, reduction, batch_dims, dtype)
-
-
-def _backward_fake(
-    grad_output: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    batch_dims: int,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    tensors = zip((input, target, weight), output_mask, strict=True)
+def _empty_gradients(tensors: Sequence[Tensor | None], output_mask: list[bool]) -> list[Tensor]:
+    input = tensors[0]
+    assert input is not None
     return [
         torch.empty_like(tensor) if tensor.shape == input.shape else tensor.new_empty(tensor.shape)
-        for tensor, need in tensors
-        if need and tensor is not None
+        for tensor, wanted in zip(tensors, output_mask, strict=True)
+        if wanted and tensor is not None
     ]
 
 
-def _forward_backward_fake(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    output_mask: list[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    return [
-        _loss_fake(input, reduction, 0, dtype),
-        *_backward_fake(input, input, target, weight, reduction, 0, output_mask),
-    ]
+def _fake(input: Tensor, _target: Tensor, _weight: Tensor | None, *options: Any) -> Tensor:
+    return _empty_loss(input, *options)
 
 
-def _hvp_fake(
-    grad_output: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    d_grad: Tensor | None,
-    d_input: Tensor | None,
-    d_target: Tensor | None,
-    d_weight: Tensor | None,
-    reduction: str,
-    batch_dims: int,
-    output_mask: list[bool],
-) -> list[Tensor]:
-    dtype = input.dtype if grad_output is None else grad_output.dtype
-    results = [_loss_fake(input, reduction, batch_dims, dtype)] if output_mask[0] else []
-    return results + _backward_fake(input, input, target, weight, reduction, batch_dims, output_mask[1:])
+def _backward_fake(_grad_output: Tensor, *args: Any) -> list[Tensor]:
+    return _empty_gradients(args[:3], args[-1])
 
 
-def _launch_forward(input: Tensor, target: Tensor, weight: Tensor | None, *args: Any) -> Tensor:
-    launchers = backends.implementation("mse", input)
-    return launchers.mse_forward(input, target, _spread(weight, input), *args)
+def _hvp_fake(grad_output: Tensor | None, *args: Any) -> list[Tensor]:
+    *tensors, reduction, batch_dims, output_mask = args
+    dtype = (tensors[0] if grad_output is None else grad_output).dtype
+    losses = [_empty_loss(tensors[0], reduction, batch_dims, dtype)] if output_mask[0] else []
+    return losses + _empty_gradients(tensors[:3], output_mask[1:])
 
 
-def _launch_backward(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, *args: Any
-) -> list[Tensor]:
-    launchers = backends.implementation("mse", input)
-    return _gathered(
-        launchers.mse_backward(grad_output, input, target, _spread(weight, input), *args), weight, args[-1]
-    )
+def _forward_backward_fake(*args: Any) -> list[Tensor]:
+    *tensors, reduction, output_mask, dtype = args
+    return [_empty_loss(tensors[0], reduction, 0, dtype), *_empty_gradients(tensors, output_mask)]
 
 
-def _launch_hvp(
-    grad_output: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    d_grad: Tensor | None,
-    d_input: Tensor | None,
-    d_target: Tensor | None,
-    d_weight: Tensor | None,
-    *args: Any,
-) -> list[Tensor]:
-    launchers = backends.implementation("mse", input)
-    primals = (grad_output, input, target, _spread(weight, input))
-    results = launchers.mse_hvp(*primals, d_grad, d_input, d_target, _spread(d_weight, input), *args)
-    return _gathered(results, weight, args[-1])
-
-
-def _launch_forward_backward(input: Tensor, *args: Any) -> list[Tensor]:
-    return backends.implementation("mse", input).mse_forward_backward(input, *args)
-
-
-def _spread(weight: Tensor | None, input: Tensor) -> Tensor | None:
+def _broadcast(weight: Tensor | None, input: Tensor) -> Tensor | None:
     return weight if weight is None or weight.shape == input.shape else weight.expand_as(input)
 
 
-def _gathered(results: list[Tensor], weight: Tensor | None, output_mask: Sequence[bool]) -> list[Tensor]:
-    """The launcher's results, of which the last, the weight's, is summed to the weight's shape."""
+def _launch_forward(
+    launcher: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> Tensor:
+    return launcher(input, target, _broadcast(weight, input), *options)
+
+
+def _launch_gradients(
+    launcher: Any,
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *args: Any,
+) -> list[Tensor]:
+    """Of mse_backward, and of mse_hvp, which takes four tangents before the options."""
+    *tangents, reduction, batch_dims, output_mask = args
+    if tangents:
+        tangents[-1] = _broadcast(tangents[-1], input)
+    results = launcher(
+        grad_output, input, target, _broadcast(weight, input), *tangents, reduction, batch_dims, output_mask
+    )
     if output_mask[-1] and weight is not None and weight.shape != results[-1].shape:
         results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
     return results
 
 
 def _mapped_first(
-    info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+    batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
+) -> list[Any]:
     """The mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
     return [
         tensor
         if tensor is None
-        else tensor.expand(info.batch_size, *tensor.shape)
+        else tensor.expand(batch_size, *tensor.shape)
         if dim is None
         else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, dims, strict=True)
+        for tensor, dim in zip(tensors, in_dims, strict=False)
     ]
 
 
-def _mse_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    *tensors, reduction, batch_dims, dtype = args
-    return _mse(*_mapped_first(info, in_dims[:3], tensors), reduction, batch_dims + 1, dtype), 0
+def _vmap(operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> Any:
+    *tensors, reduction, batch_dims, last = args
+    return operator(*_mapped_first(batch_size, in_dims, tensors), reduction, batch_dims + 1, last)
 
 
-def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    *tensors, reduction, batch_dims, output_mask = args
-    results = _mse_backward(
-        *_mapped_first(info, in_dims[:4], tensors), reduction, batch_dims + 1, output_mask
-    )
-    return results, [0] * len(results)
-
-
-def _hvp_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
-    *tensors, reduction, batch_dims, output_mask = args
-    results = _mse_hvp(*_mapped_first(info, in_dims[:8], tensors), reduction, batch_dims + 1, output_mask)
-    return results, [0] * len(results)
-
-
-def _forward_backward_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+def _forward_backward_vmap(
+    operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any
+) -> list[Tensor]:
     *tensors, reduction, output_mask, dtype = args
-    input, target, weight = _mapped_first(info, in_dims[:3], tensors)
-    assert input is not None
-    assert target is not None
-    results = _forward_backward_formula(input, target, weight, reduction, output_mask, dtype, batch_dims=1)
-    return results, [0] * len(results)
+    input, target, weight = _mapped_first(batch_size, in_dims, tensors)
+    return _forward_backward_formula(input, target, weight, reduction, output_mask, dtype, batch_dims=1)
 
 
-def _autocast(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
-) -> tuple[Any, ...]:
+def _autocast(*args: Any) -> tuple[Any, ...]:
     """As it is, but with the loss in float32: the kernels convert each element as they load it."""
-    return input, target, weight, reduction, batch_dims, accumulator(input, target, weight)
+    return *args[:-1], acc_dtype(*args[:3])
 
 
-_mse = Operator(
-    "mse(Tensor input, Tensor target, Tensor? weight, str reduction, int batch_dims, ScalarType dtype) -> Tensor",
-    launch=_launch_forward,
-    fake=_mse_fake,
-    vmap=_mse_vmap,
+# ``mse(input, target, weight, reduction, batch_dims, dtype)``: the first ``batch_dims`` dimensions survive a reduction.
+# A ``weight`` with dimensions of size 1 is broadcast over input's, and its gradient is the sum over them.
+mse = Operator(
+    "mse",
+    "forward",
+    fake=_fake,
+    vmap=_vmap,
     derivative=MseFunction,
+    launch=_launch_forward,
     autocast=_autocast,
 )
-_mse_backward = Operator(
-    "mse_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, str reduction, int batch_dims, "
-    "bool[] output_mask) -> Tensor[]",
-    launch=_launch_backward,
+# Its gradients for (input, target, weight), as ``output_mask`` says.
+mse_backward = Operator(
+    "mse",
+    "backward",
     fake=_backward_fake,
-    vmap=_backward_vmap,
+    vmap=_vmap,
     derivative=MseBackwardFunction,
+    launch=_launch_gradients,
 )
-_mse_hvp = Operator(
-    "mse_hvp(Tensor? grad_output, Tensor input, Tensor target, Tensor? weight, Tensor? d_grad, Tensor? d_input, "
-    "Tensor? d_target, Tensor? d_weight, str reduction, int batch_dims, bool[] output_mask) -> Tensor[]",
-    launch=_launch_hvp,
-    fake=_hvp_fake,
-    vmap=_hvp_vmap,
-    derivative=_hvp_formula,
+# The Hessian of C at (grad_output, input, target, weight) times the next four, likewise.
+mse_hvp = Operator(
+    "mse", "hvp", fake=_hvp_fake, vmap=_vmap, derivative=_hvp_formula, launch=_launch_gradients
 )
-_mse_forward_backward = Operator(
-    "mse_forward_backward(Tensor input, Tensor target, Tensor? weight, str reduction, bool[] output_mask, "
-    "ScalarType dtype) -> Tensor[]",
-    launch=_launch_forward_backward,
+# The loss and its gradients for an upstream gradient of one.
+mse_forward_backward = Operator(
+    "mse",
+    "forward_backward",
     fake=_forward_backward_fake,
     vmap=_forward_backward_vmap,
     derivative=_forward_backward_formula,

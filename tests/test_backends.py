@@ -125,13 +125,13 @@ def test_triton_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which backends' modules were asked for during the test."""
     names: list[str] = []
-    module = backends._module
+    module = backends.module
 
     def recorded(backend: str, op: str) -> object:
         names.append(backend)
         return module(backend, op)
 
-    monkeypatch.setattr(backends, "_module", recorded)
+    monkeypatch.setattr(backends, "module", recorded)
     return names
 
 

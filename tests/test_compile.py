@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradkernels.registration import OPERATORS
+from gradkernels.operator import OPERATORS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp, vmap
@@ -257,8 +257,8 @@ def test_without_the_private_apply() -> None:
         from torch.autograd import gradcheck, gradgradcheck
         del torch._functorch.utils.enable_single_level_autograd_function
         import gradkernels
-        from gradkernels import registration
-        assert registration._single_level is None
+        from gradkernels import torch_private
+        assert torch_private.single_level is None
 
         def loss(x, w, y):
             return gradkernels.linear_mse_loss(x, w, y)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("triton")
 
 from gradkernels import use_backend
-from gradkernels.registration import OPERATORS
+from gradkernels.operator import OPERATORS
 
 from .cases import Case, label
 from .conftest import DEVICES
@@ -31,7 +31,7 @@ from .conftest import DEVICES
 SAMPLES, FEATURES, OUTPUTS = 64, 8, 4
 SMALL = FEATURES * OUTPUTS
 BATCH = 3
-LAUNCH = {operator.overload: operator._launch for operator in OPERATORS}
+LAUNCH = {operator.overload: operator.launch for operator in OPERATORS}
 CASES = [
     Case("matmul", {"input": (SAMPLES, FEATURES), "other": (FEATURES, OUTPUTS), "bias": (OUTPUTS,)}),
     Case("linear", {"input": (2, SAMPLES, FEATURES), "weight": (OUTPUTS, FEATURES), "bias": (OUTPUTS,)}),

@@ -1,0 +1,333 @@
+"""How an op becomes a torch operator: schema, launch, autograd, vmap, meta implementation and autocast.
+
+The routes of a call, the shortest first. ``mse_loss`` and the other public functions check their arguments once,
+bring them to the launchers' form, and take the first route that serves::
+
+    1  torch's own op          use_torch_fast_path: the fallback would call it anyway, and torch's autograd will do
+    2  Operator.__call__       fast_path: nothing but plain reverse-mode autograd is active
+         no gradient needed      -> launcher
+         else                    -> Function.apply -> launcher; its backward calls other Operators
+    3  the dispatcher          for all else; each key sees the call at its own level:
+         Autocast                -> the same operator, with cast arguments and autocast off
+         functorch, Autograd     -> Function.apply -> the same operator below autograd
+         vmap, old and new       -> the vmap rule -> the same or another operator, once for the whole batch
+         Fake, Meta              -> the fake implementation
+         CPU, CUDA, XPU, MPS     -> launcher
+
+A launcher, ``<op>_<direction>``, is found by name in the module of the backend that serves the call. Its
+annotations are the operator's schema: an argument list stands in each implementation and nowhere else.
+
+The Autograd key holds a Python implementation that applies an ``autograd.Function``, whose forward calls the
+same operator below autograd; thus each transform meets the operator at its own level. Of the documented ways,
+``custom_op.register_autograd`` returns forward-mode tangents that are silently zero, and a plain Function cannot
+be traced with one.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from . import torch_private as private
+from .checks import DEVICE_TYPES, DTYPES
+from .torch_private import any_autocast, below_autograd, is_wrapped, is_zerotensor, needs_dispatcher
+
+_NAMESPACE = __name__.partition(".")[0]
+_DEVICE_KEYS = tuple(device_type.upper() for device_type in DEVICE_TYPES)
+_AUTOCAST_KEYS = private.autocast_keys(_DEVICE_KEYS)
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_OPTIONS = frozenset((type(None), bool, int, float, str, list, torch.dtype))
+_STRIDED = torch.strided
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+OPERATORS: list["Operator"] = []
+
+
+class Operator:
+    """A registered operator: call it with tensors, get tensors, under any transform.
+
+    Args:
+        op: the op it belongs to, such as ``"mse"``: a module of each backend.
+        direction: its launcher is ``<op>_<direction>``, its own name too, or just ``<op>`` for ``"forward"``.
+        fake: the launcher on fake or meta tensors: output shapes, dtypes and strides only. Written by hand, so
+            that no size becomes a guard of torch.compile.
+        vmap: ``(operator, batch_size, in_dims, *args)`` gives the outputs, the mapped dimension first, by one call
+            of the operators for the whole batch.
+        derivative: an ``autograd.Function`` with ``setup_context``, ``backward`` and ``jvp``, or a function of the
+            same arguments in ops that have derivatives. The forward is provided here; ``backward`` returns, and
+            ``jvp`` takes, one value for each tensor argument. These come before all others.
+        launch: ``(launcher, *args)`` calls the launcher, where the operator takes more than launchers do.
+        prepare: maps the arguments to those to use when a derivative may be asked for, and to the places of the
+            outputs that the caller asked for among those they give.
+        autocast: maps the arguments to those to use where autocast is on.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        direction: str,
+        *,
+        fake: Callable[..., Any],
+        vmap: Callable[..., Any],
+        derivative: type[torch.autograd.Function] | Callable[..., Any],
+        launch: Callable[..., Any] | None = None,
+        prepare: Callable[..., tuple[tuple[Any, ...], list[int]]] | None = None,
+        autocast: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.op = op
+        self.launcher = f"{op}_{direction}"
+        self.name = self.launcher.removesuffix("_forward")
+        self._vmap = vmap
+        self._prepare = prepare
+        launcher = getattr(backends.module("fallback", op), self.launcher)
+        # An int is a number of dimensions or the index of one: it does not vary with the sizes, as a SymInt may.
+        schema = torch.library.infer_schema(launcher, mutates_args=()).replace("SymInt", "int")
+        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.overload = getattr(getattr(torch.ops, _NAMESPACE), self.name).default
+        types = [str(argument.type) for argument in self.overload._schema.arguments]
+        self._tensor_count = sum("Tensor" in type for type in types)
+        self._no_gradients = (None,) * (len(types) - self._tensor_count)
+        self.launch = self._launch_by_name(types.index("Tensor"), launch)
+        for key in _DEVICE_KEYS:
+            _library.impl(self.name, self.launch, key)
+        qualified = f"{_NAMESPACE}::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_vmap(qualified, self._batched, lib=_library)
+        _library.impl(self.name, self._batched_by_older_vmap, "Batched")
+        self._derivative = self._plain_derivative = derivative
+        if isinstance(derivative, type):
+            self._derivative = private.apply_function(self._bind(derivative, self.below))
+            self._plain_derivative = private.apply_function(self._bind(derivative, self.launch))
+        _library.impl(self.name, self._autograd, "Autograd")
+        if autocast is not None:
+            for key in _DEVICE_KEYS:
+                _library.impl(self.name, self._under_autocast(autocast), f"Autocast{key}")
+        OPERATORS.append(self)
+
+    def __call__(self, *args: Any) -> Any:
+        if fast_path(args):  # what the dispatcher would do, without its 20 us
+            return self._differentiated(args, plainly=True) if requires_grad(args) else self.launch(*args)
+        if private.single_level is None and private.transforms_active():
+            return self._autograd(*args)
+        return self.overload(*args)
+
+    def masked(self, *args: Any) -> list[Any]:
+        """Call an operator whose last argument is ``output_mask``; None stands for the outputs it leaves out."""
+        *others, output_mask = args
+        if not any(output_mask):
+            return [None] * len(output_mask)
+        return in_places(self(*others, list(output_mask)), output_mask)
+
+    def without_autograd(self, *args: Any) -> Any:
+        """Call the operator as if nothing required a gradient."""
+        if fast_path(args):
+            with below_autograd():
+                return self.launch(*args)
+        with torch.no_grad():
+            return self(*args)
+
+    def below(self, *args: Any) -> Any:
+        """Call the operator past its Autograd key, as C++ kernels do."""
+        if fast_path(args):
+            return self.launch(*args)
+        with _outer_levels(), below_autograd():
+            return self.overload(*args)
+
+    def _launch_by_name(self, place: int, adapt: Callable[..., Any] | None) -> Callable[..., Any]:
+        """What runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
+        op, name = self.op, self.launcher
+
+        def launch(*args: Any) -> Any:
+            return getattr(backends.implementation(op, args[place]), name)(*args)
+
+        def adapted(*args: Any) -> Any:
+            assert adapt is not None
+            return adapt(getattr(backends.implementation(op, args[place]), name), *args)
+
+        return launch if adapt is None else adapted
+
+    def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        def autocast(*args: Any) -> Any:
+            args = cast(*args)
+            with without_autocast():
+                return self.overload(*args)
+
+        return autocast
+
+    def _autograd(self, *args: Any) -> Any:
+        return self._differentiated(args) if needs_derivative(args) else self.below(*args)
+
+    def _differentiated(self, args: tuple[Any, ...], plainly: bool = False) -> Any:
+        asked = None
+        if self._prepare is not None:
+            args, asked = self._prepare(*args)
+        if plainly:
+            outputs: Any = self._plain_derivative(*args)
+        else:
+            with _this_level():
+                outputs = self._derivative(*args)
+        if asked is not None:
+            return [outputs[place] for place in asked]
+        return list(outputs) if isinstance(outputs, tuple) else outputs
+
+    def _bind(
+        self, function: type[torch.autograd.Function], run: Callable[..., Any]
+    ) -> type[torch.autograd.Function]:
+        """``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
+        tensor_count, no_gradients = self._tensor_count, self._no_gradients
+
+        def forward(*args: Any) -> Any:
+            outputs = run(*args)
+            return tuple(outputs) if isinstance(outputs, list) else outputs
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend = backends.current()
+            ctx.set_materialize_grads(False)
+            function.setup_context(ctx, inputs, output)
+
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+            if all(grad is None for grad in grad_outputs):
+                return (None,) * len(ctx.needs_input_grad)
+            if ctx.backend == backends.current() and not any_autocast():
+                return (*function.backward(ctx, *grad_outputs), *no_gradients)
+            with backends.use_backend(ctx.backend), without_autocast():
+                return (*function.backward(ctx, *grad_outputs), *no_gradients)
+
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            # Function.apply does this by itself.
+            outer_levels = nullcontext() if private.single_level is None else _outer_levels()
+            with backends.use_backend(ctx.backend), without_autocast(), outer_levels:
+                return function.jvp(ctx, *tangents[:tensor_count])
+
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+            outputs, dims = self._batched(info, in_dims, *args)
+            return (tuple(outputs), tuple(dims)) if isinstance(outputs, list) else (outputs, dims)
+
+        methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+        if private.single_level is None:
+            methods["vmap"] = vmap
+        return type(
+            function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
+        )
+
+    def _batched(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        outputs = self._vmap(self, info.batch_size, in_dims, *args)
+        return outputs, [0] * len(outputs) if isinstance(outputs, list) else 0
+
+    def _batched_by_older_vmap(self, *args: Any) -> Any:
+        """The vmap rule on tensors that have a hidden dimension."""
+        level = private.older_vmap_level()
+        shown = [private.remove_batch_dim(arg, level) if isinstance(arg, Tensor) else None for arg in args]
+        size = max(tensor.shape[0] for tensor in shown if tensor is not None)
+        mapped = [tensor is not None and tensor.shape[0] == size for tensor in shown]
+        values = [
+            tensor if is_mapped else arg for arg, tensor, is_mapped in zip(args, shown, mapped, strict=True)
+        ]
+        outputs = self._vmap(self, size, [0 if is_mapped else None for is_mapped in mapped], *values)
+        if isinstance(outputs, list):
+            return [private.add_batch_dim(output, level) for output in outputs]
+        return private.add_batch_dim(outputs, level)
+
+
+def fast_path(args: Sequence[Any]) -> bool:
+    """True if the dispatcher can be skipped for a call with these arguments.
+
+    Their types are looked at as well: subclasses of Tensor have their own way, a tensor saved inside a transform
+    stays wrapped after it ends, and some hold no values of their own.
+    """
+    if needs_dispatcher():
+        return False
+    tensor = None
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            if is_wrapped(arg) or is_zerotensor(arg) or arg.is_neg():
+                return False
+            tensor = arg
+        elif kind not in _OPTIONS:
+            return False
+    return tensor is not None and (tensor.is_cpu or tensor.device.type in DEVICE_TYPES)
+
+
+def use_torch_fast_path(first: Tensor, *others: Tensor, optional: Tensor | None = None) -> bool:
+    """True if torch's own ops, under torch's own autograd, serve a call with these arguments.
+
+    So it is on the fallback for torch's own tensors of one dtype and device (``checks.tensors`` has nothing to
+    object then), unless something is active that torch's ops do not serve: the mse_loss of torch has no forward
+    derivative of its backward, for one. There the registered operators take over.
+    """
+    if needs_dispatcher() or type(first) not in _TENSORS:
+        return False
+    dtype, on_cpu = first.dtype, first.is_cpu
+    for tensor in others if optional is None else (*others, optional):
+        if (
+            type(tensor) not in _TENSORS
+            or tensor.dtype is not dtype
+            or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
+            or tensor.layout is not _STRIDED
+        ):
+            return False
+    if dtype not in DTYPES or first.layout is not _STRIDED:
+        return False
+    # Asked last: where the backend cannot serve ``first``, devices that differ are still named by the checks.
+    return (on_cpu or first.device.type in DEVICE_TYPES) and backends.backend_for(first) == "fallback"
+
+
+def requires_grad(args: Sequence[Any]) -> bool:
+    """True if reverse mode has to differentiate a call with these arguments."""
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
+
+
+def needs_derivative(args: Sequence[Any]) -> bool:
+    """True if autograd has to differentiate a call with these arguments, in reverse or forward mode."""
+    if private.single_level is None and private.transforms_active():
+        return True  # Function.apply finds out which of the levels differentiates
+    if requires_grad(args):
+        return True
+    if not private.forward_mode_active():
+        return False
+    return any(private.has_tangent(arg) for arg in args if isinstance(arg, Tensor))
+
+
+def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
+    """``outputs`` with None where ``output_mask`` says no; those that it does not speak of come first."""
+    first = len(outputs) - sum(output_mask)
+    given = iter(outputs[first:])
+    return [*outputs[:first], *(next(given) if wanted else None for wanted in output_mask)]
+
+
+def without_autocast() -> AbstractContextManager[None]:
+    """The operators called inside see their arguments' own dtypes."""
+    return private.exclude_keys(_AUTOCAST_KEYS)
+
+
+def autocast_cast(tensor: Any) -> Any:
+    """``tensor`` in the autocast dtype of its device; float64 and None as they are."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _this_level() -> AbstractContextManager[None]:
+    return (
+        private.single_level()
+        if private.single_level is not None and private.transforms_active()
+        else nullcontext()
+    )
+
+
+@contextmanager
+def _outer_levels() -> Iterator[None]:
+    """Function.forward and jvp run with grad modes off; re-enable them, so that outer torch.func levels record."""
+    if not private.transforms_active():
+        yield
+        return
+    with torch.enable_grad(), private.enable_forward_grad(), below_autograd():
+        yield

@@ -1,0 +1,119 @@
+"""Every private part of torch that the ops use, with its reason and what serves where torch no longer has it.
+
+The first is optional: ``single_level`` is None where it is gone. The others have no public equivalent, or only a
+slower one; they are resolved at import, so that a torch without one fails there, with its name.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# Allows ``apply_function`` at a functorch level. Without it Function.apply serves, which handles all levels itself
+# and is therefore called before the dispatcher: right in eager mode and in torch.func, but not traceable with a jvp.
+single_level: Callable[[], AbstractContextManager[None]] | None
+try:
+    from torch._functorch.utils import enable_single_level_autograd_function as single_level
+except ImportError:
+    single_level = None
+
+
+def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its Python layer: ``torch._C._FunctionBase.apply``.
+
+    The layer costs 9 us a call, and hands functorch the whole Function where only the current level is due.
+    """
+    if single_level is None:
+        return function.apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+# What an operator does below its Autograd key, as C++ kernels do. Public: torch.no_grad, at three times the cost.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+# Who else takes part in a call.
+transforms_active = torch._C._are_functorch_transforms_active
+any_autocast = torch._C._is_any_autocast_enabled
+_compiling = torch.compiler.is_compiling
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+# The older vmap, by which autograd.grad(is_grads_batched=True) and gradcheck's batched checks work. It has no
+# register_vmap: a rule is registered for the dispatch key ``Batched``, and unpacks the hidden dimensions itself.
+_OLDER_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
+
+
+def needs_dispatcher() -> bool:
+    """True if anything besides plain reverse-mode autograd is active.
+
+    That is: tracing, a transform of torch.func, forward mode, a dispatch mode, the older vmap or autocast.
+    """
+    return (
+        _compiling()
+        or _tracing_state() is not None
+        or transforms_active()
+        or forward_ad._current_level >= 0
+        or _dispatch_modes() > 0
+        or _key_included(_OLDER_VMAP)
+        or any_autocast()
+    )
+
+
+# Whether a tensor holds its own values: one saved inside a transform stays wrapped after it ends, and a ZeroTensor
+# (a derivative of a constant) has no storage.
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+is_zerotensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+
+# torch.nn.functional.mse_loss without its checks and broadcasting, which take 2 of its 5 us.
+torch_mse_loss: Callable[..., Tensor] = torch._C._nn.mse_loss
+
+
+def forward_mode_active() -> bool:
+    """True if a call may have to give a tangent.
+
+    Traced code enters forward mode without telling ``forward_ad``, but always under a transform.
+    """
+    return (forward_ad._current_level >= 0 or transforms_active()) and torch._C._is_fwd_grad_enabled()
+
+
+def enable_forward_grad() -> AbstractContextManager[None]:
+    """The forward-mode counterpart of ``torch.enable_grad``."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """True if forward mode carries a tangent; ``forward_ad.unpack_dual`` asks for a level that traced code has not."""
+    return torch._VF._unpack_dual(tensor, level=0)[1] is not None
+
+
+def older_vmap_level() -> int:
+    """The level of the older vmap's innermost loop."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def remove_batch_dim(tensor: Tensor, level: int) -> Tensor:
+    """The older vmap's tensor with its hidden dimension first; one without it gets a first dimension of size 1."""
+    return torch._remove_batch_dim(tensor, level, 1, 0)
+
+
+def add_batch_dim(tensor: Tensor, level: int) -> Tensor:
+    """The opposite: hides the first dimension."""
+    return torch._add_batch_dim(tensor, 0, level)
+
+
+def autocast_keys(device_keys: tuple[str, ...]) -> Any:
+    """The dispatch keys of autocast on these devices, as far as this torch has them."""
+    found = [f"Autocast{key}" for key in device_keys if hasattr(torch._C.DispatchKey, f"Autocast{key}")]
+    first, *rest = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in found)
+    for keys in rest:
+        first = first | keys
+    return first
+
+
+# A context without these dispatch keys. Public: torch.autocast(enabled=False), for one device type at a time.
+exclude_keys: Callable[[Any], AbstractContextManager[None]] = torch._C._ExcludeDispatchKeyGuard
