@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from . import __version__, backends, verify
+from .ops import OPS
 from .verify.console import print_table
-from .verify.kernel_check import DTYPES, HEADER, OPS
+from .verify.kernel_check import DTYPES, HEADER
 from .verify.report import to_json
 
 
@@ -30,6 +31,7 @@ def info() -> dict[str, Any]:
         "chosen backend": backends.current(),
         "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
         "hugging face kernels": _version("kernels"),
+        "ops": {name: list(op.public) for name, op in OPS.items()},
     }
 
 
@@ -69,7 +71,7 @@ def _info_command(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(to_json(found))
         return 0
-    devices = found.pop("devices")
+    devices, ops = found.pop("devices"), found.pop("ops")
     if found["hugging face kernels"] is None:
         found["hugging face kernels"] = "not installed"
     print_table(("what", "value"), [(key, str(value)) for key, value in found.items() if value is not None])
@@ -84,6 +86,8 @@ def _info_command(arguments: argparse.Namespace) -> int:
         for d in devices
     ]
     print_table(("device", "name", "serves by default", "triton", "fallback", "reference"), rows)
+    print()
+    print_table(("op", "public"), [(name, ", ".join(public)) for name, public in ops.items()])
     return 0
 
 

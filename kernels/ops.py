@@ -1,0 +1,238 @@
+"""The list of ops: one record each, from which whatever goes through the ops takes them.
+
+That is ``verify``, ``warmup``, ``info``, the benchmarks, the compile report, the traffic report and the tests. A new
+op is its files and one record. The files are found by its name:
+
+    <op>.py  triton/<op>.py  fallback/<op>.py  reference/<op>.py  bench/bench_<op>.py  tests/ops/test_<op>.py
+
+A record says what these cannot: what the op means in torch's own terms, and on which sizes it is tried. Modules are
+imported when they are asked for, so that ``import gradkernels`` needs neither Triton nor NumPy.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import backends
+from .operator import OPERATORS, Operator
+
+Sizes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Public:
+    """A public callable.
+
+    Attributes:
+        torch: the same in plain torch; None where torch has nothing that takes these arguments.
+        shapes, in_torch: its row of the README's table.
+    """
+
+    torch: Callable[..., Any] | None
+    shapes: str
+    in_torch: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        name: of its files.
+        public: its public callables by name; the first is the op itself.
+        samples: the sizes on which ``verify`` tries it.
+    """
+
+    name: str
+    public: Mapping[str, Public]
+    samples: tuple[Sizes, ...]
+
+    def function(self, name: str | None = None) -> Callable[..., Any]:
+        """A public callable; the op itself by default."""
+        module = importlib.import_module(f".{self.name}", __package__)
+        return getattr(module, next(iter(self.public)) if name is None else name)
+
+    @property
+    def torch(self) -> Callable[..., Any]:
+        """The op in plain torch."""
+        twin = next(iter(self.public.values())).torch
+        assert twin is not None
+        return twin
+
+    @property
+    def reference(self) -> Any:
+        """The module of its NumPy reference."""
+        return importlib.import_module(f".reference.{self.name}", __package__)
+
+    def launchers(self, backend: str = "fallback") -> dict[str, Callable[..., Any]]:
+        """Its launchers on a backend, by name."""
+        found = vars(backends.module(backend, self.name)).items()
+        return {name: value for name, value in found if name.startswith(f"{self.name}_") and callable(value)}
+
+    def readme(self) -> list[str]:
+        """Its rows of the README's table."""
+        return [
+            f"| `{name}{_signature(self.function(name))}` | {public.shapes} | {public.in_torch} |"
+            for name, public in self.public.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Function(Op):
+    """An op on tensors, with derivatives.
+
+    Attributes:
+        axes: the names of the sizes of a problem; empty for an op whose tensors have one shape, of any sizes.
+        shapes: maps these sizes to the shapes of the tensor arguments, by name and in order.
+        gradients: the arguments that a training step takes gradients for.
+    """
+
+    axes: str
+    shapes: Callable[..., dict[str, Sizes]]
+    gradients: tuple[str, ...]
+
+    @property
+    def arguments(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the arguments that are given by position: those that must be, and those that may be."""
+        parameters = inspect.signature(self.function()).parameters.values()
+        positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        required = tuple(p.name for p in positional if p.default is p.empty)
+        return required, tuple(p.name for p in positional[len(required) :])
+
+    @property
+    def operators(self) -> list[Operator]:
+        """Its torch operators."""
+        self.function()  # its module registers them
+        return [operator for operator in OPERATORS if operator.op == self.name]
+
+
+@dataclass(frozen=True)
+class Optimizer(Op):
+    """An op on parameters and their state.
+
+    Attributes:
+        options: what ``verify`` constructs it with, for a dtype.
+        variants: the options that take kernels of their own, for ``warmup`` to compile.
+    """
+
+    options: Callable[[torch.dtype], dict[str, Any]]
+    variants: tuple[dict[str, Any], ...]
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    """The arguments as the README writes them; a class has none there."""
+    if isinstance(function, type):
+        return ""
+    signature = inspect.signature(function)
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty)).replace("'", '"')
+
+
+def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``matmul`` in plain torch."""
+    result = torch.matmul(input, other)
+    if bias is None:
+        return result
+    return result + (bias if other.dim() > 1 else bias.reshape(())).to(result.dtype)  # for autocast
+
+
+def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` in plain torch, whose own has no bias for a weight of one dimension, and no vmap over one."""
+    return functional.linear(input, weight, bias) if weight.dim() > 1 else torch_matmul(input, weight, bias)
+
+
+def torch_linear_mse_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``linear_mse_loss`` in plain torch."""
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        sample_weight = sample_weight.unsqueeze(-1).expand(target.shape)
+    predictions = torch_linear(input, weight, bias)
+    return functional.mse_loss(predictions, target, weight=sample_weight, reduction=reduction)  # type: ignore[call-arg]
+
+
+def _matmul_shapes(*sizes: int) -> dict[str, Sizes]:
+    *batch, M, K, N = sizes
+    return {"input": (*batch, M, K), "other": (*batch, K, N), "bias": (N,)}
+
+
+_RECORDS: tuple[Op, ...] = (
+    Function(
+        "matmul",
+        public={
+            "matmul": Public(
+                torch_matmul, "as `torch.matmul`; bias `(N,)`", "`torch.matmul(input, other) + bias`"
+            ),
+            "linear": Public(torch_linear, "`(*, D)`, `(K, D)` or `(D,)`, `(K,)`", "`F.linear`"),
+        },
+        axes="[B x] M x K x N",
+        shapes=_matmul_shapes,
+        samples=((1, 1, 1), (3, 5, 2), (65, 33, 17), (1, 300, 1), (2, 33, 65, 9)),
+        gradients=("input", "other", "bias"),
+    ),
+    Function(
+        "mse",
+        public={
+            "mse_loss": Public(functional.mse_loss, "all of one shape, nothing is broadcast", "`F.mse_loss`"),
+            "mse_loss_and_grad": Public(None, "the same", "loss and gradients in one pass, without autograd"),
+        },
+        axes="",
+        shapes=lambda *sizes: {"input": sizes, "target": sizes},
+        samples=((1,), (1023,), (65, 63), (5000,)),
+        gradients=("input",),
+    ),
+    Function(
+        "linear_mse",
+        public={
+            "linear_mse_loss": Public(
+                torch_linear_mse_loss,
+                "`(*, D)`, `(K, D)` or `(D,)`, `(*, K)` or `(*)`",
+                "`F.mse_loss(F.linear(input, weight, bias), target)`",
+            ),
+            "linear_mse_loss_and_grad": Public(
+                None, "the same", "loss and gradients in one pass, without autograd"
+            ),
+        },
+        axes="N x D x K",
+        shapes=lambda N, D, K: {"input": (N, D), "weight": (K, D), "target": (N, K), "bias": (K,)},
+        samples=((1, 1, 1), (4, 2, 1), (100, 65, 1), (65, 33, 3), (40, 20, 33)),
+        gradients=("weight", "bias"),
+    ),
+    Optimizer(
+        "sgd",
+        public={"FusedSGD": Public(torch.optim.SGD, "any parameters", "`torch.optim.SGD`")},
+        samples=((1,), (1023,), (65, 63)),
+        options=lambda dtype: {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+        variants=({"lr": 0.0}, {"lr": 0.0, "momentum": 0.9}),
+    ),
+    Optimizer(
+        "adam",
+        public={
+            "FusedAdam": Public(torch.optim.Adam, "any parameters", "`torch.optim.Adam`"),
+            "FusedAdamW": Public(torch.optim.AdamW, "any parameters", "`torch.optim.AdamW`"),
+        },
+        samples=((1,), (1023,), (65, 63)),
+        # In float16 torch's own eps of 1e-8 is 0, and its second moments underflow: its result is then not finite.
+        options=lambda dtype: {
+            "lr": 0.1,
+            "weight_decay": 0.01,
+            "amsgrad": True,
+            "eps": 1e-3 if dtype == torch.float16 else 1e-8,
+        },
+        variants=({"lr": 0.0},),
+    ),
+)
+OPS: Mapping[str, Op] = {op.name: op for op in _RECORDS}
+FUNCTIONS: Mapping[str, Function] = {op.name: op for op in _RECORDS if isinstance(op, Function)}
+OPTIMIZERS: Mapping[str, Optimizer] = {op.name: op for op in _RECORDS if isinstance(op, Optimizer)}
