@@ -118,7 +118,7 @@ def backend_for(tensor: torch.Tensor) -> str:
 @functools.cache
 def module(backend: str, op: str) -> Any:
     """The module that holds the op's launchers for a backend."""
-    name = ".reference_launchers" if backend == "reference" else f".{backend}.{op}"
+    name = ".reference.launchers" if backend == "reference" else f".{backend}.{op}"
     return importlib.import_module(name, __package__)
 
 

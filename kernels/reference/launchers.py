@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .buckets import AdamOptions, Bucket, Guard, SGDOptions
-from .dtypes import accumulator
-from .reference import adam, linear_mse, matmul, mse, sgd
+from ..buckets import AdamOptions, Bucket, Guard, SGDOptions
+from ..checks import acc_dtype
+from . import adam, linear_mse, matmul, mse, sgd
+from .precision import Array
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
 State = dict[str, Array]
 
 
@@ -37,7 +37,7 @@ def _in_layout(array: Array, like: Tensor) -> Tensor:
 
 
 def matmul_forward(
-    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: Sequence[int], dtype: torch.dtype
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
     left, right, plus = _arrays(input, other, bias)
     result = matmul.forward(left, right).sum(axis=tuple(sum_dims), keepdims=True)
@@ -78,7 +78,7 @@ def mse_backward(
     weight: Tensor | None,
     reduction: str,
     batch_dims: int,
-    output_mask: Sequence[bool],
+    output_mask: list[bool],
 ) -> list[Tensor]:
     grad = _per_element(_array(grad_output), input.shape, reduction, batch_dims)
     x, y, w = _arrays(input, target, weight)
@@ -98,7 +98,7 @@ def mse_hvp(
     d_weight: Tensor | None,
     reduction: str,
     batch_dims: int,
-    output_mask: Sequence[bool],
+    output_mask: list[bool],
 ) -> list[Tensor]:
     """The gradient's derivative along the direction by the five-point stencil, exact for its cubic polynomial."""
     shape = tuple(input.shape)
@@ -136,7 +136,7 @@ def mse_forward_backward(
     target: Tensor,
     weight: Tensor | None,
     reduction: str,
-    output_mask: Sequence[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     one = torch.ones((), dtype=torch.float64, device="cpu")
@@ -149,12 +149,12 @@ def linear_mse_forward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    samples: Tensor | None,
+    sample_weight: Tensor | None,
     reduction: str,
-    output_mask: Sequence[bool],
+    output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    x, w, y, b, s = _arrays(input, weight, target, bias, samples)
+    x, w, y, b, s = _arrays(input, weight, target, bias, sample_weight)
     count = target.numel() if reduction == "mean" else 1
     b = np.zeros(weight.shape[0]) if bias is None else b
     _, grad_weight, grad_target, grad_bias, _ = linear_mse.backward(1.0, x, w, y, b, s, "sum")
@@ -162,11 +162,11 @@ def linear_mse_forward(
     with np.errstate(all="ignore"):
         loss = linear_mse.forward(x, w, y, b, s, "sum") / count
     # E is half of what the sum's gradient takes from the target.
-    wide = accumulator(input, weight, target, bias, samples)
+    acc = acc_dtype(input, weight, target, bias, sample_weight)
     rest = (
         (-grad_target / 2, dtype),
-        (grad_weight / max(1, count), wide),
-        (np.asarray(grad_bias / max(1, count)), wide),
+        (grad_weight / max(1, count), acc),
+        (np.asarray(grad_bias / max(1, count)), acc),
     )
     results = [_tensor(np.asarray(loss), target, dtype)]
     return results + [
@@ -175,7 +175,7 @@ def linear_mse_forward(
 
 
 def linear_mse_backward(
-    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: Sequence[bool]
+    grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
     scaled = factor * _array(grad_output) * _array(error)
     results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
@@ -189,7 +189,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     out[1] = sum(not np.isfinite(_array(grad)).all() for grad in bucket.grads)
 
 
-def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
+def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
     def update(param: Array, grad: Array, state: State, given: SGDOptions) -> tuple[Array, State]:
         first = "step" in state and state["step"] == 0
         buffer = {key: value for key, value in state.items() if key == "momentum_buffer" and not first}
@@ -209,7 +209,7 @@ def sgd_step(bucket: Bucket, options: list[SGDOptions], guard: Guard) -> None:
     _step(bucket, options, guard, update)
 
 
-def adam_step(bucket: Bucket, options: list[AdamOptions], guard: Guard) -> None:
+def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> None:
     def update(param: Array, grad: Array, state: State, given: AdamOptions) -> tuple[Array, State]:
         return adam.step(
             param,

@@ -1,0 +1,72 @@
+"""Imports inside kernels/ run one way, without a circle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+
+# From the bottom: a file imports from its own layer and those above it in this list, wherever the import stands.
+# backends.py finds the launchers by name, when a call needs them.
+LAYERS = (
+    ("checks.py", "dtypes.py", "torch_private.py", "buckets.py"),
+    ("backends.py",),
+    ("triton/", "fallback/", "reference/"),
+    ("operator.py", "optimizer.py", "launching.py", "strides.py", "optimizer_operators.py"),
+    ("matmul.py", "mse.py", "linear_mse.py", "sgd.py", "adam.py"),
+    ("nn.py", "ops.py"),
+    ("warmup.py",),
+    ("verify/",),
+    ("__init__.py",),
+    ("__main__.py",),
+)
+
+
+def layer(path: str) -> int:
+    (found,) = (
+        i
+        for i, places in enumerate(LAYERS)
+        for place in places
+        if path == place or (place.endswith("/") and path.startswith(place))
+    )
+    return found
+
+
+def imported(path: Path, nodes: list[ast.stmt] | Iterator[ast.AST]) -> Iterator[str]:
+    """The files of kernels/ that a file imports."""
+    for node in nodes:
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            for target in (folder / f"{alias.name}.py", folder.with_suffix(".py"), folder / "__init__.py"):
+                if target.is_file():
+                    yield str(target.relative_to(KERNELS))
+                    break
+            else:
+                raise AssertionError(f"{path} imports {alias.name} from nowhere")
+
+
+FILES = {str(path.relative_to(KERNELS)): path for path in sorted(KERNELS.rglob("*.py"))}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_from_its_layer_and_below(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text())
+    for target in imported(FILES[name], ast.walk(tree)):
+        # A package's own __init__ is imported with any of its files.
+        assert layer(target) <= layer(name), f"{name} imports {target}"
+
+
+def test_no_circle() -> None:
+    """Not even one that works by luck, because of the order in which its files come to be imported."""
+    graph = {
+        name: set(imported(path, ast.parse(path.read_text()).body)) - {name} for name, path in FILES.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))

@@ -1,0 +1,77 @@
+"""The list of ops says what is there: public callables, README rows, operators, launchers, files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gradkernels
+import pytest
+from gradkernels import nn
+from gradkernels.operator import OPERATORS
+from gradkernels.ops import FUNCTIONS, OPS, OPTIMIZERS
+
+ROOT = Path(__file__).parents[2]
+OTHERS = {"backend_for", "nn", "use_backend", "warmup"}
+
+
+def test_every_public_callable_is_of_one_op() -> None:
+    names = [name for op in OPS.values() for name in op.public]
+    assert sorted(names) == sorted(set(gradkernels.__all__) - OTHERS)
+    for op in OPS.values():
+        for name in op.public:
+            assert op.function(name) is getattr(gradkernels, name)
+
+
+def test_the_readme_has_their_rows() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("\n| op | shapes | in torch |\n")[2].partition("\n\n")[0].splitlines()
+    modules = ", ".join(
+        f"`nn.{name}`" for name in ("Linear", "MSELoss", "LinearMSELoss") if hasattr(nn, name)
+    )
+    assert table[1:] == [
+        *(row for op in OPS.values() for row in op.readme()),
+        f"| {modules} | as in `torch.nn` | |",
+    ]
+
+
+def test_every_operator_is_of_one_op() -> None:
+    assert [operator for op in FUNCTIONS.values() for operator in op.operators] == OPERATORS
+    for op in FUNCTIONS.values():
+        assert {operator.launcher for operator in op.operators} == set(op.launchers())
+
+
+@pytest.mark.parametrize("op", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_optimizer_has_one_launcher(op) -> None:
+    assert list(op.launchers()) == [f"{op.name}_step"]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_same_name_same_place(name: str) -> None:
+    places = (
+        f"kernels/{name}.py",
+        f"kernels/triton/{name}.py",
+        f"kernels/fallback/{name}.py",
+        f"kernels/reference/{name}.py",
+        f"bench/bench_{name}.py",
+    )
+    assert all((ROOT / place).is_file() for place in places)
+    assert list((ROOT / "tests").rglob(f"test_{name}.py"))
+
+
+@pytest.mark.parametrize("op", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_the_names_of_a_record_are_arguments(op) -> None:
+    required, optional = op.arguments
+    for sizes in op.samples:
+        assert tuple(op.shapes(*sizes)) == (required + optional)[: len(op.shapes(*sizes))]
+    assert set(op.gradients) <= set(required + optional)
+
+
+def test_the_list_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, gradkernels; print([m for m in sys.modules if m.startswith(('triton', 'gradkernels.'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = set(eval(done.stdout))
+    assert "gradkernels.ops" in modules
+    heavy = ("triton", "gradkernels.triton", "gradkernels.reference", "gradkernels.verify")
+    assert not {name for name in modules if name.startswith(heavy)}
