@@ -88,8 +88,8 @@ class Function(Op):
     """An op on tensors, with derivatives.
 
     Attributes:
-        axes: the names of the sizes of a problem; empty for an op whose tensors have one shape, of any sizes.
-        shapes: maps these sizes to the shapes of the tensor arguments, by name and in order.
+        axes: a letter for each size of a problem, such as ``"[B x] M x K x N"``; empty where any sizes will do.
+        shapes: maps the sizes to the shapes of the tensor arguments, by name and in order.
         gradients: the arguments that a training step takes gradients for.
     """
 
@@ -104,6 +104,13 @@ class Function(Op):
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         required = tuple(p.name for p in positional if p.default is p.empty)
         return required, tuple(p.name for p in positional[len(required) :])
+
+    def problem(self, sizes: Sizes) -> dict[str, Sizes]:
+        """The shapes of the tensor arguments; ValueError unless there is a size for each axis."""
+        most = sum(letter.isupper() for letter in self.axes)
+        if self.axes and not most - self.axes.count("[") <= len(sizes) <= most:
+            raise ValueError(f"{self.name} takes sizes {self.axes}, got {'x'.join(map(str, sizes))}")
+        return self.shapes(*sizes)
 
     @property
     def operators(self) -> list[Operator]:

@@ -1,63 +1,33 @@
 """The ops as small problems: what ours, torch's composition and the NumPy reference make of the same arguments."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-import gradkernels
 import numpy as np
 import pytest
 import torch
-from gradkernels.reference import linear_mse as reference_linear_mse
-from gradkernels.reference import matmul as reference_matmul
-from gradkernels.reference import mse as reference_mse
+from gradkernels.ops import FUNCTIONS
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_leaves
 
 from .helpers import Draws, to_numpy
 
 REDUCTIONS = ("mean", "sum", "none")
-ARGUMENTS = {  # in the order in which the references return gradients
-    "matmul": ("input", "other", "bias"),
-    "linear": ("input", "weight", "bias"),
-    "mse_loss": ("input", "target", "weight"),
-    "linear_mse_loss": ("input", "weight", "target", "bias", "sample_weight"),
+# The differentiable functions by name: their op, what torch does, their tensor arguments (in the order in which the
+# references return gradients).
+OPS = {
+    name: op for op in FUNCTIONS.values() for name, public in op.public.items() if public.torch is not None
 }
-
-
-def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
-    result = torch.matmul(input, other)
-    if bias is None:
-        return result
-    return result + (bias if other.dim() > 1 else bias.reshape(())).to(result.dtype)  # for autocast
-
-
-def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Under vmap F.linear refuses a weight of one dimension.
-    return F.linear(input, weight, bias) if weight.dim() > 1 else torch_matmul(input, weight, bias)
-
-
-def torch_linear_mse_loss(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    if sample_weight is not None and sample_weight.shape != target.shape:
-        sample_weight = sample_weight.unsqueeze(-1).expand(target.shape)
-    return F.mse_loss(torch_linear(input, weight, bias), target, weight=sample_weight, reduction=reduction)
-
-
-TORCH: dict[str, Callable[..., Tensor]] = {
-    "matmul": torch_matmul,
-    "linear": torch_linear,
-    "mse_loss": F.mse_loss,
-    "linear_mse_loss": torch_linear_mse_loss,
+TORCH: dict[str, Callable[..., Tensor]] = {name: op.public[name].torch for name, op in OPS.items()}
+ARGUMENTS = {
+    name: tuple(
+        argument for argument in inspect.signature(op.function(name)).parameters if argument != "reduction"
+    )
+    for name, op in OPS.items()
 }
 
 
@@ -74,7 +44,7 @@ class Case:
         return " ".join([self.op, shapes, *map(str, self.options.values())])
 
     def ours(self, *tensors: Tensor) -> Tensor:
-        return getattr(gradkernels, self.op)(**self._by_name(tensors), **self.options)
+        return OPS[self.op].function(self.op)(**self._by_name(tensors), **self.options)
 
     def theirs(self, *tensors: Tensor) -> Tensor:
         return TORCH[self.op](**self._by_name(tensors), **self.options)
@@ -84,16 +54,14 @@ class Case:
         given = self._by_name(arrays)
         if self.op == "linear":
             given["other"] = given.pop("weight").T
-        modules = {"mse_loss": reference_mse, "linear_mse_loss": reference_linear_mse}
-        return modules.get(self.op, reference_matmul).forward(**given, **self.options)
+        return OPS[self.op].reference.forward(**given, **self.options)
 
     def backward(self, grad_output: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
         """The reference's gradients, one for each argument that was given."""
         given = self._by_name(arrays)
         if self.op == "linear":
             given["other"] = given.pop("weight").T
-        modules = {"mse_loss": reference_mse, "linear_mse_loss": reference_linear_mse}
-        grads = modules.get(self.op, reference_matmul).backward(grad_output, **given, **self.options)
+        grads = OPS[self.op].reference.backward(grad_output, **given, **self.options)
         named = dict(zip(ARGUMENTS[self.op], grads, strict=True))
         if self.op == "linear":
             named["weight"] = named["weight"].T

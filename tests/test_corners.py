@@ -20,12 +20,11 @@ from gradkernels import (
     use_backend,
 )
 from gradkernels.fallback import mse as mse_launchers
+from gradkernels.ops import torch_linear_mse_loss
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
-
-from .cases import torch_linear_mse_loss
 
 close = torch.testing.assert_close
 

@@ -10,7 +10,7 @@ from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
 from gradkernels.dtypes import accumulator
 from gradkernels.reference import linear_mse as reference
 
-from .cases import REDUCTIONS, Case, label, on_both_backends, torch_linear_mse_loss
+from .cases import REDUCTIONS, TORCH, Case, label, on_both_backends
 from .helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
 
@@ -72,7 +72,7 @@ def test_loss_and_grad(
     shapes = {"input": (33, 7), "weight": (*outputs, 7), "target": (33, *outputs), "bias": outputs or (1,)}
     given = dict(zip(shapes, Case("linear_mse_loss", shapes).arguments(dtype, device), strict=True))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    theirs = torch_linear_mse_loss(**leaves, reduction=reduction)
+    theirs = TORCH["linear_mse_loss"](**leaves, reduction=reduction)
     their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
     arrays = {name: exactly(tensor) for name, tensor in given.items()}
     exact = dict(zip(given, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=False))

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 
 from gradkernels import use_backend
 from gradkernels.operator import OPERATORS
+from gradkernels.ops import FUNCTIONS
 
 from .cases import Case, label
 from .conftest import DEVICES
@@ -198,7 +199,7 @@ BATCHED = (batched_backward, vmap_of_forward, vmap_of_gradients, vmap_of_forward
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that the test would have launched."""
     names: list[str] = []
-    for op in ("matmul", "mse", "linear_mse"):
+    for op in FUNCTIONS:
         module = importlib.import_module(f"gradkernels.triton.{op}")
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: names.append(kernel.__name__))
     return names

@@ -62,8 +62,17 @@ def test_same_name_same_place(name: str) -> None:
 def test_the_names_of_a_record_are_arguments(op) -> None:
     required, optional = op.arguments
     for sizes in op.samples:
-        assert tuple(op.shapes(*sizes)) == (required + optional)[: len(op.shapes(*sizes))]
+        names = tuple(op.problem(sizes))
+        assert names == (required + optional)[: len(names)]
     assert set(op.gradients) <= set(required + optional)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("matmul", (3, 4)), ("matmul", (2,) * 5), ("linear_mse", (3, 4))]
+)
+def test_a_number_of_sizes_that_is_not_the_ops(name: str, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"{name} takes sizes .*, got {'x'.join(map(str, sizes))}"):
+        FUNCTIONS[name].problem(sizes)
 
 
 def test_the_list_imports_nothing_heavy() -> None:
