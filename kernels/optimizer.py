@@ -113,6 +113,7 @@ class FusedStep(torch.optim.Optimizer):
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._captured: list[_Plan] = []
+        self._loading: dict[str, Any] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -256,34 +257,41 @@ class FusedStep(torch.optim.Optimizer):
             self._step_supports_amp_scaling = True
         self._forget()
         self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_loading", None)
         for param, values in self.state.items():
             step = values.get("step") if isinstance(values, dict) else None
             if isinstance(step, Tensor):
                 values["step"] = step.to(param.device).resolve_neg()
+        if self._loading is not None:
+            self._keep_wide(self._loading)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of this class or of torch's, as torch.optim does.
 
         Torch casts every state to the parameter's dtype; float32 states beside a master weight keep theirs.
         """
-        loaded: list[dict[str, Any]] = []
 
         def remember(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            loaded.append(given)
+            self._loading = (
+                given  # after the user's own pre hooks; __setstate__ is called before the post hooks
+            )
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        if not self.master_weights:
-            return
-        names = [name for group in loaded[0]["param_groups"] for name in group["params"]]
+            self._loading = None
+
+    def _keep_wide(self, given: dict[str, Any]) -> None:
+        """Undo torch's cast of the checkpoint's states beside parameters that have masters."""
+        names = [name for group in given["param_groups"] for name in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for name, param in zip(names, params, strict=True):
-            for key, value in loaded[0]["state"].get(name, {}).items():
-                if param.dtype in LOW_PRECISION and key in self._state_keys and key != "step":
-                    self.state[param][key] = value.to(device=param.device, dtype=torch.float32)
+            if self._has_master(param):
+                for key, value in given["state"].get(name, {}).items():
+                    if key in self._state_keys and key != "step":
+                        self.state[param][key] = value.to(device=param.device, dtype=torch.float32)
 
     # One step.
 

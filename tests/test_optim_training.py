@@ -743,6 +743,29 @@ def test_low_precision_runs_resume_with_the_same_bits(name: str, option: str) ->
         assert torch.equal(value, other[key]), key
 
 
+def test_post_hooks_of_loading_see_masters_and_moments_as_they_are(name: str) -> None:
+    """And what a hook writes there stays: loading is over by then, as in torch."""
+    low = make_params(((65,),), torch.bfloat16)
+    ours = ours_for(name)(low, **OPTIONS[name], master_weights=True)
+    set_gradients(ours, [torch.randn(65).bfloat16()])
+    ours.step()
+    saved = copy.deepcopy(ours.state_dict())
+    expected = saved["state"][0]
+
+    def look(optimizer: Optimizer) -> None:
+        state = optimizer.state[parameters(optimizer)[0]]
+        for key, value in expected.items():
+            assert value.dtype == torch.float32
+            assert state[key].dtype == value.dtype, key
+            assert torch.equal(state[key], value), key
+        state["master_param"] = state["master_param"] + 1
+
+    again = ours_for(name)(copies(low), **OPTIONS[name], master_weights=True)
+    again.register_load_state_dict_post_hook(look)
+    again.load_state_dict(saved)
+    assert torch.equal(again.state[parameters(again)[0]]["master_param"], expected["master_param"] + 1)
+
+
 def test_master_weights_and_torch_checkpoints(name: str) -> None:
     """Torch's has no masters: they are made from the parameters. Ours loads there, extra key and all."""
     gradients = [torch.randn(65).bfloat16()]
