@@ -13,7 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from .buckets import AdamOptions
-from .optimizer import FusedStep
+from .optimizer import FusedStep, _local
 
 
 class FusedAdam(FusedStep, torch.optim.Adam):
@@ -121,7 +121,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         if not state:
             if group["fused"]:
                 _device_dtype_check_for_fused(param)
-            state["step"] = torch.zeros((), dtype=_get_scalar_dtype(group["fused"]), device=param.device)
+            state["step"] = _local(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
             keys = (
                 ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
             )

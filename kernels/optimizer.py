@@ -15,18 +15,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import profiler
 from torch.optim.optimizer import (
     _device_dtype_check_for_fused,
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .buckets import UNGUARDED, Guard
 from .launching import Entry, Part, measure, norm_table, sort_into_parts, update
 from .optimizer_operators import optimizer_norm, optimizer_step
 
 ON_NONFINITE = ("ignore", "skip", "raise")
+_OWN = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -144,7 +147,7 @@ class FusedStep(torch.optim.Optimizer):
         return all(group["capturable"] for group in self.param_groups)
 
     def _has_master(self, param: Tensor) -> bool:
-        return self.master_weights and param.dtype in LOW_PRECISION
+        return self.master_weights and param.dtype in LOW_PRECISION and not _is_wrapper(_local(param))
 
     def _seed_of(self, param: Tensor) -> int | None:
         """The seed with which the values of ``param`` are rounded, None to round to nearest."""
@@ -229,7 +232,8 @@ class FusedStep(torch.optim.Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._update_traced()
+                if not self._update_by_operators(compiling=True):
+                    self._update_untraced()
             return loss
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(
@@ -301,14 +305,14 @@ class FusedStep(torch.optim.Optimizer):
         Dynamo knows the method of this name: it runs it as it is, and takes the tensors for inputs of the graph.
 
         Args:
-            args: the group, the dtype, then empty lists: parameters, gradients, positions in the optimizer,
-                records (count of skipped steps, norms), state keys, and state tensors key by key.
+            args: the group, the dtype, whether the records are the optimizer's own, then empty lists: parameters,
+                gradients, positions in the optimizer, records (count of skipped steps, norms), state keys, and
+                state tensors key by key.
 
         Returns:
-            Whether the operators can serve the group: no DTensors, no other ranks, nothing for torch's loop, and
-            nothing to be raised in the middle of a graph.
+            Whether the operators can serve the group: no DTensors and nothing for torch's loop.
         """
-        group, dtype, params, grads, positions, records, keys, states = args
+        group, dtype, lasting, params, grads, positions, records, keys, states = args
         everything = chain.from_iterable(other["params"] for other in self.param_groups)
         own = set(map(id, group["params"]))
         wanted = [
@@ -318,7 +322,7 @@ class FusedStep(torch.optim.Optimizer):
         ]
         plain = all(_local(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
         plain = plain and len(own) == len(group["params"])  # an operator may not write to one tensor twice
-        if not plain or self.norm_group is not None or self.on_nonfinite == "raise":
+        if not plain:
             return False
         columns = [self._state_of(group, param) for _, param, _ in wanted]
         positions += [position for position, _, _ in wanted]
@@ -327,11 +331,21 @@ class FusedStep(torch.optim.Optimizer):
         keys += list(columns[0]) if columns else []
         states += [column[key] for key in keys for column in columns]
         for _, param, _ in wanted[:1]:
-            records += [self._skip_count(param.device), self._lasting_norms(param.device)]
+            if lasting:
+                records += [self._skip_count(param.device), self._lasting_norms(param.device)]
+            else:
+                records += [param.new_zeros(1, dtype=torch.int64), param.new_zeros(1, 2, dtype=torch.float64)]
         return True
 
-    def _update_traced(self) -> None:
-        """The step as a graph with one operator per group and dtype."""
+    def _update_by_operators(self, compiling: bool) -> bool:
+        """The step as one operator per group and dtype: for graphs, and for tensors that hold no values.
+
+        Returns:
+            Whether the operators could serve; if not, nothing was done. A process group cannot be captured, nor
+            can an exception be raised in the middle of a graph.
+        """
+        if self.norm_group is not None or (compiling and self.on_nonfinite == "raise"):
+            return False
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
         calls = []
@@ -344,9 +358,9 @@ class FusedStep(torch.optim.Optimizer):
                 records: list[Tensor] = []
                 keys: list[str] = []
                 states: list[Tensor] = []
-                if not self._init_group(group, dtype, params, grads, positions, records, keys, states):
-                    self._update_untraced()
-                    return
+                lists = (params, grads, positions, records, keys, states)
+                if not self._init_group(group, dtype, compiling, *lists):
+                    return False
                 if params:
                     calls.append((group, dtype, params, grads, positions, records, keys, states))
                     every_grad += grads
@@ -354,6 +368,8 @@ class FusedStep(torch.optim.Optimizer):
         if self._measures() and calls:
             norms = calls[0][5][1]
             optimizer_norm(every_grad, scale, norms)
+            if not compiling:
+                self._norms = norms
         counting = found_inf is not None or self.on_nonfinite != "ignore"
         for group, _, params, grads, positions, records, keys, states in calls:
             options = list(self._options(group))
@@ -377,6 +393,7 @@ class FusedStep(torch.optim.Optimizer):
                 records[0] if counting else None,
             )
             counting = False
+        return True
 
     @torch._disable_dynamo
     def _update_untraced(self) -> None:
@@ -391,9 +408,11 @@ class FusedStep(torch.optim.Optimizer):
         if capturing:
             self._refuse_capture(params)
         local = None
-        if self._plan is not None and not capturing:
+        if self._plan is not None and not capturing and not _tracing():
             local = self._plan.gradients(params, grads, kinds, self.state)
         if local is None:
+            if _valueless(params) and self._update_by_operators(compiling=False):
+                return
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
                 plan, local = self._make_plan(params, grads, kinds)
                 if capturing:
@@ -534,7 +553,13 @@ class FusedStep(torch.optim.Optimizer):
 
     def _needs_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
         """Whether torch's own loop serves this parameter; ``fused=True`` refuses what torch's refuses."""
-        plain = param.is_floating_point() and grad.layout == torch.strided and not group["differentiable"]
+        plain = (
+            param.is_floating_point()
+            and grad.layout == torch.strided
+            and not group["differentiable"]
+            and not _is_wrapper(_local(param))
+            and not _is_wrapper(grad)
+        )
         if not plain and group["fused"]:
             _device_dtype_check_for_fused(param)
             if grad.is_sparse:
@@ -614,6 +639,15 @@ def _local_grad(grad: Any, param: Any) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local
 
 
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether a subclass keeps the values in other tensors (torchao's quantized weights): only torch's ops know how."""
+    return (
+        type(tensor) not in _OWN
+        and is_traceable_wrapper_subclass(tensor)
+        and not hasattr(tensor, "_local_tensor")
+    )
+
+
 def _shards(param: Any) -> tuple[Any, ...]:
     """The process groups over which a DTensor is sharded: summing over them counts each element once."""
     if not hasattr(param, "_local_tensor"):
@@ -637,6 +671,19 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         values = values / scale
     return torch.stack([values.square().sum(), (~values.isfinite()).sum()])
+
+
+def _tracing() -> bool:
+    """Whether make_fx, FakeTensorMode or functionalization sees each operation."""
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in torch._C._TorchDispatchModeKey.__members__.values()
+    )
+
+
+def _valueless(params: list[Tensor]) -> bool:
+    """Whether a step over these is traced, or has no values to compute with: fake and meta tensors."""
+    return _tracing() or any(param.is_meta or isinstance(param, FakeTensor) for param in params)
 
 
 def _capturing() -> bool:

@@ -25,6 +25,7 @@ _library.define(
 _library.define("optimizer_norm(Tensor[] grads, Tensor? grad_scale, Tensor(a!) out) -> ()")
 
 
+@torch.no_grad()
 def _step(
     operator: str,
     keys: Sequence[str],
@@ -68,6 +69,7 @@ def _step(
     update(operator, parts, [kind(**options)], guard)
 
 
+@torch.no_grad()
 def _norm(grads: Sequence[Tensor], grad_scale: Tensor | None, out: Tensor) -> None:
     """Write the sum of squares of the unscaled gradients and the count of non-finite ones to ``out`` (1, 2)."""
     parts = sort_into_parts(Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads))

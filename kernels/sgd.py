@@ -142,7 +142,9 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             # A buffer from elsewhere has been set; one of our own is set by the first step not skipped.
             counts = state if stochastic else self._counts.setdefault(param, {})
             if first or "step" not in counts:
-                counts["step"] = torch.full((), float(momentum and not first), device=_local(param).device)
+                counts["step"] = _local(param).new_full(
+                    (), float(momentum and not first), dtype=torch.float32
+                )
             taking_part["step"] = counts["step"]
         return taking_part
 

@@ -18,8 +18,11 @@ import pytest
 import torch
 from gradkernels import backend_for
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.two_tensor import TwoTensor
 
 from .optimizers import (
     NAMES,
@@ -947,6 +950,102 @@ def test_differentiable(name: str) -> None:
         assert torch.equal(mine, other)
     assert int(results[0][0].count_nonzero()) > 0
     assert results[0][1].item() != 0
+
+
+GUARDS: list[dict[str, Any]] = [
+    {},
+    {"max_norm": 0.5},
+    {"on_nonfinite": "skip"},
+    {"max_norm": 0.5, "on_nonfinite": "raise"},
+    {"master_weights": True},
+    {"stochastic_rounding": True},
+]
+
+
+@pytest.mark.parametrize("options", GUARDS, ids=str)
+@pytest.mark.parametrize("kind", ["fake", "fake outside its mode", "meta"])
+def test_tensors_without_values(name: str, kind: str, options: dict[str, Any]) -> None:
+    """What tools that estimate memory run: state of the right shapes and dtypes, and no value wanted anywhere."""
+    mode = FakeTensorMode()
+    device = "meta" if kind == "meta" else "cpu"
+    with nullcontext() if kind == "meta" else mode:
+        shapes = {torch.bfloat16: (3, 4), torch.float32: (5,)}
+        params = [
+            torch.nn.Parameter(torch.randn(s, dtype=dtype, device=device)) for dtype, s in shapes.items()
+        ]
+    with mode if kind == "fake" else nullcontext():
+        ours = ours_for(name)(params, **FULL_OPTIONS[name], **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            ours.step()
+        assert (ours.grad_norm is None) == (not options.keys() & {"max_norm", "on_nonfinite"})
+        assert ours.grad_norm is None or type(ours.grad_norm) is type(torch.empty_like(params[0]))
+    real = ours_for(name)(
+        [torch.nn.Parameter(torch.zeros(p.shape, dtype=p.dtype)) for p in params],
+        **FULL_OPTIONS[name],
+        **options,
+    )
+    for param in parameters(real):
+        param.grad = torch.ones_like(param)
+    real.step()
+    for param, other in zip(params, parameters(real), strict=True):
+        state, expected = ours.state[param], real.state[other]
+        assert state.keys() == expected.keys()
+        for key, value in state.items():
+            assert isinstance(value, FakeTensor) == (kind != "meta"), key
+            assert (value.shape, value.dtype) == (expected[key].shape, expected[key].dtype), key
+            assert value.device == param.device
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake"])
+@pytest.mark.parametrize("options", GUARDS, ids=str)
+def test_make_fx_traces_the_step(name: str, options: dict[str, Any], tracing_mode: str) -> None:
+    """The graph does what the step does, by the same operators that torch.compile captures."""
+    start = make_params(((3, 4), (5,)), torch.bfloat16)
+    grads = [torch.randn_like(param) for param in start]
+    ours, plain = (ours_for(name)(copies(start), **FULL_OPTIONS[name], **options) for _ in range(2))
+    for optimizer in (ours, plain):
+        run(optimizer, [grads])  # the state is there before the graph, which takes it for constant tensors
+    before = [param.detach().clone() for param in parameters(ours)]
+
+    def step(x: Tensor) -> Tensor:
+        ours.step()
+        return x + 1
+
+    graph = make_fx(step, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(torch.zeros(()))
+    targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    assert sum("optimizer_step" in target for target in targets) == 1, targets
+    if tracing_mode == "fake":
+        assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+    else:
+        plain.step()
+    graph(torch.zeros(()))
+    plain.step()
+    assert_equal_bits(ours, plain)
+    ours.step()  # nothing of the trace is left behind
+    plain.step()
+    assert_equal_bits(ours, plain)
+
+
+def test_weights_that_a_subclass_keeps_in_other_tensors(name: str) -> None:
+    """Quantized training weights, for one: only torch's own operations know how to write them."""
+    start = [spread((5, 3), 0.03, torch.float32), spread((7,), 0.03, torch.float32)]
+    options = {**FULL_OPTIONS[name], "lr": 0.01}
+    theirs = theirs_for(name)(
+        [torch.nn.Parameter(value.clone()) for value in start], foreach=False, **options
+    )
+    double = torch.nn.Parameter(TwoTensor(start[0].clone(), 2 * start[0]))
+    ours = ours_for(name)([double, torch.nn.Parameter(start[1].clone())], max_norm=0.7, **options)
+    for grads in some_gradients(theirs, 5):
+        set_gradients(theirs, grads)
+        set_gradients(ours, grads)
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.7, foreach=False)
+        ours.step()
+        theirs.step()
+    for mine, other in zip((double.a, parameters(ours)[1]), parameters(theirs), strict=True):
+        torch.testing.assert_close(mine, other.detach())
+    assert not torch.equal(double.b, 2 * start[0])
 
 
 @pytest.mark.parametrize("what", ["complex", "sparse", "integer"])
