@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--device", help="cuda, cpu, mps, xpu (default: the accelerator that is there, else cpu)"
     )
     made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
-    made.add_argument("--seconds", type=float, metavar="S", help="of timing per contender and case")
+    made.add_argument("--seconds", type=float, metavar="S", help="of timing per implementation and case")
     made.add_argument("--scale", action="store_true", help="also how time grows with each size")
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--csv", type=Path, metavar="FILE")
@@ -60,19 +59,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def shape_of(text: str, axes: Sequence[str]) -> tuple[Any, ...]:
-    """``"1000x64x1"`` or ``"mlp,8192"`` as the sizes of an op's axes."""
-    parts = [int(part) if part.isdigit() else part for part in re.split(r"(?<=\d)[x*]|,", text)]
-    if axes[0] != "kind" and (len(parts) != len(axes) or not all(isinstance(part, int) for part in parts)):
-        raise argparse.ArgumentTypeError(f"--shape {text}: expected {'x'.join(axes)} as numbers")
-    return tuple(parts)
-
-
 def declared(names: Sequence[str]) -> list[Any]:
     """The declarations of these ops (default: all)."""
     unknown = [name for name in names if name not in OPS]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown op {unknown[0]!r}; expected {', '.join(OPS)}")
+        raise ValueError(f"unknown op {unknown[0]!r}; expected {', '.join(OPS)}")
     return [importlib.import_module(f".bench_{name}", __package__).OP for name in names or OPS]
 
 
@@ -83,7 +74,7 @@ def pick_device(name: str | None) -> Any:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device(name) if name else accelerator or torch.device("cpu")
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise argparse.ArgumentTypeError(f"--device {name}: this machine has no {device.type} device")
+        raise ValueError(f"--device {name}: this machine has no {device.type} device")
     return device
 
 
@@ -98,7 +89,7 @@ def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str
             first = op.dtypes.get(device_type, op.dtypes["cpu"])[:1]
             for text in arguments.shape:
                 for dtype in dtypes or first:
-                    cases += op.build(shape_of(text, op.axes), dtype)
+                    cases += op.build(op.shape(text), dtype)
         else:
             cases += [
                 case for case in op.cases(device_type, arguments.quick) if not dtypes or case.dtype in dtypes
@@ -122,7 +113,7 @@ def run(argv: Sequence[str]) -> int:
         device = pick_device(arguments.device)
         ops = declared(arguments.ops)
         cases = cases_of(ops, arguments, device.type)
-    except (argparse.ArgumentTypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, AttributeError, RuntimeError) as error:
         made.error(str(error))
     if arguments.precision:
         torch.backends.cuda.matmul.fp32_precision = arguments.precision

@@ -27,37 +27,21 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
-    yield step_case(
-        "adam",
-        "Adam",
-        shape,
-        dtype,
-        (
-            stepper(OURS, lambda params: gradkernels.FusedAdam(params)),
-            *torch_steppers(torch.optim.Adam),
-            *compiled_stepper(torch.optim.Adam, shape),
-            apex("FusedAdam", adam_w_mode=False),
-        ),
-        reference.step,
-        STATES,
-        7,
-        15,
-    )
-    yield step_case(
-        "adam",
-        "AdamW, clipped",
-        shape,
-        dtype,
-        (
-            stepper(OURS, lambda params: gradkernels.FusedAdamW(params, max_norm=MAX_NORM)),
-            *torch_steppers(torch.optim.AdamW, clip=True),
-        ),
-        partial(reference.step, decoupled_weight_decay=True, weight_decay=0.01),
-        STATES,
-        8,
-        17,
-        clip=True,
-    )
+    count, numel = shape
+    common = ([(numel,)] * count, f"{count} x {numel}", dtype)
+    implementations = [
+        stepper(OURS, lambda params: gradkernels.FusedAdam(params)),
+        *torch_steppers(torch.optim.Adam),
+        *compiled_stepper(torch.optim.Adam, shape),
+        apex("FusedAdam", adam_w_mode=False),
+    ]
+    yield step_case("adam", "Adam", *common, implementations, reference.step, STATES, (7, 15))
+    implementations = [
+        stepper(OURS, lambda params: gradkernels.FusedAdamW(params, max_norm=MAX_NORM)),
+        *torch_steppers(torch.optim.AdamW, clip=True),
+    ]
+    step = partial(reference.step, decoupled_weight_decay=True, weight_decay=0.01)
+    yield step_case("adam", "AdamW, clipped", *common, implementations, step, STATES, (8, 17), clip=True)
 
 
 OP = declare("adam", build)

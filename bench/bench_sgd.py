@@ -17,12 +17,11 @@ from .throughput.optimizer import apex, compiled_stepper, declare, step_case, st
 
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    count, numel = shape
+    common = ([(numel,)] * count, f"{count} x {numel}", dtype)
     momentum = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
-    for variant, options, elements, operations in (
-        ("plain", {"lr": 0.01}, 3, 2),
-        ("momentum", momentum, 5, 6),
-    ):
-        contenders = (
+    for variant, options, per_parameter in (("plain", {"lr": 0.01}, (3, 2)), ("momentum", momentum, (5, 6))):
+        implementations = (
             stepper(OURS, lambda params, options=options: gradkernels.FusedSGD(params, **options)),
             *torch_steppers(partial(torch.optim.SGD, **options)),
             *compiled_stepper(partial(torch.optim.SGD, **options), shape),
@@ -30,7 +29,7 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         )
         states = ("momentum_buffer",) if "momentum" in options else ()
         step = partial(reference.step, **options)
-        yield step_case("sgd", variant, shape, dtype, contenders, step, states, elements, operations)
+        yield step_case("sgd", variant, *common, implementations, step, states, per_parameter)
 
 
 OP = declare("sgd", build)

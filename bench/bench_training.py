@@ -20,7 +20,7 @@ from gradkernels.reference import adam, linear_mse, matmul, mse, sgd
 from torch import Tensor
 from torch.nn import functional
 
-from .throughput.case import OURS, Call, Case, Contender, Op, compiled, randn
+from .throughput.case import OURS, Call, Case, Implementation, Op, compiled, draw_inputs
 from .throughput.optimizer import step_case, stepper, torch_steppers
 
 STEPS = 3  # before the weights are checked
@@ -37,7 +37,7 @@ def _trainer(
     loss: Callable[..., Tensor],
     optimizer: Callable[..., torch.optim.Optimizer],
     compile: bool = False,
-) -> Contender:
+) -> Implementation:
     """``loss(input, target, *params)``, backward, step; it gives the parameters."""
     program = compiled(name, loss)
 
@@ -54,7 +54,7 @@ def _trainer(
 
         return call
 
-    return Contender(name, prepare, slow_start=compile)
+    return Implementation(name, prepare, slow_start=compile)
 
 
 def _joined(params: Sequence[Tensor]) -> list[Tensor]:
@@ -64,7 +64,7 @@ def _joined(params: Sequence[Tensor]) -> list[Tensor]:
 
 def _trainers(
     ours: Callable[..., Tensor], plain: Callable[..., Tensor], **options: Any
-) -> tuple[Contender, ...]:
+) -> tuple[Implementation, ...]:
     fused = partial(torch.optim.SGD, fused=True, **options)
     return (
         _trainer(OURS, ours, lambda params: gradkernels.FusedSGD(params, **options)),
@@ -78,13 +78,10 @@ def _ours(input: Tensor, target: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return gradkernels.linear_mse_loss(input, weight, target, bias)
 
 
-def regression(n: int, d: int, dtype: torch.dtype) -> Case:
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        input, target, weight, bias = (
-            randn(shape, dtype, device, generator) for shape in ((n, d), (n, 1), (1, d), (1,))
-        )
-        return input, target, [weight, bias]
+_case = partial(Case, op="training", pick=_joined, calls=STEPS)
 
+
+def regression(n: int, d: int, dtype: torch.dtype) -> Case:
     def expected(input: np.ndarray, target: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
         weight, bias = params
         for _ in range(STEPS):
@@ -94,19 +91,16 @@ def regression(n: int, d: int, dtype: torch.dtype) -> Case:
             )
         return [np.concatenate([weight.reshape(-1), bias])]
 
-    return Case(
-        "training",
-        "regression",
-        f"{n} x {d}",
-        {"N": n, "D": d},
-        dtype,
-        (n * d + n + 3 * (d + 1)) * dtype.itemsize,
-        4 * n * d,
-        make,
-        _trainers(_ours, _plain, lr=LR),
-        expected,
-        _joined,
-        calls=STEPS,
+    return _case(
+        variant="regression",
+        label=f"{n} x {d}",
+        sizes={"N": n, "D": d},
+        dtype=dtype,
+        bytes=(n * d + n + 3 * (d + 1)) * dtype.itemsize,
+        flops=4 * n * d,
+        make=draw_inputs(dtype, lambda randn: (randn(n, d), randn(n, 1), [randn(1, d), randn(1)])),
+        implementations=_trainers(_ours, _plain, lr=LR),
+        reference=expected,
         compile=n == 10**6,
     )
 
@@ -124,15 +118,9 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
     pairs = list(itertools.pairwise(WIDTHS))
     weights = sum(inner * outer + outer for inner, outer in pairs)
 
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        params = []
-        for inner, outer in pairs:
-            params += [
-                randn((outer, inner), dtype, device, generator) / inner**0.5,
-                randn((outer,), dtype, device, generator),
-            ]
-        input, target = (randn((n, width), dtype, device, generator) for width in (WIDTHS[0], WIDTHS[-1]))
-        return input, target, params
+    def draw(randn: Callable[..., Tensor]) -> tuple[Any, ...]:
+        params = [tensor for i, o in pairs for tensor in (randn(o, i) / i**0.5, randn(o))]
+        return randn(n, WIDTHS[0]), randn(n, WIDTHS[-1]), params
 
     def expected(input: np.ndarray, target: np.ndarray, params: list[np.ndarray]) -> list[np.ndarray]:
         states: list[dict] = [{} for _ in params]
@@ -155,63 +143,36 @@ def mlp(n: int, dtype: torch.dtype) -> Case:
             params, states = map(list, zip(*stepped, strict=True))
         return [np.concatenate([param.reshape(-1) for param in params])]
 
-    return Case(
-        "training",
-        "MLP " + "-".join(map(str, WIDTHS)),
-        f"{n} rows",
-        {"N": n},
-        dtype,
-        (n * (WIDTHS[0] + WIDTHS[-1]) + 5 * weights) * dtype.itemsize,
-        6 * n * weights,
-        make,
-        _trainers(
-            partial(
-                _mlp,
-                lambda *inputs: gradkernels.linear(*inputs),
-                lambda *inputs: gradkernels.mse_loss(*inputs),
-            ),
-            partial(_mlp, functional.linear, functional.mse_loss),
-            lr=LR,
-            momentum=MOMENTUM,
-        ),
-        expected,
-        _joined,
-        calls=STEPS,
+    ours = partial(_mlp, gradkernels.linear, gradkernels.mse_loss)
+    plain = partial(_mlp, functional.linear, functional.mse_loss)
+    return _case(
+        variant="MLP " + "-".join(map(str, WIDTHS)),
+        label=f"{n} rows",
+        sizes={"N": n},
+        dtype=dtype,
+        bytes=(n * (WIDTHS[0] + WIDTHS[-1]) + 5 * weights) * dtype.itemsize,
+        flops=6 * n * weights,
+        make=draw_inputs(dtype, draw),
+        implementations=_trainers(ours, plain, lr=LR, momentum=MOMENTUM),
+        reference=expected,
         compile=True,
     )
 
 
 def block(width: int, layers: int, dtype: torch.dtype) -> Case:
     d = width
-    shapes = [
-        (d,),
-        (d,),
-        (3 * d, d),
-        (3 * d,),
-        (d, d),
-        (d,),
-        (d,),
-        (d,),
-        (4 * d, d),
-        (4 * d,),
-        (d, 4 * d),
-        (d,),
-    ]
+    norm = [(d,), (d,)]
+    shapes = [*norm, (3 * d, d), (3 * d,), (d, d), (d,), *norm, (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return step_case(
         "training",
         "AdamW on transformer blocks",
-        (len(shapes) * layers, 0),
+        shapes * layers,
+        f"{layers} of width {d}",
         dtype,
-        (
-            stepper(OURS, lambda params: gradkernels.FusedAdamW(params)),
-            *torch_steppers(torch.optim.AdamW),
-        ),
+        [stepper(OURS, lambda params: gradkernels.FusedAdamW(params)), *torch_steppers(torch.optim.AdamW)],
         partial(adam.step, decoupled_weight_decay=True, weight_decay=0.01),
         ("exp_avg", "exp_avg_sq"),
-        7,
-        15,
-        tensors=shapes * layers,
-        label=f"{layers} of width {d}",
+        (7, 15),
     )
 
 
@@ -221,31 +182,12 @@ def build(shape: tuple[Any, ...], dtype: torch.dtype) -> Iterator[Case]:
 
 
 OP = Op(
-    name="training",
-    axes=("kind", "size", "width"),
-    build=build,
-    shapes={
-        "cpu": (
-            ("regression", 4, 2),
-            ("regression", 5, 3),
-            ("regression", 10**6, 64),
-            ("mlp", 8192),
-            ("block", 256, 2),
-            ("block", 512, 12),
-        ),
-        "cuda": (
-            ("regression", 4, 2),
-            ("regression", 5, 3),
-            ("regression", 10**6, 64),
-            ("mlp", 65536),
-            ("block", 1024, 12),
-            ("block", 4096, 4),
-        ),
-    },
-    quick={
-        "cpu": (("regression", 4, 2), ("regression", 10**6, 64), ("mlp", 8192), ("block", 256, 2)),
-        "cuda": (("regression", 4, 2), ("regression", 10**6, 64), ("mlp", 65536), ("block", 1024, 12)),
-    },
-    dtypes={"cpu": (torch.float32,), "cuda": (torch.float32,)},
-    sweeps={"cpu": ()},
+    "training",
+    ("kind", "size", "width"),
+    build,
+    """
+    *regression,4,2 regression,5,3 *regression,1e6,64 *mlp,8192@cpu *mlp,65536@cuda *block,256,2@cpu block,512,12@cpu
+    *block,1024,12@cuda block,4096,4@cuda
+    """,
+    dtypes={"cpu": (torch.float32,)},
 )

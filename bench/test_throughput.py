@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 from .__main__ import declared, pick_device
-from .throughput.case import Case, Contender
+from .throughput.case import Case, Implementation
 from .throughput.runner import Runner, quiet
 from .throughput.timing import input_sets, timer_for
 
@@ -29,27 +29,27 @@ def _runner() -> Runner:
 
 @pytest.mark.benchmark(min_rounds=5, max_time=0.2, warmup=True, warmup_iterations=3)
 @pytest.mark.parametrize(
-    ("case", "contender"),
+    ("case", "implementation"),
     [
-        pytest.param(case, contender, id=f"{case.name} {contender.name}")
+        pytest.param(case, implementation, id=f"{case.name} {implementation.name}")
         for case in CASES
-        for contender in case.contenders
-        if not contender.slow_start
+        for implementation in case.implementations
+        if not implementation.slow_start
     ],
 )
-def test_throughput(benchmark: Any, case: Case, contender: Contender) -> None:
-    runner, plain = _runner(), case.contenders[1]
-    inputs, outcomes = runner.checked(dataclasses.replace(case, contenders=(contender, plain)))
-    found = outcomes[contender.name]
+def test_throughput(benchmark: Any, case: Case, implementation: Implementation) -> None:
+    runner, plain = _runner(), case.implementations[1]
+    inputs, outcomes = runner.checked(dataclasses.replace(case, implementations=(implementation, plain)))
+    found = outcomes[implementation.name]
     if found["status"] == "absent":
-        pytest.skip(f"{contender.name} is {found['note']}")
+        pytest.skip(f"{implementation.name} is {found['note']}")
     if found["status"] != "ok":
         pytest.fail(f"{found['status'].upper()}: {found['note']}")
     rotated = [inputs]
     for number in range(1, input_sets(case.bytes, runner.timer.cache_bytes)):
         rotated.append(runner.inputs(case, number))
     with quiet():
-        calls = itertools.cycle([contender.prepare(*one) for one in rotated])
+        calls = itertools.cycle([implementation.prepare(*one) for one in rotated])
 
         def synchronised() -> None:
             next(calls)()

@@ -1,12 +1,11 @@
 """What the compiler makes of every kernel, without a GPU: ``python -m bench aot``.
 
-Each specimen calls an op's own launchers under a driver that compiles for the wanted chip and launches nothing.
+Each case calls an op's own launchers under a driver that compiles for the wanted chip and launches nothing.
 What was compiled is then disassembled: registers, spills, shared memory, the widths of global loads and stores,
 the matrix instructions.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -21,7 +20,9 @@ from typing import Any
 
 import torch
 
-from .specimens import SPECIMENS
+from ..throughput.case import dtype_name
+from ..throughput.results import write_json
+from .aot_cases import AOT_CASES
 
 # Backend, architecture, lanes of a warp, and the shared memory in bytes that one program may have.
 TARGETS = {
@@ -159,7 +160,7 @@ def _amd(compiled: Any, row: Row) -> None:
 
 
 def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
-    """Compile and disassemble specimens (number, dtype) for one target, the only one of this process."""
+    """Compile and disassemble cases (number, dtype) for one target, the only one of this process."""
     from importlib import import_module
 
     import triton
@@ -169,18 +170,18 @@ def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
     triton.runtime.driver.set_active(null_driver(target, launched))
     rows = []
     for number, dtype in which:
-        specimen = SPECIMENS[number]
-        head = (specimen.op, specimen.shapes, dtype, target)
+        case = AOT_CASES[number]
+        head = (case.op, case.shapes, dtype, target)
         launched.clear()
         try:
-            specimen.call(import_module(f"gradkernels.triton.{specimen.op}"), getattr(torch, dtype))
+            case.call(import_module(f"gradkernels.triton.{case.op}"), getattr(torch, dtype))
         except Exception as error:  # a compiler's failure is a row of the report
             rows.append(Row(*head, kernel="", error=f"{type(error).__name__}: {str(error)[-400:]}"))
             continue
         kernels = {compiled.hash: compiled for compiled, _ in launch._compiled.values()}
         for place, compiled in enumerate(kernels[key] for key in dict.fromkeys(launched)):
             metadata = compiled.metadata
-            wide = (specimen.loads and place == 0, specimen.stores and place == 0)
+            wide = (case.loads and place == 0, case.stores and place == 0)
             row = Row(*head, metadata.name, *wide, shared=metadata.shared, warps=metadata.num_warps)
             (_nvidia if metadata.target.backend == "cuda" else _amd)(compiled, row)
             rows.append(row)
@@ -192,12 +193,12 @@ def _job(job: tuple[str, list[tuple[int, str]]]) -> list[Row]:
     return inspect(*job)
 
 
-def report(targets: Sequence[str], specimens: Iterable[tuple[int, str]], workers: int = 2) -> Iterator[Row]:
-    """The rows of all specimens (number, dtype) on all targets.
+def report(targets: Sequence[str], cases: Iterable[tuple[int, str]], workers: int = 2) -> Iterator[Row]:
+    """The rows of all cases (number, dtype) on all targets.
 
     Each target has a process of its own: what was planned for one chip is not looked up for another.
     """
-    which = list(specimens)
+    which = list(cases)
     if not which:
         return
     parts = min(workers, len(which)) if len(targets) < workers else 1
@@ -207,13 +208,13 @@ def report(targets: Sequence[str], specimens: Iterable[tuple[int, str]], workers
             yield from rows
 
 
-def every_specimen(op: str = "", dtype: str = "") -> list[tuple[int, str]]:
-    """(number, dtype) of the specimens of an op and a dtype; empty strings stand for all."""
+def every_case(op: str = "", dtype: str = "") -> list[tuple[int, str]]:
+    """(number, dtype) of the cases of an op and a dtype; empty strings stand for all."""
     return [
         (number, name)
-        for number, specimen in enumerate(SPECIMENS)
-        for name in (str(each).removeprefix("torch.") for each in specimen.dtypes)
-        if op in ("", specimen.op) and dtype in ("", name)
+        for number, case in enumerate(AOT_CASES)
+        for name in map(dtype_name, case.dtypes)
+        if op in ("", case.op) and dtype in ("", name)
     ]
 
 
@@ -240,12 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args(arguments)
     rows = []
-    for row in report(options.target or list(TARGETS), every_specimen(options.op, options.dtype)):
+    for row in report(options.target or list(TARGETS), every_case(options.op, options.dtype)):
         print(_line(row), flush=True)
         rows.append(row)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        write_json([asdict(row) for row in rows], options.json)
     return 1 if any(row.error or row.spills for row in rows) else 0
 
 

@@ -2,7 +2,7 @@
 
 Ours are counted at the load and store instructions of the interpreted kernels, caches ignored
 (gradkernels.verify.memory_check); ``distinct`` leaves out what a launch loads again. Beside them stand the
-compulsory bytes (each input read once, each output written once) and what eager torch moves for the same job:
+minimum traffic (each input read once, each output written once) and what eager torch moves for the same job:
 the inputs plus the outputs of each aten op, views left out. (What an op moves within itself is not seen: on
 CUDA mse_loss writes the elementwise loss and reads it again, 7 elements per element with backward and not 5.)
 """
@@ -13,7 +13,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..throughput.case import dtype_name
+from ..throughput.results import write_json
+
 
 @dataclass(frozen=True)
 class Job:
@@ -31,8 +35,8 @@ class Job:
     Attributes:
         name: op, shape and dtype.
         ours, eager: the same job by gradkernels and by plain torch.
-        compulsory: bytes that must move at least.
-        limit: what ours may move at most, relative to ``compulsory``; None where tiles are read from cache
+        minimum: bytes that must move at least.
+        limit: what ours may move at most, relative to ``minimum``; None where tiles are read from cache
             many times, and only the distinct bytes say something.
         distinct_limit: likewise for the distinct bytes.
         launches: how many ours may make at most.
@@ -41,7 +45,7 @@ class Job:
     name: str
     ours: Callable[[], Any]
     eager: Callable[[], Any]
-    compulsory: int
+    minimum: int
     limit: float | None
     distinct_limit: float
     launches: int
@@ -49,29 +53,35 @@ class Job:
 
 @dataclass(frozen=True)
 class Count:
-    """What a job moved, in bytes, against its limits."""
+    """The bytes that a job moved: ours (``distinct``: without repeated loads of a launch) and eager torch's."""
 
-    name: str
+    job: Job
     launches: int
     moved: int
     distinct: int
-    compulsory: int
     eager: int
-    limit: float | None
-    distinct_limit: float
-    launch_limit: int
 
     @property
     def ratio(self) -> float:
-        return self.moved / self.compulsory
+        return self.moved / self.job.minimum
 
     @property
     def passed(self) -> bool:
+        """True if the count is within all limits of its job."""
         return (
-            (self.limit is None or self.ratio <= self.limit)
-            and self.distinct / self.compulsory <= self.distinct_limit
-            and self.launches <= self.launch_limit
+            (self.job.limit is None or self.ratio <= self.job.limit)
+            and self.distinct / self.job.minimum <= self.job.distinct_limit
+            and self.launches <= self.job.launches
         )
+
+    def record(self) -> dict[str, Any]:
+        """The figures by name, for a JSON file."""
+        job = {name: getattr(self.job, name) for name in ("name", "minimum", "limit", "distinct_limit")}
+        counted = {
+            name: getattr(self, name)
+            for name in ("launches", "moved", "distinct", "eager", "ratio", "passed")
+        }
+        return job | {"launch_limit": self.job.launches} | counted
 
 
 class EagerTraffic(TorchDispatchMode):
@@ -116,75 +126,34 @@ def jobs() -> Iterator[Job]:
     def plain(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
         return functional.mse_loss(functional.linear(x, w, b), y)
 
-    for n, d, dtype in ((8192, 256, torch.float32), (8192, 256, torch.bfloat16)):
-        inputs = randn(n, d, dtype=dtype), randn(1, d, dtype=dtype), randn(n, 1, dtype=dtype)
-        inputs += (randn(1, dtype=dtype),)
-        size = inputs[0].element_size()
-        yield Job(
-            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x1 {_name(dtype)}",
-            _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
-            _backward(plain, *inputs, wrt=(1, 3)),
-            size * (n * d + n + 2 * d + 2),
-            1.10,
-            1.10,
-            2,
-        )
-    # Few outputs read X once; with few rows to a multiprocessor, the partial sums of many programs weigh: 3PK / N.
-    # More read it twice, and the target, and write and read the error.
-    for n, d, k, twice, limit, distinct, launches in (
-        (2048, 64, 8, False, 1.45, 1.45, 2),
-        (1024, 128, 128, True, None, 1.25, 4),
+    # Few outputs read X once; with few rows for each SM the partial sums of many programs count: 3PK / N.
+    # More outputs read it twice, and the target, and write and read the error.
+    for n, d, k, dtype, twice, limit, distinct, launches in (
+        (8192, 256, 1, torch.float32, False, 1.10, 1.10, 2),
+        (8192, 256, 1, torch.bfloat16, False, 1.10, 1.10, 2),
+        (2048, 64, 8, torch.float32, False, 1.45, 1.45, 2),
+        (1024, 128, 128, torch.float32, True, None, 1.25, 4),
     ):
-        inputs = randn(n, d), randn(k, d), randn(n, k), randn(k)
+        inputs = [randn(*shape, dtype=dtype) for shape in ((n, d), (k, d), (n, k), (k,))]
         yield Job(
-            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} float32",
+            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} {dtype_name(dtype)}",
             _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
             _backward(plain, *inputs, wrt=(1, 3)),
-            4 * (n * d + n * k + 2 * d * k + 2 * k + twice * (n * d + 2 * n * k)),
-            limit,
-            distinct,
-            launches,
+            dtype.itemsize * (n * d + n * k + 2 * d * k + 2 * k + twice * (n * d + 2 * n * k)),
+            *(limit, distinct, launches),
         )
     n = 1 << 17
     pair = randn(n), randn(n)
-    yield Job(
-        f"mse, loss and backward through autograd, {n} float32",
-        _backward(gradkernels.mse_loss, *pair, wrt=(0,)),
-        _backward(functional.mse_loss, *pair, wrt=(0,)),
-        4 * 5 * n,
-        1.01,
-        1.01,
-        3,
-    )
-    yield Job(
-        f"mse_loss_and_grad, {n} float32",
-        lambda: gradkernels.mse_loss_and_grad(*pair),
-        _backward(functional.mse_loss, *pair, wrt=(0,)),
-        4 * 3 * n,
-        1.01,
-        1.01,
-        2,
-    )
-    tall = randn(4096, 16), randn(16, 8)
-    yield Job(
-        "matmul, 4096x16 @ 16x8 float32",
-        lambda: gradkernels.matmul(*tall),
-        lambda: torch.matmul(*tall),
-        4 * (4096 * 16 + 16 * 8 + 4096 * 8),
-        1.20,
-        1.01,
-        1,
-    )
-    square = randn(256, 256), randn(256, 256)
-    yield Job(
-        "matmul, 256x256 @ 256x256 float32",
-        lambda: gradkernels.matmul(*square),
-        lambda: torch.matmul(*square),
-        4 * 3 * 256 * 256,
-        None,
-        1.01,
-        1,
-    )
+    eager = _backward(functional.mse_loss, *pair, wrt=(0,))
+    ours = _backward(gradkernels.mse_loss, *pair, wrt=(0,))
+    yield Job(f"mse, loss and backward through autograd, {n} float32", ours, eager, 4 * 5 * n, 1.01, 1.01, 3)
+    ours = partial(gradkernels.mse_loss_and_grad, *pair)
+    yield Job(f"mse_loss_and_grad, {n} float32", ours, eager, 4 * 3 * n, 1.01, 1.01, 2)
+    for m, k, n, limit in ((4096, 16, 8, 1.20), (256, 256, 256, None)):
+        pair = randn(m, k), randn(k, n)
+        ours, eager = partial(gradkernels.matmul, *pair), partial(torch.matmul, *pair)
+        minimum = 4 * (m * k + k * n + m * n)
+        yield Job(f"matmul, {m}x{k} @ {k}x{n} float32", ours, eager, minimum, limit, 1.01, 1)
     yield from _optimizer_jobs(randn)
 
 
@@ -212,14 +181,8 @@ def _optimizer_jobs(randn: Callable[..., Tensor]) -> Iterator[Job]:
                 steps.append(_clipped(params, options["max_norm"], optimizer))
             else:
                 steps.append(optimizer.step)
-        yield Job(
-            f"{name} step, {len(shapes)} tensors, {count} float32 parameters",
-            *steps,
-            per_element * count,
-            1.02,
-            1.02,
-            launches,
-        )
+        job = f"{name} step, {len(shapes)} tensors, {count} float32 parameters"
+        yield Job(job, *steps, per_element * count, 1.02, 1.02, launches)
 
 
 def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -228,10 +191,6 @@ def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optim
         optimizer.step()
 
     return step
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def count(job: Job) -> Count:
@@ -244,43 +203,20 @@ def count(job: Job) -> Count:
     with EagerTraffic() as eager:
         job.eager()
     moved = report.loaded + report.stored
-    return Count(
-        job.name,
-        report.launches,
-        moved,
-        moved - report.reread,
-        job.compulsory,
-        eager.moved,
-        job.limit,
-        job.distinct_limit,
-        job.launches,
-    )
+    return Count(job, report.launches, moved, moved - report.reread, eager.moved)
 
 
-HEADER = (
-    "job",
-    "launches",
-    "moved",
-    "distinct",
-    "compulsory",
-    "moved / compulsory",
-    "eager / ours",
-    "limits",
-)
+HEADER = ("job", "launches", "moved", "distinct", "minimum", "moved / minimum", "eager / ours", "limits")
 
 
 def _row(c: Count) -> tuple[str, ...]:
-    limits = f"{'-' if c.limit is None else c.limit} ({c.distinct_limit} distinct), {c.launch_limit} launches"
-    return (
-        c.name,
-        str(c.launches),
-        f"{c.moved:,}",
-        f"{c.distinct:,}",
-        f"{c.compulsory:,}",
-        f"{c.ratio:.3f}",
-        f"{c.eager / c.moved:.2f}",
-        limits if c.passed else f"OVER: {limits}",
+    job = c.job
+    limits = (
+        f"{'-' if job.limit is None else job.limit} ({job.distinct_limit} distinct), {job.launches} launches"
     )
+    numbers = (f"{value:,}" for value in (c.launches, c.moved, c.distinct, job.minimum))
+    ratios = f"{c.ratio:.3f}", f"{c.eager / c.moved:.2f}"
+    return job.name, *numbers, *ratios, limits if c.passed else f"OVER: {limits}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,15 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
     from gradkernels.verify.console import print_table
-    from gradkernels.verify.report import to_json
 
     counts = [count(job) for job in jobs()]
     print_table(HEADER, [_row(c) for c in counts])
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            to_json([asdict(c) | {"ratio": c.ratio, "passed": c.passed} for c in counts])
-        )
+        write_json([c.record() for c in counts], arguments.json)
     return 0 if all(c.passed for c in counts) else 1
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ Call = Callable[[], Results]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One way to do the job.
 
     Attributes:
@@ -48,12 +49,12 @@ class Case:
         bytes: what the job must move at least: every input read once, every result written once.
         flops: additions and multiplications, two to a fused pair.
         make: inputs on a device, from a seeded generator; never zeros.
-        contenders: ours first, then the plain torch path that the tolerance policy measures against, then the
+        implementations: ours first, then the plain torch path that the tolerance policy measures against, then the
             others.
         reference: the expected results as NumPy float64 arrays, from the inputs as such arrays.
         pick: the part of the results that ``reference`` gives, where checking all of it would take minutes.
         calls: how often the job is done before the results are checked (optimizers: several steps).
-        compile: ``--quick`` times the contenders that compile for seconds on this case too.
+        compile: ``--quick`` times the implementations that compile for seconds on this case too.
     """
 
     op: str
@@ -64,7 +65,7 @@ class Case:
     bytes: int
     flops: int
     make: Callable[[torch.device, torch.Generator], tuple[Any, ...]]
-    contenders: tuple[Contender, ...]
+    implementations: tuple[Implementation, ...]
     reference: Callable[..., Sequence[np.ndarray]]
     pick: Callable[[Results], Results] = field(default=lambda results: results)
     calls: int = 1
@@ -84,6 +85,19 @@ class Sweep:
     base: tuple[int, ...]
 
 
+def powers(base: int, first: int, last: int) -> tuple[int, ...]:
+    return tuple(base**k for k in range(first, last + 1))
+
+
+def _size(text: str) -> Any:
+    """``"1000"``, ``"1e3"`` or ``"10^3"`` as a number; a word stays a word."""
+    found = re.fullmatch(r"(\d+)(?:([e^])(\d+))?", text)
+    if found is None:
+        return text
+    number, sign, exponent = int(found[1]), found[2], int(found[3] or 0)
+    return number * 10**exponent if sign == "e" else number**exponent if sign else number
+
+
 @dataclass(frozen=True)
 class Op:
     """The declaration of one op: all that its ``bench_<op>.py`` says.
@@ -91,9 +105,9 @@ class Op:
     Attributes:
         name: as in ``kernels/<name>.py``.
         axes: the names of the sizes of a shape.
-        build: the cases of one shape and dtype, one per variant.
-        shapes: what a full run times, per device type.
-        quick: what ``--quick`` times, per device type.
+        build: gives the cases of one shape and dtype, one per variant.
+        shapes: what a run times, each written as for ``--shape``. ``--quick`` takes those with a ``*`` before them;
+            one that ends in ``@cuda`` or ``@cpu`` is for CUDA alone, or for all other device types.
         dtypes: the dtypes of a full run, per device type; ``--quick`` takes the first, and the others on the
             last shape only.
         sweeps: the scale study, per device type.
@@ -102,19 +116,41 @@ class Op:
     name: str
     axes: tuple[str, ...]
     build: Callable[[tuple[Any, ...], torch.dtype], Iterable[Case]]
-    shapes: dict[str, tuple[tuple[Any, ...], ...]]
-    quick: dict[str, tuple[tuple[Any, ...], ...]]
-    dtypes: dict[str, tuple[torch.dtype, ...]]
-    sweeps: dict[str, tuple[Sweep, ...]]
+    shapes: str
+    dtypes: dict[str, tuple[torch.dtype, ...]] = field(
+        default_factory=lambda: {
+            "cpu": (torch.float32, torch.float64, torch.bfloat16),
+            "cuda": (torch.float32, torch.bfloat16, torch.float16),
+        }
+    )
+    sweeps: dict[str, tuple[Sweep, ...]] = field(default_factory=lambda: {"cpu": ()})
+
+    def shape(self, text: str) -> tuple[Any, ...]:
+        """``"1000x64x1"`` or ``"mlp,8192"`` as the sizes of the axes.
+
+        Raises:
+            ValueError: the text has another number of sizes, or words for sizes.
+        """
+        sizes = tuple(map(_size, re.split(r"(?<=\d)[x*]|,", text)))
+        named = self.axes[0] == "kind"  # the kind decides how many sizes follow
+        if not named and (len(sizes) != len(self.axes) or any(isinstance(size, str) for size in sizes)):
+            raise ValueError(f"--shape {text}: expected {'x'.join(self.axes)} as numbers")
+        return sizes
+
+    def declared(self, device_type: str, quick: bool) -> list[tuple[Any, ...]]:
+        """The shapes of a run."""
+        here = "cuda" if device_type == "cuda" else "cpu"
+        found = []
+        for text in self.shapes.split():
+            shape, _, where = text.removeprefix("*").partition("@")
+            if where in ("", here) and (text.startswith("*") or not quick):
+                found.append(self.shape(shape))
+        return found
 
     def cases(self, device_type: str, quick: bool) -> Iterator[Case]:
         """The cases of a run; a device type without an entry of its own takes the CPU's."""
-
-        def of(table: dict[str, Any]) -> Any:
-            return table.get(device_type, table["cpu"])
-
-        first, *others = of(self.dtypes)
-        shapes = of(self.quick if quick else self.shapes)
+        first, *others = self.dtypes.get(device_type, self.dtypes["cpu"])
+        shapes = self.declared(device_type, quick)
         for shape in shapes:
             yield from self.build(shape, first)
         for dtype in others:
@@ -129,21 +165,40 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def randn(
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-    grad: bool = False,
-) -> Tensor:
-    """Standard normal numbers, rounded to dtype; a leaf that asks for its gradient if ``grad``."""
-    values = torch.randn(tuple(shape), device=device, generator=generator, dtype=torch.float32)
-    return values.to(dtype).requires_grad_(grad)
+def draw_inputs(
+    dtype: torch.dtype, draw: Callable[..., tuple[Any, ...]]
+) -> Callable[[torch.device, torch.Generator], tuple[Any, ...]]:
+    """``make`` of a case from ``draw(randn)``; ``randn(*shape, grad=False)`` gives standard normal numbers of dtype."""
+
+    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        def randn(*shape: int, grad: bool = False) -> Tensor:
+            values = torch.randn(shape, device=device, generator=generator, dtype=torch.float32)
+            return values.to(dtype).requires_grad_(grad)
+
+        return draw(randn)
+
+    return make
 
 
-def function(name: str, run: Callable[..., Results]) -> Contender:
-    """A contender without state: ``run(*inputs)``."""
-    return Contender(name, lambda *inputs: functools.partial(run, *inputs))
+def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
+    """The value of ``function`` at all inputs but the last, the upstream gradient."""
+    with torch.no_grad():
+        return [function(*inputs[:-1])]
+
+
+def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
+    """The value and the gradients of the inputs that ask for one; the last input is the upstream gradient."""
+    *inputs, grad = inputs
+    value = function(*inputs)
+    return [
+        value.detach(),
+        *torch.autograd.grad(value, [each for each in inputs if each.requires_grad], grad),
+    ]
+
+
+def function(name: str, run: Callable[..., Results]) -> Implementation:
+    """An implementation without state: ``run(*inputs)``."""
+    return Implementation(name, lambda *inputs: functools.partial(run, *inputs))
 
 
 def compiled(
@@ -151,8 +206,8 @@ def compiled(
     target: Callable[..., Any],
     run: Callable[..., Results] | None = None,
     options: dict[str, Any] | None = None,
-) -> Contender:
-    """A contender that goes through ``torch.compile(target)``, once per case and for its exact shape.
+) -> Implementation:
+    """An implementation that goes through ``torch.compile(target)``, once per case and for its exact shape.
 
     Args:
         run: ``run(compiled target, *inputs)`` gives the results; by default the compiled target does.
@@ -164,19 +219,15 @@ def compiled(
         return torch.compile(target, dynamic=False, options=options)
 
     def prepare(*inputs: Any) -> Call:
-        return (
-            functools.partial(program(), *inputs)
-            if run is None
-            else functools.partial(run, program(), *inputs)
-        )
+        return functools.partial(*([] if run is None else [run]), program(), *inputs)
 
-    return Contender(name, prepare, slow_start=True)
+    return Implementation(name, prepare, slow_start=True)
 
 
-def flag_gems(run: Callable[..., Results]) -> Contender:
+def flag_gems(run: Callable[..., Results]) -> Implementation:
     """``run`` with FlagGems' kernels in place of torch's."""
     if importlib.util.find_spec("flag_gems") is None:
-        return Contender("FlagGems", function("", run).prepare, absent="not installed")
+        return Implementation("FlagGems", function("", run).prepare, absent="not installed")
 
     def within(*inputs: Any) -> Results:
         import flag_gems
@@ -185,6 +236,38 @@ def flag_gems(run: Callable[..., Results]) -> Contender:
             return run(*inputs)
 
     return function("FlagGems", within)
+
+
+def through_autograd(
+    run: Callable[..., Results], ours: Callable[..., Tensor], plain: Callable[..., Tensor]
+) -> tuple[Implementation, ...]:
+    """``run`` (``forward`` or ``forward_backward``) of our function and of plain torch's."""
+    eager = functools.partial(run, plain)
+    return (
+        function(OURS, functools.partial(run, ours)),
+        function("eager", eager),
+        compiled("compile", plain, run),
+        flag_gems(eager),
+    )
+
+
+def without_autograd(
+    ours: Callable[..., Results], plain: Callable[..., Tensor], argnums: tuple[int, ...]
+) -> tuple[Implementation, ...]:
+    """The loss and its gradients in one call: ours, autograd in eager mode, torch.func.grad_and_value compiled."""
+
+    def eager(*inputs: Tensor) -> Results:
+        return forward_backward(plain, *inputs[:-1], torch.ones_like(inputs[-1]))
+
+    def target(*inputs: Tensor) -> Results:
+        gradients, value = torch.func.grad_and_value(plain, argnums)(*inputs)
+        return value, *gradients
+
+    def run(program: Callable[..., Results], *inputs: Tensor) -> Results:
+        return program(*(each.detach() for each in inputs[:-1]))
+
+    tuned = compiled("compile", target, run, {"coordinate_descent_tuning": True})
+    return function(OURS, ours), function("eager", eager), tuned
 
 
 @contextlib.contextmanager

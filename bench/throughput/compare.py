@@ -5,7 +5,7 @@ A case is slower when both hold for the time of ours *and* for its ratio to plai
 * the medians differ by more than the threshold (5 %), and
 * every round after is slower than every round before.
 
-The rounds of a run are spread over its whole duration of that case, with all contenders in turns, so their
+The rounds of a run are spread over its whole duration of that case, with all implementations in turns, so their
 spread is the noise; and a machine that was busier, or is another one, slows torch as well. With seven rounds
 each, two equal runs fall apart like this once in 3432 cases for each of the two conditions.
 """

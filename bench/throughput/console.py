@@ -1,9 +1,11 @@
-"""What a run prints: header, progress, tables. With rich where it is installed, else plain lines."""
+"""What a run prints: header, progress, tables."""
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from gradkernels.verify.console import Cell, print_line, print_table
 
 from .case import OURS
 from .results import (
@@ -23,12 +25,8 @@ try:
     import rich.console
     import rich.markup
     import rich.progress
-    import rich.table
 except ImportError:
     rich = None  # type: ignore[assignment]
-
-Cell = tuple[str, str]  # the text, and "good", "bad", "dim" or ""
-COLOURS = {"good": "green", "bad": "bold red", "dim": "dim", "": ""}
 
 
 def number(value: float | None) -> str:
@@ -99,51 +97,18 @@ def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[li
 
 
 class Screen:
-    """Where a run is shown: a terminal, or a file that it is redirected to."""
+    """What a run shows: a terminal, or a file that it is redirected to."""
 
-    def __init__(self, width: int | None = None) -> None:
-        self.rich = rich and rich.console.Console(width=width, highlight=False)
-
-    def line(self, text: str = "", style: str = "") -> None:
-        if self.rich:
-            self.rich.print(rich.markup.escape(text), style=COLOURS.get(style, style) or None, soft_wrap=True)
-        else:
-            print(text)
+    line = staticmethod(print_line)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        if self.rich:
-            drawn = rich.table.Table(
-                title=title,
-                title_justify="left",
-                title_style="bold",
-                show_edge=False,
-                box=rich.box.SIMPLE_HEAD,
-            )
-            drawn.padding = (0, 1, 0, 0)
-            for i, column in enumerate(columns):
-                drawn.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
-            for row in rows:
-                drawn.add_row(
-                    *(
-                        f"[{COLOURS[s]}]{rich.markup.escape(t)}[/]" if s else rich.markup.escape(t)
-                        for t, s in row
-                    )
-                )
-            self.rich.print(drawn)
-            return
-        widths = [
-            max(len(line[i]) for line in [columns, *([t for t, _ in r] for r in rows)])
-            for i in range(len(columns))
-        ]
-        print(f"\n{title}")
-        for line in [list(columns), *([text for text, _ in row] for row in rows)]:
-            first, *rest = zip(line, widths, strict=True)
-            print(" ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]))
+        print_line()
+        print_table(columns, rows, title, numbers=True)
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """A bar that moves on each time it is told what comes next."""
-        if not (self.rich and self.rich.is_terminal):
+        """Give a function to be told what comes next: a bar moves on, or a line is printed on standard error."""
+        if not (rich and sys.stderr.isatty()):
             done = iter(range(1, total + 1))
             yield lambda name: print(f"[{next(done, total)}/{total}] {name}", file=sys.stderr, flush=True)
             return
@@ -153,7 +118,8 @@ class Screen:
             rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("{task.description}"),
         )
-        with rich.progress.Progress(*columns, console=self.rich, transient=True) as bar:
+        console = rich.console.Console(stderr=True)
+        with rich.progress.Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("", total=total, completed=-1)
             yield lambda name: bar.update(task, advance=1, description=rich.markup.escape(name))
 
@@ -173,7 +139,7 @@ class Screen:
             for s in summaries(records)
         ]
         self.table(
-            f"{OURS} against each baseline, launch included (above 1: {OURS} is faster)",
+            f"speedup over each baseline, launch included (above 1: {OURS} is faster)",
             ("op", "baseline", "geo. mean", "worst", "slower"),
             rows,
         )

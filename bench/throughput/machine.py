@@ -55,7 +55,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "device": properties.name,
             "capability": f"sm_{properties.major}{properties.minor}",
             "memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
+            "num_sms": properties.multi_processor_count,
             "driver": _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split(
                 "\n"
             )[0]

@@ -1,5 +1,6 @@
 """What the optimizers' declarations share: lists of parameters, ten steps to check, one step to time."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -8,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .case import Call, Case, Contender, Op, Sweep, compiled, randn
+from .case import Call, Case, Implementation, Op, Sweep, compiled, draw_inputs, powers
 
-SAMPLED = 1 << 24  # elements; of more, every so-manieth is checked
+SAMPLED = 1 << 24  # elements; of a longer list evenly spaced ones are checked
 MAX_NORM = 1.0
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -18,15 +19,15 @@ Reference = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> list[Tensor]:
-    """A contender's own parameters, with the common gradients; copies where torch's clipping writes them."""
+    """Parameters of one implementation's own; gradients in common, but copied where torch's clipping writes them."""
     copies = [param.clone().requires_grad_() for param in params]
     for copy, grad in zip(copies, grads, strict=True):
         copy.grad = grad.clone() if clip else grad
     return copies
 
 
-def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Contender:
-    """A contender whose call is one ``step``, after torch's clipping if ``clip``; it gives the optimizer."""
+def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Implementation:
+    """An implementation whose call is one ``step``, after torch's clipping if ``clip``; it gives the optimizer."""
 
     def prepare(params: list[Tensor], grads: list[Tensor]) -> Call:
         copies = _copies(params, grads, clip)
@@ -40,20 +41,19 @@ def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Co
 
         return call
 
-    return Contender(name, prepare, absent)
+    return Implementation(name, prepare, absent)
 
 
-def torch_steppers(build: Callable[..., torch.optim.Optimizer], clip: bool = False) -> list[Contender]:
+def torch_steppers(build: Callable[..., torch.optim.Optimizer], clip: bool = False) -> list[Implementation]:
     """torch's three implementations of a step, the plain loop first."""
     ways = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     return [stepper(name, partial(build, **way), clip) for name, way in ways.items()]
 
 
-def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Contender]:
+def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementation]:
     """``torch.compile`` of the step, for one large tensor.
 
-    Each optimizer compiles a program of its own: over many tensors, or over several sets of inputs, that
-    takes minutes.
+    Each optimizer compiles a program of its own: over many tensors, or several sets of inputs, that takes minutes.
     """
     if shape[0] > 1 or shape[1] < 10**7:
         return []
@@ -68,10 +68,10 @@ def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Contender]:
 
         return call
 
-    return [Contender("compile", prepare, slow_start=True)]
+    return [Implementation("compile", prepare, slow_start=True)]
 
 
-def apex(name: str, **options: Any) -> Contender:
+def apex(name: str, **options: Any) -> Implementation:
     """apex's optimizer of that name, where apex is installed."""
     try:
         from apex import optimizers
@@ -83,42 +83,33 @@ def apex(name: str, **options: Any) -> Contender:
 def step_case(
     op: str,
     variant: str,
-    shape: tuple[int, ...],
+    tensors: Sequence[tuple[int, ...]],
+    label: str,
     dtype: torch.dtype,
-    contenders: tuple[Contender, ...],
+    implementations: Sequence[Implementation],
     reference: Reference,
     states: tuple[str, ...],
-    elements: int,
-    operations: int,
+    per_parameter: tuple[int, int],
     clip: bool = False,
-    tensors: Sequence[tuple[int, ...]] | None = None,
-    label: str | None = None,
 ) -> Case:
-    """A step over ``shape = (how many tensors, elements of each)``, or over ``tensors`` of these shapes.
+    """One step over parameters of the shapes ``tensors``.
 
     Args:
         reference: one step in NumPy: ``(param, grad, state) -> (param, state)``.
         states: the names of the state tensors to check beside the parameters.
-        elements: moved per parameter.
-        operations: per parameter.
+        per_parameter: elements moved and operations done for each parameter.
     """
-    shapes = list(tensors) if tensors is not None else [shape[1:]] * shape[0]
-    total = sum(int(np.prod(each)) for each in shapes)
+    total = sum(map(math.prod, tensors))
     stride = -(-total // SAMPLED)
     steps = 1 if clip else 10
-
-    def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
-        return tuple([randn(each, dtype, device, generator) for each in shapes] for _ in range(2))
 
     def joined(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([value.detach().reshape(-1)[::stride] for value in values])
 
     def pick(optimizer: Any) -> list[Tensor]:
         params = optimizer.param_groups[0]["params"]
-        return [
-            joined(params),
-            *(joined([optimizer.state[param][name] for param in params]) for name in states),
-        ]
+        kept = (joined([optimizer.state[param][name] for param in params]) for name in states)
+        return [joined(params), *kept]
 
     def expected(params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
         param, grad = (
@@ -133,48 +124,41 @@ def step_case(
         return [param, *(state[name] for name in states)]
 
     return Case(
-        op,
-        variant,
-        label or f"{shape[0]} x {shape[1]}",
-        {"tensors": len(shapes), "numel": total},
-        dtype,
-        elements * total * dtype.itemsize,
-        operations * total,
-        make,
-        contenders,
-        expected,
-        pick,
+        op=op,
+        variant=variant,
+        label=label,
+        sizes={"tensors": len(tensors), "numel": total},
+        dtype=dtype,
+        bytes=per_parameter[0] * total * dtype.itemsize,
+        flops=per_parameter[1] * total,
+        make=draw_inputs(dtype, lambda randn: tuple([randn(*each) for each in tensors] for _ in range(2))),
+        implementations=tuple(implementations),
+        reference=expected,
+        pick=pick,
         calls=steps,
-        compile=shape == (1, 10**7),
+        compile=list(tensors) == [(10**7,)],
     )
 
 
 def declare(name: str, build: Callable[[tuple[int, ...], torch.dtype], Iterator[Case]]) -> Op:
     """The declaration of an optimizer: how many tensors of how many elements."""
     return Op(
-        name=name,
-        axes=("tensors", "numel"),
-        build=build,
-        shapes={
-            "cpu": ((1, 2), (1, 1 << 12), (1, 1 << 20), (1, 10**7), (10, 10**5), (300, 1000), (3000, 1000)),
-            "cuda": ((1, 2), (1, 1 << 20), (1, 10**8), (1, 10**9), (300, 10**5), (3000, 1000), (5000, 100)),
-        },
-        quick={
-            "cpu": ((1, 2), (1000, 1000), (1, 1 << 20), (1, 10**7)),
-            "cuda": ((1, 2), (5000, 100), (1, 1 << 20), (1, 10**7), (1, 10**8)),
-        },
+        name,
+        ("tensors", "numel"),
+        build,
+        """
+        *1x2 1x4096@cpu *1000x1000@cpu 10x1e5@cpu 300x1000@cpu 300x1e5@cuda 3000x1000 *5000x100@cuda
+        *1x2^20 *1x1e7 *1x1e8@cuda 1x1e9@cuda
+        """,
         dtypes={
             "cpu": (torch.float32, torch.bfloat16),
             "cuda": (torch.float32, torch.bfloat16, torch.float16),
         },
         sweeps={
-            "cpu": (
-                Sweep("numel", tuple(10**k for k in range(3, 9)), (1, 1)),
-                Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
-            ),
-            "cuda": (
-                Sweep("numel", tuple(10**k for k in range(3, 10)), (1, 1)),
-                Sweep("tensors", tuple(10**k for k in range(5)), (1, 100)),
-            ),
+            device: (
+                Sweep("numel", powers(10, 3, last), (1, 1)),
+                Sweep("tensors", powers(10, 0, 4), (1, 100)),
+            )
+            for device, last in (("cpu", 8), ("cuda", 9))
         },
     )

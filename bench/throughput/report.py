@@ -47,9 +47,9 @@ PAGE = """<!doctype html>
 </html>
 """
 LEGEND = """
-Every contender's result is checked against NumPy float64 before it is timed; a wrong one has no time.
+Every implementation's result is checked against NumPy float64 before it is timed; a wrong one has no time.
 <b>us</b>: median of a call in a loop, launch included. <b>free us</b>: without the launch (graph replay, or
-events after a cache flush). <b>GB/s</b>: compulsory bytes (each input read once, each result written once)
+events after a cache flush). <b>GB/s</b>: minimum traffic (each input read once, each result written once)
 over time, launch-free where that was measured. <b>cp%</b> and <b>mm%</b>: of this machine's copy and
 matmul rate, measured at the start of the run; a job that fits the cache, or only reads, can pass 100. Other
 columns: the baseline's time over gradkernels', launch included. <b>1st s</b>: the first call, compilation

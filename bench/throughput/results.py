@@ -20,11 +20,13 @@ def case_name(record: dict[str, Any]) -> str:
     return f"{record['op']} {record['variant']} {record['label']} {record['dtype']}"
 
 
-def outcome(record: dict[str, Any], contender: str = OURS) -> dict[str, Any]:
-    """What became of a contender: its ``status``, and its timings where that is ok."""
+def outcome(record: dict[str, Any], implementation: str = OURS) -> dict[str, Any]:
+    """What became of a implementation: its ``status``, and its timings where that is ok."""
     if "skipped" in record:
         return {"status": "skipped", "note": record["skipped"]}
-    return record["contenders"].get(contender, {"status": "none", "note": "not among this op's contenders"})
+    return record["contenders"].get(
+        implementation, {"status": "none", "note": "not among this op's implementations"}
+    )
 
 
 def microseconds(found: dict[str, Any], key: str) -> float | None:
@@ -40,7 +42,7 @@ def best_microseconds(found: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one contender in one case; the shares are of the machine's measured limits, None where unknown."""
+    """Of one implementation in one case; the shares are of the machine's measured limits, None where unknown."""
 
     gb_per_s: float
     tflop_per_s: float
@@ -48,8 +50,8 @@ class Rates:
     matmul_share: float | None
 
 
-def rates(record: dict[str, Any], limits: dict[str, Any], contender: str = OURS) -> Rates | None:
-    us = best_microseconds(outcome(record, contender))
+def rates(record: dict[str, Any], limits: dict[str, Any], implementation: str = OURS) -> Rates | None:
+    us = best_microseconds(outcome(record, implementation))
     if us is None:
         return None
     moved, done = record["bytes"] / us * 1e6, record["flops"] / us * 1e6
@@ -69,7 +71,7 @@ def is_tie(ratio: float) -> bool:
 
 
 def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The contenders besides ours that were timed at least once, in the order of declaration."""
+    """The implementations besides ours that were timed at least once, in the order of declaration."""
     names: dict[str, None] = {}
     for record in records:
         for name, found in record.get("contenders", {}).items():
@@ -141,7 +143,7 @@ def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What the numbers do not say: wrong and failed results, contenders that are absent, cases skipped."""
+    """What the numbers do not say: wrong and failed results, implementations that are absent, cases skipped."""
     records = document["cases"]
     found: dict[str, None] = dict.fromkeys(document.get("busy", ()))
     for record in records:
@@ -189,7 +191,7 @@ def load(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def write_json(document: dict[str, Any], path: str | Path) -> None:
+def write_json(document: Any, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
@@ -203,7 +205,7 @@ CSV_COLUMNS = (
 
 
 def write_csv(document: dict[str, Any], path: str | Path) -> None:
-    """One line per case and contender; each carries its machine, date and commit."""
+    """One line per case and implementation; each carries its machine, date and commit."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = {key: document["machine"][key] for key in ("device", "date", "commit")}

@@ -14,7 +14,7 @@ import torch
 from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
-from .case import OURS, Call, Case, Contender, Results, dtype_name, poisoned
+from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
 from .timing import Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
@@ -38,7 +38,7 @@ def free_bytes(device: torch.device) -> int:
         return 8 << 30
 
 
-class NoYardstickError(RuntimeError):
+class NoBaselineError(RuntimeError):
     """Plain torch cannot do the job, so nothing can be measured against it."""
 
 
@@ -48,8 +48,8 @@ class Runner:
     Args:
         device: where the inputs live.
         timer: the clock; it decides how often a call is repeated and what can be told apart.
-        seconds: of timing for each contender of each case.
-        quick: contenders that compile for seconds only run on the cases that ask for them.
+        seconds: of timing for each implementation of each case.
+        quick: implementations that compile for seconds only run on the cases that ask for them.
     """
 
     def __init__(self, device: torch.device, timer: WallTimer, seconds: float, quick: bool) -> None:
@@ -63,9 +63,9 @@ class Runner:
             progress(case)
             yield self.case(case)
 
-    def case(self, case: Case, contenders: int | None = None) -> dict[str, Any]:
-        """Check the first so many contenders of a case (all), time those that pass, and give the record."""
-        case = dataclasses.replace(case, contenders=case.contenders[:contenders])
+    def case(self, case: Case, implementations: int | None = None) -> dict[str, Any]:
+        """Check the first so many implementations of a case (all), time those that pass, and give the record."""
+        case = dataclasses.replace(case, implementations=case.implementations[:implementations])
         record: dict[str, Any] = {
             "op": case.op,
             "variant": case.variant,
@@ -79,14 +79,14 @@ class Runner:
         for place, needed in ((torch.device("cpu"), reference_bytes), (self.device, 2 * case.bytes)):
             if needed > free_bytes(place):
                 return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB on {place.type}"}
-        if any(contender.slow_start for contender in case.contenders):
+        if any(implementation.slow_start for implementation in case.implementations):
             torch._dynamo.reset()  # the ninth shape of a function would run uncompiled, without a word:
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         try:
             return record | self._checked_and_timed(case)
         except torch.OutOfMemoryError:
             return record | {"skipped": "out of memory"}
-        except NoYardstickError as error:
+        except NoBaselineError as error:
             return record | {"skipped": f"plain torch has no result: {error}"}
         finally:
             if case.bytes > LARGE:
@@ -98,61 +98,65 @@ class Runner:
         return case.make(self.device, generator)
 
     def checked(self, case: Case) -> tuple[tuple[Any, ...], dict[str, dict[str, Any]]]:
-        """The inputs, and what became of each contender on them: ``status``, and a ``note`` or the first call's time.
+        """The inputs, and the outcome of each implementation: ``status``, and a ``note`` or the first call's time.
 
         Raises:
-            NoYardstickError: plain torch's own result cannot be had.
+            NoBaselineError: plain torch's own result cannot be had.
         """
         inputs = self.inputs(case, 0)
         expected = case.reference(*to_numpy(inputs))
         outcomes: dict[str, dict[str, Any]] = {}
-        yardstick: list[Tensor] = []
-        ours, plain, *others = case.contenders
-        for contender in (plain, ours, *others):
-            outcome, results = self._first_results(case, contender, inputs)
-            yardstick = yardstick or results
-            outcomes[contender.name] = outcome | verdict(results, yardstick, expected) if results else outcome
+        baseline: list[Tensor] = []
+        ours, plain, *others = case.implementations
+        for implementation in (plain, ours, *others):
+            outcome, results = self._first_results(case, implementation, inputs)
+            baseline = baseline or results
+            outcomes[implementation.name] = (
+                outcome | verdict(results, baseline, expected) if results else outcome
+            )
         if outcomes[plain.name]["status"] != "ok":
-            raise NoYardstickError(outcomes[plain.name]["note"])
+            raise NoBaselineError(outcomes[plain.name]["note"])
         return inputs, outcomes
 
     def _checked_and_timed(self, case: Case) -> dict[str, Any]:
         inputs, outcomes = self.checked(case)
-        running = [c for c in case.contenders if outcomes[c.name]["status"] == "ok"]
+        running = [c for c in case.implementations if outcomes[c.name]["status"] == "ok"]
         sets = input_sets(case.bytes, self.timer.cache_bytes)
         rotated = [inputs, *(self.inputs(case, number) for number in range(1, sets))]
-        # What a contender keeps (an optimizer's copies and state) is at most about half of what its call moves.
+        # What a implementation keeps (an optimizer's copies and state) is at most about half of what its call moves.
         together = sets * case.bytes * (1 + len(running) / 2) < free_bytes(self.device)
-        for turn in [running] if together else [[contender] for contender in running]:
-            calls = [[contender.prepare(*one) for one in rotated] for contender in turn]
-            for contender, timings in zip(turn, self._timed(calls), strict=True):
-                outcomes[contender.name] |= timings
+        for turn in [running] if together else [[implementation] for implementation in running]:
+            calls = [[implementation.prepare(*one) for one in rotated] for implementation in turn]
+            for implementation, timings in zip(turn, self._timed(calls), strict=True):
+                outcomes[implementation.name] |= timings
             del calls
         cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
         return {
             "cache": "cold" if cold else "warm",
             "in_turns": together,
-            "contenders": {contender.name: outcomes[contender.name] for contender in case.contenders},
+            "contenders": {
+                implementation.name: outcomes[implementation.name] for implementation in case.implementations
+            },
         }
 
     def _first_results(
-        self, case: Case, contender: Contender, inputs: tuple[Any, ...]
+        self, case: Case, implementation: Implementation, inputs: tuple[Any, ...]
     ) -> tuple[dict[str, Any], list[Tensor]]:
         """The seconds of the first call and the results to check, or why there are none."""
-        if contender.absent:
-            return {"status": "absent", "note": contender.absent}, []
-        if contender.slow_start and self.quick and not case.compile:
+        if implementation.absent:
+            return {"status": "absent", "note": implementation.absent}, []
+        if implementation.slow_start and self.quick and not case.compile:
             return {"status": "left out", "note": "compiles for seconds: not at this shape with --quick"}, []
         try:
-            with poisoned(contender.name == OURS), quiet():
-                call = contender.prepare(*inputs)
+            with poisoned(implementation.name == OURS), quiet():
+                call = implementation.prepare(*inputs)
                 results, seconds = self.timer.first_call(call)
                 for _ in range(case.calls - 1):
                     results = call()
                 return {"first_call_s": seconds}, [result.detach().clone() for result in case.pick(results)]
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a contender's failure is its row, not the end of the run
+        except Exception as error:  # a implementation's failure is its row, not the end of the run
             note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             return {"status": "failed", "note": note[:200]}, []
 
@@ -171,8 +175,8 @@ class Runner:
         return results
 
 
-def verdict(results: Results, yardstick: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Whether results are within the tolerance policy, ``yardstick`` being plain torch's.
+def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Whether results are within the tolerance policy, ``baseline`` being plain torch's.
 
     A wrong one loses even the time of its first call.
     """
@@ -182,7 +186,7 @@ def verdict(results: Results, yardstick: Results, expected: Sequence[np.ndarray]
             "note": f"{len(results)} results instead of {len(expected)}",
             "first_call_s": None,
         }
-    found = [compare(*triple) for triple in zip(results, yardstick, expected, strict=True)]
+    found = [compare(*triple) for triple in zip(results, baseline, expected, strict=True)]
     wrong = [f"result {i}: {comparison}" for i, comparison in enumerate(found) if not comparison.passed]
     if wrong:
         return {"status": "wrong", "note": "; ".join(wrong), "first_call_s": None}

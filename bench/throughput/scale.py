@@ -56,12 +56,14 @@ def study(
         for value in sweep.values:
             shape = (*sweep.base[:position], value, *sweep.base[position + 1 :])
             case = next(iter(op.build(shape, dtype)))
-            record = runner.case(case, contenders=2)
+            record = runner.case(case, implementations=2)
             found = outcome(record)
             if found["status"] != "ok":
                 stopped = f"{found['status']} at {sweep.axis} = {value}: {found['note']}"
                 break
-            ours, plain = (microseconds(outcome(record, each.name), "call") for each in case.contenders[:2])
+            ours, plain = (
+                microseconds(outcome(record, each.name), "call") for each in case.implementations[:2]
+            )
             points.append({"value": value, "ours_us": ours, "torch_us": plain})
             if max(ours, plain) > LONGEST_US:
                 break

@@ -1,6 +1,6 @@
 """How long a call takes: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA, ROCm.
 
-Contenders are timed in turns, round after round, so that a machine that slows down slows them all. Every
+Implementations are timed in turns, round after round, so that a machine that slows down slows them all. Every
 round keeps its median: how far these lie apart is the noise that ``compare`` takes into account.
 """
 
@@ -176,7 +176,7 @@ class CudaTimer(WallTimer):
         count = max(len(calls), 8)
         try:
             graph = self._capture(calls, count)
-        except Exception as error:  # whatever a contender does that a capture forbids
+        except Exception as error:  # whatever a implementation does that a capture forbids
             self.cuda.synchronize()
             return self._flushed(calls), f"events after an L2 flush ({type(error).__name__} in graph capture)"
 

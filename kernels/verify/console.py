@@ -1,4 +1,4 @@
-"""Tables and a progress line on the terminal: with rich where it is installed, in plain text where it is not."""
+"""Tables, lines and progress on the terminal: with rich where it is installed, in plain text where it is not."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,33 +7,70 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """A table on standard output; plain text when it goes into a file."""
-    cells = [list(row) for row in rows]
+Cell = str | tuple[str, str]  # a text, or a text and one of STYLES
+STYLES = {"": "", "good": "green", "bad": "bold red", "dim": "dim", "bold": "bold"}
+
+
+def print_line(text: str = "", style: str = "") -> None:
+    """Print a line on standard output, in one of STYLES on a terminal."""
     try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        print(text)
+        return
+    if sys.stdout.isatty():
+        Console().print(Text(text, STYLES[style]), soft_wrap=True)
+    else:
+        print(text)
+
+
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[Cell]], title: str = "", numbers: bool = False
+) -> None:
+    """Print a table on standard output; in plain text when it goes into a file.
+
+    Args:
+        numbers: align all columns but the first to the right.
+    """
+    styled = [[(cell, "") if isinstance(cell, str) else cell for cell in row] for row in rows]
+    cells = [[text for text, _ in row] for row in styled]
+    try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        _plain(header, cells, title)
+        _plain(header, cells, title, numbers)
         return
     if not sys.stdout.isatty():
-        _plain(header, cells, title)
+        _plain(header, cells, title, numbers)
         return
-    table = Table(title=title or None)
-    for column in header:
-        table.add_column(column)
-    for row in cells:
-        table.add_row(*(Text(cell) for cell in row))
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if numbers and i else "left", no_wrap=numbers and i > 0)
+    for row in styled:
+        table.add_row(*(Text(text, STYLES[style]) for text, style in row))
     Console().print(table)
 
 
-def _plain(header: Sequence[str], rows: list[list[str]], title: str) -> None:
+def _plain(header: Sequence[str], rows: list[list[str]], title: str, numbers: bool) -> None:
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
     if title:
         print(title)
     for row in [list(header), *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        first, *others = map(str.ljust, row, widths)
+        if numbers:
+            others = list(map(str.rjust, row[1:], widths[1:]))
+        print("  ".join([first, *others]).rstrip())
 
 
 def progress(items: Sequence[T], description: str) -> Iterator[T]:

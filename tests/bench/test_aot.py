@@ -2,19 +2,17 @@
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench.reports.aot import TARGETS, Row, every_specimen, report
-from bench.reports.specimens import SPECIMENS
+from bench.reports.aot import TARGETS, Row, every_case, report
+from bench.reports.aot_cases import AOT_CASES
 
-from ..cases import each_kind_once
 from ..test_launch import run
 
-SAMPLE = {  # of every run, in bfloat16: what the tests below look at
+SAMPLE = {
     "matmul": (
         "large",
         "linear",
@@ -29,41 +27,31 @@ SAMPLE = {  # of every run, in bfloat16: what the tests below look at
     "sgd": ("momentum, aligned or not",),
     "adam": ("AdamW, aligned or not",),
 }
-LARGE = ("large", "gradient of weight")
-SPLIT = ("large", "odd sizes")
 TENSOR_CORES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 
-def always(target: str, number: int, dtype: str) -> bool:
-    """On the chip that matters most SAMPLE, and the float32 products that are split; on each the large products."""
-    op, shapes = SPECIMENS[number].op, SPECIMENS[number].shapes
-    if target == "sm_90" and dtype == "bfloat16":
-        return shapes in SAMPLE.get(op, ())
-    return op == "matmul" and (
-        (dtype == "bfloat16" and shapes in LARGE)
-        or (target == "sm_90" and dtype == "float32" and shapes in SPLIT)
-    )
-
-
-def kinds(target: str, number: int, dtype: str) -> list[Any]:
-    """A sample compiles each specimen somewhere, and each op and each dtype on each chip."""
-    op = SPECIMENS[number].op
-    found = [number, (target, op), (target, dtype), (op, dtype)]
-    return [*found, (target, number, dtype)] if always(target, number, dtype) else found
-
-
-CELLS = [(target, *specimen) for target in TARGETS for specimen in every_specimen()]
-SAMPLED = [cell for cell, chosen in each_kind_once(CELLS, kinds) if chosen]
-
-
-def sampled_rows(target: str) -> list[Row]:
-    return list(report([target], sorted(specimen for chip, *specimen in SAMPLED if chip == target)))
+def sampled(dtype: str) -> list[tuple[int, str]]:
+    return [
+        (number, name)
+        for number, name in every_case(dtype=dtype)
+        if AOT_CASES[number].shapes in SAMPLE.get(AOT_CASES[number].op, ())
+    ]
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """The sample on the chip that matters most."""
-    return sampled_rows("sm_90")
+    """The sample: the chip that matters most, bfloat16, and the float32 products that are split."""
+    split = [
+        (number, "float32")
+        for number, case in enumerate(AOT_CASES)
+        if (case.op, case.shapes) in (("matmul", "large"), ("matmul", "odd sizes"))
+    ]
+    return list(report(["sm_90"], sampled("bfloat16") + split))
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def all_rows(request) -> list[Row]:
+    return list(report([request.param], every_case()))
 
 
 def narrow(counts: dict[str, int]) -> dict[str, int]:
@@ -94,13 +82,13 @@ def check(rows: list[Row]) -> None:
 
 
 def find(rows: list[Row], shapes: str, dtype: str) -> Row:
-    """The first kernel of a matmul specimen."""
+    """The first kernel of a matmul case."""
     return next(row for row in rows if (row.op, row.shapes, row.dtype) == ("matmul", shapes, dtype))
 
 
 def check_products(rows: list[Row], target: str) -> None:
     """What holds for matmul: large bfloat16 products on tensor cores, every access of theirs wide."""
-    for shapes in LARGE:
+    for shapes in ("large", "gradient of weight"):
         row = find(rows, shapes, "bfloat16")
         assert any(name.startswith(TENSOR_CORES[target]) for name in row.matrix), row
         assert not narrow(row.loads), row
@@ -109,21 +97,8 @@ def check_products(rows: list[Row], target: str) -> None:
 
 def test_the_sample(rows):
     check(rows)
-    compiled = {(row.op, row.shapes) for row in rows if row.dtype == "bfloat16"}
-    assert compiled >= {(op, shapes) for op, each in SAMPLE.items() for shapes in each}
-
-
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
-def test_the_sample_on_other_chips(target):
-    rows = sampled_rows(target)
-    check(rows)
-    check_products(rows, target)
-    assert {row.op for row in rows} == {specimen.op for specimen in SPECIMENS}
-
-
-def test_the_samples_leave_no_specimen_out():
-    assert {number for _, number, _ in SAMPLED} == set(range(len(SPECIMENS)))
-    assert len(SAMPLED) < len(CELLS) / 4
+    compiled = {(row.op, row.shapes) for row in rows}
+    assert compiled == {(op, shapes) for op, each in SAMPLE.items() for shapes in each}
 
 
 def test_large_products_use_wgmma_and_wide_accesses(rows):
@@ -135,7 +110,7 @@ def test_large_products_use_wgmma_and_wide_accesses(rows):
 
 def test_float32_products_are_split_in_three(rows):
     """Three tf32 products for each that float32's own accuracy takes: the sequence that the numerics rest on."""
-    for shapes in SPLIT:
+    for shapes in ("large", "odd sizes"):
         products = find(rows, shapes, "float32").matrix
         assert list(products) == ["HGMMA"]
         assert products["HGMMA"] % 3 == 0
@@ -181,16 +156,13 @@ def test_the_report_sees_spills(tmp_path):
     assert row["spills"] > 0
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_on_every_chip(target):
-    rows = list(report([target], every_specimen()))
-    check(rows)
-    check_products(rows, target)
+def test_every_kernel_on_every_chip(all_rows):
+    check(all_rows)
+    check_products(all_rows, all_rows[0].target)
 
 
 def test_rows_are_json(tmp_path):
-    """The report's file holds what it prints; empty where no specimen was asked for."""
+    """The report's file holds what it prints; empty where no case was asked for."""
     from bench.reports.aot import main
 
     path = tmp_path / "deep" / "aot.json"

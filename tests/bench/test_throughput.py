@@ -1,6 +1,6 @@
 """The benchmark: nothing wrong gets a time, what is slower is reported, and every CUDA line has run once.
 
-Time here is a clock that the contenders move on themselves, so that nothing depends on how busy the machine is.
+Time here is a clock that the implementations move on themselves, so that nothing depends on how busy the machine is.
 The CUDA timer is rehearsed on a stand-in for ``torch.cuda`` that stamps its events with that clock: this shows
 that its lines run and what they compute, and nothing about a GPU.
 """
@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from gradkernels import use_backend
 from bench import __main__ as cli
 from bench.throughput import case as declaration
 from bench.throughput import compare, machine, results, scale
-from bench.throughput.case import OURS, Case, Contender, Op, Sweep, function
+from bench.throughput.case import OURS, Case, Implementation, Op, Sweep, function
 from bench.throughput.console import Screen
 from bench.throughput.runner import Runner
 from bench.throughput.timing import ROUNDS, CudaTimer, WallTimer, input_sets, summarise
@@ -110,7 +111,7 @@ def doubling(
     factor: float = 2.0,
     jitter: Callable[[], float] = lambda: 1.0,
     run: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    extra: tuple[Contender, ...] = (),
+    extra: tuple[Implementation, ...] = (),
     n: int = 1000,
 ) -> Case:
     """A case whose job is to double a tensor, in so many microseconds of the clock."""
@@ -184,7 +185,7 @@ def test_wrong_result_has_no_time(fault: str, capsys: pytest.CaptureFixture, tmp
     assert not {"call", "device"} & set(ours)
     assert ours["first_call_s"] is None
     assert not results.all_right(found)
-    Screen(100).document(found)
+    Screen().document(found)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("1000"))
     assert "WRONG" in row
     assert not any(character.isdigit() for character in row.replace("1000", "").replace("f32", ""))
@@ -214,7 +215,7 @@ def test_right_result_has_its_time_and_its_conditions(capsys: pytest.CaptureFixt
     assert summary.geometric_mean == pytest.approx((155 / 105 * 155 / 305) ** 0.5, rel=1e-3)
     assert summary.worst_case == "doubling forward 2000 float32"
     assert [(loss.case, loss.clear) for loss in summary.losses] == [("doubling forward 2000 float32", True)]
-    Screen(80).document(found)
+    Screen().document(found)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     assert "slower than eager" in shown
@@ -222,7 +223,7 @@ def test_right_result_has_its_time_and_its_conditions(capsys: pytest.CaptureFixt
     assert results.load(tmp_path / "a" / "bench.json") == found
 
 
-def test_failed_and_absent_contenders_are_named() -> None:
+def test_failed_and_absent_implementations_are_named() -> None:
     clock = Clock()
 
     def broken(values: torch.Tensor) -> list[torch.Tensor]:
@@ -247,7 +248,7 @@ def test_failed_and_absent_contenders_are_named() -> None:
     assert "elsewhere is not installed" in said
 
 
-def test_case_without_a_yardstick_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     case = doubling(clock)
 
@@ -258,7 +259,9 @@ def test_case_without_a_yardstick_or_memory_is_skipped(monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError("out of memory")
 
     for plain, word in ((broken, "not on this device"), (exhausted, "out of memory")):
-        replaced = dataclasses.replace(case, contenders=(case.contenders[0], function("eager", plain)))
+        replaced = dataclasses.replace(
+            case, implementations=(case.implementations[0], function("eager", plain))
+        )
         found = document(replaced, clock=clock)
         assert word in found["cases"][0]["skipped"]
         assert word in results.remarks(found)[0]
@@ -413,16 +416,16 @@ def test_gpu_command_rehearsed(
 ) -> None:
     monkeypatch.setattr(machine, "signs_of_other_work", lambda *given: ["a sign"])
     shapes = {
-        "matmul": (2, 5, 7, 3),
-        "mse": (65,),
-        "linear_mse": (33, 5, 1),
-        "sgd": (3, 17),
-        "adam": (3, 17),
-        "training": ("regression", 9, 4),
+        "matmul": "2x5x7x3",
+        "mse": "65",
+        "linear_mse": "33x5x1",
+        "sgd": "3x17",
+        "adam": "3x17",
+        "training": "regression,9,4",
     }
     for op in cli.declared(()):
-        tiny = {"cpu": (shapes[op.name],)}
-        smaller = dataclasses.replace(op, quick=tiny, dtypes={"cpu": (torch.float32,)}, sweeps={"cpu": ()})
+        tiny = f"*{shapes[op.name]}"
+        smaller = dataclasses.replace(op, shapes=tiny, dtypes={"cpu": (torch.float32,)}, sweeps={"cpu": ()})
         monkeypatch.setattr(f"bench.bench_{op.name}.OP", smaller)
     written = (
         ["--json", f"{tmp_path}/bench.json"] if backend == "triton" else ["--out", f"{tmp_path}/{{device}}"]
@@ -471,7 +474,7 @@ def test_declarations(name: str, device_type: str) -> None:
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
         assert all(case.bytes > 0 and case.flops > 0 and case.op == name for case in cases)
-        assert all(case.contenders[0].name == OURS for case in cases)
+        assert all(case.implementations[0].name == OURS for case in cases)
         assert any(case.compile for case in cases) or not quick
     for sweep in op.sweep(device_type):
         assert sweep.axis in op.axes
@@ -490,7 +493,7 @@ TINY = {
 
 
 @pytest.mark.parametrize("name", cli.OPS)
-def test_every_contender_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_implementation_agrees_with_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda target, **options: target)
     (op,) = cli.declared([name])
     runner = Runner(CPU, wall(Clock()), seconds=0.0, quick=False)
@@ -498,11 +501,11 @@ def test_every_contender_agrees_with_the_reference(name: str, monkeypatch: pytes
         for dtype in op.dtypes["cpu"]:
             for case in op.build(shape, dtype):
                 _, outcomes = runner.checked(case)
-                for contender, found in outcomes.items():
+                for implementation, found in outcomes.items():
                     low = (
-                        dtype == torch.bfloat16 and contender == "fused"
+                        dtype == torch.bfloat16 and implementation == "fused"
                     )  # torch 2.13's own fault on the CPU
-                    assert found["status"] in ("ok", "absent") or low, (case.name, contender, found)
+                    assert found["status"] in ("ok", "absent") or low, (case.name, implementation, found)
 
 
 def test_large_products_and_lists_are_checked_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,7 +517,7 @@ def test_large_products_and_lists_are_checked_in_part(monkeypatch: pytest.Monkey
         for case in op.build(shape, torch.float32):
             inputs, outcomes = runner.checked(case)
             assert outcomes[OURS]["status"] == "ok"
-            call = case.contenders[0].prepare(*inputs)
+            call = case.implementations[0].prepare(*inputs)
             assert {result.numel() for result in case.pick(call())} <= parts
 
 
@@ -557,13 +560,13 @@ def test_pytest_benchmark_runs_the_same_declarations() -> None:
 
     clock, fixture = Clock(), Benchmark()
     right, wrong = doubling(clock), doubling(clock, factor=2.02)
-    plugin.test_throughput(fixture, right, right.contenders[0])
-    plugin.test_throughput(fixture, right, right.contenders[1])
+    plugin.test_throughput(fixture, right, right.implementations[0])
+    plugin.test_throughput(fixture, right, right.implementations[1])
     assert (fixture.calls, fixture.group) == (2, right.name)
     assert fixture.extra_info == {"bytes": right.bytes, "flops": right.flops}
     with pytest.raises(pytest.fail.Exception, match="WRONG: result 0"):
-        plugin.test_throughput(fixture, wrong, wrong.contenders[0])
-    absent = dataclasses.replace(right.contenders[1], name="elsewhere", absent="not installed")
+        plugin.test_throughput(fixture, wrong, wrong.implementations[0])
+    absent = dataclasses.replace(right.implementations[1], name="elsewhere", absent="not installed")
     with pytest.raises(pytest.skip.Exception, match="not installed"):
         plugin.test_throughput(fixture, right, absent)
     assert fixture.calls == 2
@@ -596,7 +599,7 @@ def test_study_follows_an_axis_until_memory_or_patience_ends() -> None:
         return [dataclasses.replace(case, bytes=1 << 60) if n > 5000 else case]
 
     sweep = Sweep("n", (10, 200, 400, 1000, 2000, 5000, 10**4, 10**5), (1,))
-    op = Op("doubling", ("n",), build, {"cpu": ()}, {"cpu": ()}, {"cpu": (torch.float32,)}, {"cpu": (sweep,)})
+    op = Op("doubling", ("n",), build, "", sweeps={"cpu": (sweep,)})
     runner = Runner(CPU, wall(clock), seconds=0.001, quick=True)
     (found,) = scale.study(op, runner, torch.float32)
     assert [point["value"] for point in found["points"]] == [10, 200, 400, 1000, 2000, 5000]
@@ -619,8 +622,9 @@ def test_command_line(capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
         assert message in capsys.readouterr().err
-    assert cli.shape_of("1000x64x1", ("N", "D", "K")) == (1000, 64, 1)
-    assert cli.shape_of("regression,4,2", ("kind", "size", "width")) == ("regression", 4, 2)
+    linear_mse, training = cli.declared(["linear_mse", "training"])
+    assert linear_mse.shape("1e3x2^6x1") == (1000, 64, 1)
+    assert training.shape("regression,4,2") == ("regression", 4, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -736,7 +740,7 @@ def test_equal_times_are_a_tie(capsys: pytest.CaptureFixture) -> None:
     assert results.ratio(found["cases"][0], "eager") == pytest.approx(0.997, abs=1e-3)
     (summary,) = results.summaries(found["cases"])
     assert not summary.losses
-    Screen(100).document(found)
+    Screen().document(found)
     assert "slower than" not in capsys.readouterr().out
     report = pytest.importorskip("bench.throughput.report")
     page = report.page(found, dict.fromkeys(("roofline", "doubling"), Path(__file__)))
@@ -763,7 +767,7 @@ def test_a_busy_machine_is_named(
     assert signs(1.1, 1e10) == ["this machine is busy: load 1.1 on 4 cores before the run"]
     (slow,) = signs(0.0, 0.79e10)
     assert "it copies 7.9 GB/s, and 10.0 in a-clock/bench.json" in slow
-    Screen(200).document(found | {"busy": [slow]})
+    Screen().document(found | {"busy": [slow]})
     assert f"note: {slow}" in capsys.readouterr().out
 
 
@@ -777,6 +781,22 @@ def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     shown = capsys.readouterr()
     assert "[1/1] one" in shown.err
     assert "slower than eager" in shown.out
+
+
+def test_a_terminal_of_80_columns_shows_every_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("rich")
+    clock = Clock()
+    found = document(doubling(clock, us=200.0, n=10**6), clock=clock)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Screen().document(found)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    row = next(line for line in shown.splitlines() if line.startswith("1000000"))
+    assert [row.split()[i] for i in (0, 1, 7)] == ["1000000", "f32", "0.75"]
+    assert "shape" in shown
+    assert "0.75  doubling forward 1000000 float32" in shown
 
 
 def test_poison_is_lifted_again() -> None:

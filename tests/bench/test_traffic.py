@@ -1,5 +1,6 @@
-"""The bytes that the kernels move, against the compulsory bytes: the limits are the jobs' own."""
+"""The bytes that the kernels move, against the minimum traffic: the limits are the jobs' own."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,11 +31,13 @@ def test_no_job_moves_more_than_its_limits(job):
 
 
 def test_a_count_over_any_limit_fails():
-    count = traffic.Count("x", 2, 105, 100, 100, 300, 1.05, 1.0, 2)
+    job = traffic.Job("x", str, str, 100, 1.05, 1.0, 2)
+    count = traffic.Count(job, 2, 105, 100, 300)
     assert count.passed
     for worse in ({"moved": 106}, {"distinct": 101}, {"launches": 3}):
         assert not replace(count, **worse).passed
-    assert replace(count, moved=300, limit=None).passed
+    assert replace(count, moved=300, job=replace(job, limit=None)).passed
+    assert json.loads(json.dumps(count.record()))["launch_limit"] == 2
 
 
 def test_a_wasteful_job_is_seen():

@@ -15,7 +15,7 @@ FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float1
 
 
 @dataclass(frozen=True)
-class Specimen:
+class AotCase:
     """One representative call.
 
     Attributes:
@@ -157,20 +157,20 @@ def _grad_norm(module: Any, dtype: torch.dtype) -> object:
     return module.grad_norm(_bucket(dtype), None, torch.empty(1, 2, dtype=FLOAT64))
 
 
-SPECIMENS = (
-    Specimen("matmul", "large", _matmul((4096, 4096), (4096, 4096))),
-    Specimen("matmul", "linear", _matmul((4096, 1024), (1024, 4096), (4096,), transposed="right")),
-    Specimen("matmul", "gradient of input, bias", _matmul((4096, 1024), (1024, 4096), (4096,))),
-    Specimen("matmul", "gradient of weight", _matmul((1024, 65536), (65536, 512), transposed="left")),
-    Specimen("matmul", "odd sizes", _matmul((1001, 333), (333, 777), (777,)), loads=False, stores=False),
-    Specimen("matmul", "many of 512 by 64 by 512", _matmul((64, 512, 64), (64, 64, 512))),
-    Specimen("matmul", "sum over the batch", _matmul((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
-    Specimen("matmul", "tall data", _matmul((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
-    Specimen("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1)), stores=False),
-    Specimen("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096)), stores=False),
-    Specimen("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1)), stores=False),
+AOT_CASES = (
+    AotCase("matmul", "large", _matmul((4096, 4096), (4096, 4096))),
+    AotCase("matmul", "linear", _matmul((4096, 1024), (1024, 4096), (4096,), transposed="right")),
+    AotCase("matmul", "gradient of input, bias", _matmul((4096, 1024), (1024, 4096), (4096,))),
+    AotCase("matmul", "gradient of weight", _matmul((1024, 65536), (65536, 512), transposed="left")),
+    AotCase("matmul", "odd sizes", _matmul((1001, 333), (333, 777), (777,)), loads=False, stores=False),
+    AotCase("matmul", "many of 512 by 64 by 512", _matmul((64, 512, 64), (64, 64, 512))),
+    AotCase("matmul", "sum over the batch", _matmul((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
+    AotCase("matmul", "tall data", _matmul((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
+    AotCase("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1)), stores=False),
+    AotCase("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096)), stores=False),
+    AotCase("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1)), stores=False),
     *(
-        Specimen("matmul", name, call, dtypes=(BFLOAT16,))
+        AotCase("matmul", name, call, dtypes=(BFLOAT16,))
         for name, call in (
             ("float32 errors by weights", _matmul((65536, 512), (512, 1024), wide=True)),
             (
@@ -179,45 +179,43 @@ SPECIMENS = (
             ),
         )
     ),
-    Specimen("matmul", "outer product", _matmul((4096, 1), (1, 4096)), loads=False),
-    Specimen("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
-    Specimen(
-        "matmul", "many of 8 by 8", _matmul((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False
-    ),
-    Specimen("mse", "forward", _mse("forward", (4096, 4096)), stores=False),
-    Specimen("mse", "forward, odd size", _mse("forward", (1001 * 333,)), stores=False),
-    Specimen("mse", "backward", _mse("backward", (4096, 4096))),
-    Specimen("mse", "backward, odd size", _mse("backward", (1001 * 333,))),
-    Specimen("mse", "backward, weighted", _mse("backward", (4096, 4096), weighted=True)),
-    Specimen("mse", "Hessian-vector product", _mse("hvp", (4096, 4096))),
-    Specimen("mse", "loss and gradient", _mse("both", (4096, 4096))),
-    Specimen("linear_mse", "1 output of 256", _linear_mse(1 << 16, 256, 1), stores=False),
-    Specimen("linear_mse", "1 output of 1024", _linear_mse(1 << 16, 1024, 1), stores=False),
-    Specimen("linear_mse", "1 output of 4096", _linear_mse(1 << 16, 4096, 1), stores=False),
-    Specimen("linear_mse", "8 outputs of 256", _linear_mse(1 << 16, 256, 8), stores=False),
-    Specimen("linear_mse", "16 outputs of 512", _linear_mse(1 << 16, 512, 16), stores=False),
-    Specimen("linear_mse", "1024 outputs of 1024", _linear_mse(1 << 14, 1024, 1024)),
-    Specimen("linear_mse", "1 output of 16384", _linear_mse(1 << 16, 16384, 1), stores=False),
-    Specimen("linear_mse", "77 outputs of 333", _linear_mse(1 << 14, 333, 77), loads=False, stores=False),
-    Specimen(
+    AotCase("matmul", "outer product", _matmul((4096, 1), (1, 4096)), loads=False),
+    AotCase("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
+    AotCase("matmul", "many of 8 by 8", _matmul((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False),
+    AotCase("mse", "forward", _mse("forward", (4096, 4096)), stores=False),
+    AotCase("mse", "forward, odd size", _mse("forward", (1001 * 333,)), stores=False),
+    AotCase("mse", "backward", _mse("backward", (4096, 4096))),
+    AotCase("mse", "backward, odd size", _mse("backward", (1001 * 333,))),
+    AotCase("mse", "backward, weighted", _mse("backward", (4096, 4096), weighted=True)),
+    AotCase("mse", "Hessian-vector product", _mse("hvp", (4096, 4096))),
+    AotCase("mse", "loss and gradient", _mse("both", (4096, 4096))),
+    AotCase("linear_mse", "1 output of 256", _linear_mse(1 << 16, 256, 1), stores=False),
+    AotCase("linear_mse", "1 output of 1024", _linear_mse(1 << 16, 1024, 1), stores=False),
+    AotCase("linear_mse", "1 output of 4096", _linear_mse(1 << 16, 4096, 1), stores=False),
+    AotCase("linear_mse", "8 outputs of 256", _linear_mse(1 << 16, 256, 8), stores=False),
+    AotCase("linear_mse", "16 outputs of 512", _linear_mse(1 << 16, 512, 16), stores=False),
+    AotCase("linear_mse", "1024 outputs of 1024", _linear_mse(1 << 14, 1024, 1024)),
+    AotCase("linear_mse", "1 output of 16384", _linear_mse(1 << 16, 16384, 1), stores=False),
+    AotCase("linear_mse", "77 outputs of 333", _linear_mse(1 << 14, 333, 77), loads=False, stores=False),
+    AotCase(
         "linear_mse",
         "gradient of input, 1 output",
         _linear_mse_backward(1 << 16, 1024, 1, [True, False]),
         loads=False,
     ),
-    Specimen(
+    AotCase(
         "linear_mse",
         "gradient of input, 1024 outputs",
         _linear_mse_backward(1 << 14, 1024, 1024, [True, False]),
     ),
-    Specimen("linear_mse", "gradient of target", _linear_mse_backward(1 << 16, 1024, 256, [False, True])),
-    Specimen("sgd", "momentum, aligned or not", _sgd()),
-    Specimen("sgd", "guarded", _sgd(guarded=True)),
-    Specimen("sgd", "master weights", _sgd(master=True), dtypes=(FLOAT16, BFLOAT16)),
-    Specimen("sgd", "stochastic rounding", _sgd(seed=0), dtypes=(BFLOAT16,)),
-    Specimen("adam", "AdamW, aligned or not", _adam()),
-    Specimen("adam", "amsgrad, guarded", _adam(guarded=True, amsgrad=True)),
-    Specimen("adam", "master weights", _adam(master=True), dtypes=(FLOAT16, BFLOAT16)),
-    Specimen("adam", "stochastic rounding", _adam(seed=0), dtypes=(BFLOAT16,)),
-    Specimen("grad_norm", "aligned or not", _grad_norm, stores=False),
+    AotCase("linear_mse", "gradient of target", _linear_mse_backward(1 << 16, 1024, 256, [False, True])),
+    AotCase("sgd", "momentum, aligned or not", _sgd()),
+    AotCase("sgd", "guarded", _sgd(guarded=True)),
+    AotCase("sgd", "master weights", _sgd(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("sgd", "stochastic rounding", _sgd(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("adam", "AdamW, aligned or not", _adam()),
+    AotCase("adam", "amsgrad, guarded", _adam(guarded=True, amsgrad=True)),
+    AotCase("adam", "master weights", _adam(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("adam", "stochastic rounding", _adam(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("grad_norm", "aligned or not", _grad_norm, stores=False),
 )
