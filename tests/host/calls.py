@@ -1,0 +1,314 @@
+"""The calls that go through the genuine launcher: every op, dtype and class of shapes, every optimizer.
+
+Each function runs in a worker (``worker.py``), given plain arguments; what it returns goes back as JSON.
+Kernels are recorded, not run: no value means anything.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradkernels
+import torch
+import triton
+import triton.language as tl
+from gradkernels import use_backend
+from gradkernels.triton import tables
+from gradkernels.verify.cases import SHAPES
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.reports import specimens
+
+from ..cases import CASES, Case
+from .launches import Record, Recorder
+from .standin import StandIn
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+LAYOUTS = ("contiguous", "misaligned", "transposed", "strided")
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("FusedSGD", {}),
+    "SGD momentum": ("FusedSGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "SGD guard": ("FusedSGD", {"momentum": 0.9, "max_norm": 1.0, "on_nonfinite": "skip"}),
+    "SGD masters": ("FusedSGD", {"momentum": 0.9, "master_weights": True}),
+    "SGD stochastic rounding": ("FusedSGD", {"momentum": 0.9, "stochastic_rounding": True}),
+    "Adam": ("FusedAdam", {}),
+    "Adam amsgrad": ("FusedAdam", {"amsgrad": True, "weight_decay": 0.1}),
+    "Adam guard": ("FusedAdam", {"max_norm": 1.0, "on_nonfinite": "skip"}),
+    "AdamW": ("FusedAdamW", {}),
+    "AdamW masters": ("FusedAdamW", {"master_weights": True}),
+    "AdamW masters guard": ("FusedAdamW", {"master_weights": True, "max_norm": 1.0, "on_nonfinite": "skip"}),
+    "AdamW stochastic rounding": ("FusedAdamW", {"stochastic_rounding": True}),
+}
+
+
+def shape_classes() -> list[Case]:
+    """The classes of shapes that the kernel check has: one element, odd sizes, a long row, several blocks."""
+    found = []
+    for *batch, m, k, n in SHAPES["matmul"]:
+        shapes = {"input": (*batch, m, k), "other": (*batch, k, n), "bias": (n,)}
+        found.append(Case("matmul", shapes))
+    for shape in SHAPES["mse"]:
+        found.append(Case("mse_loss", {"input": shape, "target": shape}))
+    for n, d, k in SHAPES["linear_mse"]:
+        shapes = {"input": (n, d), "weight": (k, d), "target": (n, k), "bias": (k,)}
+        found.append(Case("linear_mse_loss", shapes))
+    return found
+
+
+ALL_CASES = [*CASES, *shape_classes()]
+WARMUPS: dict[str, tuple[list[tuple[int, ...]], Callable[..., Any]]] = {
+    "matmul": (
+        [(70, 40), (40, 30), (30,)],
+        lambda *t: gradkernels.matmul(*t).backward(torch.ones(70, 30, device=t[0].device)),
+    ),
+    "mse": ([(33, 7), (33, 7)], lambda x, y: gradkernels.mse_loss(x, y.detach()).backward()),
+    "linear_mse": (
+        [(300, 24), (1, 24), (300, 1), (1,)],
+        lambda x, w, y, b: gradkernels.linear_mse_loss(x.detach(), w, y.detach(), b).backward(),
+    ),
+    "sgd": ([(5, 3), (7,)], lambda *t: gradkernels.FusedSGD(t, momentum=0.5).step()),
+    "adam": ([(5, 3), (7,)], lambda *t: gradkernels.FusedAdamW(t).step()),
+}
+
+
+@triton.jit(do_not_specialize=["m"])
+def probe(x_ptr, out_ptr, n, m, scale, sizes, BLOCK: tl.constexpr, TWICE: tl.constexpr = False):
+    """A kernel with each kind of argument."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n + m, other=0.0) * scale
+    for dim in tl.static_range(len(sizes)):
+        x += sizes[dim]
+    tl.store(out_ptr + i, x, mask=i < n + m)
+
+
+@triton.jit
+def optional(bias_ptr, weight_ptr, out_ptr):
+    """A kernel with pointers that may be None."""
+    x = 1.0
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr)
+    if weight_ptr is not None:
+        x *= tl.load(weight_ptr)
+    tl.store(out_ptr, x)
+
+
+@triton.jit
+def copy_tile(source, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A kernel with a tensor map."""
+    tile = source.load([0, 0])
+    i = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + i, tile)
+
+
+class Calls:
+    """The calls, over one stand-in; each of its devices has a current stream of its own."""
+
+    def __init__(self, standin: StandIn) -> None:
+        self._standin = standin
+        self._device = standin.tensors
+        for device in range(standin.device_count()):
+            standin.use_new_stream(device)
+        self._recorder = Recorder(standin, plain=os.environ.get("GRADKERNELS_PLAIN_LAUNCH") == "1")
+        # Tensors of a compile report's calls have no memory; here they have, though nobody touches it.
+        specimens._meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=self._device)
+
+    def op(self, number: int, dtype: str, layout: str) -> list[Any]:
+        """Forward, backward and double backward of a case."""
+        case = ALL_CASES[number]
+        torch.manual_seed(number)
+        tensors = [
+            lay_out(tensor, layout).requires_grad_()
+            for tensor in case.arguments(getattr(torch, dtype), self._device)
+        ]
+
+        def run() -> None:
+            result = case.ours(*tensors)
+            upstream = torch.randn_like(result).requires_grad_()
+            gradients = torch.autograd.grad(result, tensors, upstream, create_graph=True)
+            curved = [gradient for gradient in gradients if gradient.requires_grad]
+            directions = [torch.randn_like(gradient) for gradient in curved]
+            torch.autograd.grad(curved, [*tensors, upstream], directions, allow_unused=True)
+
+        return self._twice(run)
+
+    def specimen(self, number: int, dtype: str) -> list[Any]:
+        """A call of the compile report."""
+        specimen = specimens.SPECIMENS[number]
+        module = importlib.import_module(f"gradkernels.triton.{specimen.op}")
+        with self._device:  # of tensors that are made without a word where
+            return self._twice(lambda: specimen.call(module, getattr(torch, dtype)))
+
+    def optimizer(self, key: str, dtype: str) -> list[Any]:
+        """Three steps, each with gradients that lie elsewhere; the kernel reads the addresses of these tensors."""
+        name, options = OPTIMIZERS[key]
+        params = [
+            torch.nn.Parameter(torch.ones(n, dtype=getattr(torch, dtype), device=self._device))
+            for n in (5000, 33, 0)
+        ]
+        optimizer = getattr(gradkernels, name)(params, lr=0.1, **options)
+        guarded = "max_norm" in options
+        launched, kept = [], []
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.ones_like(param)
+                kept.append(param.grad)  # so that no address comes twice
+            if guarded:  # as GradScaler does
+                optimizer.grad_scale = torch.ones((), device=self._device)
+                optimizer.found_inf = torch.zeros((), device=self._device)
+            with use_backend("triton"), self._recorder.recording() as record:
+                optimizer.step()
+            assert [launch.kernel.split("_")[1] for launch in record.launches] == [
+                *(["grad"] if guarded else []),
+                name.removeprefix("Fused").lower().removesuffix("w"),
+            ]
+            for _, args in record.asked:
+                check_addresses(args, optimizer, params)
+            launched.append(record)
+        assert not any(record.loaded for record in launched[1:]), "a later step loaded a module"
+        return _summary(launched[0])
+
+    def warmup(self, op: str) -> list[Any]:
+        """After warmup the call itself loads nothing."""
+        shapes, call = WARMUPS[op]
+        with use_backend("triton"), self._recorder.recording():
+            gradkernels.warmup(op, shapes, torch.float32, self._device)
+        tensors = [torch.ones(shape, device=self._device, requires_grad=True) for shape in shapes]
+        for tensor in tensors:
+            tensor.grad = torch.ones_like(tensor)
+        with use_backend("triton"), self._recorder.recording() as record:
+            call(*tensors)
+        assert not record.loaded, "the call loaded a module"
+        return _summary(record)
+
+    def arguments(self) -> list[Any]:
+        """Every kind of argument, at values on which Triton specialises and at others, in both orders."""
+        x = torch.zeros(80, device=self._device)
+        values = [
+            (x, x, 5, 6, 0.5, ()),
+            (x[1:], x, 5, 6, 0.5, ()),
+            (x, x[1:], 5, 6, 0.5, ()),
+            (x, x, 1, 1, 1.0, (1,)),
+            (x, x, 16, 16, 0.25, (16, 3)),
+            (x, x, 2**31 + 1, 2**40, -1.5, (2**40, 7, 1)),
+            (x.double(), x, 6, 5, 0.5, ()),
+        ]
+        with self._recorder.recording() as record:
+            for args in values + values[::-1]:
+                for options in ({"BLOCK": 16}, {"BLOCK": 32, "TWICE": True, "num_warps": 2}):
+                    self._recorder.launch(probe, (4, 2), *args, device=self._device, **options)
+            for given in ((x, None), (None, x), (None, None), (x, x)):
+                self._recorder.launch(optional, (1,), *given, x, device=self._device)
+        return _summary(record)
+
+    def devices_and_streams(self) -> list[Any]:
+        """A launch goes to the device of its tensors, and to the stream that is current there at the time."""
+        x = torch.zeros(64, device=self._device)
+        with self._recorder.recording() as record:
+            for device in (0, 1, 1, 0):
+                self._standin.set_device(0)
+                place = torch.device("cuda", device)
+                self._recorder.launch(probe, (1,), x, x, 5, 6, 0.5, (), device=place, BLOCK=16)
+                assert self._standin.current_device() == 0
+                self._standin.use_new_stream(device)
+                self._recorder.launch(probe, (1,), x, x, 5, 6, 0.5, (), device=place, BLOCK=16)
+        return [[launch.device, launch.stream] for launch in record.launches]
+
+    def refused(self) -> list[str]:
+        """What is said of launches that no driver accepts."""
+        x = torch.zeros(64, 64, device=self._device)
+        compiled = probe.warmup(x, x, 5, 6, 0.5, (), BLOCK=16, grid=(1,))
+        run, packed = compiled.run, compiled.packed_metadata
+
+        def direct(function: Any, stream: int, grid: tuple[int, int, int] = (1, 1, 1)) -> None:
+            run(*grid, stream, function, packed, None, None, None, x, x, 5, 6, 0.5, (), 16, False)
+
+        elsewhere = self._standin.stream(1)
+        attempts: list[Callable[[], None]] = [
+            lambda: direct(None, 0),
+            lambda: direct(1234, 0),
+            lambda: direct(compiled.function, elsewhere),
+            lambda: direct(compiled.function, 0, (1, 65536, 1)),
+            lambda: direct(compiled.function, 0, (1, 1, 65536)),
+            lambda: self._standin.tensor_map(x.data_ptr() + 4, (64, 64), 256, (32, 32)),
+            lambda: self._standin.tensor_map(x.data_ptr(), (61, 60), 244, (32, 32)),
+            lambda: self._standin.tensor_map(x.data_ptr(), (64, 64), 128, (32, 32)),
+            lambda: self._standin.tensor_map(x.data_ptr(), (64, 0), 256, (32, 32)),
+            lambda: self._standin.tensor_map(x.data_ptr(), (64, 64), 256, (32, 512)),
+            lambda: self._standin.tensor_map(x.data_ptr(), (64, 64), 256, (64, 32)),
+        ]
+        said = []
+        for attempt in attempts:
+            try:
+                attempt()
+            except (RuntimeError, TypeError) as error:
+                said.append(str(error).removeprefix("Triton Error [CUDA]: "))
+            else:
+                said.append("accepted")
+        self._standin.events()
+        return said
+
+    def tensor_map(self) -> list[Any]:
+        """A tensor map with its base, sizes, strides and box."""
+        x, out = torch.zeros(2, 64, 128, device=self._device)
+        with self._recorder.recording() as record:
+            for base in (x, x[1:, 64:], out):
+                descriptor = TensorDescriptor(base, list(base.shape), list(base.stride()), [16, 32])
+                self._recorder.launch(
+                    copy_tile, (1,), descriptor, out, device=self._device, ROWS=16, COLUMNS=32
+                )
+        return _summary(record)
+
+    def _twice(self, run: Callable[[], Any]) -> list[Any]:
+        """The launches of a call; a second one makes the same, of what the first one loaded."""
+        records = []
+        for _ in range(2):
+            with use_backend("triton"), self._recorder.recording() as record:
+                run()
+            records.append(record)
+        first, second = map(_summary, records)
+        assert first, "nothing was launched"
+        assert first == second, f"{first} at first, then {second}"
+        assert not records[1].loaded, "the second call loaded a module"
+        return first
+
+
+def _summary(record: Record) -> list[Any]:
+    return [
+        [launch.kernel, launch.grid, launch.threads, launch.shared, launch.device]
+        for launch in record.launches
+    ]
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """A leaf with the same values, lying otherwise in memory."""
+    tensor = tensor.detach()
+    if layout == "misaligned":
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.mT.contiguous().mT
+    if layout == "strided" and tensor.dim():
+        return tensor.repeat_interleave(2, -1)[..., ::2]
+    return tensor.clone()
+
+
+def check_addresses(
+    args: tuple[Any, ...], optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
+) -> None:
+    """The table that a kernel is given holds the present addresses of its parameters, gradients and states."""
+    rows = next(arg for arg in args if isinstance(arg, Tensor) and arg.shape[1:] == (tables.WIDTH.value,))
+    assert len(rows) == len(params)
+    for param, row in zip(params, rows.tolist(), strict=True):
+        state = optimizer.state[param]
+        others = {"master_param": tables.MASTER, "step": tables.STEP}
+        moments = [state[key] for key in state if key not in others]
+        wanted = {
+            tables.PARAM: param,
+            tables.GRAD: param.grad,
+            **{column: state[key] for key, column in others.items() if key in state},
+            **{tables.STATES.value + i: moment for i, moment in enumerate(moments)},
+        }
+        for column, tensor in wanted.items():
+            index = getattr(column, "value", column)
+            assert row[index] == tensor.data_ptr(), f"column {index}: {row[index]} for {tensor.data_ptr()}"
