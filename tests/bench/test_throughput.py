@@ -794,9 +794,9 @@ def test_a_terminal_of_80_columns_shows_every_column(
     Screen().document(found)
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     row = next(line for line in shown.splitlines() if line.startswith("1000000"))
-    assert [row.split()[i] for i in (0, 1, 7)] == ["1000000", "f32", "0.75"]
+    assert [row.split()[i] for i in (0, 1, 7)] == ["1000000", "f32", "0.76"]
     assert "shape" in shown
-    assert "0.75  doubling forward 1000000 float32" in shown
+    assert "0.76  doubling forward 1000000 float32" in shown
 
 
 def test_poison_is_lifted_again() -> None:
