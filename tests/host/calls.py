@@ -19,7 +19,7 @@ from gradkernels.verify.cases import SHAPES
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.reports import specimens
+from bench.reports import aot_cases
 
 from ..cases import CASES, Case
 from .launches import Record, Recorder
@@ -112,7 +112,7 @@ class Calls:
             standin.use_new_stream(device)
         self._recorder = Recorder(standin, plain=os.environ.get("GRADKERNELS_PLAIN_LAUNCH") == "1")
         # Tensors of a compile report's calls have no memory; here they have, though nobody touches it.
-        specimens._meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=self._device)
+        aot_cases._meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=self._device)
 
     def op(self, number: int, dtype: str, layout: str) -> list[Any]:
         """Forward, backward and double backward of a case."""
@@ -133,12 +133,12 @@ class Calls:
 
         return self._twice(run)
 
-    def specimen(self, number: int, dtype: str) -> list[Any]:
+    def aot_case(self, number: int, dtype: str) -> list[Any]:
         """A call of the compile report."""
-        specimen = specimens.SPECIMENS[number]
-        module = importlib.import_module(f"gradkernels.triton.{specimen.op}")
+        case = aot_cases.AOT_CASES[number]
+        module = importlib.import_module(f"gradkernels.triton.{case.op}")
         with self._device:  # of tensors that are made without a word where
-            return self._twice(lambda: specimen.call(module, getattr(torch, dtype)))
+            return self._twice(lambda: case.call(module, getattr(torch, dtype)))
 
     def optimizer(self, key: str, dtype: str) -> list[Any]:
         """Three steps, each with gradients that lie elsewhere; the kernel reads the addresses of these tensors."""

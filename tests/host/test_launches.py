@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.reports.aot import every_specimen
-from bench.reports.specimens import SPECIMENS
+from bench.reports.aot import every_case
+from bench.reports.aot_cases import AOT_CASES
 
 from .calls import ALL_CASES, DTYPES, LAYOUTS, OPTIMIZERS, WARMUPS
 from .standin import compiler
@@ -71,14 +71,14 @@ def test_an_op_and_its_derivatives(worker: Worker, number: int, dtype: str, layo
 @pytest.mark.parametrize(
     ("number", "dtype"),
     sampled(
-        every_specimen(),
-        lambda number, dtype: [number, (SPECIMENS[number].op, dtype)],
-        lambda number, dtype: f"{SPECIMENS[number].op} {SPECIMENS[number].shapes} {dtype}",
+        every_case(),
+        lambda number, dtype: [number, (AOT_CASES[number].op, dtype)],
+        lambda number, dtype: f"{AOT_CASES[number].op} {AOT_CASES[number].shapes} {dtype}",
     ),
 )
 def test_a_class_of_shapes(worker: Worker, number: int, dtype: str) -> None:
     """The large shapes of the compile report, where kernels take tensor maps and split sums."""
-    assert worker.call("specimen", number, dtype)
+    assert worker.call("aot_case", number, dtype)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_kind_of_argument(worker: Worker) -> None:
     "call",
     [
         ("op", len(ALL_CASES) - 1, "float32", "contiguous"),
-        ("specimen", 0, "bfloat16"),
+        ("aot_case", 0, "bfloat16"),
         ("optimizer", "AdamW masters guard", "bfloat16"),
         ("arguments",),
         ("devices_and_streams",),
