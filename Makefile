@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Where nvidia-smi or rocm-smi answers, torch's ordinary wheels are right; elsewhere the pinned CPU build.
 CONSTRAINTS := $(shell (nvidia-smi || rocm-smi) >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-.PHONY: setup demo test test-full test-host test-gpu docs lint fuzz bench bench-gpu clean
+.PHONY: setup demo test test-full test-processors test-host test-gpu docs lint fuzz bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ test: setup
 
 test-full: setup
 	$(RUN) -m pytest -n 2 --durations=30
+
+# What could rest on a processor's rounding, under fewer instructions and with one and two threads; long.
+test-processors: setup
+	$(RUN) -m tests.processors
 
 # Every op, dtype, layout and class of shapes through Triton's own launcher, over a stand-in for libcuda.
 test-host: setup

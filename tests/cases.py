@@ -176,6 +176,21 @@ def value_and_gradients(
     return run
 
 
+def each_kind_once(cells: Iterable[Any], kinds: Callable[..., Iterable[Any]]) -> list[tuple[Any, bool]]:
+    """The cells in a seeded random order, and whether each belongs to the sample.
+
+    The sample has each of the kinds that ``kinds(*cell)`` names at least once.
+    """
+    cells = list(cells)
+    seen: set[Any] = set()
+    found = []
+    for cell in random.Random(0).sample(cells, len(cells)):
+        new = set(kinds(*cell)) - seen
+        seen |= new
+        found.append((cell, bool(new)))
+    return found
+
+
 def on_both_backends(
     cells: Iterable[tuple[Any, ...]],
     triton: Callable[..., Iterable[Any]],
@@ -183,15 +198,12 @@ def on_both_backends(
 ) -> list[pytest.param]:
     """Parameters ``(backend, *cell)``: by default a seeded sample of the cells for each backend, the rest marked full.
 
-    A sample, drawn in random order, has each of the kinds that ``triton(*cell)`` or ``fallback(*cell)`` names at
-    least once; without ``fallback`` that is all cells.
+    A sample has each of the kinds that ``triton(*cell)`` or ``fallback(*cell)`` names at least once; without
+    ``fallback`` that is all cells.
     """
     cells = list(cells)
-    params = []
-    for backend, kinds in (("fallback", fallback), ("triton", triton)):
-        seen: set[Any] = set()
-        for cell in random.Random(0).sample(cells, len(cells)):
-            new = set(kinds(*cell)) - seen
-            seen |= new
-            params.append(pytest.param(backend, *cell, marks=() if new else pytest.mark.full))
-    return params
+    return [
+        pytest.param(backend, *cell, marks=() if sampled else pytest.mark.full)
+        for backend, kinds in (("fallback", fallback), ("triton", triton))
+        for cell, sampled in each_kind_once(cells, kinds)
+    ]
