@@ -36,8 +36,9 @@ test-host: setup
 	$(RUN) -m pytest tests/host -n 2
 
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
+# Ends within eight minutes; the last line says what was left out.
 test-gpu: build/here/gradkernels
-	PYTHONPATH=build/here $(PYTHON) -m pytest -m gpu -p no:cacheprovider
+	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m tests.gpu
 
 # The site, in build/site; a warning is an error.
 docs: setup build/here/gradkernels
@@ -56,8 +57,9 @@ bench: setup
 	$(RUN) -m bench --quick --scale --out "$(OUT)"
 
 # Offline, with the Python at hand; without matplotlib there, `python -m bench report` draws the report elsewhere.
+# Ends within eight minutes; the last line says what was left out.
 bench-gpu: build/here/gradkernels
-	PYTHONPATH=build/here $(PYTHON) -m bench --device cuda --quick --scale --out "$(OUT)"
+	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m bench --device cuda --quick --scale --budget 400 --out "$(OUT)"
 
 # The folder under the name that it is imported by, for a Python into which nothing may be installed.
 build/here/gradkernels:

@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
     made.add_argument("--seconds", type=float, metavar="S", help="of timing per implementation and case")
     made.add_argument("--scale", action="store_true", help="also how time grows with each size")
+    made.add_argument(
+        "--budget",
+        type=float,
+        metavar="S",
+        help="start nothing after so many seconds; the most telling cases come first, what was left out is said last",
+    )
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--csv", type=Path, metavar="FILE")
     made.add_argument("--plot", type=Path, metavar="DIR", help="pictures and report.html (needs matplotlib)")
@@ -97,8 +105,21 @@ def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str
     return cases
 
 
+def most_telling_first(cases: Sequence[Any]) -> list[int]:
+    """The numbers of the cases: of each variant of each op the last shape, which every dtype has, then its others."""
+    last = {(case.op, case.variant): case.sizes for case in cases}
+    taken: Counter[Any] = Counter()
+    ranks = []
+    for number, case in enumerate(cases):
+        kind = (case.op, case.variant, case.sizes != last[case.op, case.variant])
+        ranks.append((kind[2], taken[kind], number))
+        taken[kind] += 1
+    return [number for *_, number in sorted(ranks)]
+
+
 def run(argv: Sequence[str]) -> int:
     """Check, time, print, write; exit status 1 if a result of ours is wrong."""
+    begin = time.monotonic()
     made = parser()
     arguments = made.parse_args(argv)
     import torch
@@ -134,14 +155,34 @@ def run(argv: Sequence[str]) -> int:
         screen.line(line)
     for line in document["busy"]:
         screen.line(f"warning: {line}", "bad")
-    sweeps = sum(len(op.sweep(device.type)) for op in ops) if arguments.scale else 0
-    with screen.progress(len(cases) + sweeps) as advance:
-        document["cases"] = list(runner.run(cases, lambda case: advance(case.name)))
+    sweeps = [f"{op.name} over {sweep.axis}" for op in ops for sweep in op.sweep(device.type)]
+    planned = [case.name for case in cases] + (sweeps if arguments.scale else [])
+    begun: list[str] = []
+    records: dict[int, dict[str, Any]] = {}
+    short = Runner(device, timer, seconds / 3, arguments.quick)
+    with screen.progress(len(planned)) as advance:
+
+        def next_is(name: str) -> bool:
+            """Whether there is time for it."""
+            if arguments.budget is not None and time.monotonic() - begin > arguments.budget:
+                return False
+            begun.append(name)
+            advance(name)
+            return True
+
+        for number in most_telling_first(cases):
+            if next_is(cases[number].name):
+                records[number] = runner.case(cases[number])
+        document["cases"] = [records[number] for number in sorted(records)]
         if arguments.scale:
-            short = Runner(device, timer, seconds / 3, arguments.quick)
-            document["scale"] = [found for op in ops for found in study(op, short, torch.float32, advance)]
+            document["scale"] = [found for op in ops for found in study(op, short, torch.float32, next_is)]
     screen.document(document)
     write(document, arguments, screen)
+    if left := list((Counter(planned) - Counter(begun)).elements()):
+        screen.line(
+            f"not timed: {len(left)} of {len(planned)}, the budget of {arguments.budget:.0f} s was spent: "
+            + "; ".join(left)
+        )
     return 0 if results.all_right(document) else 1
 
 

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from .cases import REDUCTIONS, Case
 

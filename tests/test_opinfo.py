@@ -11,6 +11,9 @@ import pytest
 import torch
 from gradkernels import nn
 from torch import Tensor
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 

@@ -10,6 +10,9 @@ import torch
 from gradkernels import use_backend
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
 from .helpers import DTYPES

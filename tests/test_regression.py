@@ -12,6 +12,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
 from matplotlib import image
 from sklearn.metrics import r2_score
 

@@ -13,10 +13,13 @@ import pytest
 import torch
 from gradkernels import nn
 from gradkernels.verify.tolerance import DRAWS
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
 from .cases import ARGUMENTS, Case
 from .helpers import DTYPES, Draws, exactly

@@ -6,7 +6,7 @@ import gc
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,14 +54,6 @@ class Runner:
 
     def __init__(self, device: torch.device, timer: WallTimer, seconds: float, quick: bool) -> None:
         self.device, self.timer, self.seconds, self.quick = device, timer, seconds, quick
-
-    def run(
-        self, cases: Iterable[Case], progress: Callable[[Case], None] = lambda case: None
-    ) -> Iterator[dict]:
-        """One record per case, as it is done."""
-        for case in cases:
-            progress(case)
-            yield self.case(case)
 
     def case(self, case: Case, implementations: int | None = None) -> dict[str, Any]:
         """Check the first so many implementations of a case (all), time those that pass, and give the record."""

@@ -45,14 +45,15 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
 
 
 def study(
-    op: Op, runner: Runner, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
+    op: Op, runner: Runner, dtype: torch.dtype, next_is: Callable[[str], bool] = lambda name: True
 ) -> Iterator[dict[str, Any]]:
-    """The sweeps of an op, on its first variant: ours and plain torch."""
+    """The sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch."""
     for sweep in op.sweep(runner.device.type):
         position = op.axes.index(sweep.axis)
         points: list[dict[str, float]] = []
         stopped = ""
-        progress(f"{op.name} over {sweep.axis}")
+        if not next_is(f"{op.name} over {sweep.axis}"):
+            continue
         for value in sweep.values:
             shape = (*sweep.base[:position], value, *sweep.base[position + 1 :])
             case = next(iter(op.build(shape, dtype)))

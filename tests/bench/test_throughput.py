@@ -155,7 +155,7 @@ def document(*cases: Case, clock: Clock, **more: Any) -> dict[str, Any]:
         "schema": results.SCHEMA,
         "machine": header | versions,
         "limits": LIMITS,
-        "cases": list(runner.run(cases)),
+        "cases": [runner.case(case) for case in cases],
         **more,
     }
 
@@ -625,6 +625,37 @@ def test_command_line(capsys: pytest.CaptureFixture) -> None:
     linear_mse, training = cli.declared(["linear_mse", "training"])
     assert linear_mse.shape("1e3x2^6x1") == (1000, 64, 1)
     assert training.shape("regression,4,2") == ("regression", 4, 2)
+
+
+def test_a_budget_leaves_out_the_least_telling_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """A case takes a second: there is time for as many as the budget has seconds, and one more."""
+    clock, tried = SimpleNamespace(now=100.0), []
+
+    def skipped(self: Runner, case: Case) -> dict[str, Any]:
+        clock.now += 1
+        tried.append(case)
+        head = {key: getattr(case, key) for key in ("op", "variant", "label", "sizes", "bytes", "flops")}
+        return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
+
+    monkeypatch.setattr(Runner, "case", skipped)
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
+    planned = [case for op in cli.declared(["mse", "adam"]) for case in op.cases("cpu", quick=True)]
+    command = ["mse", "adam", "--quick", "--scale", "--device", "cpu", "--json", str(tmp_path / "run")]
+    variants = {(case.op, case.variant): case.sizes for case in planned}
+    assert cli.main([*command, "--budget", str(len(variants) - 1)]) == 0
+    assert {(case.op, case.variant): case.sizes for case in tried} == variants  # the last shape of each
+    assert len(tried) == len(variants)
+    kept = [results.case_name(record) for record in json.loads((tmp_path / "run").read_text())["cases"]]
+    assert kept == [case.name for case in planned if case.name in kept]
+    said = capsys.readouterr().out.splitlines()[-1]
+    sweeps = sum(len(op.sweep("cpu")) for op in cli.declared(["mse", "adam"]))
+    count = len(planned) - len(tried) + sweeps
+    assert said.startswith(f"not timed: {count} of {len(planned) + sweeps}, the budget of ")
+    assert all(case.name in said for case in planned if case.name not in kept)
+    assert "mse over n" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,156 @@
+"""``make test-gpu`` itself, without a GPU: what it collects, in which order, within which time, and what it says."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from . import gpu
+
+MISSING = ("expecttest", "hypothesis", "matplotlib", "sklearn")
+
+
+def test_nothing_that_may_be_missing_stops_the_collection(tmp_path: Path) -> None:
+    """The whole suite is collected; FIRST finds what it names."""
+    refuse = f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))"
+    (tmp_path / "without.py").write_text(refuse)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "without",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    for name in ("hypothesispytest", "xdist", "benchmark"):
+        command += ["-p", f"no:{name}"]
+    found = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr
+    tests = re.findall(r"^(tests/\S+::\w+)", found.stdout, re.MULTILINE)
+    assert len(set(tests)) > 400
+    for pattern in gpu.FIRST:
+        assert any(re.search(pattern, test) for test in tests), pattern
+
+
+def test_the_most_telling_come_first() -> None:
+    def item(nodeid: str, full: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: full or None)
+
+    names = ["test_x.py::test_scaler", "test_mse.py::test_sizes", "test_x.py::test_other"]
+    items = [item(f"tests/{name}[{i}]") for name in names for i in range(3)]
+    items.append(item("tests/test_mse.py::test_sizes[all]", full=True))
+    found = [one.nodeid for one in gpu.in_order(items)]
+    assert [re.sub(r"\W+\w+\W$", "", test)[6:] for test in found] == [
+        *(["test_mse.py::test_sizes"] * 3),
+        *(["test_x.py::test_scaler"] * 3),
+        *(["test_x.py::test_other"] * 3),
+        "test_mse.py::test_sizes",
+    ]
+    assert found[-1].endswith("[all]")
+    assert found == [one.nodeid for one in gpu.in_order(items[::-1])]
+    several = gpu.in_order(item(f"tests/a.py::{name}[{i}]") for name in ("one", "two") for i in range(2))
+    assert [one.nodeid[12:15] for one in several[:2]] in (["one", "two"], ["two", "one"])
+
+
+SUITE = """
+import os, time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+@pytest.mark.parametrize("i", range(5))
+def test_passes(i):
+    with open(os.environ["RAN"], "a") as file:
+        file.write(f"{i}\\n")
+
+def test_fails():
+    assert 2 + 2 == 5
+
+def test_skips():
+    pytest.skip("for the test")
+
+def test_dies():
+    os.abort()
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+def test_each_test_runs_once_whatever_others_do(tmp_path: Path) -> None:
+    """Beside a test that fails, one that ends its process, one that hangs and a file that cannot be collected."""
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
+    (tmp_path / "test_some.py").write_text(SUITE)
+    command = [sys.executable, "-m", "tests.gpu", "--seconds", "600", "--test-seconds", "4", "--workers", "2"]
+    found = subprocess.run(
+        [*command, f"--folder={tmp_path / 'work'}", str(tmp_path)],
+        cwd=gpu.ROOT,
+        env={**os.environ, "RAN": str(tmp_path / "ran")},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert sorted((tmp_path / "ran").read_text().split()) == list("01234"), found.stdout
+    failed = re.findall(r"^FAILED (?:\S+::)?(\S+)", found.stdout, re.MULTILINE)
+    assert sorted(failed) == ["test_broken.py", "test_dies", "test_fails", "test_hangs"], found.stdout
+    assert "assert (2 + 2) == 5" in found.stdout
+    assert "ended with status -6" in found.stdout
+    last = found.stdout.splitlines()[-1]
+    assert re.fullmatch(r"5 passed, 4 failed, 1 skipped in \d+ s; no test was left out", last)
+
+
+def test_a_worker_starts_nothing_after_its_time_and_nothing_twice(tmp_path: Path) -> None:
+    def worker(until: float) -> gpu._Worker:
+        made = gpu._Worker(SimpleNamespace(claims=tmp_path, events=tmp_path / "events", until=until))
+        made.numbers = {"one": 0, "two": 1}
+        return made
+
+    one, two = (SimpleNamespace(nodeid=name) for name in ("one", "two"))
+    first, second, late = worker(math.inf), worker(math.inf), worker(0.0)
+    assert late.pytest_runtest_protocol(one) is True
+    assert first.pytest_runtest_protocol(one) is None
+    assert second.pytest_runtest_protocol(one) is True
+    assert second.pytest_runtest_protocol(two) is None
+    assert [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()] == [
+        {"start": "one"},
+        {"start": "two"},
+    ]
+
+
+def test_a_spoilt_context_fails_the_test_and_ends_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    ended: list[int] = []
+    monkeypatch.setattr(gpu.os, "_exit", ended.append)
+    worker = gpu._Worker(SimpleNamespace(claims=tmp_path, events=tmp_path / "events", until=0.0))
+    passed = SimpleNamespace(when="teardown", failed=False, skipped=False, nodeid="a", longreprtext="")
+    worker.pytest_runtest_logreport(passed)
+    assert ended == [gpu.SPOILT]
+    said = json.loads((tmp_path / "events").read_text())
+    assert (said["end"], said["outcome"]) == ("a", "failed")
+    assert "an illegal memory access" in said["text"]
+
+
+def test_the_last_line_says_what_was_left_out_and_why() -> None:
+    tests = ["a.py::test_a[1]", "a.py::test_a[2]", "a.py::test_b", "a.py::test_c"]
+    outcomes = {"a.py::test_c": "passed"}
+    names, last = gpu.summary(tests, outcomes, spent=421.0, budget=420.0)
+    assert names == "not run: test_a x 2, test_b x 1"
+    assert last == "1 passed, 0 failed, 0 skipped in 421 s; 3 tests not run: the budget of 420 s was spent"
+    assert gpu.summary(tests, outcomes, 30.0, 420.0)[-1].endswith("3 tests not run: the workers ended early")
