@@ -196,7 +196,7 @@ class Calls:
         ]
         with self._recorder.recording() as record:
             for args in values + values[::-1]:
-                for options in ({"BLOCK": 16}, {"BLOCK": 32, "TWICE": True, "num_warps": 2}):
+                for options in ({"BLOCK": 16}, {"BLOCK": 32}, {"BLOCK": 32, "TWICE": True, "num_warps": 2}):
                     self._recorder.launch(probe, (4, 2), *args, device=self._device, **options)
             for given in ((x, None), (None, x), (None, None), (x, x)):
                 self._recorder.launch(optional, (1,), *given, x, device=self._device)
