@@ -31,9 +31,11 @@ test-full: setup
 test-processors: setup
 	$(RUN) -m tests.processors
 
-# Every op, dtype, layout and class of shapes through Triton's own launcher, over a stand-in for libcuda.
+# Every op, dtype, layout and class of shapes through Triton's own launcher, over a stand-in for libcuda; then with torch's
+# CUDA build, of which the first run downloads about 0.7 GB (`python tests/host/cuda_build.py --help`). Long.
 test-host: setup
 	$(RUN) -m pytest tests/host -n 2
+	$(RUN) tests/host/cuda_build.py
 
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
 # Ends within eight minutes; the last line says what was left out.
