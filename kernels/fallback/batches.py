@@ -4,6 +4,7 @@ A batch's gradients are unscaled and clipped in copies, its 16-bit tensors widen
 lie in the cache: none of this costs a pass through memory of its own.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..dtypes import accumulator
 from .grad_norm import Decision
 from .pieces import Piece, batch_size, cut, flatten, pieces_of, unflatten
 from .rounding import draws, stochastic_bfloat16
+from .threads import is_small, one_thread
 
 RANDOM = 1 << 15  # elements: random numbers are made in several steps of int64
 
@@ -23,49 +25,47 @@ Kernel = Callable[[list[Tensor], list[Tensor], dict[str, list[Tensor]], Tensor |
 
 
 def by_group(bucket: Bucket) -> list[tuple[int, list[int]]]:
-    """Each group that has entries in the bucket, with their indices."""
+    """The indices of each group's entries, those of small tensors apart from the others."""
     found = bucket.memory.get("by_group")
     if found is None:
-        found = [
-            (group, [i for i, owner in enumerate(bucket.groups) if owner == group])
-            for group in sorted(set(bucket.groups))
-        ]
-        bucket.memory["by_group"] = found
+        sorted_out: dict[tuple[int, bool], list[int]] = defaultdict(list)
+        for i, (group, param) in enumerate(zip(bucket.groups, bucket.params, strict=True)):
+            sorted_out[group, is_small(param)].append(i)
+        found = bucket.memory["by_group"] = [(group, indices) for (group, _), indices in sorted_out.items()]
     return found
 
 
 def run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, one_pass: bool = True) -> None:
-    """Update the chosen entries by ``kernel``.
+    """Update the chosen entries by ``kernel``; small tensors on one thread.
 
     Args:
         bucket: its steps are already raised, save for those that are skipped on the device.
+        chosen: entries as ``by_group`` gives them, or some of these.
         one_pass: whether ``kernel`` goes through memory once, and divides by the scale.
     """
-    native, elements = _size_up(bucket)
-    in_one_go = one_pass and not decision.clips
-    if native and (in_one_go or elements <= _most(bucket, bucket.params[0].dtype)):
-        grads, scale = _picked(bucket.grads, chosen), decision.scale
-        if scale is not None and (decision.clips or not one_pass):
-            torch._foreach_div_(grads, scale)
-            scale = None
-        if decision.clips:
-            grads = _clipped(bucket, tuple(chosen), grads, decision)
+    with one_thread(is_small(bucket.params[chosen[0]])):
+        _run(bucket, chosen, decision, kernel, one_pass)
+
+
+def _run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, one_pass: bool) -> None:
+    native = is_native(bucket)
+    if native and one_pass and not decision.clips:
         states = bucket.states
         if len(chosen) < len(bucket.params):
-            states = {key: _picked(tensors, chosen) for key, tensors in states.items()}
-        kernel(_picked(bucket.params, chosen), grads, states, scale)
+            states = {key: picked(tensors, chosen) for key, tensors in states.items()}
+        kernel(picked(bucket.params, chosen), picked(bucket.grads, chosen), states, decision.scale)
         return
     dtype = bucket.params[0].dtype if native else accumulator(bucket.params[0])
     for pieces in cut(bucket.params, chosen, _most(bucket, dtype)):
         _run_batch(bucket, pieces, dtype, decision, kernel)
 
 
-def _size_up(bucket: Bucket) -> tuple[bool, int]:
-    """Whether all is of one dtype and rounded to nearest, and how many elements there are."""
-    found = bucket.memory.get("size")
+def is_native(bucket: Bucket) -> bool:
+    """Whether all is of one dtype and rounded to nearest."""
+    found = bucket.memory.get("native")
     if found is None:
         dtype = bucket.params[0].dtype
-        native = (
+        found = bucket.memory["native"] = (
             bucket.seed is None
             and bucket.grads[0].dtype == dtype
             and all(
@@ -73,7 +73,6 @@ def _size_up(bucket: Bucket) -> tuple[bool, int]:
                 for key, tensors in bucket.states.items()
             )
         )
-        found = bucket.memory["size"] = native, sum(param.numel() for param in bucket.params)
     return found
 
 
@@ -139,11 +138,12 @@ def _clipped(bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], decisi
         ]
         found = known[which] = flat, copies
     flat, copies = found
-    if len(grads) == 1:
-        torch.mul(grads[0], decision.clip, out=copies[0])
-    else:
+    if is_small(grads[0]):  # one call for all of them
         torch._foreach_copy_(copies, grads)
         flat.mul_(decision.clip)
+    else:
+        for grad, copy in zip(grads, copies, strict=True):
+            torch.mul(grad, decision.clip, out=copy)
     return copies
 
 
@@ -176,8 +176,11 @@ class _Copies:
 def _most(bucket: Bucket, dtype: torch.dtype) -> int:
     """Elements in a batch whose copies are of this dtype."""
     most = batch_size(bucket.params[0].device, dtype)
-    return most if bucket.seed is None else min(most, RANDOM)
+    if bucket.seed is not None:
+        return min(most, RANDOM)
+    # Only gradients are copied. 8 MB of them take 0.8 to 0.95 of the time that 4 MB do (Xeon, Adam, 10^7 elements).
+    return 2 * most if is_native(bucket) else most
 
 
-def _picked(tensors: list[Tensor], chosen: list[int]) -> list[Tensor]:
+def picked(tensors: list[Tensor], chosen: list[int]) -> list[Tensor]:
     return tensors if len(chosen) == len(tensors) else [tensors[i] for i in chosen]

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..buckets import UNGUARDED, Bucket, Guard
 from ..dtypes import accumulator
-from .pieces import batch_size, cut, flatten, pieces_of
+from .pieces import Piece, batch_size, cut, flatten, pieces_of
+from .threads import is_small, one_thread
 
-ROW = 1024
-JOINED = 1 << 14
+ROW = 1 << 13
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
@@ -25,15 +25,19 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     """
     wide = accumulator(bucket.grads[0])
     most = batch_size(out.device, wide)
-    sizes = list(enumerate(map(Tensor.numel, bucket.grads)))
-    # Only small ones are joined, which copies them.
-    batches = [*cut(bucket.grads, [i for i, numel in sizes if numel < JOINED], most)]
-    batches += [pieces for i, numel in sizes if numel >= JOINED for pieces in cut(bucket.grads, [i], most)]
-    norms = [
-        norm
-        for pieces in batches
-        for norm in _norms(flatten(pieces_of(bucket.grads, pieces)).to(wide), out.dtype)
-    ]
+    norms: list[Tensor] = []
+
+    def add(pieces: list[Piece]) -> None:
+        norms.extend(_norms(flatten(pieces_of(bucket.grads, pieces)).to(wide), out.dtype))
+
+    small = [i for i, grad in enumerate(bucket.grads) if is_small(grad)]
+    with one_thread():
+        for pieces in cut(bucket.grads, small, most):  # joining them copies them
+            add(pieces)
+    for i, grad in enumerate(bucket.grads):
+        if not is_small(grad):
+            for pieces in cut(bucket.grads, [i], max(1, grad.numel()) if grad.dtype == wide else most):
+                add(pieces)
     norm = norms[0] if len(norms) == 1 else torch.cat(norms) if norms else out.new_zeros(1)
     if grad_scale is not None:
         norm = norm / grad_scale

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from ..buckets import Bucket, Guard, SGDOptions
 from ..dtypes import accumulator
-from .batches import by_group, run
-from .grad_norm import Decision, decide, raise_steps, store, unscaled
+from .batches import by_group, is_native, picked, run
+from .grad_norm import GO, Decision, decide, raise_steps, store, unscaled
 from .rounding import draws, stochastic_bfloat16
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+
+# Smaller factors are lost in ``1 - dampening``, which torch computes in float64.
+SMALLEST_CLIP = 2.0**-20
 
 
 def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
@@ -47,15 +50,19 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
 
 
 def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: Decision) -> None:
+    clip = decision.clip
+    if isinstance(clip, float) and SMALLEST_CLIP <= clip < 1 and not options.nesterov:
+        options, decision = _folded(options, clip), decision._replace(clip=1.0)
+    if decision == GO and is_native(bucket) and _is_one_addition(bucket, options):
+        _loop(picked(bucket.params, chosen), picked(bucket.grads, chosen), [], options)
+        return
     lr, skip = options.lr, decision.skip
 
     def kernel(
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
         buffers = states.get("momentum_buffer", [])
-        alone = scale is None and not isinstance(skip, Tensor)
-        # Where it rounds often the parameters are 16-bit, not wide copies of them.
-        if _rounds_often(params[0]) or (alone and _is_one_addition(params[0], buffers, options)):
+        if _rounds_often(params[0]):  # else they are wide copies of 16-bit ones
             _loop(params, grads, buffers, options)
             return
         torch._fused_sgd_(
@@ -76,6 +83,14 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
     run(bucket, chosen, decision, kernel, one_pass=not _rounds_often(bucket.params[0]))
 
 
+def _folded(options: SGDOptions, clip: float) -> SGDOptions:
+    """The options with which a step by unclipped gradients equals ``options``' step by clipped ones."""
+    decayed = options._replace(weight_decay=float(options.weight_decay) / clip)
+    if options.momentum == 0:
+        return decayed._replace(lr=float(options.lr) * clip)
+    return decayed._replace(dampening=1 - (1 - options.dampening) * clip)
+
+
 def _rounds_often(param: Tensor) -> bool:
     """Whether torch's loop must serve instead of its fused kernel.
 
@@ -84,9 +99,10 @@ def _rounds_often(param: Tensor) -> bool:
     return param.is_cpu and param.element_size() == 2
 
 
-def _is_one_addition(param: Tensor, buffers: Tensors, options: SGDOptions) -> bool:
-    """Whether torch's loop is one call too, which starts no threads for small tensors as its fused kernel does."""
-    return param.is_cpu and not buffers and not options.maximize and float(options.weight_decay) == 0
+def _is_one_addition(bucket: Bucket, options: SGDOptions) -> bool:
+    """Whether torch's loop is one call, which starts no threads for small tensors as its fused kernel does."""
+    plain = "momentum_buffer" not in bucket.states and not options.maximize
+    return plain and bucket.params[0].is_cpu and float(options.weight_decay) == 0
 
 
 def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions) -> None:

@@ -1,0 +1,83 @@
+"""Small work on the CPU stays on the thread that called: a process that does nothing else never starts a second one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gradkernels.fallback.threads import one_thread
+
+TASKS = Path("/proc/self/task")  # one entry per thread of the process
+SETUP = """
+import os
+import torch
+from gradkernels import FusedAdamW, FusedSGD, linear_mse_loss, mse_loss
+torch.set_num_threads(4)
+def threads():
+    return len(os.listdir("/proc/self/task"))
+def step(optimizer, sizes=(1000,) * 60 + ((1 << 15) - 1,), dtype=torch.float32, **options):
+    params = [torch.randn(size).to(dtype).requires_grad_() for size in sizes]
+    made = optimizer(params, lr=0.1, **options)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape).to(dtype)
+        made.step()
+before = threads()
+"""
+CLIPPED = "max_norm=1e-3, on_nonfinite='skip'"
+SMALL = {
+    "adam": "step(FusedAdamW)",
+    "adam clipped": f"step(FusedAdamW, {CLIPPED})",
+    "adam with masters": f"step(FusedAdamW, dtype=torch.bfloat16, master_weights=True, {CLIPPED})",
+    "adam rounded at random": "step(FusedAdamW, sizes=(1000,) * 20, dtype=torch.bfloat16, stochastic_rounding=True)",
+    "sgd": f"step(FusedSGD, {CLIPPED})",
+    "sgd with momentum": f"step(FusedSGD, momentum=0.9, weight_decay=0.1, {CLIPPED})",
+    "sgd with nesterov's": f"step(FusedSGD, momentum=0.9, nesterov=True, {CLIPPED})",
+    "sgd in 16 bits": f"step(FusedSGD, momentum=0.9, dtype=torch.bfloat16, {CLIPPED})",
+    "losses": """
+weight, bias = torch.randn(1, 10, requires_grad=True), torch.zeros(1, requires_grad=True)
+linear_mse_loss(torch.randn(354, 10), weight, torch.randn(354, 1), bias).backward()
+mse_loss(torch.randn(10000, requires_grad=True), torch.randn(10000)).backward()
+""",
+}
+LARGE = "step(FusedAdamW, sizes=(1 << 15,))"
+
+
+def started(work: str) -> int:
+    """How many threads a process of its own has started when it has done this work."""
+    code = f"{SETUP}{work}\nprint(threads() - before)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(result.stdout)
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in Linux's /proc")
+def test_small_work_starts_no_threads() -> None:
+    code = "\n".join(f"{work}\nprint({name!r}, threads() - before)" for name, work in SMALL.items())
+    result = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [f"{name} 0" for name in SMALL]
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in Linux's /proc")
+def test_large_work_starts_those_that_torch_is_given() -> None:
+    assert started(LARGE) == 3
+
+
+def test_the_number_of_threads_is_this_threads_own() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+            with one_thread():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+        with pytest.raises(KeyError), one_thread():
+            raise KeyError
+        assert torch.get_num_threads() == 3
+        with one_thread(condition=False):
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
