@@ -15,6 +15,10 @@ from ..dtypes import accumulator
 _BLOCK = 1 << 19
 _FEW = 4
 
+# From so many elements on their squared errors are added up a row at a time; a row's sum stays as exact as this short.
+_MANY = 1 << 19
+_ROW = 1 << 10
+
 
 def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
     return 1.0 / max(1, math.prod(input.shape[batch_dims:])) if reduction == "mean" else 1.0
@@ -57,23 +61,45 @@ def _blocks(wide: torch.dtype, *tensors: Tensor | None) -> Iterator[tuple[Any, .
         yield scratch[: end - start], *(None if tensor is None else tensor[start:end] for tensor in flat)
 
 
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether ``_sum_of_squares`` serves them."""
+    return all(
+        tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
+        for tensor in tensors
+    )
+
+
 def _total(totals: list[Tensor], input: Tensor, reduction: str) -> Tensor:
     total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
     return total.div_(input.numel()) if reduction == "mean" else total
+
+
+def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
+    """The sum of squared errors of contiguous tensors, as squared distances between rows.
+
+    These take one pass and one parallel region, where torch's own loss writes all squares and then reads them.
+    """
+    rows = input.numel() // _ROW
+    x, y = input.view(-1), target.view(-1)
+    split = rows * _ROW
+    pairs = (x[:split].view(rows, 1, _ROW), y[:split].view(rows, 1, _ROW))
+    distances = torch.ops.aten._cdist_forward(*pairs, 2.0, 2)  # the last 2: not by way of products
+    total = distances.square_().sum()
+    rest = torch.nn.functional.mse_loss(x[split:], y[split:], reduction="sum")
+    return total.add_(rest)
 
 
 def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
     """``c * sum(w e^2)``; see kernels/triton/mse.py."""
-    few = input.numel() <= _FEW * _BLOCK
-    if (
-        weight is None
-        and input.dtype == target.dtype == dtype
-        and (reduction == "none" or (batch_dims == 0 and few))
-    ):
-        loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
-        return _like(loss, input) if reduction == "none" else loss
+    numel = input.numel()
+    if weight is None and input.dtype == target.dtype == dtype and (reduction == "none" or batch_dims == 0):
+        if reduction != "none" and numel >= _MANY and _are_plain(input, target):
+            return _total([_sum_of_squares(input, target)], input, reduction)
+        if reduction == "none" or numel <= _FEW * _BLOCK:
+            loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
+            return _like(loss, input) if reduction == "none" else loss
     wide = accumulator(input, target, weight)
 
     def losses(out: Tensor | None, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
@@ -101,11 +127,11 @@ def mse_backward(
         weight is None
         and batch_dims == 0
         and input.dtype == target.dtype == grad_output.dtype
-        and output_mask[0] != output_mask[1]
+        and any(output_mask)
     ):
         first, second = (input, target) if output_mask[0] else (target, input)
         grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
-        return [_like(grad, first)]
+        return [_like(grad, first), *([_like(-grad, target)] if all(output_mask[:2]) else [])]
     wide = accumulator(grad_output, input, target, weight)
     grad = _spread(grad_output.to(wide), input, reduction, batch_dims) * _scale(input, reduction, batch_dims)
     error = input.to(wide) - target.to(wide)
@@ -177,6 +203,10 @@ def mse_forward_backward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
+    if weight is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
+        one = torch.ones((), dtype=dtype)
+        loss = mse_forward(input, target, None, reduction, 0, dtype)
+        return [loss, *mse_backward(one, input, target, None, reduction, 0, output_mask)]
     wide = accumulator(input, target, weight)
     scale = _scale(input, reduction, 0)
     tensors = (input, target, weight)
