@@ -2,11 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gradkernels.fallback.linear_mse import linear_mse_forward
+from gradkernels.fallback.mse import mse_forward, mse_forward_backward
 from gradkernels.fallback.threads import one_thread
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TASKS = Path("/proc/self/task")  # one entry per thread of the process
 SETUP = """
@@ -81,3 +86,51 @@ def test_the_number_of_threads_is_this_threads_own() -> None:
             assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+class Counting(TorchDispatchMode):
+    """Counts torch's operators: each may start threads, and wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators(call: Callable[[], object]) -> int:
+    with Counting() as mode:
+        call()
+    return mode.count
+
+
+def test_a_loss_takes_no_more_operators_over_more_rows() -> None:
+    def linear_mse(rows: int) -> Callable[[], object]:
+        tensors = torch.randn(rows, 64), torch.randn(1, 64), torch.randn(rows, 1), torch.randn(1)
+        return lambda: linear_mse_forward(*tensors, None, "mean", [False, True, True], torch.float32)
+
+    def squares(numel: int) -> Callable[[], object]:
+        tensors = torch.randn(numel), torch.randn(numel)
+        return lambda: mse_forward_backward(*tensors, None, "mean", [True, False, False], torch.float32)
+
+    assert operators(linear_mse(300_000)) == operators(linear_mse(1000))
+    assert operators(squares(1 << 23)) == operators(squares(1 << 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("numel", [1 << 19, (1 << 21) + 1, (1 << 22) - 1])
+def test_many_squares_are_exact_and_finite_only_where_all_are(numel: int, dtype: torch.dtype) -> None:
+    input, target = (torch.randn(numel, dtype=dtype) for _ in range(2))
+    exact = (input.double() - target.double()).square()
+    for reduction, expected in (("mean", exact.mean()), ("sum", exact.sum())):
+        loss = mse_forward(input, target, None, reduction, 0, dtype)
+        assert abs(loss.double() - expected) <= 4 * torch.finfo(dtype).eps * expected
+        assert torch.equal(loss, mse_forward(input, target, None, reduction, 0, dtype))
+    for place in (0, numel // 2, -1):
+        bad = input.clone()
+        bad[place] = float("nan")
+        assert mse_forward(bad, target, None, "mean", 0, dtype).isnan()
+        bad[place] = float("inf")
+        assert mse_forward(bad, target, None, "mean", 0, dtype) == float("inf")
