@@ -23,6 +23,7 @@ examples:
   python -m bench --quick
   python -m bench linear_mse --shape 200000x512x1 --dtype bfloat16
   python -m bench adam --json before.json
+  python -m bench --busy adam linear_mse --quick
 """
 
 
@@ -49,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
     made.add_argument("--seconds", type=float, metavar="S", help="of timing per implementation and case")
+    made.add_argument(
+        "--busy",
+        action="store_true",
+        help="instead: ours and plain torch in turns on a CPU whose cores all have other work",
+    )
     made.add_argument("--scale", action="store_true", help="also how time grows with each size")
     made.add_argument(
         "--budget",
@@ -122,16 +128,18 @@ def run(argv: Sequence[str]) -> int:
     begin = time.monotonic()
     made = parser()
     arguments = made.parse_args(argv)
+    if arguments.busy and arguments.device not in (None, "cpu"):
+        made.error(f"--busy is about the CPU, not --device {arguments.device}")
     import torch
 
-    from .throughput import machine, results
+    from .throughput import busy, machine, results
     from .throughput.console import Screen, header
     from .throughput.runner import Runner
     from .throughput.scale import study
     from .throughput.timing import timer_for
 
     try:
-        device = pick_device(arguments.device)
+        device = pick_device("cpu" if arguments.busy else arguments.device)
         ops = declared(arguments.ops)
         cases = cases_of(ops, arguments, device.type)
     except (ValueError, AttributeError, RuntimeError) as error:
@@ -139,6 +147,8 @@ def run(argv: Sequence[str]) -> int:
     if arguments.precision:
         torch.backends.cuda.matmul.fp32_precision = arguments.precision
     screen = Screen()
+    if arguments.busy:
+        return busy.run(cases, arguments.seconds or 2.0, screen)
     seconds = arguments.seconds or (0.14 if arguments.quick else 0.7)
     timer = timer_for(device)
     runner = Runner(device, timer, seconds, arguments.quick)
