@@ -1,4 +1,4 @@
-"""``python -m bench`` in a checkout, ``python -m gradkernels.bench`` once installed."""
+"""The command ``python -m bench``; once installed it is ``python -m gradkernels.bench``."""
 
 import argparse
 import importlib
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def declared(names: Sequence[str]) -> list[Any]:
-    """The declarations of these ops (default: all)."""
+    """Return the declarations of these ops (default: all)."""
     unknown = [name for name in names if name not in OPS]
     if unknown:
         raise ValueError(f"unknown op {unknown[0]!r}; expected {', '.join(OPS)}")
@@ -82,7 +82,7 @@ def declared(names: Sequence[str]) -> list[Any]:
 
 
 def pick_device(name: str | None) -> Any:
-    """The device asked for, or the accelerator that is there; a device that is not there is an error."""
+    """Return the device asked for, by default the accelerator or else the CPU; ValueError if it is not there."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -93,7 +93,7 @@ def pick_device(name: str | None) -> Any:
 
 
 def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str) -> list[Any]:
-    """What the arguments select."""
+    """Return the cases that the arguments select."""
     import torch
 
     dtypes = [getattr(torch, name) for name in arguments.dtype or ()]
@@ -197,7 +197,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def write(document: dict[str, Any], arguments: argparse.Namespace, screen: Any) -> None:
-    """The files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
+    """Write the files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
     from .throughput import machine, results
 
     jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
@@ -215,7 +215,7 @@ def write(document: dict[str, Any], arguments: argparse.Namespace, screen: Any) 
 
 
 def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
-    """The report, or a word on why there is none."""
+    """Write the report, or print why there is none; return True if it was written."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -230,7 +230,7 @@ def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
 
 
 def read(parser: argparse.ArgumentParser, *paths: Path) -> list[dict[str, Any]]:
-    """The results in these files; ends the program with one line and status 2 if one holds none."""
+    """Load results; end the program with one line and status 2 if a file holds none."""
     from .throughput import results
 
     try:
@@ -289,7 +289,7 @@ def compare_command(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit status."""
+    """Run the command; return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["report"]:
         return report_command(argv[1:])

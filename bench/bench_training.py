@@ -38,7 +38,7 @@ def _trainer(
     optimizer: Callable[..., torch.optim.Optimizer],
     compile: bool = False,
 ) -> Implementation:
-    """``loss(input, target, *params)``, backward, step; it gives the parameters."""
+    """Make an implementation: ``loss(input, target, *params)``, backward, step; it returns the parameters."""
     program = compiled(name, loss)
 
     def prepare(input: Tensor, target: Tensor, params: Sequence[Tensor]) -> Call:
@@ -58,7 +58,7 @@ def _trainer(
 
 
 def _joined(params: Sequence[Tensor]) -> list[Tensor]:
-    """All parameters as one result: held against the tolerance on their common scale."""
+    """Join all parameters into one result, so that the tolerance is on their common scale."""
     return [torch.cat([param.detach().reshape(-1) for param in params])]
 
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: ``python -m bench aot``.
+"""Compile every kernel for several GPUs, on a machine without one, and disassemble it: ``python -m bench aot``.
 
 Each case calls an op's own launchers under a driver that compiles for the wanted chip and launches nothing.
 What was compiled is then disassembled: registers, spills, shared memory, the widths of global loads and stores,
@@ -24,7 +24,7 @@ from ..throughput.case import dtype_name
 from ..throughput.results import write_json
 from .aot_cases import AOT_CASES
 
-# Backend, architecture, lanes of a warp, and the shared memory in bytes that one program may have.
+# Backend, architecture, threads per warp, and the shared memory in bytes that one program may have.
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 166912),
     "sm_90": ("cuda", 90, 32, 232448),
@@ -64,7 +64,7 @@ class Row:
 
 
 def null_driver(target: str, launched: list[str]) -> Any:
-    """A Triton driver that compiles for ``target`` and, instead of launching, appends the kernel's hash."""
+    """Make a Triton driver that compiles for ``target`` and, instead of launching, appends the kernel's hash."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -128,7 +128,7 @@ def _nvidia(compiled: Any, row: Row) -> None:
     loads, stores, matrix = Counter[str](), Counter[str](), Counter[str]()
     for name in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", code):
         base, *suffixes = name.split(".")
-        # Without a width in its name an access is of 32 bits; U8, S16 and the like are narrower.
+        # An access without a width in its name has 32 bits; U8, S16 and the like are narrower.
         width = next(
             (bits for bits in ("128", "64", "U16", "S16", "U8", "S8") if bits in suffixes), "32"
         ).strip("US")
@@ -194,9 +194,9 @@ def _job(job: tuple[str, list[tuple[int, str]]]) -> list[Row]:
 
 
 def report(targets: Sequence[str], cases: Iterable[tuple[int, str]], workers: int = 2) -> Iterator[Row]:
-    """The rows of all cases (number, dtype) on all targets.
+    """Yield the rows of all cases (number, dtype) on all targets.
 
-    Each target has a process of its own: what was planned for one chip is not looked up for another.
+    Each target has a process of its own: plans are cached, and must not be taken for another chip.
     """
     which = list(cases)
     if not which:
@@ -209,7 +209,7 @@ def report(targets: Sequence[str], cases: Iterable[tuple[int, str]], workers: in
 
 
 def every_case(op: str = "", dtype: str = "") -> list[tuple[int, str]]:
-    """(number, dtype) of the cases of an op and a dtype; empty strings stand for all."""
+    """Return (number, dtype) of the cases of an op and a dtype; an empty string means all."""
     return [
         (number, name)
         for number, case in enumerate(AOT_CASES)

@@ -1,4 +1,4 @@
-"""The calls that stand for each op in the compile report: one line per class of shapes.
+"""The calls that represent each op in the compile report: one for each class of shapes.
 
 Each calls an op's own launchers, on tensors without memory (torch's meta device); the optimizers, whose
 tables hold addresses, on small ones of the CPU. Nothing is launched.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Call = Callable[[Any, torch.dtype], object]  # takes the module of the op and a dtype
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
@@ -29,7 +30,7 @@ class AotCase:
 
     op: str
     shapes: str
-    call: Callable[[Any, torch.dtype], object]
+    call: Call
     loads: bool = True
     stores: bool = True
     dtypes: tuple[torch.dtype, ...] = (FLOAT64, FLOAT32, FLOAT16, BFLOAT16)
@@ -46,8 +47,8 @@ def _matmul(
     sum_dims: Sequence[int] = (),
     transposed: str = "",
     wide: bool = False,
-) -> Callable[[Any, torch.dtype], object]:
-    """Of one dtype, or with ``wide`` with a float32 left operand."""
+) -> Call:
+    """Make the call of a product; with ``wide`` its left operand is float32 whatever the dtype."""
 
     def call(module: Any, dtype: torch.dtype) -> object:
         operands = [_meta(*left, dtype=FLOAT32 if wide else dtype), _meta(*right, dtype=dtype)]
@@ -60,7 +61,7 @@ def _matmul(
     return call
 
 
-def _mse(name: str, shape: tuple[int, ...], weighted: bool = False) -> Callable[[Any, torch.dtype], object]:
+def _mse(name: str, shape: tuple[int, ...], weighted: bool = False) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
         input, target = _meta(*shape, dtype=dtype), _meta(*shape, dtype=dtype)
         weight = _meta(*shape, dtype=dtype) if weighted else None
@@ -70,24 +71,15 @@ def _mse(name: str, shape: tuple[int, ...], weighted: bool = False) -> Callable[
         if name == "backward":
             return module.mse_backward(_meta(dtype=dtype), *arguments, "mean", 0, [True, True, weighted])
         if name == "hvp":
-            direction = _meta(*shape, dtype=dtype)
-            return module.mse_hvp(
-                _meta(dtype=dtype),
-                *arguments,
-                None,
-                direction,
-                None,
-                None,
-                "mean",
-                0,
-                [True, True, True, False],
-            )
+            directions = (None, _meta(*shape, dtype=dtype), None, None)
+            mask = [True, True, True, False]
+            return module.mse_hvp(_meta(dtype=dtype), *arguments, *directions, "mean", 0, mask)
         return module.mse_forward_backward(*arguments, "mean", [True, False, False], dtype)
 
     return call
 
 
-def _linear_mse(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
+def _linear_mse(N: int, D: int, K: int) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
         input, weight, target = (_meta(*shape, dtype=dtype) for shape in ((N, D), (K, D), (N, K)))
         bias = _meta(K, dtype=dtype)
@@ -96,10 +88,10 @@ def _linear_mse(N: int, D: int, K: int) -> Callable[[Any, torch.dtype], object]:
     return call
 
 
-def _linear_mse_backward(N: int, D: int, K: int, needs: list[bool]) -> Callable[[Any, torch.dtype], object]:
+def _linear_mse_backward(N: int, D: int, K: int, output_mask: list[bool]) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
         error, weight = _meta(N, K, dtype=dtype), _meta(K, D, dtype=dtype)
-        return module.linear_mse_backward(_meta(dtype=dtype), error, weight, 2.0, needs)
+        return module.linear_mse_backward(_meta(dtype=dtype), error, weight, 2.0, output_mask)
 
     return call
 
@@ -110,27 +102,21 @@ def _bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | 
     def tensors(of: torch.dtype) -> list[Tensor]:
         return [torch.empty(size, dtype=of) for size in (8192, 1000)]
 
-    wide = {"master_param": tensors(FLOAT32)} if master else {}
-    steps = [torch.zeros(()) for _ in range(2)]
-    return Bucket(
-        tensors(dtype),
-        tensors(dtype),
-        {**{key: tensors(FLOAT32 if master else dtype) for key in states}, **wide, "step": steps},
-        [0, 0],
-        [0, 1],
-        seed,
-    )
+    state = {key: tensors(FLOAT32 if master else dtype) for key in states}
+    state |= {"master_param": tensors(FLOAT32)} if master else {}
+    state["step"] = [torch.zeros(()) for _ in range(2)]
+    return Bucket(tensors(dtype), tensors(dtype), state, [0, 0], [0, 1], seed)
 
 
 def _guard() -> Any:
-    """Everything at once: a scaled gradient, clipping, and a step that may be skipped."""
+    """Make a guard with everything: a scaled gradient, clipping, and a step that may be skipped."""
     from gradkernels.buckets import Guard
 
     norms, skipped = torch.empty(4, 2, dtype=FLOAT64), torch.zeros(1, dtype=torch.int64)
     return Guard(torch.ones(()), torch.zeros(()), norms, 1.0, True, skipped)
 
 
-def _sgd(guarded: bool = False, **kept: Any) -> Callable[[Any, torch.dtype], object]:
+def _sgd(guarded: bool = False, **kept: Any) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
         from gradkernels.buckets import Guard, SGDOptions
 
@@ -141,7 +127,7 @@ def _sgd(guarded: bool = False, **kept: Any) -> Callable[[Any, torch.dtype], obj
     return call
 
 
-def _adam(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Callable[[Any, torch.dtype], object]:
+def _adam(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
         from gradkernels.buckets import AdamOptions, Guard
 
@@ -157,6 +143,8 @@ def _grad_norm(module: Any, dtype: torch.dtype) -> object:
     return module.grad_norm(_bucket(dtype), None, torch.empty(1, 2, dtype=FLOAT64))
 
 
+FLOAT32_ERRORS = _matmul((65536, 512), (512, 1024), wide=True)
+FLOAT32_ERRORS_BY_DATA = _matmul((512, 65536), (65536, 1024), transposed="left", wide=True)
 AOT_CASES = (
     AotCase("matmul", "large", _matmul((4096, 4096), (4096, 4096))),
     AotCase("matmul", "linear", _matmul((4096, 1024), (1024, 4096), (4096,), transposed="right")),
@@ -169,16 +157,8 @@ AOT_CASES = (
     AotCase("matmul", "matrix by column", _matmul((4096, 4096), (4096, 1)), stores=False),
     AotCase("matmul", "row by matrix", _matmul((1, 4096), (4096, 4096)), stores=False),
     AotCase("matmul", "dot product", _matmul((1, 1 << 20), (1 << 20, 1)), stores=False),
-    *(
-        AotCase("matmul", name, call, dtypes=(BFLOAT16,))
-        for name, call in (
-            ("float32 errors by weights", _matmul((65536, 512), (512, 1024), wide=True)),
-            (
-                "float32 errors by data",
-                _matmul((512, 65536), (65536, 1024), transposed="left", wide=True),
-            ),
-        )
-    ),
+    AotCase("matmul", "float32 errors by weights", FLOAT32_ERRORS, dtypes=(BFLOAT16,)),
+    AotCase("matmul", "float32 errors by data", FLOAT32_ERRORS_BY_DATA, dtypes=(BFLOAT16,)),
     AotCase("matmul", "outer product", _matmul((4096, 1), (1, 4096)), loads=False),
     AotCase("matmul", "tall and skinny", _matmul((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
     AotCase("matmul", "many of 8 by 8", _matmul((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False),

@@ -1,4 +1,4 @@
-"""What a call costs the host, beside torch's own: ``python -m bench host``.
+"""Measure what a call costs the host, beside torch's own: ``python -m bench host``.
 
 CPU time of one thread, the best of several rounds, on tensors so small that arithmetic hardly counts; ours and
 torch's in one process, round by round. Where there is no GPU the kernels are not launched: what is left is all
@@ -24,12 +24,12 @@ CALLS = 300
 
 
 def forward(function: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
-    """The call alone; nothing needs a gradient."""
+    """Make the call alone; nothing requires a gradient."""
     return lambda: function(*tensors)
 
 
 def both(function: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
-    """The call and its backward, ``.grad`` set to None after it."""
+    """Make the call and its backward; ``.grad`` is None again after it."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     upstream = torch.ones_like(function(*tensors))
 
@@ -42,7 +42,7 @@ def both(function: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
 
 
 def jobs(device: str) -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
-    """(name, ours, torch's, arguments) of each op."""
+    """Yield (name, ours, torch's, arguments) of each op."""
     from gradkernels import linear, linear_mse_loss, matmul, mse_loss
 
     def linear_then_loss(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def jobs(device: str) -> Iterator[tuple[str, Callable[..., Tensor], Callable[...
 
 
 def microseconds(ours: Call, theirs: Call, rounds: int) -> tuple[float, float]:
-    """CPU time of a call of each."""
+    """Return the CPU time of a call of each."""
     best = [float("inf")] * 2
     for _ in range(rounds):
         for i, call in enumerate((ours, theirs)):
@@ -71,11 +71,11 @@ def microseconds(ours: Call, theirs: Call, rounds: int) -> tuple[float, float]:
 
 
 def no_launch(*args: object, **options: object) -> None:
-    """Stands for the launch of a kernel."""
+    """Replace the launch of a kernel."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit status."""
+    """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench host", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     rounds = parser.parse_args(argv).rounds

@@ -1,4 +1,4 @@
-"""Bytes moved and launches of every op, without a GPU: ``python -m bench traffic``.
+"""Count the bytes moved and the launches of every op, without a GPU: ``python -m bench traffic``.
 
 Ours are counted at the load and store instructions of the interpreted kernels, caches ignored
 (gradkernels.verify.memory_check); ``distinct`` leaves out what a launch loads again. Beside them stand the
@@ -30,7 +30,7 @@ from ..throughput.results import write_json
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to count.
+    """One computation whose traffic is counted.
 
     Attributes:
         name: op, shape and dtype.
@@ -75,7 +75,7 @@ class Count:
         )
 
     def record(self) -> dict[str, Any]:
-        """The figures by name, for a JSON file."""
+        """Return the figures by name, for a JSON file."""
         job = {name: getattr(self.job, name) for name in ("name", "minimum", "limit", "distinct_limit")}
         counted = {
             name: getattr(self, name)
@@ -115,7 +115,7 @@ def _backward(loss: Callable[..., Tensor], *inputs: Tensor, wrt: Sequence[int]) 
 
 
 def jobs() -> Iterator[Job]:
-    """The lines of the report."""
+    """Yield the jobs of the report."""
     import gradkernels
 
     generator = torch.Generator().manual_seed(0)

@@ -36,7 +36,7 @@ def _median(call: Any) -> float:
 
 
 def tune_product(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[str, Any]:
-    """The key of a class of products, and the best of the tiles for it; None if the default is."""
+    """Return the key of a class of products and the best tile for it; None if the default is best."""
     from gradkernels.triton import config
     from gradkernels.triton import matmul as module
 

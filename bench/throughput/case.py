@@ -1,4 +1,4 @@
-"""What a benchmark is made of: the vocabulary of the ``bench_<op>.py`` files."""
+"""The records that a ``bench_<op>.py`` file declares (Op, Case, Implementation), and helpers to write them."""
 
 import contextlib
 import functools
@@ -20,13 +20,13 @@ Call = Callable[[], Results]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to do the job.
+    """One way to compute what a case asks for.
 
     Attributes:
         name: the column in the report; ``OURS`` for the package.
         prepare: takes one set of inputs and gives the call to be timed, which returns the results to be
             checked. What must not be timed (copies of parameters, an optimizer's construction) happens in it.
-        absent: why it cannot run here; empty if it can.
+        absent: the reason why it cannot run here; empty if it can.
         slow_start: it compiles for seconds; ``--quick`` runs it only where the case asks for it.
     """
 
@@ -46,7 +46,7 @@ class Case:
         label: the shape, as printed.
         sizes: the shape, by axis name.
         dtype: of all floating-point inputs.
-        bytes: what the job must move at least: every input read once, every result written once.
+        bytes: the minimum traffic: every input read once, every result written once.
         flops: additions and multiplications, two to a fused pair.
         make: inputs on a device, from a seeded generator; never zeros.
         implementations: ours first, then the plain torch path that the tolerance policy measures against, then the
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sweep:
-    """How one axis grows while the others stay: the scale study."""
+    """The values that one axis takes in the scale study while the other axes stay at ``base``."""
 
     axis: str
     values: tuple[int, ...]
@@ -90,7 +90,7 @@ def powers(base: int, first: int, last: int) -> tuple[int, ...]:
 
 
 def _size(text: str) -> Any:
-    """``"1000"``, ``"1e3"`` or ``"10^3"`` as a number; a word stays a word."""
+    """Parse ``"1000"``, ``"1e3"`` or ``"10^3"``; a word stays a word."""
     found = re.fullmatch(r"(\d+)(?:([e^])(\d+))?", text)
     if found is None:
         return text
@@ -126,7 +126,7 @@ class Op:
     sweeps: dict[str, tuple[Sweep, ...]] = field(default_factory=lambda: {"cpu": ()})
 
     def shape(self, text: str) -> tuple[Any, ...]:
-        """``"1000x64x1"`` or ``"mlp,8192"`` as the sizes of the axes.
+        """Parse ``"1000x64x1"`` or ``"mlp,8192"`` into the sizes of the axes.
 
         Raises:
             ValueError: the text has another number of sizes, or words for sizes.
@@ -138,7 +138,7 @@ class Op:
         return sizes
 
     def declared(self, device_type: str, quick: bool) -> list[tuple[Any, ...]]:
-        """The shapes of a run."""
+        """Return the shapes of a run."""
         here = "cuda" if device_type == "cuda" else "cpu"
         found = []
         for text in self.shapes.split():
@@ -148,7 +148,7 @@ class Op:
         return found
 
     def cases(self, device_type: str, quick: bool) -> Iterator[Case]:
-        """The cases of a run; a device type without an entry of its own takes the CPU's."""
+        """Yield the cases of a run; a device type without an entry of its own takes the CPU's."""
         first, *others = self.dtypes.get(device_type, self.dtypes["cpu"])
         shapes = self.declared(device_type, quick)
         for shape in shapes:
@@ -168,7 +168,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def draw_inputs(
     dtype: torch.dtype, draw: Callable[..., tuple[Any, ...]]
 ) -> Callable[[torch.device, torch.Generator], tuple[Any, ...]]:
-    """``make`` of a case from ``draw(randn)``; ``randn(*shape, grad=False)`` gives standard normal numbers of dtype."""
+    """Make a case's ``make`` from ``draw(randn)``; ``randn(*shape, grad=False)`` draws standard normal numbers."""
 
     def make(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         def randn(*shape: int, grad: bool = False) -> Tensor:
@@ -181,13 +181,13 @@ def draw_inputs(
 
 
 def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
-    """The value of ``function`` at all inputs but the last, the upstream gradient."""
+    """Evaluate ``function`` at all inputs but the last, which is the upstream gradient."""
     with torch.no_grad():
         return [function(*inputs[:-1])]
 
 
 def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Results:
-    """The value and the gradients of the inputs that ask for one; the last input is the upstream gradient."""
+    """Return the value and the gradients of the inputs that require one; the last input is the upstream gradient."""
     *inputs, grad = inputs
     value = function(*inputs)
     return [
@@ -197,7 +197,7 @@ def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Result
 
 
 def function(name: str, run: Callable[..., Results]) -> Implementation:
-    """An implementation without state: ``run(*inputs)``."""
+    """Make an implementation without state: ``run(*inputs)``."""
     return Implementation(name, lambda *inputs: functools.partial(run, *inputs))
 
 
@@ -207,7 +207,7 @@ def compiled(
     run: Callable[..., Results] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Implementation:
-    """An implementation that goes through ``torch.compile(target)``, once per case and for its exact shape.
+    """Make an implementation from ``torch.compile(target)``, compiled once per case for its exact shape.
 
     Args:
         run: ``run(compiled target, *inputs)`` gives the results; by default the compiled target does.
@@ -225,7 +225,7 @@ def compiled(
 
 
 def flag_gems(run: Callable[..., Results]) -> Implementation:
-    """``run`` with FlagGems' kernels in place of torch's."""
+    """Make an implementation of ``run`` with FlagGems' kernels in place of torch's."""
     if importlib.util.find_spec("flag_gems") is None:
         return Implementation("FlagGems", function("", run).prepare, absent="not installed")
 
@@ -241,7 +241,7 @@ def flag_gems(run: Callable[..., Results]) -> Implementation:
 def through_autograd(
     run: Callable[..., Results], ours: Callable[..., Tensor], plain: Callable[..., Tensor]
 ) -> tuple[Implementation, ...]:
-    """``run`` (``forward`` or ``forward_backward``) of our function and of plain torch's."""
+    """Compare our function with plain torch's; ``run`` is ``forward`` or ``forward_backward``."""
     eager = functools.partial(run, plain)
     return (
         function(OURS, functools.partial(run, ours)),
@@ -254,7 +254,7 @@ def through_autograd(
 def without_autograd(
     ours: Callable[..., Results], plain: Callable[..., Tensor], argnums: tuple[int, ...]
 ) -> tuple[Implementation, ...]:
-    """The loss and its gradients in one call: ours, autograd in eager mode, torch.func.grad_and_value compiled."""
+    """Compare our loss and gradients in one call with eager autograd and compiled torch.func.grad_and_value."""
 
     def eager(*inputs: Tensor) -> Results:
         return forward_backward(plain, *inputs[:-1], torch.ones_like(inputs[-1]))
@@ -272,7 +272,7 @@ def without_autograd(
 
 @contextlib.contextmanager
 def poisoned(active: bool = True) -> Iterator[None]:
-    """NaN in every tensor that torch.empty hands out, so that an element left unwritten is seen."""
+    """Fill every tensor that torch.empty allocates with NaN, so that an unwritten element is found."""
     if not active:
         yield
         return

@@ -1,4 +1,4 @@
-"""Two runs, case by case: ``python -m bench compare BEFORE.json AFTER.json``.
+"""Compare two runs case by case: ``python -m bench compare BEFORE.json AFTER.json``.
 
 A case is slower when both hold for the time of ours *and* for its ratio to plain torch in the same run:
 
@@ -6,8 +6,8 @@ A case is slower when both hold for the time of ours *and* for its ratio to plai
 * every round after is slower than every round before.
 
 The rounds of a run are spread over its whole duration of that case, with all implementations in turns, so their
-spread is the noise; and a machine that was busier, or is another one, slows torch as well. With seven rounds
-each, two equal runs fall apart like this once in 3432 cases for each of the two conditions.
+range is the noise; and a busier or slower machine slows torch as well. With seven rounds each, two equal runs
+satisfy either condition by chance once in 3432 cases.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gradkernels.verify.console import Cell
 
 from .case import OURS
 from .results import baselines, case_name, outcome
@@ -42,7 +43,7 @@ class Change:
 
 
 def _rounds(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Our time in each round, and over plain torch's; launch-free where both were so measured."""
+    """Return our time in each round, and its ratio to plain torch's; launch-free if both were measured so."""
     ours = outcome(record)
     names = baselines([record])
     plain = outcome(record, names[0]) if names else {}
@@ -57,7 +58,7 @@ def _rounds(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _direction(before: np.ndarray, after: np.ndarray, threshold: float) -> int:
-    """1 if after is larger beyond threshold and noise, -1 if smaller, else 0."""
+    """Return 1 if after is larger beyond threshold and noise, -1 if smaller, else 0."""
     change = np.median(after) / np.median(before)
     if change > 1 + threshold and after.min() > before.max():
         return 1
@@ -87,7 +88,7 @@ def compare_case(before: dict[str, Any], after: dict[str, Any], threshold: float
 def compare_runs(
     before: dict[str, Any], after: dict[str, Any], threshold: float = THRESHOLD
 ) -> Sequence[Change]:
-    """Every case of either run, in the order of the later one."""
+    """Compare every case of either run, in the order of the later one."""
     old = {case_name(record): record for record in before["cases"]}
     new = {case_name(record): record for record in after["cases"]}
     changes = [
@@ -101,23 +102,18 @@ def regressed(changes: Sequence[Change]) -> bool:
     return any(change.verdict in ("slower", "wrong") for change in changes)
 
 
-def rows(changes: Sequence[Change]) -> list[list[tuple[str, str]]]:
-    """For the table: the cases that changed first."""
+def rows(changes: Sequence[Change]) -> list[list[Cell]]:
+    """Return the rows of the table; the cases that changed come first."""
     order = ("wrong", "slower", "faster", "gone", "new", "noise", "same")
     styles = {"wrong": "bad", "slower": "bad", "faster": "good", "noise": "dim", "same": "dim"}
     found = []
     for change in sorted(changes, key=lambda change: order.index(change.verdict)):
         style = styles.get(change.verdict, "")
         numbers = [f"{value:.4g}" if value is not None else "-" for value in (change.before, change.after)]
-        found.append(
-            [
-                (change.name, ""),
-                *((text, "") for text in numbers),
-                (f"{change.after / change.before:.2f}x" if change.before and change.after else "-", ""),
-                (f"{change.relative:.2f}x" if change.relative else "-", ""),
-                (change.verdict.upper() if style == "bad" else change.verdict, style),
-            ]
-        )
+        clock = f"{change.after / change.before:.2f}x" if change.before and change.after else "-"
+        relative = f"{change.relative:.2f}x" if change.relative else "-"
+        verdict = change.verdict.upper() if style == "bad" else change.verdict
+        found.append([change.name, *numbers, clock, relative, (verdict, style)])
     return found
 
 

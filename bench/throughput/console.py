@@ -1,4 +1,4 @@
-"""What a run prints: header, progress, tables."""
+"""Print a run: header, progress, tables."""
 
 import contextlib
 import sys
@@ -30,15 +30,15 @@ except ImportError:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits and at most three decimals."""
+    """Format with three significant digits and at most three decimals."""
     if value is None:
         return "-"
     decimals = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:.{decimals}f}"
 
 
-def times(value: float) -> Cell:
-    """A ratio: how many times faster than the baseline; a tie is neither good nor bad."""
+def times(value: float) -> tuple[str, str]:
+    """Format a speedup; a tie is neither good nor bad."""
     style = "" if is_tie(value) else "good" if value > 1 else "bad"
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}", style
 
@@ -48,7 +48,7 @@ def percent(value: float | None) -> str:
 
 
 def header(machine: dict[str, Any], limits: dict[str, Any]) -> list[str]:
-    """Machine, versions and limits, a line each."""
+    """Describe the machine, its versions and its limits, a line each."""
     gpu = [f"{key} {machine[key]}" for key in ("capability", "driver", "runtime") if key in machine]
     threads = [f"{machine['threads']} threads"] if "threads" in machine else []
     versions = [f"{key} {machine[key]}" for key in ("torch", "triton", "numpy", "python", "gradkernels")]
@@ -62,42 +62,35 @@ def header(machine: dict[str, Any], limits: dict[str, Any]) -> list[str]:
 
 
 def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
-    """Columns and rows of one op's variant."""
+    """Return the columns and rows of one variant of an op."""
     others = baselines(records)
     free = any("device" in outcome(record) for record in records)
     columns = ["shape", "dtype", "us", "GB/s", "TF/s", "cp%", "mm%", *others, "1st s"]
     if free:
         columns[3:3] = ["free us"]
+    unmeasured: dict[str, Cell] = {"left out": ("·", "dim"), "none": ("-", "dim"), "absent": ("-", "dim")}
     rows: list[list[Cell]] = []
     for record in records:
         ours = outcome(record)
-        row: list[Cell] = [(record["label"], ""), (SHORT[record["dtype"]], "dim")]
+        row: list[Cell] = [record["label"], (SHORT[record["dtype"]], "dim")]
         speed = rates(record, limits)
         if speed is None:
             rows.append([*row, (ours["status"].upper(), "bad"), *[("-", "dim")] * (len(columns) - 3)])
             continue
-        row.append((number(microseconds(ours, "call")), ""))
+        row.append(number(microseconds(ours, "call")))
         if free:
-            row.append((number(microseconds(ours, "device")), ""))
-        row += [(number(value), "") for value in (speed.gb_per_s, speed.tflop_per_s)]
-        row += [(percent(value), "") for value in (speed.copy_share, speed.matmul_share)]
+            row.append(number(microseconds(ours, "device")))
+        row += [number(speed.gb_per_s), number(speed.tflop_per_s)]
+        row += [percent(speed.copy_share), percent(speed.matmul_share)]
         for name in others:
             value, status = ratio(record, name), outcome(record, name)["status"]
-            row.append(
-                times(value)
-                if value is not None
-                else ("·", "dim")
-                if status == "left out"
-                else ("-", "dim")
-                if status in ("none", "absent")
-                else (status.upper(), "bad")
-            )
+            row.append(unmeasured.get(status, (status.upper(), "bad")) if value is None else times(value))
         rows.append([*row, (number(ours["first_call_s"]), "dim")])
     return columns, rows
 
 
 class Screen:
-    """What a run shows: a terminal, or a file that it is redirected to."""
+    """The terminal, or the file that standard output goes to."""
 
     line = staticmethod(print_line)
 
@@ -107,7 +100,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[str], None]]:
-        """Give a function to be told what comes next: a bar moves on, or a line is printed on standard error."""
+        """Yield a function that takes the name of the next step and advances a bar or prints a line on stderr."""
         if not (rich and sys.stderr.isatty()):
             done = iter(range(1, total + 1))
             yield lambda name: print(f"[{next(done, total)}/{total}] {name}", file=sys.stderr, flush=True)
@@ -124,32 +117,25 @@ class Screen:
             yield lambda name: bar.update(task, advance=1, description=rich.markup.escape(name))
 
     def document(self, document: dict[str, Any]) -> None:
-        """All tables of a run, its summary, and what the numbers do not say."""
+        """Print all tables of a run, its summary and its remarks."""
         records = document["cases"]
         for (op, variant), found in groups(records).items():
             self.table(f"{op}: {variant}", *table(found, document["limits"]))
+        found = summaries(records)
         rows = [
-            [
-                (s.op, ""),
-                (s.baseline, ""),
-                times(s.geometric_mean),
-                times(s.worst),
-                (f"{s.clear_losses} of {s.cases}", ""),
-            ]
-            for s in summaries(records)
+            [s.op, s.baseline, times(s.geometric_mean), times(s.worst), f"{s.clear_losses} of {s.cases}"]
+            for s in found
         ]
         self.table(
             f"speedup over each baseline, launch included (above 1: {OURS} is faster)",
             ("op", "baseline", "geo. mean", "worst", "slower"),
             rows,
         )
-        for s in summaries(records):
+        for s in found:
             if s.losses:
                 self.line(f"{s.op}: slower than {s.baseline}", "bold")
-                for loss in s.losses:
-                    self.line(
-                        f"  {times(loss.ratio)[0]}  {loss.case}{loss.remark}", "" if loss.remark else "bad"
-                    )
+            for loss in s.losses:
+                self.line(f"  {times(loss.ratio)[0]}  {loss.case}{loss.remark}", "" if loss.remark else "bad")
         if scale := document.get("scale"):
             self.table("Scale: time = fixed + c size^p", *scale_table(scale))
         for remark in remarks(document):
@@ -157,15 +143,14 @@ class Screen:
 
 
 def scale_table(scale: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
-    """Per sweep: fixed cost, knee and exponent, ours and then torch's."""
+    """Return the table of the scale study: fixed cost, knee and exponent, ours and then torch's."""
     columns = ["sweep", "axis", "to", "fixed us", "knee", "p", "torch's", "knee", "p"]
     rows: list[list[Cell]] = []
     for sweep in scale:
-        row: list[Cell] = [(f"{sweep['op']}: {sweep['variant']}", ""), (sweep["axis"], "")]
-        row.append((f"{sweep['points'][-1]['value']:.2g}", ""))
+        row: list[Cell] = [f"{sweep['op']}: {sweep['variant']}", sweep["axis"]]
+        row.append(f"{sweep['points'][-1]['value']:.2g}")
         for fit in (sweep["ours"], sweep["torch"]):
-            row.append((number(fit["fixed_us"]), ""))
-            row.append((f"{fit['knee']:.2g}" if fit["knee"] else "beyond", ""))
-            row.append((number(fit["exponent"]), ""))
+            knee = f"{fit['knee']:.2g}" if fit["knee"] else "beyond"
+            row += [number(fit["fixed_us"]), knee, number(fit["exponent"])]
         rows.append(row)
     return columns, rows

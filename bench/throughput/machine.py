@@ -1,4 +1,4 @@
-"""The machine a run is about: what it is, and how fast it copies and multiplies when the run starts."""
+"""Describe the machine of a run, and measure how fast it copies and multiplies when the run starts."""
 
 import contextlib
 import datetime
@@ -47,7 +47,7 @@ def _cpu_name() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The header of a report: device, driver, versions, commit, date. No host name, no path."""
+    """Return the header of a report: device, driver, versions, commit, date; no host name, no path."""
     facts: dict[str, Any] = {"device_type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -81,12 +81,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def slug(machine: dict[str, Any]) -> str:
-    """The machine's name as a folder's."""
+    """Return the name of the machine's folder of results."""
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
 
 
 def load_average() -> float | None:
-    """The processes that ran or waited for a core over the last minute; None where the system does not say."""
+    """Return how many processes ran or waited for a core over the last minute; None if the system has no count."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -94,7 +94,7 @@ def load_average() -> float | None:
 
 
 def signs_of_other_work(machine: dict[str, Any], limits: dict[str, Any], load: float | None) -> list[str]:
-    """What suggests that other processes slow this machine down: times taken now would be theirs too.
+    """Return what indicates that other processes slow this machine down, and so the times taken now.
 
     Args:
         machine, limits: of this run.
@@ -118,7 +118,7 @@ def signs_of_other_work(machine: dict[str, Any], limits: dict[str, Any], load: f
 def measure_rates(
     device: torch.device, timer: WallTimer, seconds: float, full: bool = True
 ) -> dict[str, Any]:
-    """The two limits: bytes copied a second (read + written) and floating-point operations a second by dtype.
+    """Measure the two limits: bytes copied a second (read + written) and FLOP/s of a product by dtype.
 
     Args:
         full: at the sizes that reach the limits; a rehearsal takes small ones.

@@ -1,4 +1,4 @@
-"""What the optimizers' declarations share: lists of parameters, ten steps to check, one step to time."""
+"""The cases of the optimizers: lists of parameters, ten steps to check, one step to time."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ Reference = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> list[Tensor]:
-    """Parameters of one implementation's own; gradients in common, but copied where torch's clipping writes them."""
+    """Copy the parameters for one implementation; gradients are shared unless torch's clipping writes them."""
     copies = [param.clone().requires_grad_() for param in params]
     for copy, grad in zip(copies, grads, strict=True):
         copy.grad = grad.clone() if clip else grad
@@ -27,7 +27,7 @@ def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> li
 
 
 def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Implementation:
-    """An implementation whose call is one ``step``, after torch's clipping if ``clip``; it gives the optimizer."""
+    """Make an implementation whose call is one ``step``, after torch's clipping if ``clip``."""
 
     def prepare(params: list[Tensor], grads: list[Tensor]) -> Call:
         copies = _copies(params, grads, clip)
@@ -45,13 +45,13 @@ def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Im
 
 
 def torch_steppers(build: Callable[..., torch.optim.Optimizer], clip: bool = False) -> list[Implementation]:
-    """torch's three implementations of a step, the plain loop first."""
+    """Make torch's three implementations of a step, the plain loop first."""
     ways = {"loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
     return [stepper(name, partial(build, **way), clip) for name, way in ways.items()]
 
 
 def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementation]:
-    """``torch.compile`` of the step, for one large tensor.
+    """Make an implementation that compiles the step, if the case is one large tensor.
 
     Each optimizer compiles a program of its own: over many tensors, or several sets of inputs, that takes minutes.
     """
@@ -72,7 +72,7 @@ def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementatio
 
 
 def apex(name: str, **options: Any) -> Implementation:
-    """apex's optimizer of that name, where apex is installed."""
+    """Make an implementation of apex's optimizer of that name; absent where apex is not installed."""
     try:
         from apex import optimizers
     except ImportError:
@@ -92,7 +92,7 @@ def step_case(
     per_parameter: tuple[int, int],
     clip: bool = False,
 ) -> Case:
-    """One step over parameters of the shapes ``tensors``.
+    """Make the case of one step over parameters of the shapes ``tensors``.
 
     Args:
         reference: one step in NumPy: ``(param, grad, state) -> (param, state)``.
@@ -141,7 +141,7 @@ def step_case(
 
 
 def declare(name: str, build: Callable[[tuple[int, ...], torch.dtype], Iterator[Case]]) -> Op:
-    """The declaration of an optimizer: how many tensors of how many elements."""
+    """Declare an optimizer; its axes are the number of tensors and the elements of each."""
     return Op(
         name,
         ("tensors", "numel"),

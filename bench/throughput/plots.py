@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn from a run's JSON: roofline, ratios over size, scale."""
+"""Draw the pictures of a report from a run's JSON: roofline, speedup per workload, scale."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +44,7 @@ STYLE = {
 
 
 def _si(value: float, _: Any = None, unit: str = "") -> str:
-    """1500 as 1.5k: for the ticks of a logarithmic axis."""
+    """Format 1500 as 1.5k, for the ticks of a logarithmic axis."""
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, "")):
         if value >= limit:
             return f"{value / (limit or 1):g}" + (f" {letter}{unit}" if unit else letter)
@@ -52,7 +52,7 @@ def _si(value: float, _: Any = None, unit: str = "") -> str:
 
 
 def _three(value: float, unit: str = "") -> str:
-    """With three significant digits."""
+    """Format with three significant digits."""
     return _si(float(f"{value:.3g}"), unit=unit)
 
 
@@ -73,7 +73,7 @@ def _caption(figure: Figure, machine: dict[str, Any]) -> None:
 
 
 def roofline(document: dict[str, Any]) -> Figure:
-    """Every case under the machine's measured limits: ours filled, plain torch hollow, a line between.
+    """Draw every case under the machine's measured limits: ours filled, plain torch hollow, a line between.
 
     The first decade of intensity is free of cases: the label of the copy roof stands there.
     """
@@ -149,7 +149,7 @@ def _key(colour: str, mark: str, label: str) -> Line2D:
 
 
 def ratio_ticks(low: float, high: float, apart: float = 0.06) -> list[float]:
-    """Round ratios between low and high: 1 first, then powers of 2, then the steps between them.
+    """Choose round ratios between low and high: 1 first, then powers of 2, then the steps between them.
 
     On a logarithmic axis any two are at least ``apart`` of its length from each other, so labels do not collide.
     """
@@ -163,7 +163,7 @@ def ratio_ticks(low: float, high: float, apart: float = 0.06) -> list[float]:
 
 
 def ratios(document: dict[str, Any], op: str) -> Figure:
-    """The time of each baseline over ours: a row per workload, a panel per variant."""
+    """Draw the time of each baseline over ours: a row per workload, a panel per variant."""
     records = [record for record in document["cases"] if record["op"] == op]
     others = baselines(records)
     panels = [(variant, _ordered(found)) for (_, variant), found in groups(records).items()]
@@ -181,7 +181,7 @@ def ratios(document: dict[str, Any], op: str) -> Figure:
         for row, record in enumerate(found):
             timed = [name for name in others if ratio(record, name) is not None]
             for i, name in enumerate(timed):
-                x, (low, high) = ratio(record, name), _spread(record, name)
+                x, (low, high) = ratio(record, name), _middle(record, name)
                 axes.errorbar(
                     x, row + 0.17 * (i - (len(timed) - 1) / 2), xerr=[[max(x - low, 0)], [max(high - x, 0)]],
                     color=COLOURS[others.index(name) % len(COLOURS)], marker="o", markersize=6,
@@ -225,20 +225,20 @@ def ratios(document: dict[str, Any], op: str) -> Figure:
 
 
 def _ordered(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of one panel by dtype, then by the bytes of the job; those that were skipped left out."""
+    """Sort the records of one panel by dtype, then by minimum traffic; drop those that were skipped."""
     timed = [record for record in records if "skipped" not in record]
     dtypes = list(DTYPE_MARKS)
     return sorted(timed, key=lambda record: (dtypes.index(record["dtype"]), record["bytes"]))
 
 
-def _spread(record: dict[str, Any], baseline: str) -> tuple[float, float]:
-    """The 20th and 80th percentile of the ratio over the rounds."""
+def _middle(record: dict[str, Any], baseline: str) -> tuple[float, float]:
+    """Return the 20th and 80th percentile of the ratio over the rounds."""
     low, high = np.percentile(ratio_rounds(record, baseline), (20, 80))
     return float(low), float(high)
 
 
 def scale(document: dict[str, Any]) -> Figure:
-    """The scale study: measured points, the fitted curve, and the knee where launch cost stops dominating."""
+    """Draw the scale study: measured points, the fitted curve, and the knee where launch cost stops dominating."""
     sweeps: Sequence[dict[str, Any]] = document["scale"]
     columns = min(3, len(sweeps))
     rows = -(-len(sweeps) // columns)

@@ -1,4 +1,4 @@
-"""Pictures and one self-contained HTML page from results: ``python -m bench report FILE...``."""
+"""Write pictures and one self-contained HTML page from results: ``python -m bench report FILE...``."""
 
 import base64
 import html
@@ -97,14 +97,15 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     out.write('<div class="wide"><table><tr>')
     out.write("".join(f"<th>{html.escape(column)}</th>" for column in columns) + "</tr>\n")
     for row in rows:
-        cells = (f'<td class="{style}">{html.escape(text)}</td>' for text, style in row)
-        out.write(f"<tr>{''.join(cells)}</tr>\n")
+        cells = [(cell, "") if isinstance(cell, str) else cell for cell in row]
+        shown = (f'<td class="{style}">{html.escape(text)}</td>' for text, style in cells)
+        out.write(f"<tr>{''.join(shown)}</tr>\n")
     out.write("</table></div>")
     return out.getvalue()
 
 
 def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
-    """The whole report as one HTML file that needs no other."""
+    """Return the whole report as one HTML file that needs no other."""
     machine, records, limits = document["machine"], document["cases"], document["limits"]
     body = [f'<p class="machine">{html.escape(line)}</p>' for line in header(machine, limits)]
     found = summaries(records)
@@ -139,7 +140,7 @@ def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
 
 
 def write(document: dict[str, Any], folder: Path) -> Path:
-    """The pictures and ``report.html`` in a folder; gives the page's path."""
+    """Write the pictures and ``report.html`` into a folder; return the page's path."""
     path = folder / "report.html"
     path.write_text(page(document, pictures(document, folder)))
     return path

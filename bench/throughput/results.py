@@ -1,4 +1,4 @@
-"""What follows from the measured numbers (rates, shares of the limits, ratios, losses), and their files."""
+"""Compute rates, shares of the limits, ratios and losses from a run; read and write its files."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ def case_name(record: dict[str, Any]) -> str:
 
 
 def outcome(record: dict[str, Any], implementation: str = OURS) -> dict[str, Any]:
-    """What became of a implementation: its ``status``, and its timings where that is ok."""
+    """Return the record of one implementation: its ``status``, and its timings where that is ok."""
     if "skipped" in record:
         return {"status": "skipped", "note": record["skipped"]}
     return record["contenders"].get(
@@ -30,19 +30,19 @@ def outcome(record: dict[str, Any], implementation: str = OURS) -> dict[str, Any
 
 
 def microseconds(found: dict[str, Any], key: str) -> float | None:
-    """The median of ``call`` (launch included) or ``device`` (launch-free); None where it was not taken."""
+    """Return the median of ``call`` (launch included) or ``device`` (launch-free); None if it was not measured."""
     timing = found.get(key)
     return timing["median_us"] if timing else None
 
 
 def best_microseconds(found: dict[str, Any]) -> float | None:
-    """What rates are computed from: launch-free where that could be measured, else the whole call."""
+    """Return the time that rates are computed from: launch-free if that was measured, else the whole call."""
     return microseconds(found, "device") or microseconds(found, "call")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one implementation in one case; the shares are of the machine's measured limits, None where unknown."""
+    """The rates of one implementation in one case; shares are of the machine's measured limits, None if unknown."""
 
     gb_per_s: float
     tflop_per_s: float
@@ -60,7 +60,7 @@ def rates(record: dict[str, Any], limits: dict[str, Any], implementation: str = 
 
 
 def ratio(record: dict[str, Any], baseline: str, key: str = "call") -> float | None:
-    """The baseline's time over ours: above 1 we are faster."""
+    """Return the baseline's time over ours: above 1 ours is faster."""
     ours, theirs = (microseconds(outcome(record, name), key) for name in (OURS, baseline))
     return theirs / ours if ours and theirs else None
 
@@ -71,7 +71,7 @@ def is_tie(ratio: float) -> bool:
 
 
 def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The implementations besides ours that were timed at least once, in the order of declaration."""
+    """Return the names of the other implementations that ran at least once, in the order of declaration."""
     names: dict[str, None] = {}
     for record in records:
         for name, found in record.get("contenders", {}).items():
@@ -81,7 +81,7 @@ def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def groups(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """The records by op and variant."""
+    """Group the records by op and variant."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         found.setdefault((record["op"], record["variant"]), []).append(record)
@@ -103,7 +103,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Summary:
-    """One op against one baseline, launch included."""
+    """The speedups of one op over one baseline, launch included."""
 
     op: str
     baseline: str
@@ -119,7 +119,7 @@ class Summary:
 
 
 def ratio_rounds(record: dict[str, Any], baseline: str, key: str = "call") -> np.ndarray:
-    """The ratio in each round: its spread is the noise."""
+    """Return the ratio in each round: its range is the noise."""
     ours, theirs = (np.array(outcome(record, name)[key]["rounds_us"]) for name in (OURS, baseline))
     return theirs / ours
 
@@ -143,7 +143,7 @@ def summaries(records: Sequence[dict[str, Any]]) -> list[Summary]:
 
 
 def remarks(document: dict[str, Any]) -> list[str]:
-    """What the numbers do not say: wrong and failed results, implementations that are absent, cases skipped."""
+    """List what the numbers do not show: wrong, failed, absent and skipped results, and a busy machine."""
     records = document["cases"]
     found: dict[str, None] = dict.fromkeys(document.get("busy", ()))
     for record in records:
@@ -163,7 +163,7 @@ def remarks(document: dict[str, Any]) -> list[str]:
 
 
 def all_right(document: dict[str, Any]) -> bool:
-    """Whether every result of ours that was checked is right."""
+    """Return True if every result of ours that was checked is right."""
     stops = [sweep["stopped"] for sweep in document.get("scale", ())]
     return all(outcome(record)["status"] in ("ok", "skipped") for record in document["cases"]) and not any(
         stop.startswith(("wrong", "failed")) for stop in stops
@@ -171,7 +171,7 @@ def all_right(document: dict[str, Any]) -> bool:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A file written by ``write_json``.
+    """Read a file that ``write_json`` wrote.
 
     Raises:
         ValueError: it cannot be read, is something else, or of another schema.
@@ -205,7 +205,7 @@ CSV_COLUMNS = (
 
 
 def write_csv(document: dict[str, Any], path: str | Path) -> None:
-    """One line per case and implementation; each carries its machine, date and commit."""
+    """Write one line per case and implementation; each has its machine, date and commit."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = {key: document["machine"][key] for key in ("device", "date", "commit")}

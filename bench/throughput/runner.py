@@ -22,14 +22,14 @@ LARGE = 1 << 26  # bytes
 
 
 def to_numpy(inputs: Any) -> Any:
-    """The inputs as float64 arrays, lists and tuples of tensors included."""
+    """Convert tensors, also in lists and tuples, to float64 arrays."""
     if isinstance(inputs, Tensor):
         return inputs.detach().to("cpu", torch.float64).numpy()
     return type(inputs)(map(to_numpy, inputs)) if isinstance(inputs, (list, tuple)) else inputs
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a case may take."""
+    """Return the memory that a case may take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -39,7 +39,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 class NoBaselineError(RuntimeError):
-    """Plain torch cannot do the job, so nothing can be measured against it."""
+    """Plain torch has no result, so nothing can be compared with it."""
 
 
 class Runner:
@@ -56,7 +56,7 @@ class Runner:
         self.device, self.timer, self.seconds, self.quick = device, timer, seconds, quick
 
     def case(self, case: Case, implementations: int | None = None) -> dict[str, Any]:
-        """Check the first so many implementations of a case (all), time those that pass, and give the record."""
+        """Check the first so many implementations of a case (default: all), time those that pass, return the record."""
         case = dataclasses.replace(case, implementations=case.implementations[:implementations])
         record: dict[str, Any] = {
             "op": case.op,
@@ -72,7 +72,7 @@ class Runner:
             if needed > free_bytes(place):
                 return record | {"skipped": f"would need about {needed / 2**30:.0f} GiB on {place.type}"}
         if any(implementation.slow_start for implementation in case.implementations):
-            torch._dynamo.reset()  # the ninth shape of a function would run uncompiled, without a word:
+            torch._dynamo.reset()  # else the ninth shape of a function would run uncompiled, silently
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         try:
             return record | self._checked_and_timed(case)
@@ -82,15 +82,15 @@ class Runner:
             return record | {"skipped": f"plain torch has no result: {error}"}
         finally:
             if case.bytes > LARGE:
-                gc.collect()  # the next case needs the room
+                gc.collect()  # the next case needs the memory
 
     def inputs(self, case: Case, number: int) -> tuple[Any, ...]:
-        """The inputs of a case; each number has its own random ones."""
+        """Draw the inputs of a case; the number is the seed."""
         generator = torch.Generator(self.device).manual_seed(number)
         return case.make(self.device, generator)
 
     def checked(self, case: Case) -> tuple[tuple[Any, ...], dict[str, dict[str, Any]]]:
-        """The inputs, and the outcome of each implementation: ``status``, and a ``note`` or the first call's time.
+        """Return the inputs and each implementation's ``status`` on them, with a ``note`` or the first call's time.
 
         Raises:
             NoBaselineError: plain torch's own result cannot be had.
@@ -115,7 +115,7 @@ class Runner:
         running = [c for c in case.implementations if outcomes[c.name]["status"] == "ok"]
         sets = input_sets(case.bytes, self.timer.cache_bytes)
         rotated = [inputs, *(self.inputs(case, number) for number in range(1, sets))]
-        # What a implementation keeps (an optimizer's copies and state) is at most about half of what its call moves.
+        # An implementation's own memory (an optimizer's copies and state) is at most about half of what its call moves.
         together = sets * case.bytes * (1 + len(running) / 2) < free_bytes(self.device)
         for turn in [running] if together else [[implementation] for implementation in running]:
             calls = [[implementation.prepare(*one) for one in rotated] for implementation in turn]
@@ -134,7 +134,7 @@ class Runner:
     def _first_results(
         self, case: Case, implementation: Implementation, inputs: tuple[Any, ...]
     ) -> tuple[dict[str, Any], list[Tensor]]:
-        """The seconds of the first call and the results to check, or why there are none."""
+        """Return the seconds of the first call and the results to check, or the reason why there are none."""
         if implementation.absent:
             return {"status": "absent", "note": implementation.absent}, []
         if implementation.slow_start and self.quick and not case.compile:
@@ -148,7 +148,7 @@ class Runner:
                 return {"first_call_s": seconds}, [result.detach().clone() for result in case.pick(results)]
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a implementation's failure is its row, not the end of the run
+        except Exception as error:  # the failure is the row of this implementation, not the end of the run
             note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             return {"status": "failed", "note": note[:200]}, []
 
@@ -168,9 +168,9 @@ class Runner:
 
 
 def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Whether results are within the tolerance policy, ``baseline`` being plain torch's.
+    """Compare results with the tolerance policy; ``baseline`` is plain torch's results.
 
-    A wrong one loses even the time of its first call.
+    A wrong result has no time, not even that of its first call.
     """
     if len(results) != len(expected):
         return {
@@ -187,7 +187,7 @@ def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray])
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch's remarks on determinism and compilation are not the reader's concern."""
+    """Suppress torch's warnings about determinism and compilation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

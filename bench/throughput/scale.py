@@ -1,4 +1,4 @@
-"""How time grows with one size while the others stay.
+"""Measure how time grows with one size while the others stay.
 
 The model is ``time = fixed + c * size ** p``. ``fixed`` is what a call costs whatever its size (launch,
 checks): the least time measured. The knee is the size at which a call takes twice that: beyond it the launch no
@@ -19,7 +19,7 @@ LONGEST_US = 5e5  # no further point once a call takes so long
 
 
 def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | None]:
-    """Fixed cost, knee and exponent of measured times; knee and exponent are None where no size goes beyond it.
+    """Fit fixed cost, knee and exponent; knee and exponent are None if too few sizes lie beyond the knee.
 
     ``c`` is in microseconds, and ``relative_error`` the largest of the fit beyond the knee.
     """
@@ -27,7 +27,7 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
     fixed = float(t.min())
     found: dict[str, float | None] = {"fixed_us": fixed, "knee": None, "exponent": None, "c": None}
     dominated = np.flatnonzero(t <= 2 * fixed)[-1]
-    if dominated > len(n) - 4:  # fewer than three sizes make no slope
+    if dominated > len(n) - 4:  # a slope takes three sizes
         return found
     beyond = slice(dominated + 1, None)
     knee = np.interp(
@@ -47,7 +47,7 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
 def study(
     op: Op, runner: Runner, dtype: torch.dtype, next_is: Callable[[str], bool] = lambda name: True
 ) -> Iterator[dict[str, Any]]:
-    """The sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch."""
+    """Yield the sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch."""
     for sweep in op.sweep(runner.device.type):
         position = op.axes.index(sweep.axis)
         points: list[dict[str, float]] = []

@@ -1,7 +1,7 @@
-"""How long a call takes: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA, ROCm.
+"""Time a call: synchronised wall clock on CPU, MPS and XPU; events and graph replay on CUDA and ROCm.
 
 Implementations are timed in turns, round after round, so that a machine that slows down slows them all. Every
-round keeps its median: how far these lie apart is the noise that ``compare`` takes into account.
+round keeps its median: their range is the noise that ``compare`` takes into account.
 """
 
 import gc
@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,9 +21,7 @@ import torch
 from .case import Call
 
 ROUNDS = 7
-MAX_SETS = (
-    64  # sets of inputs to rotate; a job so small that they fit into the cache all the same is timed warm
-)
+MAX_SETS = 64  # sets of inputs to rotate; a job so small that they still fit into the cache is timed warm
 
 Sampler = Callable[[], float]
 
@@ -46,12 +44,9 @@ class Timing:
     samples: int
     method: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def summarise(rounds: Sequence[Sequence[float]], method: str) -> Timing:
-    """The Timing of samples grouped by round."""
+    """Summarise samples that are grouped by round."""
     p20, median, p80 = np.percentile([sample for samples in rounds for sample in samples], (20, 50, 80))
     medians = [float(np.median(samples)) for samples in rounds]
     return Timing(float(median), float(p20), float(p80), medians, sum(map(len, rounds)), method)
@@ -63,7 +58,7 @@ def in_turns(
     pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[list[float]]]:
-    """Samples per sampler and round, about ``seconds`` on the clock for each sampler.
+    """Take samples per sampler and round, for about ``seconds`` on the clock for each sampler.
 
     Each round gives every sampler its turn of at least one sample, with a rest of ``pause`` seconds before it
     (a chip under steady load lowers its clock).
@@ -82,17 +77,17 @@ def in_turns(
 
 
 def input_sets(job_bytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs to rotate, so that each call finds its own evicted from the cache."""
+    """Return how many sets of inputs to rotate, so that each call finds its own evicted from the cache."""
     sets = math.ceil(4 * cache_bytes / max(job_bytes, 1))
     return sets if sets <= MAX_SETS else 1
 
 
 class WallTimer:
-    """The clock on the wall, read after the device has finished.
+    """Measures wall-clock time, read after the device has finished.
 
     Args:
         device: CPU, MPS or XPU.
-        clock: seconds; a test puts a clock of its own here.
+        clock: seconds; a test passes its own clock.
         least: a sample repeats short calls until it lasts so many seconds.
     """
 
@@ -106,7 +101,7 @@ class WallTimer:
         self.synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
 
     def first_call(self, call: Call) -> tuple[Any, float]:
-        """The results and seconds of a call that may compile."""
+        """Return the results and seconds of a call that may compile."""
         self.synchronize()
         start = self.clock()
         results = call()
@@ -122,7 +117,7 @@ class WallTimer:
         return (self.clock() - start) / count
 
     def per_call(self, calls: Sequence[Call]) -> tuple[Sampler, str]:
-        """Samples of what one call costs its caller in a loop, launch included."""
+        """Return a sampler of what one call costs its caller in a loop, launch included."""
         self._repeated(calls, len(calls))  # warm-up: every set once
         count = math.ceil(self.least / max(self._repeated(calls, 1), 1e-9))
         if count > 1:
@@ -130,15 +125,15 @@ class WallTimer:
         return lambda: self._repeated(calls, count), "wall clock"
 
     def on_device(self, calls: Sequence[Call]) -> tuple[Sampler, str] | None:
-        """Samples without the launch; only CUDA graphs and events can tell."""
+        """Return a sampler of the time without the launch; None where there are no CUDA events."""
         return None
 
 
 class CudaTimer(WallTimer):
-    """CUDA events; launch-free: graph replay over rotated inputs, or else events after a flush of the L2.
+    """Measures with CUDA events; without the launch by graph replay, or else by events after a flush of the L2.
 
     Args:
-        cuda: ``torch.cuda``; a rehearsal without a GPU puts a stand-in here.
+        cuda: ``torch.cuda``; a test without a GPU passes a proxy.
     """
 
     pause = 0.005
@@ -176,7 +171,7 @@ class CudaTimer(WallTimer):
         count = max(len(calls), 8)
         try:
             graph = self._capture(calls, count)
-        except Exception as error:  # whatever a implementation does that a capture forbids
+        except Exception as error:  # anything that a capture forbids
             self.cuda.synchronize()
             return self._flushed(calls), f"events after an L2 flush ({type(error).__name__} in graph capture)"
 
@@ -219,7 +214,7 @@ def timer_for(device: torch.device) -> WallTimer:
 
 
 def _cpu_cache_bytes() -> int:
-    """The last-level cache, from Linux; elsewhere 32 MiB is assumed."""
+    """Return the size of the last-level cache as Linux reports it; elsewhere 32 MiB is assumed."""
     units = {"K": 1 << 10, "M": 1 << 20}
     try:
         levels = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))

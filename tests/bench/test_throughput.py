@@ -1,7 +1,7 @@
 """The benchmark: nothing wrong gets a time, what is slower is reported, and every CUDA line has run once.
 
 Time here is a clock that the implementations move on themselves, so that nothing depends on how busy the machine is.
-The CUDA timer is rehearsed on a stand-in for ``torch.cuda`` that stamps its events with that clock: this shows
+The CUDA timer is rehearsed on a proxy of ``torch.cuda`` that stamps its events with that clock: this shows
 that its lines run and what they compute, and nothing about a GPU.
 """
 
