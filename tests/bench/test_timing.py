@@ -1,0 +1,169 @@
+"""The timers, the rehearsal of the CUDA paths without a GPU, and the scale study."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gradkernels import use_backend
+
+from bench import __main__ as cli
+from bench.throughput import machine, results, scale
+from bench.throughput.case import Case, Op, Sweep
+from bench.throughput.runner import Runner
+from bench.throughput.timing import CudaTimer, input_sets, summarise
+
+from .fakes import CPU, Clock, FakeCuda, RealClock, doubling, wall
+
+
+def test_summarise_and_input_sets() -> None:
+    timing = summarise([[1.0, 2.0], [3.0, 4.0, 5.0]], "clock")
+    assert (timing.median, timing.rounds, timing.samples) == (3.0, [1.5, 4.0], 5)
+    assert input_sets(1 << 20, 1 << 20) == 4
+    assert input_sets(1 << 30, 1 << 20) == 1  # one set is larger than the cache
+    assert input_sets(8, 1 << 20) == 1  # too small to be evicted by any number of sets
+
+
+def test_inputs_are_rotated_and_short_calls_repeated() -> None:
+    clock, seen = Clock(), []
+    calls = [lambda i=i: (seen.append(i), clock.work(1.0)) for i in range(3)]
+    sampler, _ = wall(clock).per_call(calls)
+    seen.clear()
+    assert sampler() == pytest.approx(1e-6, rel=1e-2)
+    assert len(seen) >= 150  # of a microsecond each: a sample lasts 200
+    assert set(seen) == {0, 1, 2}
+
+
+def test_cuda_timer_tells_the_launch_apart() -> None:
+    clock = Clock()
+    cuda = FakeCuda(clock)
+    timer = CudaTimer(CPU, cuda)
+    calls = [lambda: clock.work(20.0, launch_us=5.0)] * 3
+    call, method = timer.per_call(calls)
+    assert method.startswith("events")
+    assert call() == pytest.approx(25e-6, rel=1e-2)
+    free, method = timer.on_device(calls)
+    assert method == "graph replay"
+    assert free() == pytest.approx(20e-6, rel=1e-2)
+    assert cuda.log.count("wait") == 2
+
+
+def test_cuda_timer_flushes_where_a_graph_cannot_be_captured() -> None:
+    clock, seen = Clock(), []
+    timer = CudaTimer(CPU, FakeCuda(clock))
+
+    def forbidden(i: int) -> None:
+        if clock.capturing:
+            clock.capturing = False
+            raise RuntimeError("operation not permitted when stream is capturing")
+        seen.append(i)
+        clock.work(20.0)
+
+    timer.flush.fill_(1)
+    free, method = timer.on_device([lambda i=i: forbidden(i) for i in range(2)])
+    assert "L2 flush" in method
+    assert "RuntimeError" in method
+    seen.clear()
+    assert [free() for _ in range(4)] == [pytest.approx(20e-6, rel=1e-2)] * 4
+    assert seen == [0, 1, 0, 1]
+    assert not timer.flush.any()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line believes in a CUDA device, whose tensors stay on the CPU."""
+    stand_in = CudaTimer(CPU, FakeCuda(RealClock(), cache_bytes=64))
+    stand_in.least, stand_in.pause = 1e-5, 0.0
+    monkeypatch.setattr("bench.throughput.timing.ROUNDS", 2)
+    monkeypatch.setattr(cli, "pick_device", lambda name: CPU)
+    monkeypatch.setattr("bench.throughput.timing.timer_for", lambda device: stand_in)
+    rates = machine.measure_rates
+    monkeypatch.setattr(machine, "measure_rates", lambda *given: rates(*given, full=False))
+
+
+@pytest.mark.parametrize("backend", ["fallback", "triton"])
+@pytest.mark.usefixtures("cuda")
+def test_gpu_command_rehearsed(
+    backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(machine, "signs_of_other_work", lambda *given: ["a sign"])
+    shapes = {
+        "matmul": "2x5x7x3",
+        "mse": "65",
+        "linear_mse": "33x5x1",
+        "sgd": "3x17",
+        "adam": "3x17",
+        "training": "regression,9,4",
+    }
+    for op in cli.declared(()):
+        tiny = f"*{shapes[op.name]}"
+        smaller = dataclasses.replace(op, shapes=tiny, dtypes={"cpu": (torch.float32,)}, sweeps={"cpu": ()})
+        monkeypatch.setattr(f"bench.bench_{op.name}.OP", smaller)
+    written = (
+        ["--json", f"{tmp_path}/bench.json"] if backend == "triton" else ["--out", f"{tmp_path}/{{device}}"]
+    )
+    with use_backend(backend):
+        assert cli.main(["--device", "cuda", "--quick", "--seconds", "1e-6", "--scale", *written]) == 0
+    (file,) = tmp_path.rglob("bench.json")
+    found = json.loads(file.read_text())
+    if backend == "fallback":
+        assert {path.name for path in file.parent.iterdir()} >= {"bench.csv", "report.html", "roofline.png"}
+    assert {record["op"] for record in found["cases"]} == set(shapes)
+    assert found["busy"] == ["a sign"]
+    assert "warning: a sign" in capsys.readouterr().out
+    for record in found["cases"]:
+        for name, outcome in record["contenders"].items():
+            assert outcome["status"] in ("ok", "absent", "left out"), (
+                results.case_name(record),
+                name,
+                outcome,
+            )
+        assert {"call", "device"} <= set(results.outcome(record))
+
+
+def test_header_of_a_cuda_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="NVIDIA H200", major=9, minor=0, total_memory=141 << 30, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(machine, "_said_by", lambda *command: "570.1\n570.1" if "smi" in command[0] else "")
+    facts = machine.describe(torch.device("cuda"))
+    assert (facts["device"], facts["capability"], facts["driver"]) == ("NVIDIA H200", "sm_90", "570.1")
+    assert facts["commit"] == "unknown"
+    assert machine.slug(facts) == "nvidia-h200"
+
+
+def test_fit_finds_exponent_and_knee() -> None:
+    sizes = [4.0**k for k in range(12)]
+    for exponent in (1.0, 2.0):
+        found = scale.fit(sizes, [5 + 1e-3 * n**exponent for n in sizes])
+        assert found["exponent"] == pytest.approx(exponent, abs=0.02)
+        assert found["fixed_us"] == pytest.approx(5, rel=0.02)
+        assert found["knee"] == pytest.approx((5 / 1e-3) ** (1 / exponent), rel=0.25)
+    assert scale.fit(sizes, [7.0] * len(sizes)) == {
+        "fixed_us": 7.0,
+        "knee": None,
+        "exponent": None,
+        "c": None,
+    }
+
+
+def test_study_follows_an_axis_until_memory_or_patience_ends() -> None:
+    clock = Clock()
+
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
+        (n,) = shape
+        case = doubling(clock, us=10 + 0.05 * n, plain_us=40 + 0.05 * n, n=n)
+        return [dataclasses.replace(case, bytes=1 << 60) if n > 5000 else case]
+
+    sweep = Sweep("n", (10, 200, 400, 1000, 2000, 5000, 10**4, 10**5), (1,))
+    op = Op("doubling", ("n",), build, "", sweeps={"cpu": (sweep,)})
+    runner = Runner(CPU, wall(clock), seconds=0.001, quick=True)
+    (found,) = scale.study(op, runner, torch.float32)
+    assert [point["value"] for point in found["points"]] == [10, 200, 400, 1000, 2000, 5000]
+    assert "GiB" in found["stopped"]
+    assert found["ours"]["exponent"] == pytest.approx(1, abs=0.05)
+    assert found["ours"]["knee"] == pytest.approx(320, rel=0.1)
+    assert found["torch"]["knee"] == pytest.approx(920, rel=0.1)
