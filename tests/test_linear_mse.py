@@ -186,14 +186,12 @@ def test_errors_of_one_op() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_fallback_in_blocks_of_rows(
-    monkeypatch: pytest.MonkeyPatch, outputs: int, weighted: bool, dtype: torch.dtype
+def test_the_fallbacks_results_in_the_accumulation_dtype(
+    outputs: int, weighted: bool, dtype: torch.dtype
 ) -> None:
-    """Seven blocks, the last in part, against the reference; torch's way is the yardstick."""
+    """All four against the reference; torch's way is the yardstick."""
     from gradkernels.fallback import linear_mse as launchers
 
-    monkeypatch.setattr(launchers, "_CACHED_BYTES", 0)
-    monkeypatch.setattr(launchers, "_BLOCK_BYTES", 1)
     x, w, y, b = (
         torch.randn(shape).to(dtype) for shape in ((100, 5), (outputs, 5), (100, outputs), (outputs,))
     )
