@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         "--shape",
         action="append",
         metavar="AxB",
-        help="the sizes of the op's axes instead of the declared ones",
+        help="the sizes of the op's axes, such as 1e6x64x1, instead of the declared ones",
     )
     made.add_argument("--quick", action="store_true", help="fewer shapes and shorter timings: minutes in all")
     made.add_argument(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench.throughput.case import OURS
+from bench.throughput.case import OURS, Op
 from bench.throughput.runner import Runner
 
 from .fakes import CPU, Benchmark, Clock, doubling, wall
@@ -32,6 +32,14 @@ def test_declarations(name: str, device_type: str) -> None:
         assert sweep.axis in op.axes
         assert len(sweep.base) == len(op.axes)
         assert len(sweep.values) >= 4
+
+
+def test_one_list_of_shapes_serves_every_run() -> None:
+    op = Op("op", ("n",), lambda shape, dtype: (), "*8 2^4@cpu *1e3@cuda 64")
+    assert op.declared("cpu", quick=True) == [(8,)]
+    assert op.declared("mps", quick=False) == [(8,), (16,), (64,)]
+    assert op.declared("cuda", quick=True) == [(8,), (1000,)]
+    assert op.declared("cuda", quick=False) == [(8,), (1000,), (64,)]
 
 
 TINY = {
