@@ -204,7 +204,7 @@ def mse_forward_backward(
 ) -> list[Tensor]:
     """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
     if weight is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
-        one = torch.ones((), dtype=dtype)
+        one = input.new_ones(())
         loss = mse_forward(input, target, None, reduction, 0, dtype)
         return [loss, *mse_backward(one, input, target, None, reduction, 0, output_mask)]
     wide = accumulator(input, target, weight)
