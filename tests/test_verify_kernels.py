@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import gradkernels
 import gradkernels.triton.mse as launchers
 import pytest
 import torch
@@ -135,6 +138,47 @@ def test_without_the_interpreter_a_child_process_has_it():
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {v["backend"] for v in json.loads(done.stdout)["verdicts"]} == {"triton", "fallback"}
+
+
+@pytest.mark.parametrize(("status", "words"), [(7, "ended with status 7"), (-11, "killed by signal 11")])
+def test_a_child_process_that_dies_fails_the_check(status, words, monkeypatch, capsys):
+    """As without the interpreter: what the other backend found right does not make up for it."""
+    died = subprocess.CompletedProcess([], status, stdout="Fatal Python error")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(kernel_check, "_problem", lambda device: "no GPU")
+    monkeypatch.setattr(kernel_check.subprocess, "run", lambda *arguments, **options: died)
+    assert cli.main(["verify", "--op=mse", "--shape=5", "--dtype=float32"]) == 1
+    table = capsys.readouterr().out
+    assert words in table
+    assert "1 of 2 cases passed" in table
+    report = verify.kernels(["mse", "sgd"], dtypes=F32, backends=["triton"])
+    assert [(v.op, v.dtype, v.passed) for v in report.verdicts] == [
+        ("mse", "float32", False),
+        ("sgd", "float32", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("linear_mse", (0, 0, 0)), ("linear_mse", (0, 3, 2)), ("linear_mse", (3, 0, 2)), ("mse", (0,)), ("mse", (0, 3)),
+     ("matmul", (0, 0, 0)), ("matmul", (3, 0, 2)), ("sgd", (0,)), ("adam", (0,))],
+)  # fmt: skip
+def test_sizes_of_zero(op, shape, capsys):
+    sizes = "x".join(map(str, shape))
+    assert cli.main(["verify", f"--op={op}", f"--shape={sizes}"]) == 0, capsys.readouterr().out
+
+
+def test_the_default_covers_every_op(monkeypatch):
+    """Every op with a NumPy reference, and every public function and optimizer, by its launches."""
+    monkeypatch.setattr(
+        kernel_check, "SHAPES", {op: shapes[:1] for op, shapes in kernel_check.SHAPES.items()}
+    )
+    report = verify.kernels(dtypes=F32, backends=["fallback"])
+    assert report, report.rows()
+    folder = Path(gradkernels.reference.__file__).parent
+    forward_or_step = re.compile(r"^def (forward|step)\(", re.MULTILINE)
+    ops = {file.stem for file in folder.glob("*.py") if forward_or_step.search(file.read_text())}
+    assert {verdict.op for verdict in report.verdicts} == ops
 
 
 def test_info(capsys):

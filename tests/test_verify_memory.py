@@ -490,3 +490,93 @@ def test_what_is_compiled_inside_the_block_traces_as_ever():
 
     with memory_check():
         assert fn(torch.ones(3)).tolist() == [4, 4, 4]
+
+
+def test_tensors_without_memory_of_their_own_pass_through():
+    """Wrappers of torch.func, and sparse tensors, have no storage to mark; what a wrapper stands around has."""
+
+    def fn(x):
+        made = torch.empty_like(x)
+        assert made.shape == x.shape
+        return (made.copy_(x) * x + x.new_empty(x.shape).fill_(1) + torch.empty(3).fill_(1)).sum()
+
+    x = torch.ones(4, 3)
+    with memory_check():
+        assert torch.func.grad(fn)(x[0]).tolist() == [2, 2, 2]
+        assert torch.func.vmap(fn)(x).tolist() == [9, 9, 9, 9]
+        assert torch.func.vmap(torch.func.grad(fn))(x).sum() == 24
+        assert torch.func.hessian(fn)(x[0]).trace() == 6
+        torch.empty(3, 4, layout=torch.sparse_coo)
+    made = []
+
+    def unwritten(x):
+        made.append(torch._C._functorch.get_unwrapped(torch.empty_like(x)))
+        return x
+
+    with memory_check(raise_exception=False) as report:
+        torch.func.vmap(unwritten)(x)
+        copy(made[0], torch.zeros(12), 12)
+    assert found(report).kind == "read of unwritten memory"
+
+
+@pytest.mark.parametrize(
+    "grid", [[4], (4,), lambda args: [4], lambda args: (4,)], ids=["list", "tuple", "f[]", "f()"]
+)
+def test_grids_as_lists_and_as_functions(grid):
+    x, y = torch.arange(100.0), torch.zeros(100)
+    with memory_check() as report:
+        copy_kernel[grid](x, y, 100, 100, 0, 1, BLOCK=32)
+    assert torch.equal(x, y)
+    assert report.traffic[0].programs == 4
+
+
+def tuned(configurations, **options):
+    @triton.autotune([triton.Config(c, num_warps=4) for c in configurations], key=["n"], **options)
+    @triton.jit
+    def add_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, LIMIT: tl.constexpr, ADD: tl.constexpr = True):
+        """y = x, or y += x, for the first n + LIMIT elements."""
+        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = offs < n + LIMIT
+        value = tl.load(x_ptr + offs, mask)
+        if ADD:
+            value += tl.load(y_ptr + offs, mask)
+        tl.store(y_ptr + offs, value, mask)
+
+    return add_kernel
+
+
+def test_each_configuration_of_an_autotuned_kernel_by_itself():
+    blocks = [{"BLOCK": 32, "LIMIT": 0}, {"BLOCK": 64, "LIMIT": 0}, {"BLOCK": 16, "LIMIT": 0}]
+    x, y = torch.ones(100), torch.ones(100)
+    with memory_check() as report:
+        tuned(blocks)[lambda args: (triton.cdiv(args["n"], args["BLOCK"]),)](x, y, 100)
+    assert (y == 2).all(), "added once, not once for each configuration"
+    assert report.notes == [
+        "add_kernel is autotuned: each of its 3 configurations was checked by itself; results and traffic are "
+        "those of the first"
+    ]
+    assert [(entry.kernel, entry.programs, entry.stored) for entry in report.traffic] == [
+        ("add_kernel", 4, 400)
+    ]
+    with memory_check() as report:
+        tuned(blocks[:1])[(4,)](x, y, 100)
+    assert (y == 3).all()
+    assert report.notes == []
+
+
+def test_a_fault_of_one_configuration_names_it_and_leaves_nothing():
+    faulty = tuned([{"BLOCK": 32, "LIMIT": 0}, {"BLOCK": 64, "LIMIT": 7}])
+    x, y = torch.ones(200)[:100], torch.ones(200)[:100]
+    with memory_check(raise_exception=False) as report:
+        faulty[lambda args: (triton.cdiv(args["n"] + 7, args["BLOCK"]),)](x, y, 100)
+    assert {(fault.kernel, fault.cells) for fault in report.faults} == {
+        ("add_kernel (BLOCK=64, LIMIT=7, num_warps=4)", 7)
+    }
+    assert (y == 2).all()
+    # What only the second configuration writes, nothing has written at the end.
+    partial = tuned([{"BLOCK": 32, "LIMIT": -7}, {"BLOCK": 64, "LIMIT": 0}], reset_to_zero=["x_ptr"])
+    with memory_check(raise_exception=False) as report:
+        y = torch.empty(100)
+        partial[(4,)](x, y, 100, ADD=False)
+    assert (found(report).kind, found(report).cells) == ("unwritten output", 7)
+    assert (x == 0).all(), "its hooks ran"

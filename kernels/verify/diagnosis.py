@@ -5,7 +5,21 @@ diagnosis                 planted fault, and how it is recognised
 ========================= ================================================================================
 sign flipped              a minus: analytic / numerical is -1, at several points
 constant factor           a chain-rule factor missing, a sum for a mean: the ratio is one number at
-                          several points, named if it is 2, 1/2 or a size
+                          several points, named if it is 2, 1/2, a size, or a constant of the function
+not multiplied by         the gradient for an upstream gradient of zero is not zero, or does not grow with
+grad_output               that of one output
+not linear in grad_output its square, its absolute value, a branch on it: twice the upstream gradient does
+                          not give twice the gradient
+activation derivative     left out, or taken at the wrong place: equals the gradient of the recorded
+                          operators with that one derivative changed (so do the next seven)
+mask                      relu, clamp, dropout: the gradient goes through where the value did not
+off-diagonal terms        softmax, layer norm: the sum in their derivative is missing
+wrong axis                a sum of the backward runs over another dimension than the forward's
+missing factor            the other operand of a product inside the function
+detached path             a detach, or a term of the backward left out, where paths meet
+mutated saved tensor      written in place after it was saved for the backward
+missing bias gradient     nothing arrives at an input that is added to every row
+mutated input             the function or its backward writes into the input
 missing feature           a feature value left out: numerical / analytic equals an input, element by
                           element, or on one row of the batch
 transposed                the gradient or an operand in it: equal after a transpose of the gradient, or of
@@ -15,6 +29,7 @@ path overwritten          one path of a shared parameter written over another: e
 stale gradient            not cleared between two backwards: the second gives twice the first
 no signal                 a detached path, a dead unit, an unused weight: exactly zero, the loss is not
 wrong shape               a gradient of another shape than its input
+unreduced gradient        of the broadcast shape: its sum over those dimensions is the slope
 dtype noise               nothing, but a step too small for float32: larger steps agree; or rounding on
                           the way: on float64 copies the gradient is right
 difference step too large nothing, but a curved function: smaller steps agree, the error goes as step^2
@@ -41,13 +56,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .function import Function, is_real, slopes
+from .mistakes import Mistake, constants, derivatives, paths
 from .report import Diagnosis
+from .tape import NotRecordedError, Tape
 
 PATTERNS = (
     "sign flipped, a constant factor, a transpose, an input left out as a factor, one path of several, a "
-    "gradient "
-    "that is exactly zero, other steps, slopes from either side"
+    "wrong derivative of one operator, a gradient that is exactly zero, other steps, slopes from either side"
 )
+MAX_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,8 @@ class Point:
     full: np.ndarray
     analytic: np.ndarray
     numerical: np.ndarray
+    elements: np.ndarray
+    cotangents: list[Tensor]
 
 
 @dataclass
@@ -75,6 +94,7 @@ class Suspect:
         cotangents: what the outputs were weighted with.
         step, tolerance: of the check.
         slack: relative error at which two slopes count as equal.
+        absent: whether the analytic gradient is None.
     """
 
     function: Function
@@ -89,6 +109,7 @@ class Suspect:
     step: float
     tolerance: float
     slack: float
+    absent: bool = False
 
     @property
     def index(self) -> int:
@@ -115,7 +136,9 @@ class Suspect:
 
     @cached_property
     def here(self) -> Point:
-        return Point(self.native, self.gradient, self.analytic, self.numerical)
+        return Point(
+            self.native, self.gradient, self.analytic, self.numerical, self.elements, self.cotangents
+        )
 
     @cached_property
     def elsewhere(self) -> list[Point]:
@@ -169,7 +192,53 @@ class Suspect:
             )
         except Exception:  # whatever a user's function raises at a point that it was not written for
             return []
-        return [Point(native, full, full.reshape(-1)[elements], numerical)]
+        return [Point(native, full, full.reshape(-1)[elements], numerical, elements, list(cotangents))]
+
+    @cached_property
+    def taped(self) -> list[tuple[Point, Tape, list[Any]]]:
+        """The points with a tape of the function at each, and the values it was recorded at.
+
+        Empty if the operators cannot be replayed, or if their own gradient is not the slope.
+        """
+        found = []
+        for point in [self.here, *self.elsewhere, *self.one_row]:
+            values = [
+                v.to(w.dtype) if is_real(v) else v for v, w in zip(point.values, self.values, strict=True)
+            ]
+            try:
+                tape = Tape(self.function, values)
+                gradient = tape.gradient(values, self.index, point.cotangents)[point.elements]
+            except Exception:  # it cannot be recorded or replayed there
+                if point is self.here:
+                    return []
+                continue
+            if point is self.here and not self.equal(gradient, point.numerical):
+                return []
+            found.append((point, tape, values))
+        return found
+
+    def explained_by(self, mistake: Mistake) -> bool:
+        """Whether ``mistake`` gives the gradient at every point where it can be tried."""
+        for point, tape, values in self.taped:
+            if len(tape.steps) != len(self.taped[0][1].steps):
+                continue
+            try:
+                gradient = tape.gradient(values, self.index, point.cotangents, mistake.step, mistake.change)
+            except NotRecordedError:
+                if point is self.here:
+                    return False
+                continue
+            if not self.equal(gradient[point.elements], point.analytic):
+                return False
+        return True
+
+    def explanations(self, mistakes: Callable[[Tape, int], Iterator[Mistake]]) -> list[Diagnosis]:
+        """The mistakes that explain the gradient, in order."""
+        if not self.taped:
+            return []
+        tried = mistakes(self.taped[0][1], self.index)
+        found = [Diagnosis(mistake.name, mistake.text) for mistake in tried if self.explained_by(mistake)]
+        return list(dict.fromkeys(found))
 
 
 def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
@@ -177,13 +246,24 @@ def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
     return torch.cat([c.detach().double().reshape(-1) for c in cotangents])
 
 
-def diagnose(suspect: Suspect) -> Diagnosis:
-    """The first pattern that explains why ``suspect`` disagrees."""
-    for look in (_precision, _step, _zero, _factor, _transposed, _feature, _path):
-        found = look(suspect)
-        if found is not None:
-            return found
-    return Diagnosis("unknown", f"the gradient is wrong in no way known here; looked for {PATTERNS}")
+def diagnose(suspect: Suspect) -> tuple[Diagnosis, ...]:
+    """The patterns that explain why ``suspect`` disagrees, the likeliest first."""
+    for look in (_precision, _step, _zero):
+        if (found := look(suspect)) is not None:
+            return (found,)
+    ratio = _ratio(suspect)
+    explanations = suspect.explanations(derivatives)
+    if ratio is not None:
+        explanations += _factor(suspect, ratio)
+    explanations += [d for look in (_transposed, _feature, _path) if (d := look(suspect)) is not None]
+    if not explanations:
+        # Along a chain of operators each gives the same gradient: the one nearest to the input is named.
+        by_name = {found.name: found for found in reversed(suspect.explanations(paths))}
+        explanations = list(by_name.values())[::-1]
+    if not explanations:
+        text = f"the gradient is wrong in no way known here; looked for {PATTERNS}"
+        return (Diagnosis("unknown", text),)
+    return tuple(explanations[:MAX_SHOWN])
 
 
 def _precision(suspect: Suspect) -> Diagnosis | None:
@@ -213,12 +293,28 @@ def _zero(suspect: Suspect) -> Diagnosis | None:
     failing = suspect.failing
     if not (suspect.analytic[failing] == 0).all():
         return None
+    if not suspect.gradient.any() and (added := _added_by(suspect)) is not None:
+        return Diagnosis(
+            "missing bias gradient",
+            f"the gradient is {'None' if suspect.absent else 'zero'}, yet {added} adds "
+            f"{suspect.function.names[suspect.index]} to every row: its gradient is that of the sum, summed "
+            f"over the rows",
+        )
     return Diagnosis(
         "no signal",
-        f"{int(failing.sum())} of {len(failing)} checked entries are exactly zero, yet the loss changes "
-        f"with them "
-        "(a detach, an in-place write, a path the backward left out, or a value that autograd does not see)",
+        f"{int(failing.sum())} of {len(failing)} checked entries are exactly zero, yet the loss changes with "
+        f"them (a detach, an in-place write, a path the backward left out, or a value that autograd does not "
+        f"see)",
     )
+
+
+def _added_by(suspect: Suspect) -> str | None:
+    """The operator that adds the input to something with more dimensions, if one does."""
+    for _, tape, _ in suspect.taped[:1]:
+        for step in tape.uses(tape.inputs[suspect.index]):
+            if step.name in ("add", "sub", "addmm") and step.rank > len(suspect.shape):
+                return step.name
+    return None
 
 
 def _step(suspect: Suspect) -> Diagnosis | None:
@@ -275,9 +371,11 @@ def _kinked(suspect: Suspect, failing: np.ndarray) -> bool:
     return bool(((close_jump > 0.5 * jump) & (jump > 8 * suspect.tolerance) & between).all())
 
 
-def _ratio(suspect: Suspect) -> float | None:
-    """The number c with analytic = c * numerical at every point looked at, or None."""
-    points = [suspect.here, *suspect.elsewhere]
+def _ratio(suspect: Suspect, points: list[Point] | None = None) -> float | None:
+    """The number c with analytic = c * numerical at every one of the points, or None."""
+    points = [suspect.here, *suspect.elsewhere] if points is None else points
+    if not points:
+        return None
     a = np.concatenate([point.analytic for point in points])
     n = np.concatenate([point.numerical for point in points])
     if not np.isfinite(a).all() or not np.isfinite(n).all() or not n.any():
@@ -295,27 +393,23 @@ def _sizes(suspect: Suspect) -> Iterator[tuple[int, str]]:
         yield cotangent.numel(), "the number of outputs"
 
 
-def _factor(suspect: Suspect) -> Diagnosis | None:
-    c = _ratio(suspect)
-    if c is None:
-        return None
+def _factor(suspect: Suspect, c: float) -> list[Diagnosis]:
+    """What may put the factor ``c`` before the whole gradient, the likeliest first."""
 
-    def near(value: float) -> bool:
-        return abs(abs(c) - value) <= suspect.slack * value
+    def near(value: float, other: float = c) -> bool:
+        return abs(abs(other) - value) <= suspect.slack * value
 
     if c < 0 and near(1):
-        return Diagnosis("sign flipped", "the gradient is minus the slope: a step along it goes uphill")
+        return [Diagnosis("sign flipped", "the gradient is minus the slope: a step along it goes uphill")]
     sign = "minus " if c < 0 else ""
     known = {
         2.0: "2 (a chain-rule factor twice, or a gradient that was not cleared)",
-        0.5: "1/2 (the 2 of the ",
+        0.5: "1/2 (the 2 of the square is missing, or a half too many)",
     }
-    known[0.5] += "square is missing, or a half too many)"
-    for value, text in known.items():
-        if near(value):
-            return Diagnosis("constant factor", f"the gradient is {sign}{text} times the slope")
+    common = [f"{sign}{text} times the slope" for value, text in known.items() if near(value)]
+    sizes = []
     for size, name in _sizes(suspect):
-        if size > 1:
+        if size > 1 and not (size == 2 and common):
             for value, text in (
                 (size, f"{size} = {name} times the slope: a sum where a mean belongs"),
                 (1 / size, f"1/{size} of the slope ({size} = {name}): a mean where a sum belongs"),
@@ -325,8 +419,18 @@ def _factor(suspect: Suspect) -> Diagnosis | None:
                 (0.5 * size, f"{size}/2 times the slope ({size} = {name})"),
             ):
                 if near(value):
-                    return Diagnosis("constant factor", f"the gradient is {sign}{text}")
-    return Diagnosis("constant factor", f"the gradient is {c:.6g} times the slope, everywhere")
+                    sizes.append(f"{sign}{text}")
+    replayed = [f"{c:.6g} times the slope: {found.text}" for found in suspect.explanations(constants)]
+    rows = _ratio(suspect, suspect.one_row)
+    everywhere = [f"{c:.6g} times the slope, everywhere" + (", on one row of the batch too" if rows else "")]
+    if rows is not None and near(1, rows):  # it comes from the number of rows
+        texts = sizes or replayed or everywhere
+    elif rows is not None and near(abs(c), rows):  # it does not
+        texts = replayed + common + ([] if replayed or common else everywhere) + sizes
+    else:
+        texts = replayed + common + sizes
+    unique = list(dict.fromkeys(texts or everywhere))
+    return [Diagnosis("constant factor", f"the gradient is {text}") for text in unique]
 
 
 def _transposed(suspect: Suspect) -> Diagnosis | None:

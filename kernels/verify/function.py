@@ -1,5 +1,6 @@
 """The function under a gradient check, as a map from a flat list of values to one float64 slope."""
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
@@ -24,11 +25,30 @@ def cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
 
 
 class ShapeError(Exception):
-    """An analytic gradient of shape ``got`` for an input of shape ``wanted``."""
+    """An analytic gradient of shape ``got`` for an input of shape ``wanted``.
 
-    def __init__(self, message: str, got: Sequence[int], wanted: Sequence[int]) -> None:
+    ``position`` and ``gradient`` say which of the checked inputs, and what came, where that is known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        got: Sequence[int],
+        wanted: Sequence[int],
+        position: int = -1,
+        gradient: Tensor | None = None,
+    ) -> None:
         super().__init__(message)
         self.got, self.wanted = tuple(got), tuple(wanted)
+        self.position, self.gradient = position, gradient
+
+
+class MutationError(Exception):
+    """The function writes into a tensor that its gradient depends on: a diagnosis by ``name`` and ``text``."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name, self.text = name, text
 
 
 class Function:
@@ -103,44 +123,50 @@ class Function:
         if self.gradient is not None:
             given = self.gradient
             return [self._given(given(*values) if callable(given) else given, values) for _ in range(2)]
-        rounds: list[list[Tensor | None]] = []
-        for repeats in (2, 1):
-            leaves = [
-                value.detach().requires_grad_() if i in self.checked else value
-                for i, value in enumerate(values)
-            ]
-            with torch.enable_grad():
-                outputs = self.outputs(leaves)
-                pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-            for repeat in range(repeats):
-                rounds.append(
-                    [None] * len(self.checked) if not pairs else self._autograd(pairs, leaves, repeat)
-                )
-                if rounds[-1] == []:
-                    rounds.pop()
-        return rounds
+        graph = self._graph(values, cotangents)
+        rounds = [self._autograd(*graph, retain=True)]
+        # A function that does without a second backward is none with a wrong gradient.
+        with contextlib.suppress(RuntimeError):
+            rounds.append(self._autograd(*graph, retain=False))
+        return [*rounds, self.pullback(values, cotangents)]
+
+    def pullback(self, values: Sequence[Any], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients that autograd gives the checked inputs for the upstream gradients ``cotangents``."""
+        return self._autograd(*self._graph(values, cotangents), retain=False)
+
+    def _graph(
+        self, values: Sequence[Any], cotangents: Sequence[Tensor]
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
+        """The outputs that require a gradient, each with its cotangent, and the leaves."""
+        leaves = [
+            value.detach().requires_grad_() if i in self.checked else value for i, value in enumerate(values)
+        ]
+        with torch.enable_grad():
+            outputs = self.outputs(leaves)
+        return [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad], leaves
 
     def _autograd(
-        self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], repeat: int
+        self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Any], retain: bool
     ) -> list[Tensor | None]:
+        if not pairs:
+            return [None] * len(self.checked)
         outputs, cotangents = zip(*pairs, strict=True)
+        inputs = [leaves[i] for i in self.checked]
         try:
-            found = torch.autograd.grad(
-                outputs,
-                [leaves[i] for i in self.checked],
-                cotangents,
-                retain_graph=repeat == 0,
-                allow_unused=True,
-            )
+            found = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True)
         except RuntimeError as error:
             if "invalid gradient" in str(error) and "shape" in str(error):
                 shapes = [
                     [int(size) for size in re.findall(r"\d+", text)] for text in _SHAPE.findall(str(error))
                 ]
                 raise ShapeError(str(error), *(shapes if len(shapes) == 2 else [(), ()])) from error
-            if repeat == 0:
-                raise
-            return []  # the function does without a second backward; that is no fault of its gradient
+            if retain and "modified by an inplace operation" in str(error):
+                raise MutationError(
+                    "mutated saved tensor",
+                    "the forward writes in place into a tensor that it has saved for the backward: autograd "
+                    "refuses to read it",
+                ) from error
+            raise
         return [None if g is None else g.detach().clone() for g in found]
 
     def _given(self, gradients: Any, values: Sequence[Any]) -> list[Tensor | None]:
@@ -153,16 +179,15 @@ class Function:
                 f"({', '.join(self.names[i] for i in self.checked)}), got {len(gradients)}"
             )
         result: list[Tensor | None] = []
-        for i, gradient in zip(self.checked, gradients, strict=True):
+        for position, (i, gradient) in enumerate(zip(self.checked, gradients, strict=True)):
             if gradient is None:
                 result.append(None)
                 continue
             tensor = torch.as_tensor(gradient).detach().to(values[i].device).clone()
             if tensor.shape != values[i].shape:
                 got, wanted = tuple(tensor.shape), tuple(values[i].shape)
-                raise ShapeError(
-                    f"the gradient of {self.names[i]} has shape {got}, the input {wanted}", got, wanted
-                )
+                message = f"the gradient of {self.names[i]} has shape {got}, the input {wanted}"
+                raise ShapeError(message, got, wanted, position, tensor)
             result.append(tensor)
         return result
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .diagnosis import Suspect, diagnose, diagnose_update, weight_of
-from .function import Function, Gradient, ShapeError, cast, is_real, slopes
+from .function import Function, Gradient, MutationError, ShapeError, cast, is_real, slopes
 from .report import Diagnosis, GradientReport, InputReport
+from .upstream import Upstream
 
 
 def gradcheck(
@@ -33,7 +34,8 @@ def gradcheck(
     computed in the inputs' own dtypes. An output that is no scalar is weighted with seeded random numbers.
     The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where
     ``rounding`` is what the dtype's ``eps`` does to the function's value and, through its curvature, to the
-    gradient.
+    gradient. Autograd's gradient has to be linear in the upstream gradient as well: it is taken for zero, and with
+    each output's own scaled and left out.
 
     Args:
         fn: a torch function or a module; a module's parameters are checked as well. It returns a real tensor
@@ -48,7 +50,8 @@ def gradcheck(
         step: difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that
             ``fn`` computes in (6e-6 for float64).
         tolerance: relative error allowed; by default the square root of the gradient's ``eps``, at least
-        1e-6. lr: a learning rate; one step of gradient descent is then tried too (scalar ``fn``).
+            1e-6.
+        lr: a learning rate; one step of gradient descent is then tried too (scalar ``fn``).
         max_elements: elements differenced per input, chosen at random (seeded) where there are more.
         seed: of the random weights and of that choice.
         raise_exception: raise instead of returning a report that failed.
@@ -89,8 +92,10 @@ class _Check:
     ) -> None:
         self.function, self.lr, self.max_elements, self.seed = function, lr, max_elements, seed
         self.tolerance = tolerance
+        self.upstream: Upstream | None = None
         self.tried: list[str] = []
         self.native = cast(function.values, None)
+        self.untouched = [self.native[i].clone() for i in function.checked]
         self.values, self.dtype = self._widened()
         eps = torch.finfo(self.dtype).eps
         self.step = eps ** (1 / 3) if step is None else step
@@ -129,6 +134,8 @@ class _Check:
         function = self.function
         with torch.no_grad():
             outputs = function.outputs(self.native)
+        if (mutated := self._mutated("the function")) is not None:
+            return self._report([], [mutated])
         self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
         if not self.scalar and (function.gradient is not None or self.lr is not None):
             raise ValueError(
@@ -150,9 +157,15 @@ class _Check:
             )
         try:
             rounds = function.analytic(self.native, self.cotangents)
+            if (mutated := self._mutated("the backward")) is not None:
+                return self._report([], [mutated])
+            if function.gradient is None:
+                self.upstream = Upstream.of(function, self.native, self.cotangents)
+                self.tried.append("upstream gradients of zero, and each output's times -2")
         except ShapeError as error:
-            turned = "; it looks transposed" if len(error.got) > 1 and error.got == error.wanted[::-1] else ""
-            return self._report([], [Diagnosis("wrong shape", f"{error}{turned}")])
+            return self._report([], [self._misshapen(error)])
+        except MutationError as error:
+            return self._report([], [Diagnosis(error.name, error.text)])
         reports = [self._input(position, rounds) for position in range(len(function.checked))]
         found = []
         if self.lr is not None:
@@ -164,6 +177,45 @@ class _Check:
     def _report(self, reports: list[InputReport], found: list[Diagnosis]) -> GradientReport:
         passed = not found and all(report.passed for report in reports)
         return GradientReport(self.function.name, passed, tuple(reports), tuple(found), tuple(self.tried))
+
+    def _mutated(self, culprit: str) -> Diagnosis | None:
+        for i, before in zip(self.function.checked, self.untouched, strict=True):
+            if not np.array_equal(_array(before), _array(self.native[i]), equal_nan=True):
+                return Diagnosis(
+                    "mutated input",
+                    f"{culprit} writes into {self.function.names[i]}, whose gradient is checked: the inputs and "
+                    f"what is saved for the backward have to stay as they are",
+                )
+        return None
+
+    def _misshapen(self, error: ShapeError) -> Diagnosis:
+        """What is wrong with a gradient of another shape than its input."""
+        got, wanted = error.got, error.wanted
+        extra = len(got) - len(wanted)
+        if error.gradient is not None and extra >= 0:
+            dims = [d for d in range(len(got)) if d < extra or wanted[d - extra] != got[d]]
+            kept = tuple(1 if d in dims else got[d] for d in range(len(got)))[extra:]
+            if dims and kept == wanted:
+                index = self.function.checked[error.position]
+                summed = _array(error.gradient.sum(dims, keepdim=True)).reshape(-1)
+                elements = np.arange(len(summed))[: self.max_elements]
+                slope, _ = slopes(self.function, self.values, index, elements, self.weight, self.step)
+                scale = max(np.abs(slope).max(initial=0.0), np.abs(summed).max(initial=0.0))
+                right = np.abs(summed[elements] - slope).max(initial=0.0) <= 1e-3 * scale
+                which = f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {dims}"
+                return Diagnosis(
+                    "unreduced gradient",
+                    f"{error}; sum over {which}, which the input is broadcast along"
+                    + (": the sum is the slope" if right else ""),
+                )
+        if len(got) > 1 and got == wanted[::-1]:
+            return Diagnosis("wrong shape", f"{error}; it looks transposed")
+        for name, value in zip(self.function.names, self.native, strict=True):
+            turned = isinstance(value, Tensor) and sorted(value.shape) == sorted(got + wanted)
+            if turned and len(got) == len(wanted) == 1:
+                where = f"{got[0]} is {name}.shape[{tuple(value.shape).index(got[0])}]"
+                return Diagnosis("wrong shape", f"{error}; {where}: reduced over the wrong axis")
+        return Diagnosis("wrong shape", str(error))
 
     def _unrepeatable(self) -> Diagnosis | None:
         first, second = (self.function.flat(self.values) for _ in range(2))
@@ -207,6 +259,9 @@ class _Check:
         found: list[Diagnosis] = []
         if (stale := _stale(rounds, position, relative)) is not None:
             found.append(stale)
+        upstream = None if self.upstream is None else self.upstream.fault(position, gradient, allowed)
+        if upstream is not None:
+            found.append(upstream)
         if not passed:
             slack = max(1e-3, 4 * relative)
             suspect = Suspect(
@@ -222,8 +277,10 @@ class _Check:
                 self.step,
                 allowed,
                 slack,
+                first is None,
             )
-            found.append(diagnose(suspect))
+            known = diagnose(suspect)
+            found += [d for d in known if d.name != "unknown"] if found else known
         elif self.scalar and self.level > 0 and (analytic == 0).any():
             found.append(_silent(analytic, elements, tuple(value.shape), self.level))
         elif rounding > 0.05 * scale:
@@ -232,7 +289,13 @@ class _Check:
                 f"{rounding:.1e}"
             )
         return self._entry(
-            index, elements, analytic, numerical, allowed, passed and stale is None, tuple(found)
+            index,
+            elements,
+            analytic,
+            numerical,
+            allowed,
+            passed and stale is None and upstream is None,
+            tuple(found),
         )
 
     def _entry(
@@ -264,6 +327,10 @@ class _Check:
             numerical=float(numerical[worst]) if len(errors) else 0.0,
             diagnoses=found,
         )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().double().cpu().numpy())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ computes from a pointer still tells which argument it came from. What is not as 
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,12 @@ class Observer(Protocol):
     def launched(self) -> None:
         """The launch has ended."""
 
+    def trial(self, kernel: str, configurations: int) -> AbstractContextManager[None]:
+        """An autotuned kernel is about to be launched in a configuration that will not be the one it ends with.
+
+        Inside the block it is launched; at its end everything that the kernel wrote is put back.
+        """
+
     def access(
         self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
     ) -> np.ndarray:
@@ -42,8 +48,9 @@ class Observer(Protocol):
 
         Args:
             kind: ``"load"``, ``"store"``, ``"atomic"`` (read and written), ``"atomic load"``, ``"atomic
-            store"``. order: memory semantics and scope of an atomic, in Triton's capitals; empty strings
-            else. pointers: tagged addresses, uint64.
+                store"``.
+            order: memory semantics and scope of an atomic, in Triton's capitals; empty strings else.
+            pointers: tagged addresses, uint64.
             mask: which of them are active, of the same shape.
             itemsize: bytes per address.
 
@@ -146,6 +153,8 @@ ATOMICS = tuple(f"create_atomic_{kind}" for kind in ("rmw", "cas", "load", "stor
 
 def _guard(interpreter: Any) -> None:
     """Raise InterpreterChangedError unless everything that ``watch`` replaces is there and takes what it took."""
+    from triton.runtime.autotuner import Autotuner
+
     expected: dict[tuple[str, ...], tuple[str, ...]] = {
         ("GridExecutor", "__call__"): ("self", "args_dev", "kwargs"),
         ("GridExecutor", "_init_args_hst"): ("self", "args_dev", "kwargs"),
@@ -164,6 +173,9 @@ def _guard(interpreter: Any) -> None:
                 f"memory "
                 "checker knows triton 3.6 to 3.9"
             )
+    for name in ("run", "prune_configs"):
+        if not callable(getattr(Autotuner, name, None)):
+            raise InterpreterChangedError(f"triton.runtime.autotuner.Autotuner.{name} is gone")
     for name in ("load", "store", "atomic_rmw", "atomic_cas"):
         if not callable(getattr(getattr(interpreter, "_interpreter", None), name, None)):
             raise InterpreterChangedError(f"triton.runtime.interpreter._interpreter.{name} is gone")
@@ -186,6 +198,7 @@ def watch(observer: Observer) -> Iterator[None]:
     """Report every launch and access of interpreted kernels to ``observer`` inside the block."""
     require_interpreter()
     import triton.runtime.interpreter as interpreter
+    from triton.runtime.autotuner import Autotuner
 
     if isinstance(interpreter._interpreter, _StandIn):
         raise RuntimeError("a memory check is already active: they do not nest")
@@ -197,13 +210,39 @@ def watch(observer: Observer) -> Iterator[None]:
     tags: dict[int, int] = {}
     running = ["?"]
 
+    configuration = [""]
+
     def call(self: Any, *args_dev: Any, **kwargs: Any) -> Any:
-        running[0] = self.fn.__name__
+        running[0] = self.fn.__name__ + configuration[0]
+        grid = self.grid  # a tuple for the interpreter; the compiler takes lists too
+        self.grid = (lambda arguments: tuple(grid(arguments))) if callable(grid) else tuple(grid)
         try:
             return original_call(self, *args_dev, **kwargs)
         finally:
             tags.clear()
             observer.launched()
+
+    def autotuned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Launch an autotuned kernel in each of its configurations, the first one last, and time none."""
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        configurations = list(self.prune_configs(kwargs)) if len(self.configs) > 1 else self.configs
+        result = None
+        for config in reversed(configurations):
+            options = config.all_kwargs()
+            named = {**self.nargs, **kwargs, **options}
+            last = config is configurations[0]
+            shown = {**config.kwargs, "num_warps": config.num_warps}
+            configuration[0] = f" ({', '.join(f'{key}={value}' for key, value in shown.items())})"
+            with nullcontext() if last else observer.trial(self.base_fn.__name__, len(configurations)):
+                try:
+                    self.pre_hook(named, reset_only=True)
+                    if config.pre_hook is not None:
+                        config.pre_hook(named)
+                    result = self.fn.run(*args, **kwargs, **options)
+                finally:
+                    configuration[0] = ""
+        self.best_config, self.nargs = configurations[0], None
+        return result
 
     def copy(self: Any, args_dev: Any, kwargs: Any) -> Any:
         args_hst, kwargs_hst = original_copy(self, args_dev, kwargs)
@@ -232,6 +271,7 @@ def watch(observer: Observer) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(executor, "__call__", call))
+        stack.enter_context(_replaced(Autotuner, "run", autotuned))
         stack.enter_context(_replaced(executor, "_init_args_hst", copy))
         stack.enter_context(_replaced(interpreter, "_implicit_cvt", convert))
         stack.enter_context(_replaced(interpreter, "_interpreter", stand_in))
@@ -251,6 +291,9 @@ class _Witness:
         self.seen.append((kernel, len(arguments)))
 
     def launched(self) -> None: ...
+
+    def trial(self, kernel: str, configurations: int) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def loaded(self, values: np.ndarray) -> None: ...
 

@@ -3,12 +3,13 @@
 import linecache
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
 from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
@@ -224,6 +225,7 @@ class _Checker:
         self.pending: list[tuple[Region, np.ndarray, np.ndarray]] = []
         self.kernel, self.site, self.line = "", 0, ""
         self.index: tuple[int, int, int] | None = None
+        self.before: dict[int, tuple[UntypedStorage, UntypedStorage]] | None = None  # of a trial: contents
 
     def created(self, tensor: Tensor, name: str = "") -> None:
         """A tensor that nothing has written yet; its storage is held, so that no other takes its address."""
@@ -247,12 +249,41 @@ class _Checker:
         self.index = None
         self.kernel = kernel
         self.arguments = [Region.of(name, tensor) for name, tensor in arguments]
+        for region in (*self.arguments, *self.registered.values()):
+            self._keep(region.tensor)
         self.table = None
         self.kept += [tensor.untyped_storage() for _, tensor in arguments]
-        self.report.traffic.append(Traffic(kernel))
+        self.report.traffic.append(Traffic(kernel.partition(" ")[0]))
 
     def launched(self) -> None:
         self.arguments = []
+
+    @contextmanager
+    def trial(self, kernel: str, configurations: int) -> Iterator[None]:
+        """Keep the faults of what is launched inside the block, and put everything else back at its end."""
+        note = (
+            f"{kernel} is autotuned: each of its {configurations} configurations was checked by itself; results "
+            f"and traffic are those of the first"
+        )
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+        shadows, read, stored = deepcopy(self.shadows), set(self.read), dict(self.stored)
+        launches = len(self.report.traffic)
+        self.before = {}
+        try:
+            yield
+        finally:
+            for storage, content in self.before.values():
+                storage.copy_(content)
+            self.before = None
+            self.shadows, self.read, self.stored = shadows, read, stored
+            del self.report.traffic[launches:]
+
+    def _keep(self, tensor: Tensor) -> None:
+        """Note what a tensor holds before the first launch of a trial."""
+        storage = tensor.untyped_storage()
+        if self.before is not None and storage.data_ptr() not in self.before:
+            self.before[storage.data_ptr()] = storage, storage.clone()
 
     def access(
         self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int

@@ -51,11 +51,21 @@ def markable(tensor: Any) -> bool:
     """Whether unwritten elements of ``tensor`` can be told; marking more than MAX_MARKED bytes takes too long."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in MARKS:
         return False
+    if tensor.layout != torch.strided or _wrapped(tensor):  # they have no memory of their own
+        return False
     return 0 < tensor.untyped_storage().nbytes() <= MAX_MARKED
+
+
+def _innermost(tensor: Any) -> Any:
+    """The tensor that torch.func's wrappers stand around."""
+    while type(tensor) is Tensor and _wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
 _data_ptr = torch._C.TensorBase.data_ptr
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 METHODS = {"new_empty": "empty", "new_empty_strided": "empty_strided"}
 
 
@@ -69,9 +79,9 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
             tensor = original(*args, **kwargs)
-            if not torch.compiler.is_compiling() and markable(tensor):
-                mark(tensor)
-                created(tensor)
+            if not torch.compiler.is_compiling() and markable(inner := _innermost(tensor)):
+                mark(inner)
+                created(inner)
             return tensor
 
         return create
