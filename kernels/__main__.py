@@ -12,9 +12,8 @@ import torch
 
 from . import __version__, backends, verify
 from .ops import OPS
-from .verify.console import print_table
-from .verify.kernel_check import DTYPES, HEADER
-from .verify.report import to_json
+from .verify.console import print_table, to_json
+from .verify.ops import DTYPES, HEADER
 
 
 def info() -> dict[str, Any]:

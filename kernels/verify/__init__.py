@@ -1,18 +1,22 @@
-"""Checks for gradients and kernels that need no GPU."""
+"""Checks for gradients and kernels that need no GPU.
 
-from .gradient import gradcheck as gradcheck
-from .interpreter import InterpreterChangedError as InterpreterChangedError
-from .kernel_check import KernelReport as KernelReport
-from .kernel_check import Verdict as Verdict
-from .kernel_check import kernels as kernels
-from .memory import Fault as Fault
-from .memory import MemoryFaultError as MemoryFaultError
-from .memory import MemoryReport as MemoryReport
-from .memory import Traffic as Traffic
-from .memory import memory_check as memory_check
-from .report import Diagnosis as Diagnosis
-from .report import GradientError as GradientError
-from .report import GradientReport as GradientReport
+``gradient/`` checks a gradient and names its fault, ``memory/`` watches the memory accesses of interpreted kernels,
+``ops`` checks the ops of this package, ``tolerance`` is the tolerance policy of all comparisons.
+"""
+
+from .gradient.check import gradcheck as gradcheck
+from .gradient.report import Diagnosis as Diagnosis
+from .gradient.report import GradientError as GradientError
+from .gradient.report import GradientReport as GradientReport
+from .memory.check import memory_check as memory_check
+from .memory.interpreter import InterpreterChangedError as InterpreterChangedError
+from .memory.report import Fault as Fault
+from .memory.report import MemoryFaultError as MemoryFaultError
+from .memory.report import MemoryReport as MemoryReport
+from .memory.report import Traffic as Traffic
+from .ops import KernelReport as KernelReport
+from .ops import Verdict as Verdict
+from .ops import kernels as kernels
 
 __all__ = [
     "Diagnosis",

@@ -1,8 +1,10 @@
-"""Tables, lines and progress on the terminal: with rich where it is installed, in plain text where it is not."""
+"""Tables, lines, progress and JSON on the terminal: with rich where it is installed, else in plain text."""
 
+import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -74,7 +76,7 @@ def _plain(header: Sequence[str], rows: list[list[str]], title: str, numbers: bo
 
 
 def progress(items: Sequence[T], description: str) -> Iterator[T]:
-    """The items, with a bar on standard error while it is a terminal."""
+    """Yield the items, with a bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -88,3 +90,18 @@ def progress(items: Sequence[T], description: str) -> Iterator[T]:
         print(file=sys.stderr)
         return
     yield from track(items, description=description, console=Console(stderr=True), transient=True)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def to_json(value: Any) -> str:
+    """Return JSON that any parser reads: NaN and infinities are strings."""
+    return json.dumps(_jsonable(value), indent=2, allow_nan=False)

@@ -1,22 +1,21 @@
-"""The one tolerance policy: how far from the NumPy reference a result may be.
+"""The tolerance policy: how far from the NumPy reference a result may be.
 
     err(ours) <= 2 * err(torch, same dtype and flags) + 4 * eps(dtype) * max |reference|
 
-Both errors are taken in the max norm against the reference. Given a ``scale``, they are divided by it
-element by element, and ``max |reference|`` is 1: each element counts on its own scale. Where torch's result is
-not finite, ours must equal it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
+Both errors are max norms against the reference. With a ``scale`` they are divided by it element by element, and
+``max |reference|`` is 1: each element then counts on its own scale. Where torch's result is not finite, ours must equal
+it: the same infinities, NaN where it has NaN. A NaN of ours anywhere else fails.
 
-A max norm over one or a few numbers measures luck: torch's error is 0 where its roundings happened to cancel,
-and the reference is next to nothing where the terms did. Such a result is drawn several times, with other random
-numbers in the same shapes, layouts and flags, and all draws are compared as one result of so many times the
-elements: the formula above to the letter, each norm over all draws. How many is settled beforehand (``DRAWS``),
-every draw counts, and none is repeated. A float32 sum of 33 random products, added up in order, is refused
-270 times in 10,000 beside a pairwise one when drawn once, 3 times when drawn four times; a result that is wrong in
-one draw is as wrong as before.
+A max norm over one or a few numbers measures luck: torch's error is 0 where its roundings happened to cancel, and the
+reference is close to 0 where the terms did. Such a result is drawn ``DRAWS`` times, with other random numbers in the
+same shapes, layouts and flags, and all draws are compared as one result with that many times the elements: the formula
+above, with each norm over all draws. The number of draws is fixed beforehand, every draw counts, and none is repeated.
+A float32 sum of 33 random products, added in order, fails 270 times in 10,000 beside a pairwise sum when drawn once,
+and 3 times when drawn four times; a result that is wrong in one draw stays as wrong as before.
 
-The reference has to be better than what it judges. For results in float64 it is evaluated in ``np.longdouble``
-(``exactly``), which is wider on x86: in float64 it would itself be rounded, and torch's error would be 0 wherever
-both add up in the same order.
+The reference has to be more exact than the results that it judges. For results in float64 it is evaluated in
+``np.longdouble`` (``exactly``), which is wider on x86: in float64 it would itself be rounded, and torch's error would
+be 0 wherever both add in the same order.
 """
 
 from dataclasses import dataclass
@@ -30,14 +29,14 @@ DRAWS = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """One result held against the reference and against torch.
+    """A comparison of one result with the reference and with torch's result.
 
     Attributes:
         error: max |ours - reference| over the elements where torch is finite.
         torch_error: max |torch - reference| over the same elements.
-        budget: what ``error`` may be at most.
-        passed: whether it is, and non-finite elements agree.
-        note: what differs besides size, for the message; empty if nothing.
+        budget: the largest ``error`` that passes.
+        passed: whether the error is within the budget and non-finite elements agree.
+        note: a further difference, for the message; empty if there is none.
     """
 
     error: float
@@ -55,7 +54,7 @@ class Comparison:
 
 
 def exactly(tensor: Tensor) -> np.ndarray:
-    """The values for a reference to start from: in float64, or wider where they are float64 themselves."""
+    """Return the values as input for a reference: in float64, or wider if they are float64 themselves."""
     values = tensor.detach().to("cpu", torch.float64).numpy()
     return values.astype(np.longdouble) if tensor.dtype == torch.float64 else values
 
@@ -63,14 +62,14 @@ def exactly(tensor: Tensor) -> np.ndarray:
 def compare(
     ours: Tensor, theirs: Tensor, reference: np.ndarray, scale: np.ndarray | None = None
 ) -> Comparison:
-    """Hold ``ours`` against the ``reference``, with the error of torch's own result as the yardstick.
+    """Compare ``ours`` with the ``reference``, with the error of torch's own result as the baseline.
 
     Args:
         ours: the result under test, in the dtype whose machine epsilon counts; several draws stacked.
         theirs: torch's result by its plain path, in the same dtype and under the same flags.
         reference: the NumPy result in float64 or wider, of the same shape.
-        scale: what each element is measured in, of the same shape. Below the dtype's smallest normal number
-            precision is absolute, and the scale ends there.
+        scale: the unit of each element's error, of the same shape. It is at least the dtype's smallest normal number,
+            below which precision is absolute.
     """
     reference = np.asarray(reference)
     for name, tensor in (("torch's", theirs), ("reference's", reference)):

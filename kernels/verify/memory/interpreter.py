@@ -1,11 +1,11 @@
-"""The one place that leans on the insides of Triton's interpreter: it reports launches and memory accesses.
+"""The only file that depends on the internals of Triton's interpreter: it reports launches and memory accesses.
 
 Every load and store of an interpreted kernel, descriptors included, ends in one of four functions of the
 module-level name ``_interpreter`` in ``triton.runtime.interpreter``: ``load``, ``store``, ``atomic_rmw`` and
-``atomic_cas``. ``watch`` puts a stand-in under that name. Tensor arguments turn into pointers in
-``_implicit_cvt``; there each gets a tag in the 16 upper bits that no address uses, so that whatever a kernel
-computes from a pointer still tells which argument it came from. What is not as expected is an
-``InterpreterChangedError`` error, and a canary kernel is run once per process to see that nothing escapes.
+``atomic_cas``. ``watch`` puts a proxy under that name. Tensor arguments become pointers in ``_implicit_cvt``; each
+gets a tag there, in the 16 upper bits that no address uses, so that whatever a kernel computes from a pointer still
+tells which argument it came from. ``watch`` raises ``InterpreterChangedError`` where the interpreter is not as
+expected, and ``check_canary`` runs a kernel once per process to see that no access escapes.
 """
 
 import inspect
@@ -23,43 +23,43 @@ ADDRESS = np.uint64((1 << 48) - 1)
 
 
 class InterpreterChangedError(RuntimeError):
-    """This version of Triton's interpreter is not the one that the memory checker knows."""
+    """The memory checker does not know this version of Triton's interpreter."""
 
 
 class Observer(Protocol):
-    """What ``watch`` calls."""
+    """An observer receives what ``watch`` reports."""
 
     def launch(self, kernel: str, arguments: list[tuple[str, torch.Tensor]]) -> None:
-        """A launch begins. The tag of an argument is its place in the list, counted from 1."""
+        """Receive the start of a launch. The tag of an argument is its place in the list, counted from 1."""
 
     def launched(self) -> None:
-        """The launch has ended."""
+        """Receive the end of the launch."""
 
     def trial(self, kernel: str, configurations: int) -> AbstractContextManager[None]:
-        """An autotuned kernel is about to be launched in a configuration that will not be the one it ends with.
+        """Receive the launch of an autotuned kernel in a configuration that is not its last.
 
-        Inside the block it is launched; at its end everything that the kernel wrote is put back.
+        It is launched inside the block; at the end of the block the observer puts back what the kernel wrote.
         """
 
     def access(
         self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
     ) -> np.ndarray:
-        """A load, store or atomic is about to happen.
+        """Receive a load, store or atomic before it happens.
 
         Args:
             kind: ``"load"``, ``"store"``, ``"atomic"`` (read and written), ``"atomic load"``, ``"atomic
                 store"``.
             order: memory semantics and scope of an atomic, in Triton's capitals; empty strings else.
             pointers: tagged addresses, uint64.
-            mask: which of them are active, of the same shape.
+            mask: the active ones among them, of the same shape.
             itemsize: bytes per address.
 
         Returns:
-            The mask of those that may be touched.
+            The mask of the addresses that may be touched.
         """
 
     def loaded(self, values: np.ndarray) -> None:
-        """What the load just announced has returned."""
+        """Receive the values of the load announced last."""
 
 
 def require_interpreter() -> None:
@@ -70,14 +70,13 @@ def require_interpreter() -> None:
         raise RuntimeError("the memory checker needs the triton package (pip install triton)") from error
     if isinstance(triton.language.sum, triton.runtime.JITFunction):
         raise RuntimeError(
-            "the memory checker watches Triton's interpreter: set the environment variable "
-            "TRITON_INTERPRET=1 "
+            "the memory checker watches Triton's interpreter: set the environment variable TRITON_INTERPRET=1 "
             "before triton is first imported"
         )
 
 
 def current_program() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Index of the running program, and the grid."""
+    """Return the index of the running program, and the grid."""
     from triton.runtime.interpreter import interpreter_builder
 
     return interpreter_builder.grid_idx, interpreter_builder.grid_dim
@@ -87,7 +86,7 @@ _OWN = str(Path(__file__).parent)
 
 
 def source_site() -> tuple[str, int]:
-    """File and line of the kernel that is making an access now."""
+    """Return the file and line of the kernel that is making an access now."""
     import triton
 
     skipped = (str(Path(triton.__file__).parent), _OWN)
@@ -98,7 +97,7 @@ def source_site() -> tuple[str, int]:
 
 
 def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors in a launch argument: itself, the base of a descriptor, the items of a tuple."""
+    """Yield the tensors in a launch argument: itself, the base of a descriptor, the items of a tuple."""
     if isinstance(argument, tuple):
         for i, item in enumerate(argument):
             yield from _tensors(f"{name}[{i}]", item)
@@ -108,8 +107,8 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, argument
 
 
-class _StandIn:
-    """Takes the place of ``_interpreter``: the four memory functions watched, the rest passed through."""
+class _Proxy:
+    """A proxy for ``_interpreter``: it reports the four memory functions and passes the rest through."""
 
     def __init__(self, original: Any, observer: Observer) -> None:
         self._original, self._observer = original, observer
@@ -169,9 +168,8 @@ def _guard(interpreter: Any) -> None:
         found = tuple(inspect.signature(target).parameters) if callable(target) else None
         if found != parameters:
             raise InterpreterChangedError(
-                f"triton.runtime.interpreter.{'.'.join(path)} takes {found}, expected {parameters}: the "
-                f"memory "
-                "checker knows triton 3.6 to 3.9"
+                f"triton.runtime.interpreter.{'.'.join(path)} takes {found}, expected {parameters}: the memory "
+                f"checker knows triton 3.6 to 3.9"
             )
     for name in ("run", "prune_configs"):
         if not callable(getattr(Autotuner, name, None)):
@@ -200,13 +198,13 @@ def watch(observer: Observer) -> Iterator[None]:
     import triton.runtime.interpreter as interpreter
     from triton.runtime.autotuner import Autotuner
 
-    if isinstance(interpreter._interpreter, _StandIn):
+    if isinstance(interpreter._interpreter, _Proxy):
         raise RuntimeError("a memory check is already active: they do not nest")
     _guard(interpreter)
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     original_call, original_copy = executor.__call__, executor._init_args_hst
     original_convert = interpreter._implicit_cvt
-    stand_in = _StandIn(interpreter._interpreter, observer)
+    proxy = _Proxy(interpreter._interpreter, observer)
     tags: dict[int, int] = {}
     running = ["?"]
 
@@ -261,11 +259,11 @@ def watch(observer: Observer) -> Iterator[None]:
     def ordered(original: Callable[..., Any]) -> Callable[..., Any]:
         def atomic(self: Any, *args: Any) -> Any:
             sem, scope = args[-2:]
-            stand_in.order = (sem.name, scope.name)
+            proxy.order = (sem.name, scope.name)
             try:
                 return original(self, *args)
             finally:
-                stand_in.order = ("", "")
+                proxy.order = ("", "")
 
         return atomic
 
@@ -274,7 +272,7 @@ def watch(observer: Observer) -> Iterator[None]:
         stack.enter_context(_replaced(Autotuner, "run", autotuned))
         stack.enter_context(_replaced(executor, "_init_args_hst", copy))
         stack.enter_context(_replaced(interpreter, "_implicit_cvt", convert))
-        stack.enter_context(_replaced(interpreter, "_interpreter", stand_in))
+        stack.enter_context(_replaced(interpreter, "_interpreter", proxy))
         for name in ATOMICS:
             if name in builder.__dict__:
                 stack.enter_context(_replaced(builder, name, ordered(builder.__dict__[name])))
@@ -282,7 +280,7 @@ def watch(observer: Observer) -> Iterator[None]:
 
 
 class _Witness:
-    """An observer that only notes what it saw."""
+    """A witness is an observer that only records what it saw."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []
@@ -313,7 +311,7 @@ def check_canary() -> None:
     if _sound:
         return
     require_interpreter()
-    from ..triton.canary import canary_kernel
+    from .canary import canary_kernel
 
     witness = _Witness()
     x, y = torch.tensor([7], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)

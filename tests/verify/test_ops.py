@@ -13,7 +13,7 @@ import pytest
 import torch
 from gradkernels import __main__ as cli
 from gradkernels import verify
-from gradkernels.verify import kernel_check
+from gradkernels.verify import ops as checks
 from gradkernels.verify.console import print_table, progress
 
 pytestmark = [
@@ -23,14 +23,14 @@ pytestmark = [
 F32 = [torch.float32]
 
 
-@pytest.mark.parametrize("op", kernel_check.OPS)
+@pytest.mark.parametrize("op", checks.OPS)
 def test_every_op_passes_at_its_smallest_shape(op):
-    report = verify.kernels([op], shapes=[kernel_check.SHAPES[op][0]])
+    report = verify.kernels([op], shapes=[checks.SHAPES[op][0]])
     assert report, report.rows()
     assert {(v.backend, v.dtype) for v in report.verdicts} == {
         (backend, str(dtype).removeprefix("torch."))
         for backend in ("triton", "fallback")
-        for dtype in kernel_check.DTYPES
+        for dtype in checks.DTYPES
     }
 
 
@@ -72,7 +72,7 @@ def test_a_memory_fault_is_a_failed_verdict(monkeypatch):
 
 
 def copy_half():
-    from .test_verify_memory import copy_half_kernel
+    from .test_memory import copy_half_kernel
 
     return copy_half_kernel
 
@@ -85,7 +85,7 @@ def test_slopes_are_checked_too(monkeypatch):
         called.append(len(inputs))
         return verify.gradcheck(lambda x: x.square().sum(), inputs[0], gradient=lambda x: -2 * x)
 
-    monkeypatch.setattr(kernel_check, "gradcheck", gradcheck)
+    monkeypatch.setattr(checks, "gradcheck", gradcheck)
     report = verify.kernels(["matmul"], shapes=[(3, 5, 2)], dtypes=[torch.float64], backends=["fallback"])
     assert called == [3]
     assert "sign flipped" in report.verdicts[0].detail
@@ -98,7 +98,7 @@ def test_arguments_that_do_not_fit():
         verify.kernels(["linear_mse"], shapes=[(3, 4)])
     with pytest.raises(ValueError, match="unknown op 'mean'"):
         verify.kernels(["mean"])
-    assert not kernel_check.KernelReport(())
+    assert not checks.KernelReport(())
 
 
 def test_the_command_line(capsys, monkeypatch):
@@ -140,13 +140,13 @@ def test_without_the_interpreter_a_child_process_has_it():
     assert {v["backend"] for v in json.loads(done.stdout)["verdicts"]} == {"triton", "fallback"}
 
 
-@pytest.mark.parametrize(("status", "words"), [(7, "ended with status 7"), (-11, "killed by signal 11")])
+@pytest.mark.parametrize(("status", "words"), [(7, "ended by status 7"), (-11, "ended by signal 11")])
 def test_a_child_process_that_dies_fails_the_check(status, words, monkeypatch, capsys):
     """As without the interpreter: what the other backend found right does not make up for it."""
     died = subprocess.CompletedProcess([], status, stdout="Fatal Python error")
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(kernel_check, "_problem", lambda device: "no GPU")
-    monkeypatch.setattr(kernel_check.subprocess, "run", lambda *arguments, **options: died)
+    monkeypatch.setattr(checks, "_problem", lambda device: "no GPU")
+    monkeypatch.setattr(checks.subprocess, "run", lambda *arguments, **options: died)
     assert cli.main(["verify", "--op=mse", "--shape=5", "--dtype=float32"]) == 1
     table = capsys.readouterr().out
     assert words in table
@@ -170,9 +170,7 @@ def test_sizes_of_zero(op, shape, capsys):
 
 def test_the_default_covers_every_op(monkeypatch):
     """Every op with a NumPy reference, and every public function and optimizer, by its launches."""
-    monkeypatch.setattr(
-        kernel_check, "SHAPES", {op: shapes[:1] for op, shapes in kernel_check.SHAPES.items()}
-    )
+    monkeypatch.setattr(checks, "SHAPES", {op: shapes[:1] for op, shapes in checks.SHAPES.items()})
     report = verify.kernels(dtypes=F32, backends=["fallback"])
     assert report, report.rows()
     folder = Path(gradkernels.reference.__file__).parent

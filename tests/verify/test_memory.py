@@ -9,7 +9,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from gradkernels.verify import InterpreterChangedError, MemoryFaultError, memory_check  # noqa: E402
-from gradkernels.verify import interpreter as hooks  # noqa: E402
+from gradkernels.verify.memory import interpreter as hooks  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 
 pytestmark = [
@@ -72,7 +72,7 @@ def test_load_past_the_end_is_named_and_does_not_happen():
     )
     assert fault.offset == "0 elements past its end"
     assert fault.address == x.data_ptr() + 400
-    assert fault.line.startswith("test_verify_memory.py:")
+    assert fault.line.startswith("test_memory.py:")
     assert "tl.load(x_ptr" in fault.line
     assert (y[100:] == 0).all()
 

@@ -1,7 +1,7 @@
-"""A recording of the operators that a function runs, to be run again with one derivative changed.
+"""A recording of the operators that a function runs, to be replayed with one derivative changed.
 
-``Tape`` sees every ATen operator, those inside an ``autograd.Function`` included, and replays them under
-autograd. The replay's gradient is the right one, whatever backward the function itself has.
+``Tape`` records every ATen operator, those inside an ``autograd.Function`` included, and replays them under autograd.
+So the replay has the right gradient, whatever backward the function itself has.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,19 +21,19 @@ MAX_STEPS = 200
 
 
 class NotRecordedError(Exception):
-    """The function does something that a tape cannot replay."""
+    """The function does what a tape cannot replay."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of a tensor on the tape."""
+    """A slot stands for a tensor on the tape."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One operator call.
+    """A step is one call of an operator.
 
     Attributes:
         func: the operator; an in-place one is recorded as its functional form.
@@ -52,20 +52,20 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The operator's name without namespace and overload: ``mul``, ``_softmax``."""
+        """Return the operator's name without namespace and overload: ``mul``, ``_softmax``."""
         return str(self.func.name()).removeprefix("aten::").partition(".")[0]
 
     def slots(self) -> list[Slot]:
-        """The slots among the arguments, in order."""
+        """Return the slots among the arguments, in order."""
         return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Slot)]
 
 
-# Gives the results of a step that is changed: (step, its arguments, its right results) -> results.
-Change = Callable[[Step, tuple[Any, ...], Any], Any]
+# Maps the arguments of a changed step and its right results to the results that stand for them.
+Change = Callable[[tuple[Any, ...], Any], Any]
 
 
 class Tape(TorchDispatchMode):
-    """The operators between the real inputs of ``function`` at ``values`` and its outputs.
+    """A tape holds the operators that ``function`` runs at ``values``, from its inputs to its outputs.
 
     Raises:
         NotRecordedError: more than MAX_STEPS operators, or an in-place write seen through a view.
@@ -107,13 +107,8 @@ class Tape(TorchDispatchMode):
             raise NotRecordedError(f"more than {MAX_STEPS} operators")
         taken, options = tree_map(self._find, (tuple(args), dict(kwargs or {})))
         result = func(*args, **(kwargs or {}))
-        written = [
-            argument.name
-            for argument in func._schema.arguments
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
         overwritten = None
-        if written:
+        if func._schema.is_mutable:
             overwritten = taken[0]
             functional = _functional(func)
             if functional is None or not isinstance(overwritten, Slot):
@@ -130,12 +125,8 @@ class Tape(TorchDispatchMode):
         self.steps.append(Step(func, taken, options, outputs, overwritten, rank))
         return result
 
-    def uses(self, slot: Slot) -> list[Step]:
-        """The steps that take ``slot``."""
-        return [step for step in self.steps if slot in step.slots()]
-
     def dependent(self, slot: Slot) -> set[Slot]:
-        """``slot`` and all that is computed from it."""
+        """Return ``slot`` and every slot that is computed from it."""
         found = {slot}
         for step in self.steps:
             if found.intersection(step.slots()):
@@ -150,21 +141,25 @@ class Tape(TorchDispatchMode):
         changed: int = -1,
         change: Change | None = None,
     ) -> np.ndarray:
-        """The gradient of input ``index`` in float64, flat, with one step changed.
+        """Return the gradient of input ``index`` in float64, flat, with one step changed.
 
         Args:
-            values, cotangents: where it is taken, and what the outputs are weighted with.
-            changed: the number of that step.
-            change: what gives its results. None for a step that was in place: whatever earlier steps saved of
-                the tensor that it wrote is read after the write.
+            values, cotangents: the point, and the upstream gradients of the outputs.
+            changed: the number of the step that is changed.
+            change: replaces the results of that step. None for a step that was in place: the backward then reads,
+                for what earlier steps saved of the tensor that it wrote, the values after the write.
 
         Raises:
             NotRecordedError: the replay fails.
         """
-        try:
-            return self._replay(values, index, cotangents, changed, change)
-        except Exception as error:
-            raise NotRecordedError(str(error)) from error
+        ((_, gradient),) = self._replay(values, index, cotangents, changed, change, False)
+        return gradient
+
+    def by_use(
+        self, values: Sequence[Any], index: int, cotangents: Sequence[Tensor]
+    ) -> list[tuple[str, np.ndarray]]:
+        """Return the part of the gradient that comes through each use of input ``index``, with its operator."""
+        return self._replay(values, index, cotangents, -1, None, True)
 
     def _replay(
         self,
@@ -173,34 +168,56 @@ class Tape(TorchDispatchMode):
         cotangents: Sequence[Tensor],
         changed: int,
         change: Change | None,
-    ) -> np.ndarray:
-        leaf = values[index].detach().clone().requires_grad_()
+        split: bool,
+    ) -> list[tuple[str, np.ndarray]]:
+        """Run the steps under autograd, with one leaf for the input, or one for each use of it."""
+        base = values[index].detach()
+        leaves = [("", base.clone().requires_grad_())]
         memory: dict[Slot, Any] = {slot: values[i] for i, slot in self.inputs.items()}
-        memory[self.inputs[index]] = leaf
+        memory[self.inputs[index]] = leaves[0][1]
         written: list[tuple[Tensor, Tensor]] = []  # before and after
 
         def read(saved: Tensor) -> Tensor:
             return next((a for b, a in written if _place(b) == _place(saved)), saved)
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, read):
-            for number, step in enumerate(self.steps):
-                args, kwargs = tree_map(
-                    lambda leaf: memory[leaf] if isinstance(leaf, Slot) else leaf, (step.args, step.kwargs)
-                )
-                result = args[0] if step.func in DETACHES else step.func(*args, **kwargs)
-                if number == changed and change is not None:
-                    result = change(step, args, result)
-                elif number == changed:
-                    written.append((args[0].detach(), result.detach()))
-                for slot, value in zip(step.outputs, tree_flatten(result)[0], strict=True):
-                    if slot is not None:
-                        memory[slot] = value
-            outputs = [memory[output] if isinstance(output, Slot) else output for output in self.outputs]
-            pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-            if not pairs:
-                return np.zeros(leaf.numel())
-            (found,) = torch.autograd.grad([o for o, _ in pairs], leaf, [c for _, c in pairs])
-        return np.asarray(found.double().reshape(-1).cpu().numpy())
+        def run(number: int, step: Step) -> Any:
+            def take(leaf: Any) -> Any:
+                value = memory[leaf] if isinstance(leaf, Slot) else leaf
+                if split and value is leaves[0][1] and step.func not in DETACHES:
+                    leaves.append((step.name, base.clone().requires_grad_()))
+                    return leaves[-1][1]
+                return value
+
+            args, kwargs = tree_map(take, (step.args, step.kwargs))
+            result = args[0] if step.func in DETACHES else step.func(*args, **kwargs)
+            if number == changed and change is not None:
+                return change(args, result)
+            if number == changed:
+                written.append((args[0].detach(), result.detach()))
+            return result
+
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, read):
+                for number, step in enumerate(self.steps):
+                    results = tree_flatten(run(number, step))[0]
+                    memory.update(
+                        (slot, value)
+                        for slot, value in zip(step.outputs, results, strict=True)
+                        if slot is not None
+                    )
+                outputs = [memory[output] if isinstance(output, Slot) else output for output in self.outputs]
+                pairs = [(o, c.to(o)) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+                found: Sequence[Tensor | None] = [None] * len(leaves)
+                if pairs:
+                    graph, weights = zip(*pairs, strict=True)
+                    found = torch.autograd.grad(graph, [v for _, v in leaves], weights, allow_unused=True)
+        except Exception as error:
+            raise NotRecordedError(str(error)) from error
+        flat = [torch.zeros_like(base) if gradient is None else gradient for gradient in found]
+        return [
+            (name, gradient.double().reshape(-1).cpu().numpy())
+            for (name, _), gradient in list(zip(leaves, flat, strict=True))[int(split) :]
+        ]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -208,9 +225,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _functional(func: Any) -> Any:
-    """The operator that gives what the in-place ``func`` writes; None if there is none."""
+    """Return the operator that computes what the in-place ``func`` writes; None if there is none."""
     packet, _, overload = str(func.name()).removeprefix("aten::").partition(".")
     if not packet.endswith("_"):
         return None
-    found = getattr(torch.ops.aten, packet[:-1], None)
-    return getattr(found, overload or "default", None)
+    return getattr(getattr(torch.ops.aten, packet[:-1], None), overload or "default", None)

@@ -1,4 +1,4 @@
-"""Every op x backend x dtype x shape on the machine at hand, against NumPy and finite differences."""
+"""The check of our own ops, on every backend, dtype and shape: against NumPy and finite differences."""
 
 import itertools
 import json
@@ -15,10 +15,10 @@ import torch
 
 from ..backends import backend_for, use_backend
 from .cases import SHAPES, Case, build
-from .console import progress
+from .console import progress, to_json
 from .gradient import gradcheck
-from .memory import MemoryFaultError, memory_check
-from .report import to_json
+from .memory import memory_check
+from .memory.report import MemoryFaultError
 from .tolerance import DRAWS, compare
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,13 +28,13 @@ BACKENDS = ("triton", "fallback")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the table.
+    """The verdict on one case.
 
     Attributes:
-        op, backend, device, dtype, shape: what ran.
-        passed: whether every result is within the tolerance policy and its slopes agree.
-        worst: the largest error over its budget among the results (<= 1 passes); nan if it did not run.
-        detail: the result that was worst, or what went wrong.
+        op, backend, device, dtype, shape: the case.
+        passed: whether every result is within the tolerance policy and the gradient check passed.
+        worst: the largest ratio of an error to its budget among the results (<= 1 passes); nan if it did not run.
+        detail: the name of the worst result, or what went wrong.
     """
 
     op: str
@@ -52,8 +52,8 @@ class KernelReport:
     """The result of ``kernels``: true if every verdict is.
 
     Attributes:
-        verdicts: one per op, backend, dtype and shape.
-        skipped: which backends or dtypes did not run here, and why.
+        verdicts: one verdict per op, backend, dtype and shape.
+        skipped: the backends and dtypes that did not run here, and why.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -63,20 +63,20 @@ class KernelReport:
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table, one row per op, backend and dtype: the worst of its shapes."""
+        """Return the table: one row per op, backend and dtype, with the worst of its shapes."""
         rows: list[tuple[str, ...]] = []
         keys = dict.fromkeys((v.op, v.backend, v.device, v.dtype) for v in self.verdicts)
         for key in keys:
             group = [v for v in self.verdicts if (v.op, v.backend, v.device, v.dtype) == key]
             worst = max(group, key=lambda v: (not v.passed, v.worst))
-            shape = "x".join(map(str, worst.shape))
+            where = "x".join(map(str, worst.shape)) + ": " if worst.shape else ""
             failed = sum(not v.passed for v in group)
             verdict = "ok" if not failed else f"FAILED ({failed} of {len(group)} shapes)"
-            rows.append((*key, str(len(group)), f"{worst.worst:.3f}", f"{shape}: {worst.detail}", verdict))
+            rows.append((*key, str(len(group)), f"{worst.worst:.3f}", where + worst.detail, verdict))
         return rows
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Return the report as JSON."""
         return to_json({"passed": bool(self), **asdict(self)})
 
 
@@ -93,17 +93,17 @@ def kernels(
 ) -> KernelReport:
     """Check the ops of this package against their NumPy references, on this machine.
 
-    Every result (value, gradients under a random upstream gradient, optimizer state after 3 steps) has to be
-    within the one tolerance policy: ``error <= 2 * torch's error + 4 * eps * max |reference|``. Small float64
-    cases are held against finite differences too. Interpreted kernels run under the memory checker.
+    Every result (value, gradients under a random upstream gradient, optimizer state after 3 steps) has to be within
+    the tolerance policy: ``error <= 2 * torch's error + 4 * eps * max |reference|``. Small float64 cases also pass the
+    gradient check. Interpreted kernels run under the memory checker.
 
     Args:
-        ops: of ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"``, ``"adam"``; all by default.
-        shapes: sizes instead of the built-in classes: ``(N, D, K)`` for linear_mse, ``([B,] M, K, N)`` for
-            matmul, any for the others. One op has to be named then.
-        dtypes: all four by default.
-        backends: of ``"triton"``, ``"fallback"``, ``"reference"``.
-        device: ``"cuda"``, ``"mps"``, ``"cpu"``, ...; by default the accelerator that is there, else the CPU.
+        ops: some of ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"``, ``"adam"``; all by default.
+        shapes: sizes instead of the built-in ones, for a single op: ``(N, D, K)`` for linear_mse,
+            ``([B,] M, K, N)`` for matmul, any for the others.
+        dtypes: the dtypes; float64, float32, float16 and bfloat16 by default.
+        backends: some of ``"triton"``, ``"fallback"``, ``"reference"``.
+        device: ``"cuda"``, ``"mps"``, ``"cpu"``, ...; by default the accelerator if there is one, else the CPU.
 
     Returns:
         A ``KernelReport``: true if everything passed. ``rows()`` is the table, ``to_json()`` has every case.
@@ -149,7 +149,7 @@ def _accelerator() -> str:
 
 
 def _problem(device: str) -> str | None:
-    """Why Triton does not serve this device here; None if it does."""
+    """Return why Triton does not serve this device; None if it does."""
     with use_backend("triton"):
         try:
             backend_for(torch.empty(0, device=device))
@@ -161,7 +161,7 @@ def _problem(device: str) -> str | None:
 def _in_child(
     ops: Iterable[str], shapes: Sequence[tuple[int, ...]] | None, dtypes: Iterable[torch.dtype]
 ) -> KernelReport:
-    """The triton cases in a process whose interpreter is on from the start."""
+    """Run the triton cases in a process whose interpreter is on from the start."""
     command = [sys.executable, "-m", __name__.partition(".")[0], "verify", "--json", "--device", "cpu"]
     command += ["--backend", "triton", *(f"--op={op}" for op in ops)]
     command += [f"--dtype={_name(dtype)}" for dtype in dtypes]
@@ -171,16 +171,11 @@ def _in_child(
     try:
         data = json.loads(done.stdout)
     except json.JSONDecodeError:
-        died = (
-            f"the child process with the interpreter ended with status {done.returncode} and without a report"
-        )
-        if done.returncode < 0:
-            died += f" (killed by signal {-done.returncode})"
-        lost = [
-            Verdict(op, "triton", "cpu", _name(dtype), (), False, float("nan"), died)
-            for op, dtype in itertools.product(ops, dtypes)
-        ]
-        return KernelReport(tuple(lost))
+        how = f"status {done.returncode}" if done.returncode >= 0 else f"signal {-done.returncode}"
+        died = f"the child process with the interpreter ended by {how}, without a report"
+        lost = itertools.product(ops, map(_name, dtypes))
+        nan = float("nan")
+        return KernelReport(tuple(Verdict(op, "triton", "cpu", d, (), False, nan, died) for op, d in lost))
     verdicts = [
         Verdict(**{**v, "shape": tuple(v["shape"]), "worst": float(v["worst"])}) for v in data["verdicts"]
     ]
@@ -198,11 +193,11 @@ def _verdict(case: Case, backend: str, device: str) -> Verdict:
     try:
         with use_backend(backend), watched:
             ours = [case.ours()]
-            # What the policy says of results of few numbers.
+            # The tolerance policy asks for several draws of results with few elements.
             if min(value.numel() for value in ours[0].values()) < DRAWS:
                 draws += [build(case.op, case.shape, case.dtype, device, draw) for draw in range(1, DRAWS)]
                 ours += [other.ours() for other in draws[1:]]
-            # The mean of no elements is NaN, as torch's is: there is no slope to take.
+            # The mean of no elements is NaN, like torch's, and has no gradient to check.
             taken = case.slopes if "output" not in ours[0] or ours[0]["output"].isfinite().all() else None
             slopes = gradcheck(*taken) if taken is not None else None
         for name, error, within in _errors(draws, ours):

@@ -1,4 +1,4 @@
-"""Which addresses a tensor owns, and the marks in memory that nothing has written yet."""
+"""The addresses that a tensor owns, and the marks in memory that nothing has written yet."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ...torch_private import is_wrapped, unwrapped
 
 # NaNs that no arithmetic produces, and an integer that hardly anything computes. One-byte types and int16
 # have no value to spare: memory of theirs counts as written.
@@ -25,7 +27,7 @@ MAX_MARKED = 1 << 28
 
 
 def _words(address: int, count: int, itemsize: int) -> np.ndarray:
-    """The memory at ``address`` as unsigned integers."""
+    """Return the memory at ``address`` as unsigned integers."""
     buffer = memoryview((ctypes.c_char * (count * itemsize)).from_address(address))
     return np.frombuffer(buffer, dtype=f"u{itemsize}")
 
@@ -38,7 +40,7 @@ def mark(tensor: Tensor) -> None:
 
 
 def unwritten(tensor: Tensor) -> np.ndarray:
-    """Which elements of ``tensor`` still carry the mark."""
+    """Return which elements of ``tensor`` still carry the mark."""
     itemsize = tensor.element_size()
     storage = tensor.untyped_storage()
     words = _words(storage.data_ptr(), storage.nbytes() // itemsize, itemsize)
@@ -48,30 +50,29 @@ def unwritten(tensor: Tensor) -> np.ndarray:
 
 
 def markable(tensor: Any) -> bool:
-    """Whether unwritten elements of ``tensor`` can be told; marking more than MAX_MARKED bytes takes too long."""
+    """Return whether ``tensor`` can be marked; marking more than MAX_MARKED bytes takes too long."""
     if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in MARKS:
         return False
-    if tensor.layout != torch.strided or _wrapped(tensor):  # they have no memory of their own
+    if tensor.layout != torch.strided or is_wrapped(tensor):  # neither has a storage
         return False
     return 0 < tensor.untyped_storage().nbytes() <= MAX_MARKED
 
 
 def _innermost(tensor: Any) -> Any:
-    """The tensor that torch.func's wrappers stand around."""
-    while type(tensor) is Tensor and _wrapped(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    """Return the tensor inside the wrappers of torch.func."""
+    while type(tensor) is Tensor and is_wrapped(tensor):
+        tensor = unwrapped(tensor)
     return tensor
 
 
 CREATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch, "empty_permuted"))
 _data_ptr = torch._C.TensorBase.data_ptr
-_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 METHODS = {"new_empty": "empty", "new_empty_strided": "empty_strided"}
 
 
 @contextmanager
 def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor], None]) -> Iterator[None]:
-    """Mark what torch.empty and its kin hand out inside the block, and report it to ``created``.
+    """Mark what torch.empty and its variants return inside the block, and report it to ``created``.
 
     A CPU tensor whose ``data_ptr`` is called is reported to ``asked``: its address may go into a table.
     """
@@ -121,14 +122,14 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
 
 @dataclass(frozen=True)
 class Region:
-    """The addresses that a strided view can reach.
+    """A region is the set of addresses that a strided view can reach.
 
     Attributes:
-        name: how to call the tensor in a report.
-        tensor: the view; it is kept alive, so that its memory is not handed out again.
-        start, end: first address, and the one after the last.
-        levels: (stride in bytes, size) from the largest stride down, contiguous dimensions merged, the
-            elements of size 1 last; a view that is dense has one level.
+        name: the name of the tensor in a report.
+        tensor: the view; it is kept alive, so that its memory is not allocated again.
+        start, end: the first address, and the one after the last.
+        levels: (stride in bytes, size) from the largest stride down, contiguous dimensions merged, the bytes of an
+            element last; a dense view has one level.
         nested: whether the levels do not overlap, so that an address divides into indices.
     """
 
@@ -161,7 +162,7 @@ class Region:
         return Region(name, tensor, start, end, tuple(levels), nested)
 
     def legal(self, addresses: np.ndarray, itemsize: int) -> np.ndarray | None:
-        """Which of the addresses may be touched, ``itemsize`` bytes each; None if all may."""
+        """Return which of the addresses may be touched, ``itemsize`` bytes each; None if all may."""
         low, high = int(addresses.min()), int(addresses.max())
         inside = self.start <= low and high + itemsize <= self.end
         if inside and len(self.levels) == 1:
@@ -178,7 +179,7 @@ class Region:
         return None if ok.all() else ok
 
     def _reachable(self) -> np.ndarray:
-        """For a view that overlaps itself: which byte offsets begin an element."""
+        """Return, for a view that overlaps itself, the byte offsets at which an element begins."""
         element = self.tensor.element_size()
         reached = np.zeros(self.end - self.start, bool)
         strides = [stride * element for stride in self.tensor.stride()]
@@ -186,7 +187,7 @@ class Region:
         return reached
 
     def describe(self, address: int) -> str:
-        """Where an illegal address lies, in elements of this tensor."""
+        """Say where an illegal address lies, in elements of this tensor."""
         element = self.tensor.element_size()
         if address >= self.end:
             return f"{(address - self.end) // element} elements past its end"

@@ -1,4 +1,4 @@
-"""Who touched a cell of memory last: races between the programs of one launch.
+"""The shadow of memory: it records the last accesses of every cell and finds races between programs of a launch.
 
 The interpreter runs programs one after another, a GPU in any order at once. So two programs of a launch race
 when both touch a cell, at least one writes, they are not both atomic, and nothing orders them: a release by
@@ -22,7 +22,7 @@ MAX_CELLS = 1 << 28
 
 @dataclass(frozen=True)
 class Access:
-    """One access recorded in a cell."""
+    """An access that a cell records."""
 
     program: int
     site: int
@@ -32,13 +32,13 @@ class Access:
 
 @dataclass
 class Clock:
-    """What the running program knows of the others, by the releases it has acquired.
+    """A vector clock: what the running program knows of the others, by the releases it has acquired.
 
     Attributes:
-        launch: number of the launch.
-        program, programs: the running one, and how many there are.
-        epoch: releases the program has made.
-        seen: per program, how many of its releases are known here; None before the first acquire.
+        launch: the number of the launch.
+        program, programs: the running program, and the number of programs.
+        epoch: the number of releases that the program has made.
+        seen: per program, the number of its releases known here; None before the first acquire.
         released: per tensor and address, the clock that the last releases left there.
     """
 
@@ -58,7 +58,7 @@ class Clock:
         self.program, self.programs, self.epoch, self.seen = program, programs, 0, None
 
     def synchronise(self, base: int, addresses: np.ndarray, order: tuple[str, str]) -> None:
-        """An atomic of the running program: it acquires what was released at its addresses, then releases."""
+        """Acquire what was released at the addresses of an atomic of the running program, then release."""
         semantics, scope = order
         if scope == "CTA" or semantics not in ("ACQUIRE", "RELEASE", "ACQUIRE_RELEASE"):
             return
@@ -86,7 +86,7 @@ class Clock:
         )
 
     def unordered(self, words: np.ndarray, atomic: bool) -> np.ndarray:
-        """Which recorded accesses race with one by the running program, if one of the two writes."""
+        """Return which recorded accesses race with one by the running program, if one of the two writes."""
         program = (words & ((1 << _PROGRAM) - 1)) - 1
         found = (words >> _LAUNCH_AT == self.launch) & (program != self.program)
         if not found.any():
@@ -100,7 +100,7 @@ class Clock:
 
 
 def unpack(word: int, written: bool) -> Access:
-    """The access that a word stands for."""
+    """Return the access that a word encodes."""
     return Access(
         (word & ((1 << _PROGRAM) - 1)) - 1,
         (word >> _SITE_AT) & ((1 << _SITE) - 1),
@@ -118,7 +118,7 @@ class Cells:
         self.writes = self.reads = np.empty(0, np.int64)
 
     def _cells(self, addresses: np.ndarray, itemsize: int) -> np.ndarray:
-        """The cells of the addresses, the shadow made or refined as needed."""
+        """Return the cells of the addresses; allocate or refine the shadow as needed."""
         if not self.granule:
             self.granule = itemsize
             self.writes, self.reads = (np.zeros(-(-self.nbytes // itemsize), np.int64) for _ in range(2))
@@ -134,7 +134,7 @@ class Cells:
     def access(
         self, kind: str, addresses: np.ndarray, itemsize: int, site: int, clock: Clock
     ) -> tuple[int, int, Access] | None:
-        """Record an access. The first race in it: how many cells race, an address, and the other access."""
+        """Record an access. Return its first race: how many cells race, an address, and the other access."""
         if self.nbytes // itemsize > MAX_CELLS:
             return None
         cells = self._cells(addresses, itemsize)
@@ -166,14 +166,14 @@ class Cells:
         return int(racing.sum()), address, unpack(int(words[first]), written)
 
     def already_read(self, addresses: np.ndarray, itemsize: int, clock: Clock) -> int:
-        """How many of the addresses a load of this launch has read before."""
+        """Return how many of the addresses a load of this launch has read before."""
         if self.nbytes // itemsize > MAX_CELLS or not self.granule:
             return 0
         cells = self._cells(addresses, itemsize)[:: max(1, itemsize // self.granule)]
         return int((self.reads[cells] >> _LAUNCH_AT == clock.launch).sum())
 
     def stored(self, tensor: Tensor) -> np.ndarray:
-        """Which elements of ``tensor``, a view of this storage, any launch has written."""
+        """Return which elements of ``tensor``, a view of this storage, any launch has written."""
         itemsize = tensor.element_size()
         if not self.granule or itemsize < self.granule:
             return np.zeros(tuple(tensor.shape), bool)

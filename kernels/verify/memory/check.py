@@ -1,10 +1,10 @@
-"""Memory checks and traffic figures for any Triton kernel, without a GPU, under Triton's interpreter."""
+"""The memory checker: it watches every access of a Triton kernel, without a GPU, under Triton's interpreter."""
 
 import linecache
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,126 +13,8 @@ from torch import Tensor, UntypedStorage
 
 from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
 from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
-from .report import to_json
+from .report import Fault, MemoryFaultError, MemoryReport, Traffic
 from .shadow import LAUNCHES, Access, Cells, Clock
-
-
-class MemoryFaultError(RuntimeError):
-    """A kernel touched memory it should not have, or left some unwritten; ``report`` holds the details."""
-
-    def __init__(self, report: "MemoryReport") -> None:
-        super().__init__(str(report))
-        self.report = report
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault of one line of a kernel, with its first occurrence.
-
-    Attributes:
-        kind: ``"out-of-bounds load"``, ``"out-of-bounds store"``, ``"out-of-bounds atomic"``, ``"read of
-            unwritten memory"``, ``"race"`` or ``"unwritten output"``.
-        kernel, tensor: names of the kernel and of its argument.
-        text: what happened, in a sentence.
-        address: the first address concerned.
-        offset: for an address out of bounds, where it lies from the tensor's end, in words.
-        program: index of the program; None if none is to blame.
-        line: file and line of the kernel, and the source there.
-        cells: how many elements in all.
-    """
-
-    kind: str
-    kernel: str
-    tensor: str
-    text: str
-    address: int
-    offset: str
-    program: tuple[int, int, int] | None
-    line: str
-    cells: int
-
-    def __str__(self) -> str:
-        where = f"\n    {self.line}" if self.line else ""
-        return f"{self.kind} in {self.kernel}: {self.text}; {self.cells} in all{where}"
-
-
-@dataclass
-class Traffic:
-    """What one launch moved, counted at its load and store instructions, caches ignored.
-
-    Attributes:
-        kernel: its name.
-        programs: how many ran.
-        loaded, stored, atomics: bytes; an address that an instruction touches in several lanes counts once.
-        reread: the part of ``loaded`` that this launch had loaded before.
-    """
-
-    kernel: str
-    programs: int = 0
-    loaded: int = 0
-    stored: int = 0
-    atomics: int = 0
-    reread: int = 0
-
-
-@dataclass
-class MemoryReport:
-    """The result of a memory check: true if there is no fault.
-
-    Attributes:
-        faults: one per line, tensor and kind.
-        traffic: one entry per launch, in order.
-        notes: what could not be checked.
-    """
-
-    faults: list[Fault] = field(default_factory=list)
-    traffic: list[Traffic] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return not self.faults
-
-    @property
-    def launches(self) -> int:
-        return len(self.traffic)
-
-    @property
-    def loaded(self) -> int:
-        """Bytes loaded, over all launches."""
-        return sum(entry.loaded for entry in self.traffic)
-
-    @property
-    def stored(self) -> int:
-        """Bytes stored, over all launches."""
-        return sum(entry.stored for entry in self.traffic)
-
-    @property
-    def reread(self) -> int:
-        """Bytes loaded again within a launch, over all launches."""
-        return sum(entry.reread for entry in self.traffic)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of fault found, each once."""
-        return tuple(dict.fromkeys(fault.kind for fault in self.faults))
-
-    def __str__(self) -> str:
-        head = (
-            f"{len(self.faults) or 'no'} memory fault{'s' if len(self.faults) != 1 else ''} in "
-            f"{self.launches} "
-            f"launches; {self.loaded:,} bytes loaded ({self.reread:,} of them again), {self.stored:,} stored"
-        )
-        return "\n".join(
-            [head, *(f"  {item}" for item in self.faults), *(f"  note: {n}" for n in self.notes)]
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists, strings and numbers."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """The report as JSON."""
-        return to_json(self.to_dict())
 
 
 @contextmanager
@@ -144,34 +26,35 @@ def memory_check(
 ) -> Iterator[MemoryReport]:
     """Watch every access of the interpreted Triton kernels launched inside the block.
 
-    Found and named, with tensor, program and source line:
+    The checker finds these faults and names their tensor, program and source line:
 
-    - loads, stores and atomics outside the memory that a tensor argument's view can reach, gaps between its
-      strides included. They are kept from happening, so that the process survives them;
-    - loads of memory that nothing has written. What ``torch.empty``, ``empty_like``, ``empty_strided``,
-      ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` hand out inside the block is filled with a
-      mark for that (a NaN no arithmetic gives); where the mark still stands, nothing was written. ``outputs``
-      are marked too. One-byte and 16-bit integers have no value to spare and are not tracked;
+    - loads, stores and atomics outside the memory that a tensor argument's view can reach, gaps between its strides
+      included. They are kept from happening, so that the process survives them;
+    - loads of unwritten memory. The checker fills ``outputs``, and what ``torch.empty``, ``empty_like``,
+      ``empty_strided``, ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` return inside the block, with a
+      mark (a NaN that no arithmetic gives); where the mark still stands, nothing was written. One-byte and 16-bit
+      integers have no value to spare and are not tracked;
     - races: two programs of a launch touch one address, one of them writes, not both atomically, and no
       acquire/release atomic orders them;
-    - elements without a writer, of tensors made inside the block that kernels stored to and never loaded from
-      (what is loaded again is scratch, of which the loads are checked), and of ``outputs``.
+    - elements without a writer, of ``outputs`` and of tensors made inside the block that kernels stored to and never
+      loaded from (what is loaded again is scratch, of which the loads are checked).
 
-    A pointer's tensor is known from the argument it was computed from. Addresses that a kernel loads from
-    memory (a table of pointers) are looked up among ``tensors``, those whose ``data_ptr()`` was called inside
-    the block, and the launch's arguments.
+    The argument that a pointer was computed from tells its tensor. The checker looks up addresses that a kernel loads
+    from memory (a table of pointers) among ``tensors``, those whose ``data_ptr()`` was called inside the block, and the
+    launch's arguments. It launches an autotuned kernel in each of its configurations; the tensors are put back in
+    between, and results and traffic are those of the first configuration.
 
     Args:
-        tensors: those that kernels reach through tables of pointers, by name or in a sequence.
-        outputs: tensors made before the block whose content the kernels have to write; overwritten on entry.
-        raise_exception: raise at the end of the block if there were faults.
+        tensors: the tensors that kernels reach through tables of pointers, by name or in a sequence.
+        outputs: tensors made before the block that the kernels have to write in full; overwritten on entry.
+        raise_exception: whether to raise at the end of the block if there were faults.
 
     Returns:
         The ``MemoryReport``, filled while the block runs; ``report.traffic`` has the bytes moved.
 
     Raises:
         RuntimeError: Triton's kernels are not interpreted in this process, or a check is active already.
-        InterpreterChangedError: Triton's interpreter is not as the checker knows it.
+        InterpreterChangedError: the checker does not know this version of Triton's interpreter.
         MemoryFaultError: there were faults.
 
     Example:
@@ -205,7 +88,7 @@ def _named(tensors: Mapping[str, Tensor] | Iterable[Tensor], kind: str) -> Itera
 
 
 class _Checker:
-    """The observer behind ``memory_check``."""
+    """The checker observes launches and accesses for ``memory_check``."""
 
     def __init__(self, report: MemoryReport, registered: dict[str, Tensor]) -> None:
         self.report = report
@@ -228,12 +111,12 @@ class _Checker:
         self.before: dict[int, tuple[UntypedStorage, UntypedStorage]] | None = None  # of a trial: contents
 
     def created(self, tensor: Tensor, name: str = "") -> None:
-        """A tensor that nothing has written yet; its storage is held, so that no other takes its address."""
+        """Note a tensor that nothing has written yet; its storage is held, so that no other takes its address."""
         self.kept.append(tensor.untyped_storage())
         self.empties[tensor.untyped_storage().data_ptr()] = (tensor.detach(), name)
 
     def register(self, tensor: Tensor, name: str = "") -> None:
-        """A tensor whose address may stand in a table of pointers."""
+        """Note a tensor whose address may stand in a table of pointers."""
         region = Region.of(name or "a tensor whose data_ptr() was called", tensor.detach())
         key = (region.start, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if key not in self.registered:
@@ -260,7 +143,7 @@ class _Checker:
 
     @contextmanager
     def trial(self, kernel: str, configurations: int) -> Iterator[None]:
-        """Keep the faults of what is launched inside the block, and put everything else back at its end."""
+        """Keep the faults of the launches inside the block, and put everything else back at its end."""
         note = (
             f"{kernel} is autotuned: each of its {configurations} configurations was checked by itself; results "
             f"and traffic are those of the first"
@@ -280,7 +163,7 @@ class _Checker:
             del self.report.traffic[launches:]
 
     def _keep(self, tensor: Tensor) -> None:
-        """Note what a tensor holds before the first launch of a trial."""
+        """Save what a tensor holds before the first launch of a trial."""
         storage = tensor.untyped_storage()
         if self.before is not None and storage.data_ptr() not in self.before:
             self.before[storage.data_ptr()] = storage, storage.clone()
@@ -332,7 +215,7 @@ class _Checker:
     def _owners(
         self, tags: np.ndarray, addresses: np.ndarray
     ) -> Iterator[tuple[Region | None, np.ndarray | None]]:
-        """The regions that the addresses belong to, each with its lanes (None for all)."""
+        """Yield the regions that the addresses belong to, each with its lanes (None for all)."""
         first = int(tags[0])
         if (tags == first).all():
             groups: list[tuple[int, np.ndarray | None]] = [(first, None)]
@@ -347,9 +230,9 @@ class _Checker:
     def _looked_up(
         self, addresses: np.ndarray, lanes: np.ndarray | None
     ) -> Iterator[tuple[Region | None, np.ndarray | None]]:
-        """Regions of addresses that came out of memory.
+        """Yield the regions of addresses that came out of memory.
 
-        An address just past the end of a registered tensor is taken for a fault of that one.
+        An address just past the end of a registered tensor counts as a fault of that tensor.
         """
         if self.table is None:
             known = sorted([*self.registered.values(), *self.arguments], key=lambda r: (r.start, r.end))
@@ -419,9 +302,8 @@ class _Checker:
                 self._fault(
                     "read of unwritten memory",
                     region.name,
-                    f"program {self.index} loads {region}, {offset} elements from its start, where "
-                    f"nothing has "
-                    "been written since torch.empty",
+                    f"program {self.index} loads {region}, {offset} elements from its start, where nothing has "
+                    f"been written since torch.empty",
                     address,
                     int(raw.sum()),
                 )
@@ -432,9 +314,8 @@ class _Checker:
         if region is None:
             name, offset = "?", "in no known tensor"
             text = (
-                f"program {self.index} {_verb(kind)} {first:#x}, which belongs to no tensor known here; "
-                f"if it came "
-                "from a table of pointers, pass its tensor in memory_check(tensors=...)"
+                f"program {self.index} {_verb(kind)} {first:#x}, which belongs to no tensor known here; if it came "
+                f"from a table of pointers, pass its tensor in memory_check(tensors=...)"
             )
         else:
             name, offset = region.name, region.describe(first)
@@ -448,8 +329,7 @@ class _Checker:
         offset = (address - region.start) // region.tensor.element_size()
         did = "wrote" if other.written else "read"
         text = (
-            f"program {self.index} {_verb(kind)} {region}, {offset} elements from its start, which "
-            f"program {theirs} "
+            f"program {self.index} {_verb(kind)} {region}, {offset} elements from its start, which program {theirs} "
             f"{did} in the same launch at {self._line(other.site)}, and nothing orders the two"
         )
         self._fault("race", region.name, text, address, cells)
@@ -471,7 +351,7 @@ class _Checker:
         )
 
     def finish(self) -> None:
-        """At the end of the block: which elements nothing has written."""
+        """Find, at the end of the block, the elements that nothing has written."""
         for base, (tensor, given) in self.empties.items():
             kernel, argument = self.stored.get(base, ("", ""))
             if not given and (not kernel or base in self.read):
@@ -486,10 +366,8 @@ class _Checker:
             self._fault(
                 "unwritten output",
                 argument or given,
-                f"of {argument or given} (shape {tuple(tensor.shape)}) nothing has written "
-                f"{int(left.sum())} of "
-                f"{left.size} elements, the first at {list(first)}: a mask that cuts too much, or too few "
-                f"programs",
+                f"of {argument or given} (shape {tuple(tensor.shape)}) nothing has written {int(left.sum())} of "
+                f"{left.size} elements, the first at {list(first)}: a mask that cuts too much, or too few programs",
                 tensor.data_ptr()
                 + tensor.element_size() * sum(i * s for i, s in zip(first, tensor.stride(), strict=True)),
                 int(left.sum()),

@@ -1,9 +1,9 @@
-"""What the checks hand back: objects that print as text, turn into JSON, and raise only when asked."""
+"""The results of a gradient check: they print as text, convert to JSON, and raise only when asked."""
 
-import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ..console import to_json
 
 
 class GradientError(RuntimeError):
@@ -12,11 +12,11 @@ class GradientError(RuntimeError):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One recognised pattern.
+    """A diagnosis names one pattern.
 
     Attributes:
-        name: the pattern, as in the table of ``gradkernels.verify.diagnosis``.
-        text: what was seen, in a sentence, with the remedy where there is one.
+        name: the pattern, as in the table of ``gradkernels.verify.gradient.diagnosis``.
+        text: a sentence that says what was seen, with the remedy where there is one.
     """
 
     name: str
@@ -28,18 +28,18 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class InputReport:
-    """The gradient with respect to one input.
+    """The report on the gradient of one input.
 
     Attributes:
-        name: the argument's or the parameter's name.
-        shape, dtype: of the input.
-        elements, checked: how many elements it has, and how many were differenced.
-        passed: whether ``error <= tolerance`` and nothing else was found.
+        name: the name of the argument or the parameter.
+        shape, dtype: the input's shape and dtype.
+        elements, checked: the number of its elements, and of those that were differenced.
+        passed: whether ``error <= tolerance`` and no other fault was found.
         error: max |analytic - numerical| over the checked elements.
-        tolerance: what ``error`` may be at most.
+        tolerance: the largest ``error`` that passes.
         step: the difference step, relative to max(1, |x|).
-        worst: index of the worst element; ``analytic`` and ``numerical`` are the two slopes there.
-        diagnoses: the patterns recognised; some of them (no signal) can stand beside a pass.
+        worst: the index of the worst element; ``analytic`` and ``numerical`` are the two slopes there.
+        diagnoses: the patterns recognised, the likeliest first; some (no signal) can accompany a pass.
     """
 
     name: str
@@ -71,11 +71,11 @@ class GradientReport:
     """The result of ``gradcheck``: true if it passed, printable, and JSON by ``to_json``.
 
     Attributes:
-        function: the name of what was checked.
+        function: the name of the function.
         passed: whether every input passed and the function is one that can be checked.
         inputs: one ``InputReport`` per checked input.
-        diagnoses: patterns that concern the function as a whole (non-deterministic, step too large, ...).
-        tried: what was done, in plain words, one sentence each.
+        diagnoses: the patterns that concern the function as a whole (non-deterministic, step too large, ...).
+        tried: a sentence on each thing that the check did.
     """
 
     function: str
@@ -96,34 +96,19 @@ class GradientReport:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all diagnoses, in order, each once."""
+        """Return the names of all diagnoses, in order, each once."""
         found = [*self.diagnoses, *(diagnosis for report in self.inputs for diagnosis in report.diagnoses)]
         return tuple(dict.fromkeys(diagnosis.name for diagnosis in found))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as dictionaries, lists, strings and numbers."""
+        """Return the report as dictionaries, lists, strings and numbers."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """The report as JSON; a number that is not finite becomes a string."""
+        """Return the report as JSON; a number that is not finite becomes a string."""
         return to_json(self.to_dict())
 
     def raise_if_failed(self) -> None:
         """Raise GradientError with the printed report unless the check passed."""
         if not self.passed:
             raise GradientError(str(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def to_json(value: Any) -> str:
-    """JSON that any parser reads: NaN and infinities as strings."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False)

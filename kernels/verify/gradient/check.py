@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .diagnosis import Suspect, diagnose, diagnose_update, weight_of
+from .diagnosis import diagnose, diagnose_update
 from .function import Function, Gradient, MutationError, ShapeError, cast, is_real, slopes
 from .report import Diagnosis, GradientReport, InputReport
+from .suspect import Point, Suspect, weight_of
 from .upstream import Upstream
 
 
@@ -29,36 +30,35 @@ def gradcheck(
 ) -> GradientReport:
     """Compare a gradient with centered differences, and name the fault if they disagree.
 
-    For each checked element ``x_i`` the slope ``(f(x + h e_i) - f(x - h e_i)) / 2h`` is taken in float64, on
-    float64 copies of the inputs where ``fn`` accepts them, and held against the analytic gradient, which is
+    For each checked element ``x_i`` the check takes the slope ``(f(x + h e_i) - f(x - h e_i)) / 2h`` in float64, on
+    float64 copies of the inputs where ``fn`` accepts them, and compares it with the analytic gradient, which is
     computed in the inputs' own dtypes. An output that is no scalar is weighted with seeded random numbers.
-    The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where
-    ``rounding`` is what the dtype's ``eps`` does to the function's value and, through its curvature, to the
-    gradient. Autograd's gradient has to be linear in the upstream gradient as well: it is taken for zero, and with
-    each output's own scaled and left out.
+    The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where ``rounding`` is
+    what the dtype's ``eps`` does to the function's value and, through its curvature, to the gradient. The gradient of
+    autograd has to be linear in the upstream gradient as well: the check takes it for zero, and with the upstream
+    gradient of each output scaled and left out.
 
     Args:
-        fn: a torch function or a module; a module's parameters are checked as well. It returns a real tensor
-            or a tuple, list or dict of them.
-        inputs: its positional arguments, one tensor or a sequence. Those with ``requires_grad`` are checked;
-            if none has it, every floating-point tensor is. Tensors that are not checked still serve the
-            diagnosis: a feature that ``fn`` only captures cannot be named.
-        gradient: a hand-written gradient to check instead of autograd's: a callable of the same inputs that
-            returns one gradient per checked input (tensors, NumPy arrays or numbers), or those gradients.
-            ``fn`` must then return a scalar.
-        names: names of the inputs for the report; by default those in the signature of ``fn``.
-        step: difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that
-            ``fn`` computes in (6e-6 for float64).
-        tolerance: relative error allowed; by default the square root of the gradient's ``eps``, at least
-            1e-6.
-        lr: a learning rate; one step of gradient descent is then tried too (scalar ``fn``).
-        max_elements: elements differenced per input, chosen at random (seeded) where there are more.
-        seed: of the random weights and of that choice.
-        raise_exception: raise instead of returning a report that failed.
+        fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or a tuple,
+            list or dict of them.
+        inputs: its positional arguments, one tensor or a sequence. Those with ``requires_grad`` are checked; if none
+            has it, every floating-point tensor is. Tensors that are not checked still serve the diagnosis: a feature
+            that ``fn`` only captures cannot be named.
+        gradient: a hand-written gradient to check instead of autograd's: a callable of the same inputs that returns
+            one gradient per checked input (tensors, NumPy arrays or numbers), or those gradients. ``fn`` must then
+            return a scalar.
+        names: the names of the inputs in the report; by default those in the signature of ``fn``.
+        step: the difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that ``fn``
+            computes in (6e-6 for float64).
+        tolerance: the relative error allowed; by default the square root of the gradient's ``eps``, at least 1e-6.
+        lr: a learning rate; the check then tries one step of gradient descent too (scalar ``fn``).
+        max_elements: the number of elements differenced per input, chosen at random (seeded) where there are more.
+        seed: the seed of the random weights and of that choice.
+        raise_exception: whether to raise instead of returning a report that failed.
 
     Returns:
-        A ``GradientReport``: true if the check passed; ``print`` it, or take ``to_json()``. The patterns it
-        knows are the table in ``gradkernels.verify.diagnosis``.
+        A ``GradientReport``: true if the check passed; ``print`` it, or take ``to_json()``. The table in
+        ``gradkernels.verify.gradient.diagnosis`` lists the patterns that it recognises.
 
     Raises:
         GradientError: the check failed and ``raise_exception`` is set.
@@ -79,7 +79,7 @@ def gradcheck(
 
 
 class _Check:
-    """One run of ``gradcheck``: the state that its stages share."""
+    """A run of ``gradcheck`` holds the state that its stages share."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Check:
         )
 
     def _widened(self) -> tuple[list[Any], torch.dtype]:
-        """The values to difference at, and the dtype the function computes in there."""
+        """Return the values to difference at, and the dtype that the function computes in there."""
         native = {value.dtype for value in self.native if is_real(value)}
         if native != {torch.float64}:
             narrow = ", ".join(sorted(_name(dtype) for dtype in native if dtype != torch.float64))
@@ -115,8 +115,7 @@ class _Check:
                 outputs = self.function.outputs(double)
             except Exception as error:  # a kernel or a closure that wants the given dtype
                 self.tried.append(
-                    f"{narrow} inputs: the function does not run on float64 copies "
-                    f"({type(error).__name__}), so the "
+                    f"{narrow} inputs: the function does not run on float64 copies ({type(error).__name__}), so the "
                     f"differences carry {narrow} noise; float64 inputs would see more"
                 )
             else:
@@ -179,6 +178,7 @@ class _Check:
         return GradientReport(self.function.name, passed, tuple(reports), tuple(found), tuple(self.tried))
 
     def _mutated(self, culprit: str) -> Diagnosis | None:
+        """Recognise a checked input that has changed since the start."""
         for i, before in zip(self.function.checked, self.untouched, strict=True):
             if not np.array_equal(_array(before), _array(self.native[i]), equal_nan=True):
                 return Diagnosis(
@@ -189,7 +189,7 @@ class _Check:
         return None
 
     def _misshapen(self, error: ShapeError) -> Diagnosis:
-        """What is wrong with a gradient of another shape than its input."""
+        """Say what is wrong with a gradient of another shape than its input."""
         got, wanted = error.got, error.wanted
         extra = len(got) - len(wanted)
         if error.gradient is not None and extra >= 0:
@@ -218,6 +218,7 @@ class _Check:
         return Diagnosis("wrong shape", str(error))
 
     def _unrepeatable(self) -> Diagnosis | None:
+        """Recognise a function whose second call gives another value."""
         first, second = (self.function.flat(self.values) for _ in range(2))
         self.tried.append("two calls with the same inputs")
         if torch.equal(first, second) or (first.isnan().any() and torch.equal(first.isnan(), second.isnan())):
@@ -228,9 +229,8 @@ class _Check:
             return None
         return Diagnosis(
             "non-deterministic",
-            f"two calls with the same inputs differ by {gap:.3g}: no difference means anything then; "
-            f"switch dropout "
-            "off (module.eval()), seed inside the function, or reset the state it keeps",
+            f"two calls with the same inputs differ by {gap:.3g}: no difference means anything then; switch dropout "
+            f"off (module.eval()), seed inside the function, or reset the state it keeps",
         )
 
     def _input(self, position: int, rounds: list[list[Tensor | None]]) -> InputReport:
@@ -252,32 +252,23 @@ class _Check:
         eps = narrow.eps
         relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / self.best_step
-        rounding += 16 * eps * narrow.smallest_normal  # below it lie only steps of this size
+        rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
         rounding += 4 * eps * bend * max(1.0, float(value.abs().max()))
         allowed = relative * scale + rounding
         passed = bool((np.abs(analytic - numerical) <= allowed).all())
-        found: list[Diagnosis] = []
-        if (stale := _stale(rounds, position, relative)) is not None:
-            found.append(stale)
+        stale = _stale(rounds, position, relative)
         upstream = None if self.upstream is None else self.upstream.fault(position, gradient, allowed)
-        if upstream is not None:
-            found.append(upstream)
+        found = [fault for fault in (stale, upstream) if fault is not None]
         if not passed:
-            slack = max(1e-3, 4 * relative)
             suspect = Suspect(
                 self.function,
                 position,
                 self.values,
-                self.native,
-                gradient,
-                elements,
-                analytic,
-                numerical,
-                self.cotangents,
+                Point(self.native, gradient, elements, analytic, numerical, self.cotangents),
                 self.step,
                 allowed,
-                slack,
-                first is None,
+                slack=max(1e-3, 4 * relative),
+                absent=first is None,
             )
             known = diagnose(suspect)
             found += [d for d in known if d.name != "unknown"] if found else known
@@ -288,15 +279,8 @@ class _Check:
                 f"{self.function.names[index]}: rounding in {_name(self.dtype)} hides slopes below "
                 f"{rounding:.1e}"
             )
-        return self._entry(
-            index,
-            elements,
-            analytic,
-            numerical,
-            allowed,
-            passed and stale is None and upstream is None,
-            tuple(found),
-        )
+        passed = passed and stale is None and upstream is None
+        return self._entry(index, elements, analytic, numerical, allowed, passed, tuple(found))
 
     def _entry(
         self,
@@ -338,7 +322,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) -> Diagnosis | None:
-    """Whether a later backward gives another gradient than the first."""
+    """Recognise a later backward that gives another gradient than the first."""
     first = rounds[0][position]
     for later in (r[position] for r in rounds[1:]):
         if first is None or later is None:
@@ -351,8 +335,7 @@ def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) ->
         if float((two - 2 * one).abs().max()) <= relative * scale:
             return Diagnosis(
                 "stale gradient",
-                "the second backward gives twice the first: a gradient is added to what the last one "
-                "left; clear "
+                "the second backward gives twice the first: a gradient is added to what the last one left; clear "
                 "it (zero_grad), and never write into saved tensors",
             )
         return Diagnosis(
@@ -368,7 +351,6 @@ def _silent(analytic: np.ndarray, elements: np.ndarray, shape: tuple[int, ...], 
     more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
     return Diagnosis(
         "no signal",
-        f"{', '.join(shown)}{more}: the slope is exactly zero while the loss is {level:.4g}, so these "
-        f"entries learn "
-        "nothing here (a dead unit, a feature that is always zero, an unused weight)",
+        f"{', '.join(shown)}{more}: the slope is exactly zero while the loss is {level:.4g}, so these entries learn "
+        f"nothing here (a dead unit, a feature that is always zero, an unused weight)",
     )

@@ -1,4 +1,4 @@
-"""The function under a gradient check, as a map from a flat list of values to one float64 slope."""
+"""The function under a gradient check: a flat list of values goes in, outputs, gradients and slopes come out."""
 
 import contextlib
 import inspect
@@ -15,19 +15,19 @@ Gradient = Callable[..., Any] | Sequence[Any]
 
 
 def is_real(value: Any) -> bool:
-    """Whether ``value`` is a tensor of floating-point numbers."""
+    """Return whether ``value`` is a tensor of floating-point numbers."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
-    """The values with every floating-point tensor in ``dtype`` (None leaves them), detached."""
+    """Return the values detached, with every floating-point tensor in ``dtype`` (None keeps its own)."""
     return [value.detach().to(dtype or value.dtype) if is_real(value) else value for value in values]
 
 
 class ShapeError(Exception):
-    """An analytic gradient of shape ``got`` for an input of shape ``wanted``.
+    """An analytic gradient has the shape ``got``, its input the shape ``wanted``.
 
-    ``position`` and ``gradient`` say which of the checked inputs, and what came, where that is known.
+    ``position`` is the place among the checked inputs and ``gradient`` the gradient, where they are known.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ShapeError(Exception):
 
 
 class MutationError(Exception):
-    """The function writes into a tensor that its gradient depends on: a diagnosis by ``name`` and ``text``."""
+    """The function writes into a tensor that its gradient depends on; ``name`` and ``text`` are the diagnosis."""
 
     def __init__(self, name: str, text: str) -> None:
         super().__init__(text)
@@ -52,14 +52,14 @@ class MutationError(Exception):
 
 
 class Function:
-    """``fn`` over a flat list of values: its arguments and, for a module, its parameters after them.
+    """A function of a flat list of values: the arguments of ``fn`` and, for a module, its parameters after them.
 
     Args:
         fn: a torch function or a module.
         inputs: its positional arguments.
         gradient: None for autograd; a callable of the same arguments that returns one gradient per checked
             input; or those gradients themselves.
-        names: names of ``inputs``; None takes them from the signature.
+        names: the names of ``inputs``; None takes them from the signature.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Function:
 
     @property
     def can_move(self) -> bool:
-        """Whether the analytic gradient can be had at other points than the given one."""
+        """Whether the analytic gradient is known at other points than the given one."""
         return self.gradient is None or callable(self.gradient)
 
     def outputs(self, values: Sequence[Any]) -> list[Tensor]:
-        """The floating-point outputs at ``values``."""
+        """Return the floating-point outputs at ``values``."""
         arguments = values[: self.arguments]
         if isinstance(self.fn, torch.nn.Module):
             state = dict(zip(self.parameters, values[self.arguments :], strict=True))
@@ -114,30 +114,30 @@ class Function:
         return outputs
 
     def flat(self, values: Sequence[Any]) -> Tensor:
-        """All outputs at ``values`` in one float64 vector, without a graph."""
+        """Return all outputs at ``values`` in one float64 vector, without a graph."""
         with torch.no_grad():
             return torch.cat([output.detach().double().reshape(-1) for output in self.outputs(values)])
 
     def analytic(self, values: Sequence[Any], cotangents: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """The gradients of the checked inputs, up to three times: twice on one graph, once afresh."""
+        """Return the gradients of the checked inputs, up to three times: twice on one graph, once on another."""
         if self.gradient is not None:
             given = self.gradient
             return [self._given(given(*values) if callable(given) else given, values) for _ in range(2)]
         graph = self._graph(values, cotangents)
         rounds = [self._autograd(*graph, retain=True)]
-        # A function that does without a second backward is none with a wrong gradient.
+        # A function need not allow a second backward.
         with contextlib.suppress(RuntimeError):
             rounds.append(self._autograd(*graph, retain=False))
         return [*rounds, self.pullback(values, cotangents)]
 
     def pullback(self, values: Sequence[Any], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients that autograd gives the checked inputs for the upstream gradients ``cotangents``."""
+        """Return autograd's gradients of the checked inputs for the upstream gradients ``cotangents``."""
         return self._autograd(*self._graph(values, cotangents), retain=False)
 
     def _graph(
         self, values: Sequence[Any], cotangents: Sequence[Tensor]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
-        """The outputs that require a gradient, each with its cotangent, and the leaves."""
+        """Return the outputs that require a gradient, each with its cotangent, and the leaves."""
         leaves = [
             value.detach().requires_grad_() if i in self.checked else value for i, value in enumerate(values)
         ]
@@ -212,14 +212,14 @@ def slopes(
     step: float,
     one_sided: int = 0,
 ) -> tuple[np.ndarray, float]:
-    """First differences of ``weight . outputs`` for chosen elements of one input; the largest second one.
+    """Return the first differences of ``weight . outputs`` for some elements of one input, and the largest second one.
 
     Args:
-        function, values: the function and where to take the slope.
-        index: which value is moved.
+        function, values: the function and the point.
+        index: the value that is moved.
         elements: flat indices into it.
-        weight: float64 vector over all outputs.
-        step: relative to max(1, |x|).
+        weight: a float64 vector over all outputs.
+        step: the difference step, relative to max(1, |x|).
         one_sided: 0 for centered differences, +1 or -1 for a forward or backward one.
     """
     base = values[index]
