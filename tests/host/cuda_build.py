@@ -24,6 +24,7 @@ PACKAGES = [
 # What stands for a CUDA library among the names of shared libraries and symbols.
 LIBRARY = re.compile(r"lib(cu|nv|nccl)\w*\.so\.\d+")
 SYMBOL = re.compile(r"__cuda|cu[A-Zdsbfp]|nccl|nvshmem|nvrtc|nvJitLink")
+DRIVER = re.compile(r"cu(da)?[A-Z]")  # and the runtime
 
 
 def install(folder: Path, torch: str) -> Path:
@@ -58,7 +59,8 @@ def symbols(library: Path) -> tuple[set[str], set[str]]:
 def build(site: Path, folder: Path) -> None:
     """One library that stands for all of CUDA's, under each of the names by which torch asks for them.
 
-    What torch's libraries need and the sources here do not define becomes a stub that returns 0.
+    What torch's libraries need and the sources here do not define becomes a stub: it returns 0, or is refused if it
+    belongs to the driver or the runtime, whose answers torch goes by.
     """
     folder.mkdir(parents=True, exist_ok=True)
     names, undefined, defined = {"libcuda.so.1"}, set(), set()
@@ -81,7 +83,10 @@ def build(site: Path, folder: Path) -> None:
     written = {line.split()[-1] for line in listing.stdout.splitlines() if line.strip()}
     missing = sorted(name for name in undefined - defined - written if SYMBOL.match(name))
     stubs = folder / "stubs.c"
-    stubs.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in missing))
+    answers = {name: f'standin_missing("{name}")' if DRIVER.match(name) else "0" for name in missing}
+    stubs.write_text(
+        "".join(f"int {name}(void) {{ return {answer}; }}\n" for name, answer in answers.items())
+    )
     library = folder / "libcuda.so.1"
     subprocess.run([*compile_c, "-shared", "-o", library, *objects, stubs, "-ldl"], check=True)
     for name in names - {library.name}:

@@ -1,6 +1,8 @@
 """Calls that need torch's CUDA build: its allocators, streams, graphs, AMP, and a second device."""
 
 import ctypes
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import gradkernels
@@ -30,6 +32,11 @@ def _loss(device: torch.device = CUDA) -> Tensor:
     x, y = torch.ones(64, 32, device=device), torch.ones(64, device=device)
     weight = torch.ones(32, device=device, requires_grad=True)
     return gradkernels.linear_mse_loss(x, weight, y)
+
+
+def _field(event: str, name: str) -> str:
+    """The value of a field of a recorded line."""
+    return dict(field.split("=", 1) for field in event.split(" ")[1:])[name]
 
 
 class CudaCalls(Calls):
@@ -72,22 +79,59 @@ class CudaCalls(Calls):
         return found
 
     def capture_step(self, name: str, options: dict[str, Any]) -> list[str]:
-        """A captured step, replayed twice: what was captured, and what a replay does."""
+        """What a captured step holds."""
+        params = _params()
+        optimizer = getattr(gradkernels, name)(params, lr=0.1, **options)
+        _set_grads(params)
+        optimizer.step()
+        return self._capture(optimizer.step)
+
+    def refused_capture(self, name: str, options: dict[str, Any]) -> None:
+        """A captured step that the optimizer itself must refuse, before it gives the graph any work.
+
+        Raises:
+            RuntimeError: what it raised.
+        """
         params = _params()
         optimizer = getattr(gradkernels, name)(params, lr=0.1, **options)
         _set_grads(params)
         optimizer.step()
         self._look()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            optimizer.step()
-        captured = self._accepted()
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                optimizer.step()
+        finally:
+            assert self._captured(self._accepted()) == []
+
+    def prohibited(self, what: str) -> list[str]:
+        """The reasons with which the driver refuses a call during a capture, and the end of that capture."""
+        tensor = torch.ones(4, device=CUDA)
+        event = torch.cuda.Event()
+        event.record()
+        other = torch.cuda.Stream()
+        library, pointer, page = self._standin.library, ctypes.byref(ctypes.c_void_p()), ctypes.c_size_t(4096)
+        calls: dict[str, Callable[[], object]] = {
+            "device": torch.cuda.synchronize,
+            "stream": lambda: torch.cuda.current_stream().synchronize(),
+            "query": lambda: torch.cuda.current_stream().query(),
+            "other stream": other.synchronize,
+            "event": event.synchronize,
+            "event query": event.query,
+            "isolation": lambda: torch.cuda.current_stream().wait_event(event),
+            "memory": lambda: library.cudaMalloc(pointer, page),
+            "pinned": lambda: library.cudaHostAlloc(pointer, page, 0),
+            "pageable": lambda: library.cudaMemcpyAsync(
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_char_p(b"0123"), ctypes.c_size_t(4), 1,
+                ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            ),
+        }  # fmt: skip
         self._look()
-        for _ in range(2):
-            graph.replay()
+        with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            calls[what]()
+        assert not torch.cuda.is_current_stream_capturing()
         torch.cuda.synchronize()
-        assert sum(event.startswith("replay") for event in self._accepted()) == 2
-        return captured
+        events = self._standin.events()
+        return [event.removeprefix("refused ") for event in events if event.startswith("refused")]
 
     def capture_op(self, dtype: str) -> list[str]:
         """Forward and backward, captured after warmup alone."""
@@ -98,13 +142,7 @@ class CudaCalls(Calls):
             torch.ones(shape, device=CUDA, dtype=kind, requires_grad=True) for shape in ((1, 32), (1,))
         )
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
-        self._look()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            gradkernels.linear_mse_loss(x, weight, y, bias).backward()
-        captured = self._accepted()
-        graph.replay()
-        return captured
+        return self._capture(lambda: gradkernels.linear_mse_loss(x, weight, y, bias).backward())
 
     def scaler_step(self) -> list[str]:
         """A step by GradScaler, which hands the scale to an optimizer made with ``fused=True``."""
@@ -154,6 +192,33 @@ class CudaCalls(Calls):
             optimizer.step()
         assert torch.cuda.current_device() == 0
         return [launch.device for launch in record.launches]
+
+    def _capture(self, work: Callable[[], object]) -> list[str]:
+        """What a graph of the work holds, in order; it is replayed twice."""
+        self._look()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        captured = self._captured(self._accepted())
+        self._look()
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        replays = [event for event in self._accepted() if event.startswith("replay")]
+        assert [int(_field(event, "length")) for event in replays] == [len(captured)] * 2
+        return captured
+
+    @staticmethod
+    def _captured(events: list[str]) -> list[str]:
+        """The work recorded between the start of a capture and its end, all of it in the graph."""
+        start = next(i for i, event in enumerate(events) if event.startswith("capture graph="))
+        end = next(i for i, event in enumerate(events) if event.startswith("captured graph="))
+        graph, within = _field(events[start], "graph"), events[start + 1 : end]
+        assert not any(event.startswith(("module", *WAITS)) for event in within), within
+        work = [event for event in within if " graph=" in event]
+        assert {_field(event, "graph") for event in work} <= {graph}, "done at once during the capture"
+        assert int(_field(events[end], "length")) == len(work)
+        return work
 
     def _look(self) -> None:
         self._standin.events()

@@ -42,7 +42,7 @@ struct CUfunc_st {
 struct CUevent_st {
   CUstream stream;
   CUgraph graph;  // in which it was recorded
-  bool pending;
+  bool pending;   // since it was recorded outside of a graph
 };
 // A piece of work in a stream or a graph.
 struct work {
@@ -57,6 +57,10 @@ struct work {
 struct CUgraph_st {
   struct work *first, **last;
   int length;
+  CUstream origin;  // of the capture
+  CUstreamCaptureMode mode;
+  pthread_t thread;
+  bool invalid;  // after a call that the capture prohibits
 };
 struct CUstream_st {
   CUcontext context;
@@ -108,22 +112,31 @@ static CUresult refuse(CUresult code, const char *format, ...) {
   return code;
 }
 
+// What cuda_build.py makes of a function of the driver or the runtime that nothing here defines.
+CUresult standin_missing(const char *name) { return refuse(CUDA_ERROR_NOT_SUPPORTED, "no stand-in for %s", name); }
+
 CUresult cuGetErrorString(CUresult code, const char **text) {
   if (!*reason) snprintf(reason, sizeof reason, "CUDA error %d", (int)code);
   *text = reason;
   return CUDA_SUCCESS;
 }
 
-// Whether a call that would disturb a capture is prohibited now.
-static bool prohibited(void) {
-  if (capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
-  for (CUstream stream = streams; stream; stream = stream->next)
-    if (stream->graph) return true;
-  return false;
+// Refuse a call during a capture, which it ends.
+static CUresult refuse_in(CUgraph graph, const char *what) {
+  graph->invalid = true;
+  return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "%s during a capture", what);
 }
 
-static CUresult refuse_in_capture(const char *what) {
-  return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "%s during a capture", what);
+// Refuse a call that may interfere with a capture, unless the modes of the capture and the thread let it pass.
+static CUresult unsafe(const char *what) {
+  if (capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_SUCCESS;
+  for (CUstream stream = streams; stream; stream = stream->next) {
+    CUgraph graph = stream->graph;
+    if (!graph || graph->mode == CU_STREAM_CAPTURE_MODE_RELAXED) continue;
+    bool everywhere = graph->mode == CU_STREAM_CAPTURE_MODE_GLOBAL && capture_mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+    if (everywhere || pthread_equal(graph->thread, pthread_self())) return refuse_in(graph, what);
+  }
+  return CUDA_SUCCESS;
 }
 
 // ---- devices and contexts
@@ -177,6 +190,13 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     return refuse(CUDA_ERROR_INVALID_DEVICE, "device %d of %d", device, devices());
   contexts[device].device = device;
   *context = &contexts[device];
+  return CUDA_SUCCESS;
+}
+
+// torch asks before it looks whether a stream is captured.
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
+  *flags = 0;
+  *active = true;
   return CUDA_SUCCESS;
 }
 
@@ -242,7 +262,8 @@ static void read_info(CUfunction function, const char *cubin, const Elf64_Shdr *
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   if (!current) return refuse(CUDA_ERROR_INVALID_CONTEXT, "a module is loaded without a context");
   if (memcmp(image, ELFMAG, SELFMAG)) return refuse(CUDA_ERROR_INVALID_IMAGE, "a module that is no cubin");
-  if (prohibited()) return refuse_in_capture("a module is loaded");
+  CUresult refused = unsafe("a module is loaded");
+  if (refused) return refused;
   *module = calloc(1, sizeof **module);
   (*module)->context = current;
   (*module)->cubin = image;
@@ -372,6 +393,10 @@ static void run_all(void) {
 static CUresult push(CUstream handle, struct work work) {
   pthread_mutex_lock(&lock);
   CUstream stream = stream_of(handle);
+  if (stream && stream->graph && stream->graph->invalid) {
+    pthread_mutex_unlock(&lock);
+    return refuse(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "work for a capture that has ended by an error");
+  }
   if (stream && !stream->graph && !stream->first && work.kind == LAUNCH) {
     record_watched();  // nothing is before it
   } else if (stream && stream->graph) {
@@ -402,21 +427,28 @@ CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
 CUresult cuStreamQuery(CUstream handle) {
   CUstream stream = stream_of(handle);
   if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "query of a stream of another device");
+  if (stream->graph) return refuse_in(stream->graph, "its stream is queried");
   return stream->first ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
 CUresult cuStreamSynchronize(CUstream handle) {
-  if (prohibited()) return refuse_in_capture("a stream is synchronised");
+  CUstream stream = stream_of(handle);
+  if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "wait for a stream of another device");
+  if (stream->graph) return refuse_in(stream->graph, "its stream is synchronised");
+  CUresult refused = unsafe("a stream is synchronised");
+  if (refused) return refused;
   record("synchronize");
   pthread_mutex_lock(&lock);
-  CUstream stream = stream_of(handle);
-  if (stream) run(stream, NULL);
+  run(stream, NULL);
   pthread_mutex_unlock(&lock);
-  return stream ? CUDA_SUCCESS : refuse(CUDA_ERROR_INVALID_HANDLE, "wait for a stream of another device");
+  return CUDA_SUCCESS;
 }
 
 CUresult cuCtxSynchronize(void) {
-  if (prohibited()) return refuse_in_capture("a device is synchronised");
+  for (CUstream stream = streams; stream; stream = stream->next)
+    if (stream->graph && stream->context == current) return refuse_in(stream->graph, "its device is synchronised");
+  CUresult refused = unsafe("a device is synchronised");
+  if (refused) return refused;
   record("synchronize");
   pthread_mutex_lock(&lock);
   run_all();
@@ -426,7 +458,10 @@ CUresult cuCtxSynchronize(void) {
 
 CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus *status) {
   CUstream stream = stream_of(handle);
-  *status = stream && stream->graph ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  CUgraph graph = stream ? stream->graph : NULL;
+  *status = !graph           ? CU_STREAM_CAPTURE_STATUS_NONE
+            : graph->invalid ? CU_STREAM_CAPTURE_STATUS_INVALIDATED
+                             : CU_STREAM_CAPTURE_STATUS_ACTIVE;
   return CUDA_SUCCESS;
 }
 
@@ -441,19 +476,27 @@ CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode mode) {
   CUstream stream = stream_of(handle);
   if (!stream || handle <= CU_STREAM_PER_THREAD || stream->graph)
     return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "capture of a stream that cannot be captured");
-  stream->graph = calloc(1, sizeof *stream->graph);
-  stream->graph->last = &stream->graph->first;
-  record("capture");
+  CUgraph graph = stream->graph = calloc(1, sizeof *graph);
+  graph->last = &graph->first;
+  graph->origin = stream;
+  graph->mode = mode;
+  graph->thread = pthread_self();
+  record("capture graph=%zu", (size_t)graph);
   return CUDA_SUCCESS;
 }
 
 CUresult cuStreamEndCapture(CUstream handle, CUgraph *graph) {
   CUstream stream = stream_of(handle);
-  *graph = stream ? stream->graph : NULL;
-  if (!*graph) return refuse(CUDA_ERROR_ILLEGAL_STATE, "no capture to end");
+  CUgraph ended = stream ? stream->graph : NULL;
+  *graph = NULL;
+  if (!ended) return refuse(CUDA_ERROR_ILLEGAL_STATE, "no capture to end");
+  if (ended->origin != stream)
+    return refuse(CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "a capture is ended on another stream than it was begun on");
   for (CUstream joined = streams; joined; joined = joined->next)
-    if (joined->graph == *graph) joined->graph = NULL;
-  record("captured length=%d", (*graph)->length);
+    if (joined->graph == ended) joined->graph = NULL;
+  if (ended->invalid) return refuse(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "the capture has ended by an error");
+  *graph = ended;
+  record("captured graph=%zu length=%d", (size_t)ended, ended->length);
   return CUDA_SUCCESS;
 }
 
@@ -467,7 +510,7 @@ int standin_graph_length(CUgraph graph) { return graph->length; }
 
 CUresult cuGraphLaunch(CUgraphExec executable, CUstream stream) {
   CUgraph graph = (CUgraph)executable;
-  record("replay length=%d", graph->length);
+  record("replay graph=%zu length=%d", (size_t)graph, graph->length);
   CUresult result = CUDA_SUCCESS;
   for (struct work *work = graph->first; work && !result; work = work->next) result = push(stream, *work);
   return result;
@@ -483,24 +526,34 @@ CUresult cuEventRecord(CUevent event, CUstream handle) {
   if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "event recorded on a stream of another device");
   event->stream = stream;
   event->graph = stream->graph;
-  if (stream->graph) return CUDA_SUCCESS;
-  event->pending = true;
-  return push(handle, (struct work){.kind = RECORD, .event = event});
+  event->pending = !stream->graph;
+  return stream->graph ? CUDA_SUCCESS : push(handle, (struct work){.kind = RECORD, .event = event});
 }
 
+// Within a capture a wait joins streams; it is no work of the graph.
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned flags) {
   CUstream stream = stream_of(handle);
-  if (stream && event->graph && !stream->graph) stream->graph = event->graph;
-  return push(handle, (struct work){.kind = WAIT, .event = event});
+  if (!stream) return refuse(CUDA_ERROR_INVALID_HANDLE, "wait in a stream of another device");
+  if (event->graph && event->graph->origin->graph != event->graph)
+    return refuse(CUDA_ERROR_CAPTURED_EVENT, "wait for an event of a capture that has ended");
+  if (!stream->graph && event->graph) stream->graph = event->graph;
+  if (!stream->graph) return push(handle, (struct work){.kind = WAIT, .event = event});
+  if (event->graph == stream->graph || !event->stream) return CUDA_SUCCESS;
+  stream->graph->invalid = true;
+  return refuse(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "wait for work outside of the capture");
 }
 
 CUresult cuEventQuery(CUevent event) {
-  if (prohibited()) return refuse_in_capture("an event is queried");
+  if (event->graph) return refuse(CUDA_ERROR_CAPTURED_EVENT, "an event of a capture is queried");
+  CUresult refused = unsafe("an event is queried");
+  if (refused) return refused;
   return event->pending ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-  if (prohibited()) return refuse_in_capture("an event is waited for");
+  if (event->graph) return refuse(CUDA_ERROR_CAPTURED_EVENT, "an event of a capture is waited for");
+  CUresult refused = unsafe("an event is waited for");
+  if (refused) return refused;
   if (event->pending) record("wait");
   pthread_mutex_lock(&lock);
   if (event->pending) run(event->stream, event);
@@ -526,7 +579,8 @@ int standin_place(const void *pointer) {
 }
 
 static CUresult allocate(void **pointer, size_t bytes, int device) {
-  if (prohibited()) return refuse_in_capture(device < 0 ? "memory is pinned" : "memory is allocated");
+  CUresult refused = unsafe(device < 0 ? "memory is pinned" : "memory is allocated");
+  if (refused) return refused;
   bytes = (bytes + 4095) & ~4095ul;
   void *made = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (made == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -547,6 +601,8 @@ CUresult cuMemAlloc(CUdeviceptr *pointer, size_t bytes) {
 CUresult cuMemAllocHost(void **pointer, size_t bytes) { return allocate(pointer, bytes, -1); }
 
 CUresult cuMemFreeHost(void *pointer) {
+  CUresult refused = unsafe("memory is freed");
+  if (refused) return refused;
   pthread_mutex_lock(&lock);
   run_all();
   for (struct range **link = &ranges; *link; link = &(*link)->next)
@@ -567,9 +623,10 @@ CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream 
   static const char *const names[] = {"pageable", "pinned", "device"};
   int source = standin_place((void *)from), target = standin_place((void *)to);
   bool pageable = source == -2 || target == -2;
-  if (pageable && standin_graph_of(stream)) return refuse_in_capture("pageable memory is copied");
-  record("copy from=%s to=%s bytes=%zu stream=%zu", names[source < 0 ? source + 2 : 2],
-         names[target < 0 ? target + 2 : 2], bytes, (size_t)stream);
+  CUgraph graph = standin_graph_of(stream);
+  if (pageable && graph) return refuse_in(graph, "pageable memory is copied");
+  record("copy from=%s to=%s bytes=%zu stream=%zu graph=%zu", names[source < 0 ? source + 2 : 2],
+         names[target < 0 ? target + 2 : 2], bytes, (size_t)stream, (size_t)graph);
   CUresult result = push(stream, (struct work){COPY, (void *)to, (void *)from, bytes});
   pthread_mutex_lock(&lock);
   if (pageable && !result) run(stream_of(stream), NULL);
@@ -578,7 +635,7 @@ CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream 
 }
 
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
-  record("set bytes=%zu stream=%zu", bytes, (size_t)stream);
+  record("set bytes=%zu stream=%zu graph=%zu", bytes, (size_t)stream, (size_t)standin_graph_of(stream));
   return push(stream, (struct work){SET, (void *)to, .bytes = bytes, .value = value});
 }
 
@@ -645,7 +702,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
 
 // A kernel that another library has compiled in.
 CUresult standin_launch(const char *kernel, unsigned grid[3], CUstream stream) {
-  record("other kernel=%s grid=%u,%u,%u stream=%zu", kernel, grid[0], grid[1], grid[2], (size_t)stream);
+  record("other kernel=%s grid=%u,%u,%u stream=%zu graph=%zu", kernel, grid[0], grid[1], grid[2], (size_t)stream,
+         (size_t)standin_graph_of(stream));
   return push(stream, (struct work){LAUNCH});
 }
 
@@ -681,8 +739,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     }
   }
   *at = 0;
-  record("launch kernel=%s function=%zu device=%d stream=%zu grid=%u,%u,%u threads=%u shared=%u params=%s",
-         function->name, (size_t)function, current->device, (size_t)config->hStream, x, y, z, threads,
-         config->sharedMemBytes, values);
+  record("launch kernel=%s function=%zu device=%d stream=%zu graph=%zu grid=%u,%u,%u threads=%u shared=%u params=%s",
+         function->name, (size_t)function, current->device, (size_t)config->hStream,
+         (size_t)standin_graph_of(config->hStream), x, y, z, threads, config->sharedMemBytes, values);
   return push(config->hStream, (struct work){LAUNCH});
 }
