@@ -1,7 +1,7 @@
 """Which implementation serves a call: ``triton``, ``fallback`` or ``reference``.
 
-The word is resolved inside the registered operator, at each call and from the tensor's device, never while a
-graph is traced.
+The choice is made inside the registered operator, at each call and from the tensor's device, never while a graph
+is traced.
 """
 
 import functools
@@ -35,10 +35,9 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
         name: ``"auto"`` (Triton where the device has it, else the fallback), ``"triton"``, ``"fallback"`` or
             ``"reference"``.
 
-    An op's backward, double backward and jvp run under the choice that its forward ran under, in any thread
-    and after the block has ended; but a graph captured by torch.compile asks again at each launch, its backward's
-    included. The environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and
-    is read once, at import.
+    An op's backward, double backward and jvp run under the choice of its forward, in any thread and after the
+    block has ended. A graph captured by torch.compile chooses at each launch, also in its backward. The
+    environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and is read once, at import.
 
     Which bits repeat: the Triton kernels give the same ones for the same values, shapes, strides and dtypes, with and
     without gradients, in every run and on every GPU of one architecture. The fallback gives them for equal calls
@@ -73,7 +72,7 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
 
 
 def current() -> str:
-    """The word in force: one of ``NAMES``."""
+    """The name in force, one of ``NAMES``."""
     blocks = _open_blocks.get()
     return blocks[-1]._name if blocks else _initial
 

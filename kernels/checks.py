@@ -93,13 +93,14 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given
         )
 
 
-def same_shape(op: str, input: Tensor, name: str, tensor: Tensor) -> None:
-    """ValueError unless ``tensor`` has input's shape."""
-    if tensor.shape != input.shape:
-        raise ValueError(
-            f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
-            f"they must be equal (nothing is broadcast)"
-        )
+def same_shape(op: str, input: Tensor, **others: Tensor | None) -> None:
+    """ValueError unless the ``others`` have input's shape, or are None."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != input.shape:
+            raise ValueError(
+                f"{op}: input has shape {tuple(input.shape)} but {name} has shape {tuple(tensor.shape)}; "
+                f"they must be equal (nothing is broadcast)"
+            )
 
 
 def linear_shapes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -425,7 +425,7 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     it gets the outputs that it asked for, no others.
     """
     *tensors, reduction, output_mask, dtype = args
-    input, weight, target, bias = (t is not None and needs_derivative((t,)) for t in tensors[:4])
+    input, weight, target, bias = [t is not None and needs_derivative((t,)) for t in tensors[:4]]
     needed = (input or target, weight, bias)
     given = [asked or need for asked, need in zip(output_mask, needed, strict=True)]
     places = [0, *(sum(given[: i + 1]) for i, asked in enumerate(output_mask) if asked)]

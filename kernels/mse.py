@@ -156,9 +156,7 @@ def _check(
 ) -> None:
     checks.reduction(op, reduction, allowed)
     checks.tensors(op, {"input": input, "target": target, "weight": weight}, ("weight",))
-    checks.same_shape(op, input, "target", target)
-    if weight is not None:
-        checks.same_shape(op, input, "weight", weight)
+    checks.same_shape(op, input, target=target, weight=weight)
 
 
 class MseFunction(torch.autograd.Function):

@@ -141,13 +141,10 @@ class Operator:
         op, name = self.op, self.launcher
 
         def launch(*args: Any) -> Any:
-            return getattr(backends.implementation(op, args[place]), name)(*args)
+            launcher = getattr(backends.module(backends.backend_for(args[place]), op), name)
+            return launcher(*args) if adapt is None else adapt(launcher, *args)
 
-        def adapted(*args: Any) -> Any:
-            assert adapt is not None
-            return adapt(getattr(backends.implementation(op, args[place]), name), *args)
-
-        return launch if adapt is None else adapted
+        return launch
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
@@ -300,7 +297,8 @@ def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
     """``outputs`` with None where ``output_mask`` says no; those that it does not speak of come first."""
     first = len(outputs) - sum(output_mask)
     given = iter(outputs[first:])
-    return [*outputs[:first], *(next(given) if wanted else None for wanted in output_mask)]
+    places = [next(given) if wanted else None for wanted in output_mask]
+    return [*outputs[:first], *places] if first else places
 
 
 def without_autocast() -> AbstractContextManager[None]:

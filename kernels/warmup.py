@@ -18,9 +18,9 @@ def warmup(
 ) -> None:
     """Compile and load what calls of these shapes will launch, so that the first of them does not wait for it.
 
-    The op runs once without gradients and once with its backward (an optimizer: one step) on tensors made for
-    the purpose, contiguous and aligned, and what comes out is thrown away. Sizes are run-time values: one call
-    covers all shapes that take the same path. Where Triton does not serve the device there is nothing to do.
+    The op runs once without gradients and once with its backward (an optimizer: one step) on temporary tensors,
+    contiguous and aligned. Sizes are run-time values: one call covers all shapes that take the same kernels. Where
+    Triton does not serve the device there is nothing to do.
 
     Args:
         op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"`` or ``"adam"``.
