@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from . import __version__, backends, verify
-from .ops import OPS
+from .checks import DTYPES
+from .ops import FUNCTIONS, OPS
 from .verify.console import print_table, to_json
-from .verify.ops import DTYPES, HEADER
+from .verify.ops import HEADER
 
 
 def info() -> dict[str, Any]:
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status: 0 if all is well, 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m gradkernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    axes = ", ".join(f"{op.axes} for {op.name}" for op in FUNCTIONS.values() if op.axes)
     about = commands.add_parser("info", help="versions, devices, backends, settings")
     about.add_argument("--json", action="store_true")
     check = commands.add_parser("verify", help="every op against its NumPy reference, on this machine")
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         type=_shape,
         metavar="4096x512x1",
-        help="N x D x K for linear_mse, [B x] M x K x N for matmul; needs one --op; may be repeated",
+        help=f"{axes}; needs one --op; may be repeated",
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     check.add_argument("--dtype", action="append", choices=names)

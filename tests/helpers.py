@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradkernels.checks import DTYPES as DTYPES
 from gradkernels.verify import tolerance
 from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZES = (1, 3, 63, 65, 1000, 1023)
 
 

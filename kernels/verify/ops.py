@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from ..backends import backend_for, use_backend
-from .cases import SHAPES, Case, build
+from ..checks import DTYPES
+from ..ops import OPS
+from .cases import Case, build
 from .console import progress, to_json
 from .gradient import gradcheck
 from .memory import memory_check
 from .memory.report import MemoryFaultError
 from .tolerance import DRAWS, compare
 
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-OPS = tuple(SHAPES)
 BACKENDS = ("triton", "fallback")
 
 
@@ -98,7 +98,7 @@ def kernels(
     gradient check. Interpreted kernels run under the memory checker.
 
     Args:
-        ops: some of ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"``, ``"adam"``; all by default.
+        ops: names of ``gradkernels.ops.OPS``: ``"matmul"``, ``"mse"``, ...; all by default.
         shapes: sizes instead of the built-in ones, for a single op: ``(N, D, K)`` for linear_mse,
             ``([B,] M, K, N)`` for matmul, any for the others.
         dtypes: the dtypes; float64, float32, float16 and bfloat16 by default.
@@ -127,7 +127,7 @@ def kernels(
     cases = [
         build(op, shape, dtype, device)
         for op, dtype in itertools.product(chosen, wanted)
-        for shape in shapes or SHAPES.get(op, [()])
+        for shape in shapes or (OPS[op].samples if op in OPS else ((),))
     ]
     for backend in backends:
         if backend == "triton" and (problem := _problem(device)) is not None:

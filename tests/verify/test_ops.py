@@ -13,6 +13,7 @@ import pytest
 import torch
 from gradkernels import __main__ as cli
 from gradkernels import verify
+from gradkernels.ops import OPS
 from gradkernels.verify import ops as checks
 from gradkernels.verify.console import print_table, progress
 
@@ -23,9 +24,9 @@ pytestmark = [
 F32 = [torch.float32]
 
 
-@pytest.mark.parametrize("op", checks.OPS)
+@pytest.mark.parametrize("op", OPS)
 def test_every_op_passes_at_its_smallest_shape(op):
-    report = verify.kernels([op], shapes=[checks.SHAPES[op][0]])
+    report = verify.kernels([op], shapes=[OPS[op].samples[0]])
     assert report, report.rows()
     assert {(v.backend, v.dtype) for v in report.verdicts} == {
         (backend, str(dtype).removeprefix("torch."))
