@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OPS = ("matmul", "mse", "linear_mse", "sgd", "adam", "training")
+from gradkernels.ops import OPS as RECORDS
+
+OPS = (*RECORDS, "training")  # the ops, and what is made of them
 EXAMPLES = """
 other commands:
   report FILE...          pictures and an HTML page from results (beside each file, or --out DIR)

@@ -7,11 +7,14 @@ FLOPs   about 15 a parameter; 17 with clipping.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import gradkernels
 import torch
 from gradkernels.reference import adam as reference
 
+from .reports.cases import BFLOAT16, FLOAT16, FLOAT64, AotCase, Call, HostCall, Job
+from .reports.optimizer import bucket, guard, step_job
 from .throughput.case import OURS, Case
 from .throughput.optimizer import (
     MAX_NORM,
@@ -45,3 +48,36 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
 
 
 OP = declare("adam", build)
+
+
+def _launch(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.buckets import AdamOptions, Guard
+
+        options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
+        states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+        tensors = bucket(dtype, *states, **kept)
+        return module.adam_step(tensors, [options], guard() if guarded else Guard())
+
+    return call
+
+
+def _grad_norm(module: Any, dtype: torch.dtype) -> object:
+    return module.grad_norm(bucket(dtype), None, torch.empty(1, 2, dtype=FLOAT64))
+
+
+AOT_CASES = (
+    AotCase("adam", "AdamW, aligned or not", _launch()),
+    AotCase("adam", "amsgrad, guarded", _launch(guarded=True, amsgrad=True)),
+    AotCase("adam", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("adam", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("grad_norm", "aligned or not", _grad_norm, stores=False),
+)
+HOST_CALLS: tuple[HostCall, ...] = ()
+
+
+def traffic_jobs() -> Iterator[Job]:
+    """A step, and one that clips."""
+    yield step_job("adam", gradkernels.FusedAdam, torch.optim.Adam, {}, 28, 1)
+    clipped = {"max_norm": 1.0}
+    yield step_job("adamw, clipped", gradkernels.FusedAdamW, torch.optim.AdamW, clipped, 32, 2)

@@ -8,6 +8,7 @@ FLOPs   2 N D K for the predictions, as many for the weight's gradient, 5 N K fo
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import gradkernels
 import numpy as np
@@ -16,12 +17,14 @@ from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 from torch.nn import functional
 
+from .reports.cases import AotCase, Call, HostCall, Job, gradients, meta, randn
 from .throughput.case import (
     Case,
     Op,
     Results,
     Sweep,
     draw_inputs,
+    dtype_name,
     forward_backward,
     powers,
     through_autograd,
@@ -95,3 +98,70 @@ OP = Op(
         ),
     },
 )
+
+
+def _launch(N: int, D: int, K: int) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        input, weight, target = (meta(*shape, dtype=dtype) for shape in ((N, D), (K, D), (N, K)))
+        bias = meta(K, dtype=dtype)
+        return module.linear_mse_forward(input, weight, target, bias, None, "mean", [True, True, True], dtype)
+
+    return call
+
+
+def _launch_backward(N: int, D: int, K: int, output_mask: list[bool]) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        error, weight = meta(N, K, dtype=dtype), meta(K, D, dtype=dtype)
+        return module.linear_mse_backward(meta(dtype=dtype), error, weight, 2.0, output_mask)
+
+    return call
+
+
+AOT_CASES = (
+    AotCase("linear_mse", "1 output of 256", _launch(1 << 16, 256, 1), stores=False),
+    AotCase("linear_mse", "1 output of 1024", _launch(1 << 16, 1024, 1), stores=False),
+    AotCase("linear_mse", "1 output of 4096", _launch(1 << 16, 4096, 1), stores=False),
+    AotCase("linear_mse", "8 outputs of 256", _launch(1 << 16, 256, 8), stores=False),
+    AotCase("linear_mse", "16 outputs of 512", _launch(1 << 16, 512, 16), stores=False),
+    AotCase("linear_mse", "1024 outputs of 1024", _launch(1 << 14, 1024, 1024)),
+    AotCase("linear_mse", "1 output of 16384", _launch(1 << 16, 16384, 1), stores=False),
+    AotCase("linear_mse", "77 outputs of 333", _launch(1 << 14, 333, 77), loads=False, stores=False),
+    AotCase(
+        "linear_mse",
+        "gradient of input, 1 output",
+        _launch_backward(1 << 16, 1024, 1, [True, False]),
+        loads=False,
+    ),
+    AotCase(
+        "linear_mse",
+        "gradient of input, 1024 outputs",
+        _launch_backward(1 << 14, 1024, 1024, [True, False]),
+    ),
+    AotCase("linear_mse", "gradient of target", _launch_backward(1 << 16, 1024, 256, [False, True])),
+)
+
+HOST_CALLS = (
+    HostCall("linear_mse_loss", gradkernels.linear_mse_loss, _plain, ((16, 4), (4, 4), (16, 4), (4,))),
+)
+
+
+def traffic_jobs() -> Iterator[Job]:
+    """The loss with the gradients of weight and bias.
+
+    Few outputs read X once; with few rows for each SM the partial sums of many programs count: 3PK / N. More
+    outputs read it twice, and the target, and write and read the error.
+    """
+    for n, d, k, dtype, twice, limit, distinct, launches in (
+        (8192, 256, 1, torch.float32, False, 1.10, 1.10, 2),
+        (8192, 256, 1, torch.bfloat16, False, 1.10, 1.10, 2),
+        (2048, 64, 8, torch.float32, False, 1.45, 1.45, 2),
+        (1024, 128, 128, torch.float32, True, None, 1.25, 4),
+    ):
+        inputs = [randn(*shape, dtype=dtype) for shape in ((n, d), (k, d), (n, k), (k,))]
+        yield Job(
+            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} {dtype_name(dtype)}",
+            gradients(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
+            gradients(_plain, *inputs, wrt=(1, 3)),
+            dtype.itemsize * (n * d + n * k + 2 * d * k + 2 * k + twice * (n * d + 2 * n * k)),
+            *(limit, distinct, launches),
+        )

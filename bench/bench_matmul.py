@@ -5,7 +5,8 @@ bytes   both operands read and the result written: B (M K + K N + M N) times the
 FLOPs   2 B M N K a product.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import gradkernels
@@ -13,7 +14,9 @@ import numpy as np
 import torch
 from gradkernels.reference import matmul as reference
 from torch import Tensor
+from torch.nn import functional
 
+from .reports.cases import BFLOAT16, FLOAT32, AotCase, Call, HostCall, Job, meta, randn
 from .throughput.case import (
     Case,
     Op,
@@ -100,3 +103,61 @@ OP = Op(
         ),
     },
 )
+
+
+def _product(
+    left: tuple[int, ...],
+    right: tuple[int, ...],
+    bias: tuple[int, ...] | None = None,
+    sum_dims: Sequence[int] = (),
+    transposed: str = "",
+    wide: bool = False,
+) -> Call:
+    """Make the call of a product; with ``wide`` its left operand is float32 whatever the dtype."""
+
+    def call(module: Any, dtype: torch.dtype) -> object:
+        operands = [meta(*left, dtype=FLOAT32 if wide else dtype), meta(*right, dtype=dtype)]
+        if transposed:
+            which = ("left", "right").index(transposed)
+            operands[which] = operands[which].mT.contiguous().mT
+        extra = None if bias is None else meta(*bias, dtype=dtype)
+        return module.matmul_forward(*operands, extra, list(sum_dims), dtype)
+
+    return call
+
+
+FLOAT32_ERRORS = _product((65536, 512), (512, 1024), wide=True)
+FLOAT32_ERRORS_BY_DATA = _product((512, 65536), (65536, 1024), transposed="left", wide=True)
+AOT_CASES = (
+    AotCase("matmul", "large", _product((4096, 4096), (4096, 4096))),
+    AotCase("matmul", "linear", _product((4096, 1024), (1024, 4096), (4096,), transposed="right")),
+    AotCase("matmul", "gradient of input, bias", _product((4096, 1024), (1024, 4096), (4096,))),
+    AotCase("matmul", "gradient of weight", _product((1024, 65536), (65536, 512), transposed="left")),
+    AotCase("matmul", "odd sizes", _product((1001, 333), (333, 777), (777,)), loads=False, stores=False),
+    AotCase("matmul", "many of 512 by 64 by 512", _product((64, 512, 64), (64, 64, 512))),
+    AotCase("matmul", "sum over the batch", _product((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
+    AotCase("matmul", "tall data", _product((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
+    AotCase("matmul", "matrix by column", _product((4096, 4096), (4096, 1)), stores=False),
+    AotCase("matmul", "row by matrix", _product((1, 4096), (4096, 4096)), stores=False),
+    AotCase("matmul", "dot product", _product((1, 1 << 20), (1 << 20, 1)), stores=False),
+    AotCase("matmul", "float32 errors by weights", FLOAT32_ERRORS, dtypes=(BFLOAT16,)),
+    AotCase("matmul", "float32 errors by data", FLOAT32_ERRORS_BY_DATA, dtypes=(BFLOAT16,)),
+    AotCase("matmul", "outer product", _product((4096, 1), (1, 4096)), loads=False),
+    AotCase("matmul", "tall and skinny", _product((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
+    AotCase(
+        "matmul", "many of 8 by 8", _product((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False
+    ),
+)
+HOST_CALLS = (
+    HostCall("matmul", gradkernels.matmul, torch.matmul, ((16, 4), (4, 4))),
+    HostCall("linear", gradkernels.linear, functional.linear, ((16, 4), (4, 4), (4,))),
+)
+
+
+def traffic_jobs() -> Iterator[Job]:
+    """Tall data and a square product."""
+    for m, k, n, limit in ((4096, 16, 8, 1.20), (256, 256, 256, None)):
+        pair = randn(m, k), randn(k, n)
+        ours, eager = partial(gradkernels.matmul, *pair), partial(torch.matmul, *pair)
+        minimum = 4 * (m * k + k * n + m * n)
+        yield Job(f"matmul, {m}x{k} @ {k}x{n} float32", ours, eager, minimum, limit, 1.01, 1)

@@ -7,6 +7,7 @@ FLOPs   a subtraction, a multiplication and an addition per element; the gradien
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import gradkernels
 import numpy as np
@@ -15,6 +16,7 @@ from gradkernels.reference import mse as reference
 from torch import Tensor
 from torch.nn import functional
 
+from .reports.cases import AotCase, Call, HostCall, Job, gradients, meta, randn
 from .throughput.case import (
     Case,
     Op,
@@ -88,3 +90,44 @@ OP = Op(
     },
     sweeps={"cpu": (Sweep("n", powers(4, 1, 12), (1,)),), "cuda": (Sweep("n", powers(4, 1, 15), (1,)),)},
 )
+
+
+def _launch(name: str, shape: tuple[int, ...], weighted: bool = False) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        input, target = meta(*shape, dtype=dtype), meta(*shape, dtype=dtype)
+        weight = meta(*shape, dtype=dtype) if weighted else None
+        arguments = (input, target, weight)
+        if name == "forward":
+            return module.mse_forward(*arguments, "mean", 0, dtype)
+        if name == "backward":
+            return module.mse_backward(meta(dtype=dtype), *arguments, "mean", 0, [True, True, weighted])
+        if name == "hvp":
+            directions = (None, meta(*shape, dtype=dtype), None, None)
+            mask = [True, True, True, False]
+            return module.mse_hvp(meta(dtype=dtype), *arguments, *directions, "mean", 0, mask)
+        return module.mse_forward_backward(*arguments, "mean", [True, False, False], dtype)
+
+    return call
+
+
+AOT_CASES = (
+    AotCase("mse", "forward", _launch("forward", (4096, 4096)), stores=False),
+    AotCase("mse", "forward, odd size", _launch("forward", (1001 * 333,)), stores=False),
+    AotCase("mse", "backward", _launch("backward", (4096, 4096))),
+    AotCase("mse", "backward, odd size", _launch("backward", (1001 * 333,))),
+    AotCase("mse", "backward, weighted", _launch("backward", (4096, 4096), weighted=True)),
+    AotCase("mse", "Hessian-vector product", _launch("hvp", (4096, 4096))),
+    AotCase("mse", "loss and gradient", _launch("both", (4096, 4096))),
+)
+HOST_CALLS = (HostCall("mse_loss", gradkernels.mse_loss, functional.mse_loss, ((64,), (64,))),)
+
+
+def traffic_jobs() -> Iterator[Job]:
+    """The loss and the input's gradient, through autograd and in one pass."""
+    n = 1 << 17
+    pair = randn(n), randn(n)
+    eager = gradients(functional.mse_loss, *pair, wrt=(0,))
+    ours = gradients(gradkernels.mse_loss, *pair, wrt=(0,))
+    yield Job(f"mse, loss and backward through autograd, {n} float32", ours, eager, 4 * 5 * n, 1.01, 1.01, 3)
+    ours = partial(gradkernels.mse_loss_and_grad, *pair)
+    yield Job(f"mse_loss_and_grad, {n} float32", ours, eager, 4 * 3 * n, 1.01, 1.01, 2)

@@ -7,11 +7,14 @@ FLOPs   2 a parameter; with momentum and weight decay 6.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import gradkernels
 import torch
 from gradkernels.reference import sgd as reference
 
+from .reports.cases import BFLOAT16, FLOAT16, AotCase, Call, HostCall, Job
+from .reports.optimizer import bucket, guard, step_job
 from .throughput.case import OURS, Case
 from .throughput.optimizer import apex, compiled_stepper, declare, step_case, stepper, torch_steppers
 
@@ -33,3 +36,30 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
 
 
 OP = declare("sgd", build)
+
+
+def _launch(guarded: bool = False, **kept: Any) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.buckets import Guard, SGDOptions
+
+        options = SGDOptions(0.1, 0.9, 0, 0.1, True, False)
+        tensors = bucket(dtype, "momentum_buffer", **kept)
+        return module.sgd_step(tensors, [options], guard() if guarded else Guard())
+
+    return call
+
+
+AOT_CASES = (
+    AotCase("sgd", "momentum, aligned or not", _launch()),
+    AotCase("sgd", "guarded", _launch(guarded=True)),
+    AotCase("sgd", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("sgd", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
+)
+HOST_CALLS: tuple[HostCall, ...] = ()
+
+
+def traffic_jobs() -> Iterator[Job]:
+    """A step, plain and with momentum."""
+    sgd = gradkernels.FusedSGD, torch.optim.SGD
+    yield step_job("sgd", *sgd, {"lr": 0.1}, 12, 1)
+    yield step_job("sgd, momentum", *sgd, {"lr": 0.1, "momentum": 0.9}, 20, 1)

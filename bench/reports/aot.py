@@ -14,16 +14,21 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from gradkernels.ops import OPS
 
 from ..throughput.case import dtype_name
 from ..throughput.results import write_json
-from .aot_cases import AOT_CASES
+from .cases import AotCase
 
+AOT_CASES: tuple[AotCase, ...] = tuple(
+    case for name in OPS for case in import_module(f"..bench_{name}", __package__).AOT_CASES
+)
 # Backend, architecture, threads per warp, and the shared memory in bytes that one program may have.
 TARGETS = {
     "sm_80": ("cuda", 80, 32, 166912),
@@ -161,8 +166,6 @@ def _amd(compiled: Any, row: Row) -> None:
 
 def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
     """Compile and disassemble cases (number, dtype) for one target, the only one of this process."""
-    from importlib import import_module
-
     import triton
     from gradkernels.triton import launch
 

@@ -9,13 +9,12 @@ import argparse
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 Call = Callable[[], object]
 
@@ -39,23 +38,6 @@ def both(function: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
             leaf.grad = None
 
     return call
-
-
-def jobs(device: str) -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]]:
-    """Yield (name, ours, torch's, arguments) of each op."""
-    from gradkernels import linear, linear_mse_loss, matmul, mse_loss
-
-    def linear_then_loss(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-        return functional.mse_loss(functional.linear(x, w, b), y)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device)
-
-    yield "mse_loss", mse_loss, functional.mse_loss, [random(64), random(64)]
-    yield "matmul", matmul, torch.matmul, [random(16, 4), random(4, 4)]
-    yield "linear", linear, functional.linear, [random(16, 4), random(4, 4), random(4)]
-    tensors = [random(16, 4), random(4, 4), random(16, 4), random(4)]
-    yield "linear_mse_loss", linear_mse_loss, linear_then_loss, tensors
 
 
 def microseconds(ours: Call, theirs: Call, rounds: int) -> tuple[float, float]:
@@ -85,18 +67,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     from gradkernels import use_backend
+    from gradkernels.ops import FUNCTIONS
 
+    modules = [importlib.import_module(f"..bench_{name}", __package__) for name in FUNCTIONS]
+    calls = [call for module in modules for call in module.HOST_CALLS]
     print(f"{'ours / torch':27}{'forward':>25}{'forward + backward':>25}")
     with ExitStack() as stack:
-        for op in () if gpu else ("matmul", "mse", "linear_mse"):
+        for op in () if gpu else FUNCTIONS:
             module = importlib.import_module(f"gradkernels.triton.{op}")
             stack.enter_context(mock.patch.object(module, "launch", no_launch))
         for backend in ("fallback", "triton"):
             with use_backend(backend):
-                for name, ours, theirs, tensors in jobs(device):
-                    row = f"{name:17}{backend:10}"
+                for call in calls:
+                    tensors = [torch.randn(shape, device=device) for shape in call.shapes]
+                    row = f"{call.name:17}{backend:10}"
                     for way in (forward, both):
-                        mine, torchs = microseconds(way(ours, tensors), way(theirs, tensors), rounds)
+                        mine, torchs = microseconds(
+                            way(call.ours, tensors), way(call.theirs, tensors), rounds
+                        )
                         row += f"{mine:7.1f} /{torchs:5.1f} us {mine / torchs:4.2f}x "
                     print(row, flush=True)
     return 0

@@ -12,43 +12,19 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
+from gradkernels.ops import OPS
 from torch import Tensor
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..throughput.case import dtype_name
 from ..throughput.results import write_json
-
-
-@dataclass(frozen=True)
-class Job:
-    """One computation whose traffic is counted.
-
-    Attributes:
-        name: op, shape and dtype.
-        ours, eager: the same job by gradkernels and by plain torch.
-        minimum: bytes that must move at least.
-        limit: what ours may move at most, relative to ``minimum``; None where tiles are read from cache
-            many times, and only the distinct bytes say something.
-        distinct_limit: likewise for the distinct bytes.
-        launches: how many ours may make at most.
-    """
-
-    name: str
-    ours: Callable[[], Any]
-    eager: Callable[[], Any]
-    minimum: int
-    limit: float | None
-    distinct_limit: float
-    launches: int
+from .cases import Job
 
 
 @dataclass(frozen=True)
@@ -108,89 +84,10 @@ def _bytes(item: Any) -> int:
     return elements * item.element_size()
 
 
-def _backward(loss: Callable[..., Tensor], *inputs: Tensor, wrt: Sequence[int]) -> Callable[[], Any]:
-    leaves = [t.detach().requires_grad_(i in wrt) for i, t in enumerate(inputs)]
-    grad = torch.ones((), dtype=inputs[0].dtype)
-    return lambda: torch.autograd.grad(loss(*leaves), [leaves[i] for i in wrt], grad)
-
-
 def jobs() -> Iterator[Job]:
     """Yield the jobs of the report."""
-    import gradkernels
-
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def plain(x: Tensor, w: Tensor, y: Tensor, b: Tensor) -> Tensor:
-        return functional.mse_loss(functional.linear(x, w, b), y)
-
-    # Few outputs read X once; with few rows for each SM the partial sums of many programs count: 3PK / N.
-    # More outputs read it twice, and the target, and write and read the error.
-    for n, d, k, dtype, twice, limit, distinct, launches in (
-        (8192, 256, 1, torch.float32, False, 1.10, 1.10, 2),
-        (8192, 256, 1, torch.bfloat16, False, 1.10, 1.10, 2),
-        (2048, 64, 8, torch.float32, False, 1.45, 1.45, 2),
-        (1024, 128, 128, torch.float32, True, None, 1.25, 4),
-    ):
-        inputs = [randn(*shape, dtype=dtype) for shape in ((n, d), (k, d), (n, k), (k,))]
-        yield Job(
-            f"linear_mse, loss and gradients of weight and bias, {n}x{d}x{k} {dtype_name(dtype)}",
-            _backward(gradkernels.linear_mse_loss, *inputs, wrt=(1, 3)),
-            _backward(plain, *inputs, wrt=(1, 3)),
-            dtype.itemsize * (n * d + n * k + 2 * d * k + 2 * k + twice * (n * d + 2 * n * k)),
-            *(limit, distinct, launches),
-        )
-    n = 1 << 17
-    pair = randn(n), randn(n)
-    eager = _backward(functional.mse_loss, *pair, wrt=(0,))
-    ours = _backward(gradkernels.mse_loss, *pair, wrt=(0,))
-    yield Job(f"mse, loss and backward through autograd, {n} float32", ours, eager, 4 * 5 * n, 1.01, 1.01, 3)
-    ours = partial(gradkernels.mse_loss_and_grad, *pair)
-    yield Job(f"mse_loss_and_grad, {n} float32", ours, eager, 4 * 3 * n, 1.01, 1.01, 2)
-    for m, k, n, limit in ((4096, 16, 8, 1.20), (256, 256, 256, None)):
-        pair = randn(m, k), randn(k, n)
-        ours, eager = partial(gradkernels.matmul, *pair), partial(torch.matmul, *pair)
-        minimum = 4 * (m * k + k * n + m * n)
-        yield Job(f"matmul, {m}x{k} @ {k}x{n} float32", ours, eager, minimum, limit, 1.01, 1)
-    yield from _optimizer_jobs(randn)
-
-
-def _optimizer_jobs(randn: Callable[..., Tensor]) -> Iterator[Job]:
-    import gradkernels
-
-    shapes = [(1 << 16,), (300, 41), (1000,)] + [(64,)] * 20
-    count = sum(torch.Size(shape).numel() for shape in shapes)
-    table: list[tuple[str, type, type, dict[str, Any], int, int]] = [
-        ("adam", gradkernels.FusedAdam, torch.optim.Adam, {}, 28, 1),
-        ("adamw, clipped", gradkernels.FusedAdamW, torch.optim.AdamW, {"max_norm": 1.0}, 32, 2),
-        ("sgd", gradkernels.FusedSGD, torch.optim.SGD, {"lr": 0.1}, 12, 1),
-        ("sgd, momentum", gradkernels.FusedSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 20, 1),
-    ]
-    for name, ours, theirs, options, per_element, launches in table:
-        plain = {key: value for key, value in options.items() if key != "max_norm"}
-        steps = []
-        for cls, chosen in ((ours, options), (theirs, {**plain, "foreach": False})):
-            params = [randn(*shape).requires_grad_() for shape in shapes]
-            optimizer = cls(params, **chosen)
-            for param in params:
-                param.grad = randn(*param.shape)
-            optimizer.step()  # the first step makes the state
-            if cls is theirs and "max_norm" in options:
-                steps.append(_clipped(params, options["max_norm"], optimizer))
-            else:
-                steps.append(optimizer.step)
-        job = f"{name} step, {len(shapes)} tensors, {count} float32 parameters"
-        yield Job(job, *steps, per_element * count, 1.02, 1.02, launches)
-
-
-def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
-        optimizer.step()
-
-    return step
+    for name in OPS:
+        yield from import_module(f"..bench_{name}", __package__).traffic_jobs()
 
 
 def count(job: Job) -> Count:

@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.reports.aot import TARGETS, Row, every_case, report
-from bench.reports.aot_cases import AOT_CASES
+from bench.reports.aot import AOT_CASES, TARGETS, Row, every_case, report
 
 from ..cases import each_kind_once
 from ..test_launch import run

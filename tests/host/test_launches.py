@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.reports.aot import every_case
-from bench.reports.aot_cases import AOT_CASES
+from bench.reports.aot import AOT_CASES, every_case
 
 from .calls import ALL_CASES, DTYPES, LAYOUTS, OPTIMIZERS, WARMUPS
 from .standin import compiler
