@@ -7,7 +7,7 @@ derivative starts from them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ def linear_mse_loss(
         predictions = linear_in_torch(input, weight, bias)
         if predictions.shape == target.shape:
             return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
-    _check(op, input, weight, target, bias, sample_weight, reduction, checks.REDUCTIONS)
+    arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
+    _check(op, {**arguments, "sample_weight": sample_weight}, reduction, checks.REDUCTIONS)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
     if reduction == "none":
@@ -142,8 +143,8 @@ def linear_mse_loss_and_grad(
         >>> w -= 0.1 * grad_weight
     """
     op = "linear_mse_loss_and_grad"
-    _check(op, input, weight, target, bias, None, reduction, ("mean", "sum"))
     arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
+    _check(op, arguments, reduction, ("mean", "sum"))
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
     matrices = _normal_form(input, weight, target, bias, None)
     output_mask = [want_input or want_target, want_weight, want_bias]
@@ -152,12 +153,9 @@ def linear_mse_loss_and_grad(
     grad_input = grad_target = None
     if error is not None:
         with torch.no_grad():
+            options = _slope(target.numel(), reduction), (want_input, want_target)
             grad_input, grad_target = _linear_mse_backward.masked(
-                loss.new_ones(()),
-                error,
-                matrices[1],
-                _slope(target.numel(), reduction),
-                (want_input, want_target),
+                loss.new_ones(()), error, matrices[1], *options
             )
     grads = grad_input, grad_weight, grad_target, grad_bias
     d_input, d_weight, d_target, d_bias = map(_as, grads, arguments.values())
@@ -171,21 +169,13 @@ def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
     return grad.to(argument.dtype).reshape(argument.shape)
 
 
-def _check(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    reduction: str,
-    allowed: tuple[str, ...],
-) -> None:
+def _check(op: str, arguments: Mapping[str, Any], reduction: str, allowed: tuple[str, ...]) -> None:
     checks.reduction(op, reduction, allowed)
-    tensors = {"input": input, "weight": weight, "target": target, "bias": bias}
-    checks.tensors(op, {**tensors, "sample_weight": sample_weight}, ("bias", "sample_weight"))
+    checks.tensors(op, arguments, ("bias", "sample_weight"))
+    input, weight, target, bias = [arguments[name] for name in ("input", "weight", "target", "bias")]
     checks.linear_shapes(op, input, weight, bias)
     checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)
+    sample_weight = arguments.get("sample_weight")
     if sample_weight is not None and sample_weight.shape != target.shape:
         checks.shape(op, "sample_weight", sample_weight, input.shape[:-1], target=target)
 
@@ -273,14 +263,8 @@ class LinearMseFunction(torch.autograd.Function):
         ]
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        d_input: Tensor | None,
-        d_weight: Tensor | None,
-        d_target: Tensor | None,
-        d_bias: Tensor | None,
-        d_sample_weight: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_input, d_weight, d_target, d_bias, d_sample_weight = tangents
         input, weight, target, bias, sample_weight, error = ctx.saved_tensors
         q = _slope(target.numel(), ctx.reduction)
         predictions = product(input, weight.mT, bias, dtype=ctx.dtype)
@@ -314,10 +298,7 @@ class LinearMseFunction(torch.autograd.Function):
 
 
 def _general_backward(
-    tensors: tuple[Any, ...],
-    cotangents: tuple[Tensor | None, ...],
-    q: float,
-    output_mask: Sequence[bool],
+    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
     input, weight, target, bias, sample_weight, error = tensors
@@ -375,18 +356,15 @@ class LinearMseBackwardFunction(torch.autograd.Function):
         grad_output, error, weight = ctx.saved_tensors
         d_grad_input, d_grad_target = in_places(cotangents, ctx.output_mask)
         slope = ctx.factor * grad_output
-        d_grad = d_error = d_weight = None
+        d_grad = d_error = d_weight = projected = None
         if d_grad_input is not None:
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
             projected = product(d_grad_input, weight.mT, dtype=error.dtype)
             if ctx.needs_input_grad[2]:
                 d_weight = product(error.mT, d_grad_input, dtype=acc_dtype(weight))
                 d_weight = (slope * d_weight).to(weight.dtype)
-        else:
-            projected = None
         if d_grad_target is not None:
-            minus = error.new_full((), -1)
-            projected = scale_and_add(minus, d_grad_target, projected)
+            projected = scale_and_add(error.new_full((), -1), d_grad_target, projected)
         if projected is not None:
             if ctx.needs_input_grad[1]:
                 d_error = scale_and_add(slope, projected)
@@ -432,17 +410,11 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     return (*tensors, reduction, given, dtype), places
 
 
-def _launch(
-    launcher: Any,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    *options: Any,
-) -> list[Tensor]:
-    broadcast = None if sample_weight is None else sample_weight.expand_as(target)
-    return launcher(input, weight, target, bias, broadcast, *options)
+def _launch(launcher: Any, *args: Any) -> list[Tensor]:
+    *matrices, sample_weight, reduction, output_mask, dtype = args
+    if sample_weight is not None:
+        sample_weight = sample_weight.expand_as(matrices[2])
+    return launcher(*matrices, sample_weight, reduction, output_mask, dtype)
 
 
 def _fake(*args: Any) -> list[Tensor]:
@@ -509,17 +481,12 @@ def _backward_vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], 
     return results
 
 
-def _autocast(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    *args: Any,
-) -> tuple[Any, ...]:
+def _autocast(*args: Any) -> tuple[Any, ...]:
     """Input, weight and bias as a product's operands, the loss in float32."""
+    input, weight, target, bias, sample_weight, reduction, output_mask, _ = args
     input, weight, bias = map(autocast_cast, (input, weight, bias))
-    return input, weight, target, bias, sample_weight, *args[:-1], acc_dtype(target, sample_weight)
+    acc = acc_dtype(target, sample_weight)
+    return input, weight, target, bias, sample_weight, reduction, output_mask, acc
 
 
 _linear_mse = Operator(

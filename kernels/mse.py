@@ -9,7 +9,6 @@ are all C's Hessian times a vector. Hence three registered operators: ``mse``, `
 fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import acc_dtype
+from .fallback.mse import hessian_vector_product
 from .matmul import sum_to
 from .operator import Operator, in_places, use_torch_fast_path
 from .torch_private import torch_mse_loss
@@ -204,57 +204,18 @@ class MseBackwardFunction(torch.autograd.Function):
         return tuple(mse_hvp(*ctx.saved_tensors, *tangents, *options))
 
 
-def _hvp_formula(
-    grad_output: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    d_grad: Tensor | None,
-    d_input: Tensor | None,
-    d_target: Tensor | None,
-    d_weight: Tensor | None,
-    reduction: str,
-    batch_dims: int,
-    output_mask: list[bool],
-) -> list[Tensor]:
+def _hvp_formula(*args: Any) -> list[Tensor]:
     """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
-    scale = _scale(input, reduction, batch_dims)
-    acc = acc_dtype(grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
-    zero = input.new_zeros((), dtype=acc)
-
-    def widened(tensor: Tensor | None) -> Tensor:
-        return zero if tensor is None else tensor.to(acc)
-
-    def broadcast(grad: Tensor | None) -> Tensor:
-        if grad is None or reduction == "none":
-            return widened(grad)
-        return widened(grad).reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
-
-    error = widened(input) - widened(target)
-    d_error = widened(d_input) - widened(d_target)
-    w = zero + 1 if weight is None else widened(weight)
-    dw = widened(d_weight)
-    g, dg = broadcast(grad_output), broadcast(d_grad)
-    results = []
-    if output_mask[0]:
-        tangent = scale * (dw * error**2 + 2 * w * error * d_error)
-        if reduction != "none" and batch_dims < input.dim():
-            tangent = tangent.sum(list(range(batch_dims, input.dim())))
-        results.append(tangent.to((input if grad_output is None else grad_output).dtype))
-    if output_mask[1] or output_mask[2]:
-        out = 2 * scale * (dg * w * error + g * dw * error + g * w * d_error)
-        if output_mask[1]:
-            results.append(out.to(input.dtype))
-        if output_mask[2]:
-            results.append((-out).to(target.dtype))
-    if output_mask[3] and weight is not None:
-        out = (scale * (dg * error**2 + 2 * g * error * d_error)).sum_to_size(weight.shape)
-        results.append(out.to(weight.dtype))
-    return results
-
-
-def _scale(input: Tensor, reduction: str, batch_dims: int) -> float:
-    return 1.0 / math.prod(input.shape[batch_dims:]) if reduction == "mean" and input.numel() else 1.0
+    *tensors, reduction, batch_dims, output_mask = args
+    grad_output, input, target, weight = primals = tensors[:4]
+    d_loss, *gradients = hessian_vector_product(primals, tensors[4:], reduction, batch_dims, output_mask)
+    results = [] if d_loss is None else [d_loss.to((input if grad_output is None else grad_output).dtype)]
+    pairs = zip(gradients, (input, target, weight), strict=True)
+    return results + [
+        value.sum_to_size(like.shape).to(like.dtype)
+        for value, like in pairs
+        if value is not None and like is not None
+    ]
 
 
 def _forward_backward_formula(

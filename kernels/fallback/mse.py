@@ -1,14 +1,13 @@
 """Mean squared error in plain torch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import REDUCTIONS
-from ..dtypes import accumulator
+from ..checks import REDUCTIONS, acc_dtype
 
 # Elements of a block: what is made of them stays in the cache. For all elements at once torch would need new
 # memory at each call, which the system clears page by page: that takes longer than the sum. A few blocks need none.
@@ -38,7 +37,7 @@ def _like(values: Tensor, tensor: Tensor) -> Tensor:
     return values if same else result.copy_(values)
 
 
-def _spread(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> Tensor:
+def _broadcast(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> Tensor:
     if reduction == "none":
         return grad
     return grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
@@ -100,7 +99,7 @@ def mse_forward(
         if reduction == "none" or numel <= _FEW * _BLOCK:
             loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
             return _like(loss, input) if reduction == "none" else loss
-    wide = accumulator(input, target, weight)
+    wide = acc_dtype(input, target, weight)
 
     def losses(out: Tensor | None, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
         squares = torch.sub(x.to(wide), y.to(wide), out=out).square_()
@@ -132,8 +131,10 @@ def mse_backward(
         first, second = (input, target) if output_mask[0] else (target, input)
         grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
         return [_like(grad, first), *([_like(-grad, target)] if all(output_mask[:2]) else [])]
-    wide = accumulator(grad_output, input, target, weight)
-    grad = _spread(grad_output.to(wide), input, reduction, batch_dims) * _scale(input, reduction, batch_dims)
+    wide = acc_dtype(grad_output, input, target, weight)
+    grad = _broadcast(grad_output.to(wide), input, reduction, batch_dims) * _scale(
+        input, reduction, batch_dims
+    )
     error = input.to(wide) - target.to(wide)
     results = []
     if output_mask[0] or output_mask[1]:
@@ -163,35 +164,52 @@ def mse_hvp(
     output_mask: list[bool],
 ) -> list[Tensor]:
     """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
-    tensors = (grad_output, input, target, weight, d_grad, d_input, d_target, d_weight)
-    wide = accumulator(*tensors)
-    zero = torch.zeros((), dtype=wide, device=input.device)
-    grad, d_grad = (
-        zero if tensor is None else _spread(tensor.to(wide), input, reduction, batch_dims)
-        for tensor in (grad_output, d_grad)
-    )
-    error = input.to(wide) - target.to(wide)
-    d_error = (zero if d_input is None else d_input.to(wide)) - (
-        zero if d_target is None else d_target.to(wide)
-    )
-    w = zero + 1 if weight is None else weight.to(wide)
-    dw = zero if d_weight is None else d_weight.to(wide)
-    scale = _scale(input, reduction, batch_dims)
+    primals, tangents = (grad_output, input, target, weight), (d_grad, d_input, d_target, d_weight)
+    d_loss, *gradients = hessian_vector_product(primals, tangents, reduction, batch_dims, output_mask)
     results = []
-    if output_mask[0]:
-        tangent = (dw * error + 2 * w * d_error) * error
+    if d_loss is not None:
         dtype = input.dtype if grad_output is None else grad_output.dtype
-        tangent = _reduce(tangent, reduction, batch_dims).to(dtype)
-        results.append(_like(tangent, input.to(dtype)) if reduction == "none" else tangent)
+        d_loss = d_loss.to(dtype)
+        results.append(_like(d_loss, input.to(dtype)) if reduction == "none" else d_loss)
+    pairs = zip(gradients, (input, target, weight), strict=True)
+    return results + [_like(value, like) for value, like in pairs if value is not None and like is not None]
+
+
+def hessian_vector_product(
+    primals: Sequence[Any],
+    tangents: Sequence[Tensor | None],
+    reduction: str,
+    batch_dims: int,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """``mse_hvp`` in the dtype of accumulation, of input's shape but for the first; torch can differentiate it."""
+    acc = acc_dtype(*primals, *tangents)
+    input = primals[1]
+    zero = torch.zeros((), dtype=acc, device=input.device)
+    g, dg = (
+        zero if tensor is None else _broadcast(tensor.to(acc), input, reduction, batch_dims)
+        for tensor in (primals[0], tangents[0])
+    )
+    x, y, w, dx, dy, dw = (
+        zero if tensor is None else tensor.to(acc) for tensor in (*primals[1:], *tangents[1:])
+    )
+    error, d_error = x - y, dx - dy
+    if primals[3] is None:
+        w = zero + 1
+    scale = _scale(input, reduction, batch_dims)
+    d_loss = slope = d_weight = None
+    if output_mask[0]:
+        d_loss = _reduce((dw * error + 2 * w * d_error) * error, reduction, batch_dims)
     if output_mask[1] or output_mask[2]:
-        slope = (((d_grad * w + grad * dw) * error + grad * w * d_error) * (2 * scale)).expand(input.shape)
-        if output_mask[1]:
-            results.append(_like(slope, input))
-        if output_mask[2]:
-            results.append(_like(-slope, target))
-    if output_mask[3] and weight is not None:
-        results.append(_like((d_grad * error + 2 * grad * d_error) * error * scale, weight))
-    return results
+        slope = ((dg * w + g * dw) * error + g * w * d_error) * (2 * scale)
+    if output_mask[3]:
+        d_weight = (dg * error + 2 * g * d_error) * error * scale
+    return [
+        d_loss,
+        slope if output_mask[1] else None,
+        -slope if output_mask[2] and slope is not None else None,
+        d_weight,
+    ]
 
 
 def mse_forward_backward(
@@ -207,7 +225,7 @@ def mse_forward_backward(
         one = input.new_ones(())
         loss = mse_forward(input, target, None, reduction, 0, dtype)
         return [loss, *mse_backward(one, input, target, None, reduction, 0, output_mask)]
-    wide = accumulator(input, target, weight)
+    wide = acc_dtype(input, target, weight)
     scale = _scale(input, reduction, 0)
     tensors = (input, target, weight)
     results = [
