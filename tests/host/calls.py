@@ -14,12 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from gradkernels import use_backend
+from gradkernels.ops import FUNCTIONS
 from gradkernels.triton import tables
-from gradkernels.verify.cases import SHAPES
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.reports import aot_cases
+from bench.reports import cases
+from bench.reports.aot import AOT_CASES
 
 from ..cases import CASES, Case
 from .launches import Record, Recorder
@@ -45,16 +46,9 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def shape_classes() -> list[Case]:
     """The classes of shapes that the kernel check has: one element, odd sizes, a long row, several blocks."""
-    found = []
-    for *batch, m, k, n in SHAPES["matmul"]:
-        shapes = {"input": (*batch, m, k), "other": (*batch, k, n), "bias": (n,)}
-        found.append(Case("matmul", shapes))
-    for shape in SHAPES["mse"]:
-        found.append(Case("mse_loss", {"input": shape, "target": shape}))
-    for n, d, k in SHAPES["linear_mse"]:
-        shapes = {"input": (n, d), "weight": (k, d), "target": (n, k), "bias": (k,)}
-        found.append(Case("linear_mse_loss", shapes))
-    return found
+    return [
+        Case(next(iter(op.public)), op.problem(sizes)) for op in FUNCTIONS.values() for sizes in op.samples
+    ]
 
 
 ALL_CASES = [*CASES, *shape_classes()]
@@ -112,7 +106,7 @@ class Calls:
             standin.use_new_stream(device)
         self._recorder = Recorder(standin, plain=os.environ.get("GRADKERNELS_PLAIN_LAUNCH") == "1")
         # Tensors of a compile report's calls have no memory; here they have, though nobody touches it.
-        aot_cases._meta = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=self._device)
+        cases.device = self._device
 
     def op(self, number: int, dtype: str, layout: str) -> list[Any]:
         """Forward, backward and double backward of a case."""
@@ -135,7 +129,7 @@ class Calls:
 
     def aot_case(self, number: int, dtype: str) -> list[Any]:
         """A call of the compile report."""
-        case = aot_cases.AOT_CASES[number]
+        case = AOT_CASES[number]
         module = importlib.import_module(f"gradkernels.triton.{case.op}")
         with self._device:  # of tensors that are made without a word where
             return self._twice(lambda: case.call(module, getattr(torch, dtype)))
