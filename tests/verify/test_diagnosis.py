@@ -1,5 +1,6 @@
 """Mistakes of backwards written by hand: each is named, in the terms of the operator that it is made in."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_the_upstream_gradient_of_one_output_of_two():
         (randn(4).requires_grad_(), randn(4, seed=1)),
     )
     assert report, report
+
+
+def test_differences_that_fail_are_not_blamed_on_the_upstream_gradient():
+    report = gradcheck(lambda x: x.exp(), torch.full((3,), -torch.inf))
+    assert math.isnan(report.inputs[0].tolerance)
+    assert not any("grad_output" in name for name in report.names), report
 
 
 # One wrong derivative, inside a function or by hand
