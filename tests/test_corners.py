@@ -198,12 +198,12 @@ def test_loss_and_grad_under_transforms(backend: str) -> None:
 def test_loss_and_grad_compiled_asks_for_the_backend_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     served = []
 
-    def implementation(op: str, tensor: Tensor) -> Any:
-        served.append(backend_for(tensor))
-        return unpatched(op, tensor)
+    def module(backend: str, op: str) -> Any:
+        served.append(backend)
+        return unpatched(backend, op)
 
-    unpatched = backends.implementation
-    monkeypatch.setattr(backends, "implementation", implementation)
+    unpatched = backends.module
+    monkeypatch.setattr(backends, "module", module)
     torch._dynamo.reset()
     compiled = torch.compile(mse_loss_and_grad, backend="aot_eager", fullgraph=True)
     for name in ("fallback", "reference"):

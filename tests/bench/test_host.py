@@ -20,7 +20,7 @@ def test_every_op_on_both_backends(
     monkeypatch.setattr(host, "CALLS", 1)
     assert cli.main(["host", "--rounds", "1"]) == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:]]
-    ops = ("mse_loss", "matmul", "linear", "linear_mse_loss")
+    ops = ("matmul", "linear", "mse_loss", "linear_mse_loss")  # in the order of the list
     assert rows == [[op, backend] for backend in ("fallback", "triton") for op in ops]
     with use_backend("triton"):  # kernels are launched again
         x = torch.ones(3, device=DEVICES["triton"])
