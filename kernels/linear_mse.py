@@ -172,7 +172,7 @@ def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
 def _check(op: str, arguments: Mapping[str, Any], reduction: str, allowed: tuple[str, ...]) -> None:
     checks.reduction(op, reduction, allowed)
     checks.tensors(op, arguments, ("bias", "sample_weight"))
-    input, weight, target, bias = [arguments[name] for name in ("input", "weight", "target", "bias")]
+    input, weight, target, bias, *_ = arguments.values()
     checks.linear_shapes(op, input, weight, bias)
     checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)
     sample_weight = arguments.get("sample_weight")
