@@ -1,6 +1,6 @@
 """FusedAdam and FusedAdamW: torch.optim.Adam and AdamW in one launch over all parameters."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,14 @@ from torch.optim.optimizer import (
     _get_scalar_dtype,
 )
 
-from .buckets import AdamOptions
-from .optimizer import FusedStep, _local
+from .optim.bucket import AdamOptions
+from .optim.plan import local_part
+from .optim.step import FusedStep, SharedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Adam = torch.optim.Adam  # a user may put FusedAdam under that name
 
 
 class FusedAdam(FusedStep, torch.optim.Adam):
@@ -83,14 +89,10 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_norm: float | None = None,
-        on_nonfinite: str = "ignore",
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        norm_group: Any = None,
+        **shared: "Unpack[SharedOptions]",
     ) -> None:
-        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
+        _Adam.__init__(
+            self,
             params,
             lr,
             betas,
@@ -104,14 +106,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._set_options(
-            max_norm=max_norm,
-            on_nonfinite=on_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            norm_group=norm_group,
-        )
+        self._set_options(**shared)
 
     def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return bool(group["amsgrad"]), group["differentiable"], group["fused"], group["capturable"]
@@ -121,7 +116,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         if not state:
             if group["fused"]:
                 _device_dtype_check_for_fused(param)
-            state["step"] = _local(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
+            state["step"] = local_part(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
             keys = (
                 ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
             )
@@ -152,7 +147,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         return super()._needs_torch(group, param, grad)
 
-    def _torch_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self._state_of(group, param) for param in params]
         for state in states:
             if group["differentiable"] and state["step"].requires_grad:
@@ -211,14 +206,9 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_norm: float | None = None,
-        on_nonfinite: str = "ignore",
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        norm_group: Any = None,
+        **shared: "Unpack[SharedOptions]",
     ) -> None:
-        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
+        super().__init__(
             params,
             lr,
             betas,
@@ -230,12 +220,6 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
-        )
-        self._set_options(
-            max_norm=max_norm,
-            on_nonfinite=on_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            norm_group=norm_group,
+            decoupled_weight_decay=True,
+            **shared,
         )

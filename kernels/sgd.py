@@ -1,14 +1,20 @@
 """FusedSGD: torch.optim.SGD in one launch over all parameters."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.optim.sgd import sgd
 
-from .buckets import SGDOptions
-from .optimizer import FusedStep, _local
+from .optim.bucket import SGDOptions
+from .optim.plan import local_part
+from .optim.step import FusedStep, SharedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_SGD = torch.optim.SGD  # a user may put FusedSGD under that name
 
 
 class FusedSGD(FusedStep, torch.optim.SGD):
@@ -79,14 +85,10 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        max_norm: float | None = None,
-        on_nonfinite: str = "ignore",
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        norm_group: Any = None,
+        **shared: "Unpack[SharedOptions]",
     ) -> None:
-        super(FusedStep, self).__init__(  # torch's, whatever stands under its name in torch.optim by now
+        _SGD.__init__(
+            self,
             params,
             lr,
             momentum,
@@ -99,14 +101,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             fused=fused,
         )
         self.capturable = capturable
-        self._set_options(
-            max_norm=max_norm,
-            on_nonfinite=on_nonfinite,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-            norm_group=norm_group,
-        )
+        self._set_options(**shared)
 
     def _capturable(self) -> bool:
         return self.capturable
@@ -142,7 +137,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             # A buffer from elsewhere has been set; one of our own is set by the first step not skipped.
             counts = state if stochastic else self._counts.setdefault(param, {})
             if first or "step" not in counts:
-                counts["step"] = _local(param).new_full(
+                counts["step"] = local_part(param).new_full(
                     (), float(momentum and not first), dtype=torch.float32
                 )
             taking_part["step"] = counts["step"]
@@ -158,7 +153,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             bool(group["maximize"]),
         )
 
-    def _torch_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         momentum = group["momentum"] != 0
         buffers = [self.state[param].get("momentum_buffer") if momentum else None for param in params]
         sgd(

@@ -120,3 +120,11 @@ def autocast_keys(device_keys: tuple[str, ...]) -> Any:
 
 # A context without these dispatch keys. Public: torch.autocast(enabled=False), for one device type at a time.
 exclude_keys: Callable[[Any], AbstractContextManager[None]] = torch._C._ExcludeDispatchKeyGuard
+
+
+def operations_are_traced() -> bool:
+    """True if make_fx, FakeTensorMode or functionalization is active; other dispatch modes see values."""
+    return _dispatch_modes() > 0 and any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in torch._C._TorchDispatchModeKey.__members__.values()
+    )

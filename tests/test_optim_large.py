@@ -11,7 +11,7 @@ from .conftest import GPU
 SETUP = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from gradkernels.buckets import AdamOptions, Bucket, Guard, SGDOptions
+from gradkernels.optim.bucket import AdamOptions, Bucket, Guard, SGDOptions
 from gradkernels.triton import adam, grad_norm, sgd
 from gradkernels.triton.tables import CHUNK, tables_of
 TAIL = 2 * CHUNK.value + 100  # from the last chunk below 2^31 to the partial one at the end

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..buckets import AdamOptions, Bucket, Guard
+from ..optim.bucket import AdamOptions, Bucket, Guard
 from .batches import by_group, run
 from .grad_norm import Decision, decide, raise_steps
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..buckets import Bucket
 from ..dtypes import accumulator
+from ..optim.bucket import Bucket
 from .grad_norm import Decision
 from .pieces import Piece, batch_size, cut, flatten, pieces_of, unflatten
 from .rounding import draws, stochastic_bfloat16

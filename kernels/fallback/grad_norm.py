@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..buckets import UNGUARDED, Bucket, Guard
 from ..dtypes import accumulator
+from ..optim.bucket import UNGUARDED, Bucket, Guard
 from .pieces import Piece, batch_size, cut, flatten, pieces_of
 from .threads import is_small, one_thread
 

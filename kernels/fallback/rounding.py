@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..buckets import MASK, key_of, mix
+from ..optim.bucket import MASK, key_of, mix
 
 
 def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Tensor]:

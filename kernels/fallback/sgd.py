@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..buckets import Bucket, Guard, SGDOptions
 from ..dtypes import accumulator
+from ..optim.bucket import Bucket, Guard, SGDOptions
 from .batches import by_group, is_native, picked, run
 from .grad_norm import GO, Decision, decide, raise_steps, store, unscaled
 from .rounding import draws, stochastic_bfloat16

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..buckets import AdamOptions, Bucket, Guard, SGDOptions
 from ..checks import acc_dtype
+from ..optim.bucket import AdamOptions, Bucket, Guard, SGDOptions
 from . import adam, linear_mse, matmul, mse, sgd
 from .precision import Array
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..buckets import Bucket
+from ..optim.bucket import Bucket
 from . import config
 from .launch import launch
 from .tables import CHUNK, GRAD, chunk_of, dtype_of, is_whole, pointer_at, tables_of

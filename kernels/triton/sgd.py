@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ..buckets import Bucket, Guard, SGDOptions
+from ..optim.bucket import Bucket, Guard, SGDOptions
 from .tables import (
     CHUNK,
     GRAD,
@@ -68,7 +68,7 @@ def _sgd_step_kernel(
     chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, 7) float64: see tables.py.
     arrivals_ptr: (N,) int32, zeros between launches.
     grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
-    skipped_ptr: (1,) int64 or None: see buckets.Guard.
+    skipped_ptr: (1,) int64 or None: see optim.bucket.Guard.
 
     Bytes per element: parameter, momentum and master read and written once, gradient read once (and written
     once under grad_scale): 12 for float32, 20 with momentum.

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import TRITON_DEVICES
-from ..buckets import Bucket, Guard, key_of
+from ..optim.bucket import Bucket, Guard, key_of
 from . import config
 from .launch import launch
 
@@ -250,7 +250,7 @@ def load_guard(
     """(skip, inverse_scale, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
 
     grad_scale_ptr, found_inf_ptr: 0-d float32, or None. norms_ptr: (NORMS, 2) float64, or None.
-    skipped_ptr: (1,) int64, raised by program 0 if the step is skipped, or None. See buckets.Guard.
+    skipped_ptr: (1,) int64, raised by program 0 if the step is skipped, or None. See optim.bucket.Guard.
     """
     skip = tl.full((), 0, tl.int1)
     inverse_scale = tl.full((), 1.0, tl.float64)
@@ -330,7 +330,7 @@ def key_at(row, step):
 
 @triton.jit
 def mix(x):
-    """A bijection of uint32 that scatters its values; the same as in buckets.py."""
+    """A bijection of uint32 that scatters its values; the same as in optim/bucket.py."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .buckets import AdamOptions, Guard, SGDOptions
-from .launching import Entry, measure, sort_into_parts, update
+from .bucket import AdamOptions, Guard, SGDOptions
+from .plan import Entry, measure_gradients, partition, update_parameters
 
 _OPTIONS: dict[str, Any] = {"sgd": SGDOptions, "adam": AdamOptions}
 _SWITCHES = {"nesterov", "maximize", "decoupled"}
@@ -62,20 +62,20 @@ def _step(
         Entry(0, positions[i], params[i], grads[i], {key: by_key[key][i] for key in keys}, seed)
         for i in range(count)
     ]
-    parts = sort_into_parts(entries)
+    parts = partition(entries)
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
     guard = Guard(grad_scale, found_inf, norms, max_norm, skip_nonfinite, skipped)
-    update(operator, parts, [kind(**options)], guard)
+    update_parameters(operator, parts, [kind(**options)], guard)
 
 
 @torch.no_grad()
 def _norm(grads: Sequence[Tensor], grad_scale: Tensor | None, out: Tensor) -> None:
     """Write the sum of squares of the unscaled gradients and the count of non-finite ones to ``out`` (1, 2)."""
-    parts = sort_into_parts(Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads))
+    parts = partition(Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads))
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
-    out.copy_(measure(parts, grad_scale, out.device, [], None).sum(0, keepdim=True))
+    out.copy_(measure_gradients(parts, grad_scale, out.device, [], None).sum(0, keepdim=True))
 
 
 _library.impl("optimizer_step", _step, "CompositeExplicitAutograd")

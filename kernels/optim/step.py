@@ -1,17 +1,20 @@
-"""What the fused optimizers share: buckets, AMP, clipping, the guard against non-finite gradients, DTensor.
+"""torch.optim's side of the fused optimizers: hooks, state, checkpoints, AMP, what is refused.
 
-A step sorts the parameters that have a gradient into buckets (one device, one dtype per role, one set of
-state tensors), keeps that plan for as long as nothing it rests on has changed, measures the gradients where
-clipping or the guard asks for it, and hands each bucket to one launch. Nothing here waits for the device,
-save where ``on_nonfinite="raise"`` must and where torch's own loop serves (sparse, complex, differentiable).
+Three ways lead through a step, all from ``FusedStep._step``:
+
+* ``_step_by_launches``, the usual one: fit or make a plan (plan.py), measure the gradients where clipping or the guard
+  asks for it, one launch per part of the plan.
+* ``_step_by_operators``, while torch.compile or make_fx traces, and over tensors without values: one operator per group
+  and dtype (compiled.py) stands for the launches.
+* ``_step_by_torch``, for the parameters that only torch's own loop serves: sparse, complex, differentiable, quantized.
+
+Nothing here waits for the device, save where ``on_nonfinite="raise"`` must and in torch's own loop.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from inspect import unwrap
 from itertools import chain
-from operator import is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,12 +27,23 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .buckets import UNGUARDED, Guard
-from .launching import Entry, Part, measure, norm_table, sort_into_parts, update
-from .optimizer_operators import optimizer_norm, optimizer_step
+from ..torch_private import operations_are_traced
+from .bucket import UNGUARDED, Guard
+from .compiled import optimizer_norm, optimizer_step
+from .plan import (
+    Entry,
+    Plan,
+    local_gradient,
+    local_part,
+    make_plan,
+    measure_gradients,
+    norm_table,
+    shards_of,
+    update_parameters,
+)
 
 ON_NONFINITE = ("ignore", "skip", "raise")
-_OWN = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -43,45 +57,27 @@ class _Shared:
         return self
 
 
-@dataclass
-class _Plan:
-    """The buckets, and everything that must be found unchanged for them to serve another step."""
+class SharedOptions(TypedDict, total=False):
+    """The keyword arguments that the three optimizers share; the defaults stand in ``FusedStep._set_options``."""
 
+    max_norm: float | None
+    on_nonfinite: str
+    master_weights: bool
+    stochastic_rounding: bool
+    seed: int
+    norm_group: Any
+
+
+class _Call(NamedTuple):
+    """The arguments of one operator: a group's parameters of one dtype."""
+
+    group: dict[str, Any]
     params: list[Tensor]
-    missing: list[bool]
-    kinds: list[Any]
-    layouts: list[Any]
-    stepped: list[Tensor]
-    forms: list[Any]
-    values: list[Any]
-    tensors: list[Tensor]
-    addresses: list[int]
-    parts: list[Part]
-    delegated: list[tuple[int, Tensor]]
-    wrapped: bool
-    inference: bool = False
-
-    def gradients(
-        self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
-    ) -> list[Tensor] | None:
-        """The local gradients in the plan's order, or None if the plan no longer fits."""
-        if (
-            self.delegated
-            or self.inference != torch.is_inference_mode_enabled()  # where else may its memory be written?
-            or len(params) != len(self.params)
-            or not all(map(is_, params, self.params))
-            or [grad is None for grad in grads] != self.missing
-            or kinds != self.kinds
-            or not _same(_values(state), self.values)
-            or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
-            or _forms(self.stepped) != self.forms
-        ):
-            return None
-        live: Any = [grad for grad in grads if grad is not None] if True in self.missing else grads
-        if self.wrapped:
-            owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
-            live = [_local_grad(grad, param) for grad, param in zip(live, owners, strict=True)]
-        return live if _layouts(live) == self.layouts else None
+    grads: list[Tensor]
+    positions: list[int]
+    records: list[Tensor]  # count of skipped steps, norms
+    keys: list[str]
+    states: list[Tensor]
 
 
 class FusedStep(torch.optim.Optimizer):
@@ -93,12 +89,12 @@ class FusedStep(torch.optim.Optimizer):
     def _set_options(
         self,
         *,
-        max_norm: float | None,
-        on_nonfinite: str,
-        master_weights: bool,
-        stochastic_rounding: bool,
-        seed: int,
-        norm_group: Any,
+        max_norm: float | None = None,
+        on_nonfinite: str = "ignore",
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        norm_group: Any = None,
     ) -> None:
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"Invalid max_norm value: {max_norm}")
@@ -115,12 +111,12 @@ class FusedStep(torch.optim.Optimizer):
         self._norm_group = _Shared(norm_group)
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
-        self._captured: list[_Plan] = []
+        self._captured: list[Plan] = []
         self._loading: dict[str, Any] | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._norms: Tensor | None = None
         self._row: Tensor | None = None
 
@@ -138,7 +134,7 @@ class FusedStep(torch.optim.Optimizer):
         """The group's options as the launcher takes them."""
         raise NotImplementedError
 
-    def _torch_step(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Torch's own loop over sparse, complex or differentiable updates."""
         raise NotImplementedError
 
@@ -147,7 +143,7 @@ class FusedStep(torch.optim.Optimizer):
         return all(group["capturable"] for group in self.param_groups)
 
     def _has_master(self, param: Tensor) -> bool:
-        return self.master_weights and param.dtype in LOW_PRECISION and not _is_wrapper(_local(param))
+        return self.master_weights and param.dtype in LOW_PRECISION and not _is_wrapper(local_part(param))
 
     def _seed_of(self, param: Tensor) -> int | None:
         """The seed with which the values of ``param`` are rounded, None to round to nearest."""
@@ -232,15 +228,15 @@ class FusedStep(torch.optim.Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling():
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                if not self._update_by_operators(compiling=True):
-                    self._update_untraced()
+                if not self._step_by_operators(compiling=True):
+                    self._step_outside_the_graph()
             return loss
         before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(
             self.defaults["differentiable"]
         )  # a context manager would take twice as long
         try:
-            self._update()
+            self._step_by_launches()
         finally:
             torch._C._set_grad_enabled(before)
         return loss
@@ -276,9 +272,8 @@ class FusedStep(torch.optim.Optimizer):
         """
 
         def remember(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            self._loading = (
-                given  # after the user's own pre hooks; __setstate__ is called before the post hooks
-            )
+            # This hook runs after the user's pre hooks, __setstate__ before the post hooks.
+            self._loading = given
 
         handle = self.register_load_state_dict_pre_hook(remember)
         try:
@@ -305,14 +300,12 @@ class FusedStep(torch.optim.Optimizer):
         Dynamo knows the method of this name: it runs it as it is, and takes the tensors for inputs of the graph.
 
         Args:
-            args: the group, the dtype, whether the records are the optimizer's own, then empty lists: parameters,
-                gradients, positions in the optimizer, records (count of skipped steps, norms), state keys, and
-                state tensors key by key.
+            args: the fields of a _Call with empty lists; the dtype; whether the records are the optimizer's own.
 
         Returns:
             Whether the operators can serve the group: no DTensors and nothing for torch's loop.
         """
-        group, dtype, lasting, params, grads, positions, records, keys, states = args
+        group, params, grads, positions, records, keys, states, dtype, lasting = args
         everything = chain.from_iterable(other["params"] for other in self.param_groups)
         own = set(map(id, group["params"]))
         wanted = [
@@ -320,7 +313,7 @@ class FusedStep(torch.optim.Optimizer):
             for position, param in enumerate(everything)
             if id(param) in own and param.grad is not None and param.dtype == dtype
         ]
-        plain = all(_local(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
+        plain = all(local_part(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
         plain = plain and len(own) == len(group["params"])  # an operator may not write to one tensor twice
         if not plain:
             return False
@@ -337,7 +330,7 @@ class FusedStep(torch.optim.Optimizer):
                 records += [param.new_zeros(1, dtype=torch.int64), param.new_zeros(1, 2, dtype=torch.float64)]
         return True
 
-    def _update_by_operators(self, compiling: bool) -> bool:
+    def _step_by_operators(self, compiling: bool) -> bool:
         """The step as one operator per group and dtype: for graphs, and for tensors that hold no values.
 
         Returns:
@@ -348,30 +341,24 @@ class FusedStep(torch.optim.Optimizer):
             return False
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
-        calls = []
+        calls: list[_Call] = []
         every_grad: list[Tensor] = []
         for group in self.param_groups:
             for dtype in {param.dtype: None for param in group["params"]}:
-                params: list[Tensor] = []
-                grads: list[Tensor] = []
-                positions: list[int] = []
-                records: list[Tensor] = []
-                keys: list[str] = []
-                states: list[Tensor] = []
-                lists = (params, grads, positions, records, keys, states)
-                if not self._init_group(group, dtype, compiling, *lists):
+                call = _Call(group, [], [], [], [], [], [])
+                if not self._init_group(*call, dtype, compiling):
                     return False
-                if params:
-                    calls.append((group, dtype, params, grads, positions, records, keys, states))
-                    every_grad += grads
+                if call.params:
+                    calls.append(call)
+                    every_grad += call.grads
         norms = None
         if self._measures() and calls:
-            norms = calls[0][5][1]
+            _, norms = calls[0].records
             optimizer_norm(every_grad, scale, norms)
             if not compiling:
                 self._norms = norms
         counting = found_inf is not None or self.on_nonfinite != "ignore"
-        for group, _, params, grads, positions, records, keys, states in calls:
+        for group, params, grads, positions, records, keys, states in calls:
             options = list(self._options(group))
             columns = [i for i, value in enumerate(options) if isinstance(value, Tensor)]
             optimizer_step(
@@ -396,10 +383,10 @@ class FusedStep(torch.optim.Optimizer):
         return True
 
     @torch._disable_dynamo
-    def _update_untraced(self) -> None:
-        self._update()
+    def _step_outside_the_graph(self) -> None:
+        self._step_by_launches()
 
-    def _update(self) -> None:
+    def _step_by_launches(self) -> None:
         groups = self.param_groups
         params = list(chain.from_iterable([group["params"] for group in groups]))
         grads = [param.grad for param in params]
@@ -408,13 +395,16 @@ class FusedStep(torch.optim.Optimizer):
         if capturing:
             self._refuse_capture(params)
         local = None
-        if self._plan is not None and not capturing and not _tracing():
-            local = self._plan.gradients(params, grads, kinds, self.state)
+        if self._plan is not None and not capturing and not operations_are_traced():
+            local = self._plan.fit(params, grads, kinds, self.state)
         if local is None:
-            if _valueless(params) and self._update_by_operators(compiling=False):
+            if _valueless(params) and self._step_by_operators(compiling=False):
                 return
+            inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
-                plan, local = self._make_plan(params, grads, kinds)
+                entries, delegated = self._sort(params, grads)
+                plan = make_plan(params, grads, kinds, entries, delegated, self.state, inference)
+                local = [entry.grad for entry in entries]
                 if capturing:
                     self._captured.append(plan)  # the graph reads its tables for as long as it lives
                 else:
@@ -422,32 +412,31 @@ class FusedStep(torch.optim.Optimizer):
                     for part in plan.parts:
                         # Here, since a graph that made the counter would zero it at each replay.
                         self._skip_count(part.bucket.params[0].device)
-            plan.inference = torch.is_inference_mode_enabled()
         else:
             assert self._plan is not None
             plan = self._plan
         try:
             for part in plan.parts:
                 part.bucket.grads = local if len(plan.parts) == 1 else [local[slot] for slot in part.slots]
-            self._launch(plan)
+            self._apply(plan)
         finally:
             for part in plan.parts:
                 part.bucket.grads = []  # a plan that kept gradients would keep their memory
 
-    def _launch(self, plan: _Plan) -> None:
+    def _apply(self, plan: Plan) -> None:
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
         options = [self._options(group) for group in self.param_groups]
         if scale is None and found_inf is None and not self._measures():
-            update(self._operator, plan.parts, options, UNGUARDED)
+            update_parameters(self._operator, plan.parts, options, UNGUARDED)
             if plan.delegated:
-                self._delegate(plan, UNGUARDED)
+                self._step_by_torch(plan, UNGUARDED)
             return
-        home = next((_local(param).device for param in plan.params), torch.device("cpu"))
+        home = next((local_part(param).device for param in plan.params), torch.device("cpu"))
         norms = None
         if self._measures():
             extra = [_torch_norm(param, scale) for _, param in plan.delegated]
-            norms = self._norms = measure(plan.parts, scale, home, extra, self.norm_group)
+            norms = self._norms = measure_gradients(plan.parts, scale, home, extra, self.norm_group)
             if self._row is not None:
                 self._norms = self._row.copy_(norms.sum(0, keepdim=True))
             if self.on_nonfinite == "raise" and found_inf is None:
@@ -456,9 +445,9 @@ class FusedStep(torch.optim.Optimizer):
         if found_inf is not None or guard.skip_nonfinite:
             device = plan.parts[0].bucket.params[0].device if plan.parts else home
             guard = guard._replace(skipped=self._skip_count(device))
-        update(self._operator, plan.parts, options, guard)
+        update_parameters(self._operator, plan.parts, options, guard)
         if plan.delegated:
-            self._delegate(plan, guard._replace(skipped=None) if plan.parts else guard)
+            self._step_by_torch(plan, guard._replace(skipped=None) if plan.parts else guard)
 
     def _lasting_norms(self, device: torch.device) -> Tensor:
         """The tensor that graphs write their measurements to; from then on the eager step does so too."""
@@ -488,7 +477,7 @@ class FusedStep(torch.optim.Optimizer):
         where = "; ".join(names) or "none on this rank"
         raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
 
-    def _delegate(self, plan: _Plan, guard: Guard) -> None:
+    def _step_by_torch(self, plan: Plan, guard: Guard) -> None:
         """Unscale, clip and skip as the launches do, then let torch's own loop update."""
         skip = guard.found_inf is not None and bool(guard.found_inf.item())
         if guard.norms is not None:
@@ -509,13 +498,14 @@ class FusedStep(torch.optim.Optimizer):
                 wide = [torch.promote_types(grad.dtype.to_real(), torch.float32) for grad in grads]
                 grads = [grad * clip.to(grad.device, dtype) for grad, dtype in zip(grads, wide, strict=True)]
             if chosen:
-                self._torch_step(group, chosen, grads)
+                self._torch_update(group, chosen, grads)
 
     # Plans.
 
-    def _make_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any]
-    ) -> tuple[_Plan, list[Tensor]]:
+    def _sort(
+        self, params: list[Tensor], grads: list[Tensor | None]
+    ) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
+        """What launches update, and (group, parameter) of what torch's own loop must."""
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         entries: list[Entry] = []
         delegated: list[tuple[int, Tensor]] = []
@@ -526,30 +516,12 @@ class FusedStep(torch.optim.Optimizer):
             if self._needs_torch(group, param, grad):
                 delegated.append((g, param))
                 continue
-            state = {key: _local(value) for key, value in self._state_of(group, param).items()}
+            state = {key: local_part(value) for key, value in self._state_of(group, param).items()}
             seed = self._seed_of(param)
             entries.append(
-                Entry(g, index, _local(param), _local_grad(grad, param), state, seed, _shards(param))
+                Entry(g, index, local_part(param), local_gradient(grad, param), state, seed, shards_of(param))
             )
-        parts = sort_into_parts(entries)
-        live = [entry.grad for entry in entries]
-        stepped = [entry.param for entry in entries]
-        tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
-        plan = _Plan(
-            params=params,
-            missing=[grad is None for grad in grads],
-            kinds=kinds,
-            layouts=_layouts(live),
-            stepped=stepped,
-            forms=_forms(stepped),
-            values=_values(self.state),
-            tensors=tensors,
-            addresses=list(map(Tensor.data_ptr, tensors)),
-            parts=parts,
-            delegated=delegated,
-            wrapped=any(_local(param) is not param for param in params),
-        )
-        return plan, live
+        return entries, delegated
 
     def _needs_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
         """Whether torch's own loop serves this parameter; ``fused=True`` refuses what torch's refuses."""
@@ -557,7 +529,7 @@ class FusedStep(torch.optim.Optimizer):
             param.is_floating_point()
             and grad.layout == torch.strided
             and not group["differentiable"]
-            and not _is_wrapper(_local(param))
+            and not _is_wrapper(local_part(param))
             and not _is_wrapper(grad)
         )
         if not plain and group["fused"]:
@@ -590,77 +562,23 @@ class FusedStep(torch.optim.Optimizer):
                 )
 
 
-def _same(first: list[Any], second: list[Any]) -> bool:
-    return len(first) == len(second) and all(map(is_, first, second))
-
-
-def _values(state: dict[Any, Any]) -> list[Any]:
-    try:
-        return list(chain.from_iterable(map(dict.values, state.values())))
-    except TypeError:  # torch lets a user keep values of the whole optimizer there too
-        return list(
-            chain.from_iterable(entry.values() for entry in state.values() if isinstance(entry, dict))
-        )
-
-
-def _layouts(tensors: list[Tensor]) -> list[Any]:
-    """The dtypes, and what an address does not say either: strides and negative bits, unless none stands out."""
-    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
-    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
-        return dtypes
-    return dtypes + [(tensor.stride(), tensor.is_neg()) for tensor in tensors]
-
-
-def _forms(params: list[Tensor]) -> list[Any]:
-    """The sizes, and shapes and strides unless all are contiguous: ``.data`` may be another view of its memory."""
-    sizes: list[Any] = list(map(Tensor.numel, params))
-    if all(map(Tensor.is_contiguous, params)):
-        return sizes
-    return sizes + [(param.shape, param.stride()) for param in params]
-
-
 def _resolved(tensor: Tensor | None) -> Tensor | None:
     """The tensor with its negative bit, if it has one, carried out in memory."""
     return None if tensor is None else tensor.resolve_neg()
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; any other tensor as it is."""
-    return getattr(tensor, "_local_tensor", tensor)
-
-
-def _local_grad(grad: Any, param: Any) -> Tensor:
-    """The local part of a gradient, sharded as its parameter is."""
-    if not hasattr(grad, "_local_tensor"):
-        return grad
-    if grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    local = grad._local_tensor
-    return local.wait() if hasattr(local, "wait") else local
-
-
 def _is_wrapper(tensor: Tensor) -> bool:
     """Whether a subclass keeps the values in other tensors (torchao's quantized weights): only torch's ops know how."""
     return (
-        type(tensor) not in _OWN
+        type(tensor) not in _PLAIN_TYPES
         and is_traceable_wrapper_subclass(tensor)
         and not hasattr(tensor, "_local_tensor")
     )
 
 
-def _shards(param: Any) -> tuple[Any, ...]:
-    """The process groups over which a DTensor is sharded: summing over them counts each element once."""
-    if not hasattr(param, "_local_tensor"):
-        return ()
-    mesh = param.device_mesh
-    return tuple(
-        mesh.get_group(dim) for dim, place in enumerate(param.placements) if not place.is_replicate()
-    )
-
-
 def _dense_values(param: Tensor) -> Tensor:
     """The gradient's stored elements, on this rank, as real numbers."""
-    grad = _local(param.grad)  # type: ignore[arg-type]
+    grad = local_part(param.grad)  # type: ignore[arg-type]
     if grad.is_sparse:
         grad = grad.coalesce()._values()
     return torch.view_as_real(grad) if grad.is_complex() else grad
@@ -673,17 +591,9 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
     return torch.stack([values.square().sum(), (~values.isfinite()).sum()])
 
 
-def _tracing() -> bool:
-    """Whether make_fx, FakeTensorMode or functionalization sees each operation."""
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None
-        for key in torch._C._TorchDispatchModeKey.__members__.values()
-    )
-
-
 def _valueless(params: list[Tensor]) -> bool:
     """Whether a step over these is traced, or has no values to compute with: fake and meta tensors."""
-    return _tracing() or any(param.is_meta or isinstance(param, FakeTensor) for param in params)
+    return operations_are_traced() or any(param.is_meta or isinstance(param, FakeTensor) for param in params)
 
 
 def _capturing() -> bool:

@@ -1,0 +1,380 @@
+"""Which launches a step makes, and whether the last step's plan still fits.
+
+A plan sorts the parameters that have a gradient into parts: one device, one dtype per role, one set of state tensors,
+one launch each. It serves until something it rests on changes: the parameters, the gradients' dtypes and layouts, the
+state tensors, an address. ``measure_gradients`` and ``update_parameters`` launch over the parts; the operators that
+torch.compile captures (compiled.py) call them too.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from operator import is_
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..backends import implementation
+from .bucket import UNGUARDED, Bucket, Guard
+
+_AS_IT_IS = nullcontext()
+
+
+class Entry(NamedTuple):
+    """One parameter of a step, all tensors local to this rank.
+
+    Attributes:
+        group: index of its parameter group; ``position``: its own in the optimizer.
+        state: the tensors that take part, by state key.
+        seed: of stochastic rounding, or None.
+        shards: the process groups over which it is sharded (DTensor).
+    """
+
+    group: int
+    position: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    seed: int | None
+    shards: tuple[Any, ...] = ()
+
+
+@dataclass
+class Part:
+    """A bucket, and where its entries come from.
+
+    Attributes:
+        slots: for each entry of the bucket its place in the list that was sorted.
+        copied: the entries for which a launch needs copies: their tensors differ in layout, or their parameter has
+            holes.
+        shards: the process groups over which the parameters are sharded.
+    """
+
+    bucket: Bucket
+    slots: list[int]
+    copied: list[int]
+    shards: tuple[Any, ...]
+
+    def dense(self, write_grads: bool) -> AbstractContextManager[None]:
+        """Inside the block the tensors of each entry have one layout without holes."""
+        return DenseCopies(self.bucket, self.copied, write_grads) if self.copied else _AS_IT_IS
+
+
+@dataclass
+class Plan:
+    """The parts of a step, and what must be found unchanged for them to serve another one.
+
+    Attributes:
+        params: all parameters of the optimizer; ``missing``: which of them have no gradient.
+        kinds: what in each group's options decides which tensors take part.
+        layouts: of the gradients; ``forms``: of the local parameters ``stepped``.
+        values: all state tensors; ``tensors``: those that take part, and parameters; ``addresses``: theirs.
+        delegated: (group, parameter) for torch's own loop.
+        wrapped: whether there are DTensors.
+        inference: whether the plan was made in inference mode, where memory is made that is written there alone.
+    """
+
+    params: list[Tensor]
+    missing: list[bool]
+    kinds: list[Any]
+    layouts: list[Any]
+    stepped: list[Tensor]
+    forms: list[Any]
+    values: list[Any]
+    tensors: list[Tensor]
+    addresses: list[int]
+    parts: list[Part]
+    delegated: list[tuple[int, Tensor]]
+    wrapped: bool
+    inference: bool
+
+    def fit(
+        self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
+    ) -> list[Tensor] | None:
+        """The local gradients in the plan's order, or None if the plan no longer fits."""
+        if (
+            self.delegated
+            or self.inference != torch.is_inference_mode_enabled()
+            or len(params) != len(self.params)
+            or not all(map(is_, params, self.params))
+            or [grad is None for grad in grads] != self.missing
+            or kinds != self.kinds
+            or not _same(_values(state), self.values)
+            or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
+            or _forms(self.stepped) != self.forms
+        ):
+            return None
+        live: Any = [grad for grad in grads if grad is not None] if True in self.missing else grads
+        if self.wrapped:
+            owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
+            live = [local_gradient(grad, param) for grad, param in zip(live, owners, strict=True)]
+        return live if _layouts(live) == self.layouts else None
+
+
+def make_plan(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    kinds: list[Any],
+    entries: list[Entry],
+    delegated: list[tuple[int, Tensor]],
+    state: dict[Tensor, Any],
+    inference: bool,
+) -> Plan:
+    """The plan of a step over ``entries``; the arguments are as in Plan and its ``fit``."""
+    stepped = [entry.param for entry in entries]
+    tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
+    return Plan(
+        params=params,
+        missing=[grad is None for grad in grads],
+        kinds=kinds,
+        layouts=_layouts([entry.grad for entry in entries]),
+        stepped=stepped,
+        forms=_forms(stepped),
+        values=_values(state),
+        tensors=tensors,
+        addresses=list(map(Tensor.data_ptr, tensors)),
+        parts=partition(entries),
+        delegated=delegated,
+        wrapped=any(local_part(param) is not param for param in params),
+        inference=inference,
+    )
+
+
+def partition(entries: Iterable[Entry]) -> list[Part]:
+    """One part per device, dtypes, state keys and shards, in the order of first appearance.
+
+    Parameters of the same memory are updated one after the other, as torch does: in parts of their own.
+    """
+    parts: dict[tuple[Any, ...], Part] = {}
+    met: dict[tuple[torch.device, int], int] = defaultdict(int)
+    for slot, entry in enumerate(entries):
+        param = entry.param
+        dtypes = tuple((key, value.dtype) for key, value in entry.state.items())
+        again = 0
+        if param.numel() > 0:
+            memory = (param.device, param.data_ptr())
+            again = met[memory]
+            met[memory] += 1
+        identity = (param.device, param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards, again)
+        if identity not in parts:
+            bucket = Bucket([], [], {key: [] for key in entry.state}, [], [], entry.seed)
+            parts[identity] = Part(bucket, [], [], entry.shards)
+        part = parts[identity]
+        moving = [value for key, value in entry.state.items() if key != "step"]
+        shape = param.shape
+        if entry.grad.shape != shape or any(value.shape != shape for value in moving):
+            _refuse_shapes(entry)
+        if not same_layout(param, [entry.grad, *moving]):
+            if any(map(overlaps, (param, *moving))):
+                raise RuntimeError(  # as torch
+                    "unsupported operation: more than one element of the written-to tensor refers to a single "
+                    "memory location. Please clone() the tensor before performing the operation."
+                )
+            part.copied.append(len(part.slots))
+        part.slots.append(slot)
+        part.bucket.params.append(param)
+        part.bucket.groups.append(entry.group)
+        part.bucket.indices.append(entry.position)
+        for key, value in entry.state.items():
+            part.bucket.states[key].append(value)
+    return list(parts.values())
+
+
+def _refuse_shapes(entry: Entry) -> NoReturn:
+    """Kernels walk through memory from end to end, and would go beyond that of the smaller tensor."""
+    shapes = {"grad": entry.grad, **entry.state}
+    shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in shapes.items() if key != "step")
+    raise RuntimeError(f"parameter {entry.position} has shape {tuple(entry.param.shape)}, but {shown}")
+
+
+def measure_gradients(
+    parts: Sequence[Part], scale: Tensor | None, home: torch.device, extra: list[Tensor], norm_group: Any
+) -> Tensor:
+    """Rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
+
+    Args:
+        parts: their buckets hold the gradients.
+        scale: what the gradients are to be divided by, or None.
+        home: the device of the result.
+        extra: rows of gradients that no part has.
+        norm_group: the process group whose other ranks have parameters of their own, or None.
+    """
+    devices = [part.bucket.params[0].device for part in parts]
+    tables = {device: norm_table(devices.count(device), device) for device in dict.fromkeys(devices)}
+    free = {device: iter(table.unbind()) for device, table in tables.items()}
+    sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for part, device in zip(parts, devices, strict=True):
+        out = next(free[device])
+        launcher = implementation("grad_norm", part.bucket.params[0]).grad_norm
+        with part.dense(write_grads=False):
+            launcher(part.bucket, to_device(scale, device), out)
+        sharded[part.shards].append(out)
+    if set(tables) == {home} and not extra and not any(sharded) and norm_group is None:
+        return tables[home]
+
+    total = torch.zeros_like(norm_table(1, home))
+    for shards, rows in sharded.items():
+        subtotal = torch.stack([row.to(home) for row in rows]).sum(0, keepdim=True)
+        for group in shards:
+            dist.all_reduce(subtotal, group=group)
+        total += subtotal
+    for row in extra:
+        total += row.to(total)
+    if norm_group is not None:
+        dist.all_reduce(total, group=norm_group)
+    return total
+
+
+def update_parameters(operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard) -> None:
+    """One launch per part; ``guard`` holds for all, on whatever device its tensors are."""
+    for part in parts:
+        bucket = part.bucket
+        local = guard if guard is UNGUARDED else _on(bucket.params[0].device, guard)
+        launcher = getattr(implementation(operator, bucket.params[0]), f"{operator}_step")
+        with part.dense(write_grads=guard.grad_scale is not None):
+            launcher(bucket, options, local)
+        torch.autograd.graph.increment_version(bucket.params)
+        if guard.skipped is not None:
+            guard = guard._replace(skipped=None)  # the first part counts for all
+
+
+def _on(device: torch.device, guard: Guard) -> Guard:
+    return guard._replace(
+        grad_scale=to_device(guard.grad_scale, device),
+        found_inf=to_device(guard.found_inf, device),
+        norms=to_device(guard.norms, device),
+    )
+
+
+def norm_table(rows: int, device: torch.device) -> Tensor:
+    return torch.empty(
+        (rows, 2), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
+    )
+
+
+def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def _values(state: dict[Any, Any]) -> list[Any]:
+    try:
+        return list(chain.from_iterable(map(dict.values, state.values())))
+    except TypeError:  # torch lets a user keep values of the whole optimizer there too
+        return list(
+            chain.from_iterable(entry.values() for entry in state.values() if isinstance(entry, dict))
+        )
+
+
+def _layouts(tensors: list[Tensor]) -> list[Any]:
+    """The dtypes, and what an address does not say either: strides and negative bits, unless none stands out."""
+    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
+    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
+        return dtypes
+    return dtypes + [(tensor.stride(), tensor.is_neg()) for tensor in tensors]
+
+
+def _forms(params: list[Tensor]) -> list[Any]:
+    """The sizes, and shapes and strides unless all are contiguous: ``.data`` may be another view of its memory."""
+    sizes: list[Any] = list(map(Tensor.numel, params))
+    if all(map(Tensor.is_contiguous, params)):
+        return sizes
+    return sizes + [(param.shape, param.stride()) for param in params]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; any other tensor as it is."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def local_gradient(grad: Any, param: Any) -> Tensor:
+    """The local part of a gradient, sharded as its parameter is."""
+    if not hasattr(grad, "_local_tensor"):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    local = grad._local_tensor
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def shards_of(param: Any) -> tuple[Any, ...]:
+    """The process groups over which a DTensor is sharded: summing over them counts each element once."""
+    if not hasattr(param, "_local_tensor"):
+        return ()
+    mesh = param.device_mesh
+    return tuple(
+        mesh.get_group(dim) for dim, place in enumerate(param.placements) if not place.is_replicate()
+    )
+
+
+class DenseCopies(AbstractContextManager[None]):
+    """Inside the block all tensors of an entry have the same strides without holes: copies replace the others.
+
+    Args:
+        bucket: whose lists are changed inside the block, and restored after it.
+        entries: the entries to look at.
+        write_grads: whether the launch writes gradients, so that copies of them go back too.
+    """
+
+    def __init__(self, bucket: Bucket, entries: list[int], write_grads: bool) -> None:
+        self._bucket = bucket
+        self._entries = entries
+        self._write_grads = write_grads
+        self._copies: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        bucket = self._bucket
+        bucket.memory.clear()  # the copies are new at each step
+        lists = [bucket.grads, bucket.params, *(s for key, s in bucket.states.items() if key != "step")]
+        for i in self._entries:
+            layout = dense_strides(bucket.params[i])
+            for tensors in lists:
+                original = tensors[i]
+                if not has_layout(original, layout):
+                    tensors[i] = torch.empty_strided(
+                        original.shape, layout, dtype=original.dtype, device=original.device
+                    ).copy_(original)
+                    self._copies.append((tensors, i, original, tensors[i]))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for tensors, i, original, copy in self._copies:
+            tensors[i] = original
+            if kind is None and (tensors is not self._bucket.grads or self._write_grads):
+                repeated = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in original.stride())
+                original[repeated].copy_(copy[repeated])
+
+
+def dense_strides(param: Tensor) -> tuple[int, ...]:
+    """The strides of ``param``; if it has holes or overlaps, those that torch gives a tensor like it."""
+    return torch.empty_like(param, device="meta").stride()
+
+
+def has_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the tensor's memory holds its elements in the order of ``strides``, and not their negatives."""
+    if tensor.is_neg():
+        return False
+    return tensor.numel() == 0 or all(
+        mine == wanted
+        for mine, wanted, size in zip(tensor.stride(), strides, tensor.shape, strict=True)
+        if size > 1
+    )
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def same_layout(param: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
+    if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in (param, *others)):
+        return True
+    strides = dense_strides(param)
+    return all(has_layout(tensor, strides) for tensor in (param, *others))
