@@ -72,28 +72,28 @@ ENDINGS = {
 }
 # What proves each row of the optimizers' table for ours.
 ROWS = {
-    "`state_dict` moves both ways with torch.optim": "test_optim_contract::test_checkpoints_move_both_ways_in_mid_run",
-    "amsgrad": "test_optim_db::test_configurations_on_the_kernels",
-    "maximize": "test_optim_db::test_configurations_on_the_kernels",
-    "float64 parameters": "test_optim_db::test_configurations_on_the_kernels",
-    "SGD with bfloat16 parameters": "test_sgd::test_matches_torch_and_numpy",
-    "sparse gradients (SGD), complex parameters": "test_optim_contract::test_sparse_gradients",
-    "gradients of another dtype than the parameter": "test_optim_training::test_gradients_of_another_dtype",
-    "gradients strided unlike the parameter": "test_optim_contract::test_any_strides",
+    "`state_dict` moves both ways with torch.optim": "optim/test_contract::test_checkpoints_move_both_ways_in_mid_run",
+    "amsgrad": "optim/test_db::test_configurations_on_the_kernels",
+    "maximize": "optim/test_db::test_configurations_on_the_kernels",
+    "float64 parameters": "optim/test_db::test_configurations_on_the_kernels",
+    "SGD with bfloat16 parameters": "optim/test_sgd::test_matches_torch_and_numpy",
+    "sparse gradients (SGD), complex parameters": "optim/test_contract::test_sparse_gradients",
+    "gradients of another dtype than the parameter": "optim/test_training::test_gradients_of_another_dtype",
+    "gradients strided unlike the parameter": "optim/test_contract::test_any_strides",
     "SGD momentum for a parameter whose first gradient comes late": (
-        "test_optim_contract::test_a_parameter_whose_gradients_come_and_go"
+        "optim/test_contract::test_a_parameter_whose_gradients_come_and_go"
     ),
-    "SGD momentum after an overflow on the first step": "test_optim_training::test_a_skipped_step_never_happened",
-    "version counters, so that autograd sees the write": "test_optim_contract::test_the_version_counter_moves",
-    "GradScaler without a host sync": "test_optim_training::test_the_step_on_the_kernels_reads_no_value",
-    "clipping inside the step": "test_optim_training::test_max_norm_is_clip_grad_norm_then_step",
-    "skips non-finite gradients without a scaler": "test_optim_training::test_skip_leaves_everything_untouched",
-    "float32 master weights": "test_optim_training::test_master_weights_are_the_float32_run",
+    "SGD momentum after an overflow on the first step": "optim/test_training::test_a_skipped_step_never_happened",
+    "version counters, so that autograd sees the write": "optim/test_contract::test_the_version_counter_moves",
+    "GradScaler without a host sync": "optim/test_training::test_the_step_on_the_kernels_reads_no_value",
+    "clipping inside the step": "optim/test_training::test_max_norm_is_clip_grad_norm_then_step",
+    "skips non-finite gradients without a scaler": "optim/test_training::test_skip_leaves_everything_untouched",
+    "float32 master weights": "optim/test_training::test_master_weights_are_the_float32_run",
     "stochastic rounding for bfloat16": (
-        "test_optim_training::test_stochastic_rounding_trains_where_plain_bfloat16_stalls"
+        "optim/test_training::test_stochastic_rounding_trains_where_plain_bfloat16_stalls"
     ),
-    "FSDP2's DTensors": "test_distributed::test_same_losses_as_one_process",
-    "one launch for any number of tensors": "test_adam::test_one_launch_for_any_number_of_tensors",
+    "FSDP2's DTensors": "optim/test_distributed::test_same_losses_as_one_process",
+    "one launch for any number of tensors": "optim/test_adam::test_one_launch_for_any_number_of_tensors",
 }
 
 

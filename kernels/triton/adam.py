@@ -23,10 +23,15 @@ from .tables import (
     load_guard,
     load_option,
     load_param,
+    option_columns,
     pointer_at,
     round_to,
     store_param,
     take_step,
+)
+
+LR, BETA1, BETA2, EPS, DECAY, DECOUPLED, MAXIMIZE, MAX_NORM, COLUMNS = option_columns(
+    AdamOptions, "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "max_norm"
 )
 
 
@@ -74,7 +79,7 @@ def _adam_step_kernel(
 ):
     """One program updates one chunk (at most CHUNK elements) of one tensor.
 
-    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, 8) float64: see tables.py.
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see tables.py.
     arrivals_ptr: (N,) int32, zeros between launches.
     grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
     skipped_ptr: (1,) int64 or None: see optim.bucket.Guard.
@@ -84,14 +89,14 @@ def _adam_step_kernel(
     """
     t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
     group = tl.load(row + GROUP)
-    lr = load_option(options_ptr, group, 0, 8)
-    beta1 = load_option(options_ptr, group, 1, 8)
-    beta2 = load_option(options_ptr, group, 2, 8)
-    eps = load_option(options_ptr, group, 3, 8)
-    decay = load_option(options_ptr, group, 4, 8)
-    decoupled = load_option(options_ptr, group, 5, 8) != 0
-    sign = tl.where(load_option(options_ptr, group, 6, 8) != 0, -1.0, 1.0)
-    max_norm = load_option(options_ptr, group, 7, 8)
+    lr = load_option(options_ptr, group, LR, COLUMNS)
+    beta1 = load_option(options_ptr, group, BETA1, COLUMNS)
+    beta2 = load_option(options_ptr, group, BETA2, COLUMNS)
+    eps = load_option(options_ptr, group, EPS, COLUMNS)
+    decay = load_option(options_ptr, group, DECAY, COLUMNS)
+    decoupled = load_option(options_ptr, group, DECOUPLED, COLUMNS) != 0
+    sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
+    max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
 
     skip, inverse_scale, clip = load_guard(
         grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP

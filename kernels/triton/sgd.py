@@ -23,10 +23,15 @@ from .tables import (
     load_guard,
     load_option,
     load_param,
+    option_columns,
     pointer_at,
     round_to,
     store_param,
     take_step,
+)
+
+LR, MOMENTUM, DAMPENING, DECAY, NESTEROV, MAXIMIZE, MAX_NORM, COLUMNS = option_columns(
+    SGDOptions, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "max_norm"
 )
 
 
@@ -65,7 +70,7 @@ def _sgd_step_kernel(
 ):
     """One program updates one chunk (at most CHUNK elements) of one tensor.
 
-    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, 7) float64: see tables.py.
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see tables.py.
     arrivals_ptr: (N,) int32, zeros between launches.
     grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
     skipped_ptr: (1,) int64 or None: see optim.bucket.Guard.
@@ -75,13 +80,13 @@ def _sgd_step_kernel(
     """
     t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
     group = tl.load(row + GROUP)
-    lr = load_option(options_ptr, group, 0, 7)
-    momentum = load_option(options_ptr, group, 1, 7)
-    dampening = load_option(options_ptr, group, 2, 7)
-    decay = load_option(options_ptr, group, 3, 7)
-    nesterov = load_option(options_ptr, group, 4, 7) != 0
-    sign = tl.where(load_option(options_ptr, group, 5, 7) != 0, -1.0, 1.0)
-    max_norm = load_option(options_ptr, group, 6, 7)
+    lr = load_option(options_ptr, group, LR, COLUMNS)
+    momentum = load_option(options_ptr, group, MOMENTUM, COLUMNS)
+    dampening = load_option(options_ptr, group, DAMPENING, COLUMNS)
+    decay = load_option(options_ptr, group, DECAY, COLUMNS)
+    nesterov = load_option(options_ptr, group, NESTEROV, COLUMNS) != 0
+    sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
+    max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
 
     skip, inverse_scale, clip = load_guard(
         grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP

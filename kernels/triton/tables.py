@@ -210,6 +210,12 @@ def _addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
+def option_columns(options: Any, *names: str) -> list[tl.constexpr]:
+    """The columns of these options in the table that ``Tables.options`` makes, and how many columns there are."""
+    columns = [*options._fields, "max_norm"]
+    return [tl.constexpr(columns.index(name)) for name in names] + [tl.constexpr(len(columns))]
+
+
 @triton.jit
 def chunk_of(chunks_ptr, rows_ptr, c):
     """Of the c-th chunk: its tensor's number and row, its first element, and how many its tensor has."""

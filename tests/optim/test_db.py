@@ -15,7 +15,7 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs expectte
 
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
-from .helpers import DTYPES
+from ..helpers import DTYPES
 from .optimizers import NAMES, assert_same_run, make_pair, make_params, ours_for, theirs_for
 
 DATABASE: dict[str, OptimizerInfo] = {info.name: info for info in optim_db if info.name in NAMES}

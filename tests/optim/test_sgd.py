@@ -10,7 +10,7 @@ from gradkernels.reference import sgd as reference
 from torch import Tensor
 from torch.optim import SGD
 
-from .helpers import DTYPES, assert_matches, to_numpy
+from ..helpers import DTYPES, assert_matches, to_numpy
 from .test_adam import leaves
 
 RULES = [

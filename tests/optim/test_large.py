@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from .conftest import GPU
+from ..conftest import GPU
 
 # One untouched buffer holds every operand, each a little further on: only their ends are ever read or written.
 SETUP = """

@@ -16,9 +16,9 @@ from gradkernels.reference import adam, sgd
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
 
-from .helpers import DTYPES, to_numpy
+from ..helpers import DTYPES, to_numpy
 from .optimizers import NAMES, assert_same_run, copies, make_params, theirs_for
-from .test_optim_db import DATABASE, options_of
+from .test_db import DATABASE, options_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gradkernels.reference import adam, sgd
 
-from .helpers import assert_matches
+from ..helpers import assert_matches
 
 STEPS = 12
 

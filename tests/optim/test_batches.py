@@ -4,8 +4,8 @@ import pytest
 import torch
 from gradkernels.fallback import batches, pieces
 
-from . import test_optim_training as training
-from .helpers import assert_matches
+from ..helpers import assert_matches
+from . import test_training as training
 from .optimizers import (
     NAMES,
     Feed,

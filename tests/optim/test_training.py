@@ -6,6 +6,7 @@ import itertools
 import pickle
 from typing import Any
 
+import gradkernels.optim.step
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .helpers import assert_matches, to_numpy
+from ..helpers import assert_matches, to_numpy
 from .optimizers import (
     NAMES,
     STEPS,
@@ -126,6 +127,54 @@ def test_a_skipped_step_never_happened(
     assert ours.steps_skipped == len(skipped)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("name", ["SGD"])
+def test_the_guard_sees_every_place_of_a_large_gradient(
+    name: str, value: float, device: torch.device
+) -> None:
+    """Whole chunks at aligned addresses are the main path of every real model; their ends, and the rest after them."""
+    places = (0, 1, 1023, 1024, 2048, 4095, 4096, 4999)
+    param = torch.nn.Parameter(torch.ones(5000, device=device))
+    ours = ours_for(name)([param], lr=0.1, on_nonfinite="skip")
+    for count, place in enumerate(places, start=1):
+        param.grad = torch.ones_like(param)
+        assert param.grad.data_ptr() % 16 == 0
+        param.grad[place] = value
+        ours.step()
+        assert ours.steps_skipped == count, f"place {place}"
+        assert bool((param == 1).all()), f"place {place}"
+    param.grad = torch.full_like(param, 2.0**127)  # finite, though the sum of squares is not one of float32
+    ours.step()
+    assert ours.steps_skipped == len(places)
+
+
+@pytest.mark.parametrize("by", ["launches", "operators"])
+def test_a_step_that_is_skipped_in_several_launches_counts_once(by: str, device: torch.device) -> None:
+    """One launch per dtype; one operator per dtype and group."""
+    params = copies(make_params(((5,),), torch.float32) + make_params(((4,), (3,)), torch.float64), device)
+    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
+    ours = ours_for("SGD")(groups, lr=0.1, on_nonfinite="skip")
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    ours.step()
+    params[1].grad[2] = torch.nan
+    skips: list[Tensor] = []
+    if by == "launches":
+        ours.step()
+    else:
+        real = gradkernels.optim.step.optimizer_step
+
+        def record(*args: Any) -> None:
+            skips.append(args[-1])
+            real(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gradkernels.optim.step, "optimizer_step", record)
+            assert ours._step_by_operators(compiling=True)
+        assert len(skips) == 3
+    assert ours.steps_skipped == 1
+
+
 class ReadNothing(TorchDispatchMode):
     """Refuses what waits for a device: a tensor's value wanted on the host."""
 
@@ -136,7 +185,7 @@ class ReadNothing(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_the_step_on_the_kernels_reads_no_value(name: str, device: torch.device) -> None:
-    """Neither the scale nor the overflow nor the norm; with a GPU, tests/test_adam.py asks CUDA itself."""
+    """Neither the scale nor the overflow nor the norm; with a GPU, tests/optim/test_adam.py asks CUDA itself."""
     params = copies(make_params(SMALL), device)
     ours = ours_for(name)(params, max_norm=1.0, on_nonfinite="skip", **OPTIONS[name])
     feed = Feed(params)

@@ -10,7 +10,7 @@ from gradkernels.reference import adam as reference
 from torch import Tensor
 from torch.optim import Adam, AdamW
 
-from .helpers import DTYPES, assert_matches, to_numpy
+from ..helpers import DTYPES, assert_matches, to_numpy
 
 PAIRS = [pytest.param(FusedAdam, Adam, id="Adam"), pytest.param(FusedAdamW, AdamW, id="AdamW")]
 
@@ -320,3 +320,66 @@ def test_compile_captures_one_mutating_operator(options: dict[str, Any]) -> None
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("optimizer_step" in name for name in called) == 1, called
+
+
+class OnDevice(torch.Tensor):
+    """A number that counts as lying on a device, so that the kernel must read it there."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(
+    ("ours", "options"),
+    [
+        (FusedAdamW, {"lr": 0.25}),
+        (FusedAdamW, {"betas": (0.75, 0.875)}),
+        (FusedAdamW, {"weight_decay": 0.5}),
+        (FusedSGD, {"lr": 0.25}),
+        (FusedSGD, {"weight_decay": 0.5}),
+    ],
+    ids=str,
+)
+def test_options_are_read_on_the_device(ours: Any, options: dict[str, Any], device: torch.device) -> None:
+    """Each from its own column of the table, in every group."""
+
+    def on_device(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(on_device, value))
+        return torch.tensor(value, device=device).as_subclass(OnDevice)
+
+    start = [torch.randn(7), torch.randn(3)]
+    results = []
+    for convert in (lambda value: value, on_device):
+        params = leaves(start, device)
+        optimizer = ours([{"params": params[:1], "lr": 0.125}, {"params": params[1:]}])
+        optimizer.param_groups[1].update({key: convert(value) for key, value in options.items()})
+        for step in range(3):
+            for param in params:
+                param.grad = torch.full_like(param, 0.5 + step)
+            optimizer.step()
+        results.append(params)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("misaligned", ["nothing", "param", "grad", "momentum_buffer"])
+def test_a_tensor_is_read_in_vectors_where_all_its_addresses_allow(
+    misaligned: str, device: torch.device
+) -> None:
+    from gradkernels.optim.bucket import Bucket
+    from gradkernels.triton.tables import ALIGNED, tables_of
+
+    def tensor(name: str) -> Tensor:
+        memory = torch.zeros(9, device=device)
+        assert memory.data_ptr() % 16 == 0
+        return memory[1:] if name == misaligned else memory[:8]
+
+    bucket = Bucket(
+        [tensor("param")], [tensor("grad")], {"momentum_buffer": [tensor("momentum_buffer")]}, [0], [0]
+    )
+    column = tables_of(bucket).rows.tensor[:, ALIGNED.value]
+    assert column.tolist() == [misaligned == "nothing"]
+    bucket.grads = [torch.zeros(9, device=device)[1:]]
+    assert tables_of(bucket).rows.tensor[:, ALIGNED.value].tolist() == [0]

@@ -12,7 +12,7 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .helpers import to_numpy
+from ..helpers import to_numpy
 
 FUSED = {
     torch.optim.SGD: gradkernels.FusedSGD,
