@@ -30,7 +30,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         g = b                                otherwise
         p = p - lr g
 
-    With ``momentum=0`` the lines with ``b`` fall away. It computes in float32 (float64 for float64) and rounds
+    With ``momentum=0`` the lines with ``b`` are left out. It computes in float32 (float64 for float64) and rounds
     once, save for 16-bit parameters on a CPU, where it is torch's own loop, which rounds after each operation.
     All else, state_dict included, is as in torch. Sparse gradients, complex parameters and
     ``differentiable=True`` go through torch's own loop.
@@ -43,20 +43,8 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         foreach, fused: checked as in torch, and select nothing; but with ``fused=True`` GradScaler leaves overflow
             to the step, which then needs no wait for the device, as in torch.
         capturable: whether a CUDA graph may capture the step.
-        max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
-            ``p.grad`` stays unclipped.
-        on_nonfinite: ``"ignore"``; ``"skip"``: a step with a non-finite gradient changes nothing and is counted
-            in ``steps_skipped``; ``"raise"``: it raises, which costs a wait for the device. Where GradScaler
-            found the overflow, the step is skipped as GradScaler wants.
-        master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
-            and the momentum in float32.
-            Elements of such a parameter that are written by hand, or by loading a model, go on from there.
-        stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
-            updates are not lost, the momentum included;
-            the count of updates is then kept in ``state["step"]``.
-        seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.
-        norm_group: process group over which ``max_norm`` and ``on_nonfinite`` are agreed where each rank holds
-            parameters of its own (ZeroRedundancyOptimizer). DTensors bring their mesh and need none.
+        max_norm, on_nonfinite, master_weights, stochastic_rounding, seed, norm_group: as for FusedAdam; the count
+            of updates that random rounding needs is kept in ``state["step"]``.
 
     Raises:
         ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown
@@ -110,7 +98,10 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         return {**super().__getstate__(), "capturable": self.capturable}
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; a buffer that only skipped steps have met is left out: once loaded it would pass for set."""
+        """As torch's, without momentum buffers that no completed step has initialised.
+
+        A loader would take them for initialised.
+        """
         unset = [param for param, counts in self._counts.items() if not counts["step"].item()]
         for param in unset:
             del self._counts[param], self.state[param]["momentum_buffer"]
@@ -134,7 +125,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
             state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         taking_part = self._with_master(param, state, ["momentum_buffer"] * momentum)
         if stochastic or (momentum and group["dampening"] != 0):
-            # A buffer from elsewhere has been set; one of our own is set by the first step not skipped.
+            # A loaded buffer is initialised; a new one becomes so at the first step that is not skipped.
             counts = state if stochastic else self._counts.setdefault(param, {})
             if first or "step" not in counts:
                 counts["step"] = local_part(param).new_full(

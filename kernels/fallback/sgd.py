@@ -62,7 +62,7 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
         buffers = states.get("momentum_buffer", [])
-        if _rounds_often(params[0]):  # else they are wide copies of 16-bit ones
+        if _needs_foreach_loop(params[0]):  # else they are wide copies of 16-bit ones
             _loop(params, grads, buffers, options)
             return
         torch._fused_sgd_(
@@ -80,7 +80,7 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
             found_inf=skip.float() if isinstance(skip, Tensor) else None,
         )
 
-    run(bucket, chosen, decision, kernel, one_pass=not _rounds_often(bucket.params[0]))
+    run(bucket, chosen, decision, kernel, one_pass=not _needs_foreach_loop(bucket.params[0]))
 
 
 def _folded(options: SGDOptions, clip: float) -> SGDOptions:
@@ -91,7 +91,7 @@ def _folded(options: SGDOptions, clip: float) -> SGDOptions:
     return decayed._replace(dampening=1 - (1 - options.dampening) * clip)
 
 
-def _rounds_often(param: Tensor) -> bool:
+def _needs_foreach_loop(param: Tensor) -> bool:
     """Whether torch's loop must serve instead of its fused kernel.
 
     On the CPU, up to 2.13, that leaves whole blocks of 16-bit parameters unmoved (pytorch#191763).

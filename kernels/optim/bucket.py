@@ -1,4 +1,4 @@
-"""What the optimizers hand to a backend: the tensors of one launch, the options of each group, the guard."""
+"""The arguments of an optimizer's launcher: the tensors of one launch, the options of each group, the guard."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ MASK = 0xFFFFFFFF
 
 
 class SGDOptions(NamedTuple):
-    """One parameter group of FusedSGD; tensors are read when the step runs on the device, never before."""
+    """The options of one parameter group of FusedSGD; tensors on a device are read there, by the kernel."""
 
     lr: float | Tensor
     momentum: float
@@ -20,7 +20,7 @@ class SGDOptions(NamedTuple):
 
 
 class AdamOptions(NamedTuple):
-    """One parameter group of FusedAdam or FusedAdamW."""
+    """The options of one parameter group of FusedAdam or FusedAdamW."""
 
     lr: float | Tensor
     beta1: float | Tensor
@@ -39,12 +39,12 @@ class Bucket:
         params: the parameters; ``grads``: their gradients, of any floating-point dtype.
         states: by torch's state key (``momentum_buffer``; ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``;
             ``master_param``; ``step``) a list as long as ``params``; a missing key means that the update has
-            no such tensor. ``step`` holds 0-d counts of the updates made. SGD has it where it must know a
-            first step (a momentum buffer whose count is 0 is taken as unset) or draws random numbers.
+            no such tensor. ``step`` holds 0-d counts of the updates made; SGD keeps it only with
+            dampening or stochastic rounding, and step 0 marks an uninitialised momentum buffer.
         groups: for each parameter the index of its options.
         indices: for each parameter its position in the optimizer; random numbers depend on it.
         seed: the seed of stochastic rounding, or None to round to nearest.
-        memory: whatever a backend keeps from step to step for this bucket, such as its pointer tables.
+        memory: what a backend keeps from step to step for this bucket, such as its pointer tables.
 
     All tensors of one entry, ``step`` aside, have the same shape and strides, without holes or overlaps.
     """
@@ -59,7 +59,7 @@ class Bucket:
 
 
 class Guard(NamedTuple):
-    """What decides, on the device, whether and how far the step goes.
+    """Scaling, clipping and skipping: tensors from which the launch decides on the device.
 
     Attributes:
         grad_scale: 0-d float32; gradients are divided by it, and written back so.

@@ -64,33 +64,37 @@ class Part:
         return DenseCopies(self.bucket, self.copied, write_grads) if self.copied else _AS_IT_IS
 
 
-@dataclass
 class Plan:
     """The parts of a step, and what must be found unchanged for them to serve another one.
 
-    Attributes:
-        params: all parameters of the optimizer; ``missing``: which of them have no gradient.
+    Args:
+        params: all parameters of the optimizer; ``grads``: theirs, or None.
         kinds: what in each group's options decides which tensors take part.
-        layouts: of the gradients; ``forms``: of the local parameters ``stepped``.
-        values: all state tensors; ``tensors``: those that take part, and parameters; ``addresses``: theirs.
-        delegated: (group, parameter) for torch's own loop.
-        wrapped: whether there are DTensors.
-        inference: whether the plan was made in inference mode, where memory is made that is written there alone.
+        entries: what launches update; ``delegated``: (group, parameter) for torch's own loop.
+        state: the optimizer's.
+        inference: whether the step is in inference mode: memory that is made there is written there alone.
     """
 
-    params: list[Tensor]
-    missing: list[bool]
-    kinds: list[Any]
-    layouts: list[Any]
-    stepped: list[Tensor]
-    forms: list[Any]
-    values: list[Any]
-    tensors: list[Tensor]
-    addresses: list[int]
-    parts: list[Part]
-    delegated: list[tuple[int, Tensor]]
-    wrapped: bool
-    inference: bool
+    def __init__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        kinds: list[Any],
+        entries: list[Entry],
+        delegated: list[tuple[int, Tensor]],
+        state: dict[Tensor, Any],
+        inference: bool,
+    ) -> None:
+        self.params, self.kinds, self.delegated, self.inference = params, kinds, delegated, inference
+        self.missing = [grad is None for grad in grads]
+        self.layouts = _layouts([entry.grad for entry in entries])
+        self.stepped = [entry.param for entry in entries]
+        self.forms = _forms(self.stepped)
+        self.values = _values(state)
+        self.tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.parts = partition(entries)
+        self.wrapped = any(local_part(param) is not param for param in params)
 
     def fit(
         self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
@@ -113,35 +117,6 @@ class Plan:
             owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
             live = [local_gradient(grad, param) for grad, param in zip(live, owners, strict=True)]
         return live if _layouts(live) == self.layouts else None
-
-
-def make_plan(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    kinds: list[Any],
-    entries: list[Entry],
-    delegated: list[tuple[int, Tensor]],
-    state: dict[Tensor, Any],
-    inference: bool,
-) -> Plan:
-    """The plan of a step over ``entries``; the arguments are as in Plan and its ``fit``."""
-    stepped = [entry.param for entry in entries]
-    tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
-    return Plan(
-        params=params,
-        missing=[grad is None for grad in grads],
-        kinds=kinds,
-        layouts=_layouts([entry.grad for entry in entries]),
-        stepped=stepped,
-        forms=_forms(stepped),
-        values=_values(state),
-        tensors=tensors,
-        addresses=list(map(Tensor.data_ptr, tensors)),
-        parts=partition(entries),
-        delegated=delegated,
-        wrapped=any(local_part(param) is not param for param in params),
-        inference=inference,
-    )
 
 
 def partition(entries: Iterable[Entry]) -> list[Part]:

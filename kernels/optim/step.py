@@ -8,7 +8,8 @@ Three ways lead through a step, all from ``FusedStep._step``:
   and dtype (compiled.py) stands for the launches.
 * ``_step_by_torch``, for the parameters that only torch's own loop serves: sparse, complex, differentiable, quantized.
 
-Nothing here waits for the device, save where ``on_nonfinite="raise"`` must and in torch's own loop.
+Over 500 lines, since torch.optim's protocol is one class. Nothing here waits for the device, save where
+``on_nonfinite="raise"`` must and in torch's own loop.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..fallback.grad_norm import decide
 from ..torch_private import operations_are_traced
 from .bucket import UNGUARDED, Guard
 from .compiled import optimizer_norm, optimizer_step
@@ -35,7 +37,6 @@ from .plan import (
     Plan,
     local_gradient,
     local_part,
-    make_plan,
     measure_gradients,
     norm_table,
     shards_of,
@@ -48,7 +49,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class _Shared:
-    """What a deep copy of the optimizer shares with the original: a process group cannot be copied."""
+    """A holder that deepcopy does not copy: a process group cannot be copied."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -123,7 +124,7 @@ class FusedStep(torch.optim.Optimizer):
     # What each class adds.
 
     def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What in the group's options decides which tensors take part."""
+        """The options of the group that decide which tensors take part in the step."""
         raise NotImplementedError
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
@@ -219,7 +220,7 @@ class FusedStep(torch.optim.Optimizer):
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch adds nothing, which would take longer than a small step
+    step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper would take longer than a small step
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -251,7 +252,7 @@ class FusedStep(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._counts = {}  # of the state that is being replaced, unless it brings its own
+        self._counts = {}  # drop the old counts; the loaded state may bring its own
         super().__setstate__(state)
         if self.defaults["fused"]:  # as torch's constructor; torch's own copies lose it
             self._step_supports_amp_scaling = True
@@ -403,14 +404,14 @@ class FusedStep(torch.optim.Optimizer):
             inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
                 entries, delegated = self._sort(params, grads)
-                plan = make_plan(params, grads, kinds, entries, delegated, self.state, inference)
+                plan = Plan(params, grads, kinds, entries, delegated, self.state, inference)
                 local = [entry.grad for entry in entries]
                 if capturing:
                     self._captured.append(plan)  # the graph reads its tables for as long as it lives
                 else:
                     self._plan = plan
                     for part in plan.parts:
-                        # Here, since a graph that made the counter would zero it at each replay.
+                        # Allocate outside capture: inside, every replay would reset the counter to zero.
                         self._skip_count(part.bucket.params[0].device)
         else:
             assert self._plan is not None
@@ -478,25 +479,21 @@ class FusedStep(torch.optim.Optimizer):
         raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
 
     def _step_by_torch(self, plan: Plan, guard: Guard) -> None:
-        """Unscale, clip and skip as the launches do, then let torch's own loop update."""
-        skip = guard.found_inf is not None and bool(guard.found_inf.item())
-        if guard.norms is not None:
-            squares, nonfinite = guard.norms.sum(0)
-            skip = skip or (guard.skip_nonfinite and bool(nonfinite.item()))
-        if skip:
-            if guard.skipped is not None:
-                guard.skipped.add_(1)
+        """Unscale, clip and skip as the fallback does, then let torch's own loop update."""
+        decision = decide(guard)
+        if decision.skip:
             return
         for g, group in enumerate(self.param_groups):
             chosen = [param for owner, param in plan.delegated if owner == g]
             grads = [param.grad for param in chosen if param.grad is not None]
-            if guard.grad_scale is not None:
+            if decision.scale is not None:
                 for grad in grads:
-                    grad.div_(guard.grad_scale.to(grad.device))
-            if guard.max_norm is not None:
-                clip = (guard.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-                wide = [torch.promote_types(grad.dtype.to_real(), torch.float32) for grad in grads]
-                grads = [grad * clip.to(grad.device, dtype) for grad, dtype in zip(grads, wide, strict=True)]
+                    grad.div_(decision.scale.to(grad.device))
+            if decision.clips:
+                clip = decision.clip
+                grads = [
+                    grad * (clip.to(grad.device) if isinstance(clip, Tensor) else clip) for grad in grads
+                ]
             if chosen:
                 self._torch_update(group, chosen, grads)
 
