@@ -103,7 +103,7 @@ def test_every_row_of_the_optimizers_table_has_its_test() -> None:
     assert rows == list(ROWS)
     for proof in ROWS.values():
         file, _, test = proof.partition("::")
-        assert f"\ndef {test}(" in Path(__file__).with_name(f"{file}.py").read_text(), proof
+        assert f"\ndef {test}(" in (Path(__file__).parent / f"{file}.py").read_text(), proof
 
 
 def test_every_program_is_known() -> None:
