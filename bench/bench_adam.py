@@ -52,7 +52,7 @@ OP = declare("adam", build)
 
 def _launch(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.buckets import AdamOptions, Guard
+        from gradkernels.optim.bucket import AdamOptions, Guard
 
         options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
         states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))

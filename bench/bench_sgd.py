@@ -40,7 +40,7 @@ OP = declare("sgd", build)
 
 def _launch(guarded: bool = False, **kept: Any) -> Call:
     def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.buckets import Guard, SGDOptions
+        from gradkernels.optim.bucket import Guard, SGDOptions
 
         options = SGDOptions(0.1, 0.9, 0, 0.1, True, False)
         tensors = bucket(dtype, "momentum_buffer", **kept)

@@ -10,7 +10,7 @@ from .cases import FLOAT32, FLOAT64, Job, randn
 
 
 def bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | None = None) -> Any:
-    from gradkernels.buckets import Bucket
+    from gradkernels.optim.bucket import Bucket
 
     def tensors(of: torch.dtype) -> list[Tensor]:
         return [torch.empty(size, dtype=of) for size in (8192, 1000)]
@@ -23,7 +23,7 @@ def bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | N
 
 def guard() -> Any:
     """Make a guard with everything: a scaled gradient, clipping, and a step that may be skipped."""
-    from gradkernels.buckets import Guard
+    from gradkernels.optim.bucket import Guard
 
     norms, skipped = torch.empty(4, 2, dtype=FLOAT64), torch.zeros(1, dtype=torch.int64)
     return Guard(torch.ones(()), torch.zeros(()), norms, 1.0, True, skipped)
