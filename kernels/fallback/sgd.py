@@ -51,7 +51,9 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
 
 def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: Decision) -> None:
     clip = decision.clip
-    if isinstance(clip, float) and SMALLEST_CLIP <= clip < 1 and not options.nesterov:
+    # float16 may not hold the larger decay, and ``1 - dampening`` would lose digits of float64.
+    foldable = bucket.params[0].dtype == torch.float32 and not options.nesterov
+    if foldable and isinstance(clip, float) and SMALLEST_CLIP <= clip < 1:
         options, decision = _folded(options, clip), decision._replace(clip=1.0)
     if decision == GO and is_native(bucket) and _is_one_addition(bucket, options):
         _loop(picked(bucket.params, chosen), picked(bucket.grads, chosen), [], options)

@@ -66,6 +66,28 @@ def test_16_bits_on_a_cpu_have_the_bits_of_torch_s_loop(
             assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_millionth_of_the_gradient(momentum: float, dtype: torch.dtype, device: torch.device) -> None:
+    """The fallback divides the weight decay by the clip's factor: 0.3e6 is no float16, and costs float64 its digits."""
+    options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.3}
+    start = [torch.randn(300, dtype=torch.float64).to(dtype)]
+    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    ours, theirs = FusedSGD([p], max_norm=0.01, **options), SGD([q], foreach=False, **options)
+    value, state = to_numpy(start[0]), None
+    for step in range(1, 5):
+        q.grad = (400 * torch.randn(300, dtype=torch.float64)).to(dtype)
+        p.grad = q.grad.to(device)
+        grad = to_numpy(q.grad)
+        clip = 0.01 / (np.linalg.norm(grad) + 1e-6)
+        assert 2.0**-20 < clip < 2.0**-19
+        value, state = reference.step(value, clip * grad, state, **options)
+        ours.step()
+        torch.nn.utils.clip_grad_norm_([q], 0.01, foreach=False)
+        theirs.step()
+        assert_matches(p, q, value, f"step {step}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
     storage = torch.randn(4098, device=device).to(dtype)
