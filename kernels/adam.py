@@ -1,6 +1,6 @@
 """FusedAdam and FusedAdamW: torch.optim.Adam and AdamW in one launch over all parameters."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from torch.optim.optimizer import (
     _get_capturable_supported_devices,
     _get_scalar_dtype,
 )
+from typing_extensions import Unpack  # of torch's own requirements; typing has it from Python 3.11 on
 
 from .optim.bucket import AdamOptions
 from .optim.plan import local_part
 from .optim.step import FusedStep, SharedOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _Adam = torch.optim.Adam  # a user may put FusedAdam under that name
 
@@ -89,7 +87,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        **shared: "Unpack[SharedOptions]",
+        **shared: Unpack[SharedOptions],
     ) -> None:
         _Adam.__init__(
             self,
@@ -206,7 +204,7 @@ class FusedAdamW(FusedAdam, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        **shared: "Unpack[SharedOptions]",
+        **shared: Unpack[SharedOptions],
     ) -> None:
         super().__init__(
             params,

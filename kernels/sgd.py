@@ -1,18 +1,16 @@
 """FusedSGD: torch.optim.SGD in one launch over all parameters."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
 from torch.optim.sgd import sgd
+from typing_extensions import Unpack  # of torch's own requirements; typing has it from Python 3.11 on
 
 from .optim.bucket import SGDOptions
 from .optim.plan import local_part
 from .optim.step import FusedStep, SharedOptions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _SGD = torch.optim.SGD  # a user may put FusedSGD under that name
 
@@ -73,7 +71,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
-        **shared: "Unpack[SharedOptions]",
+        **shared: Unpack[SharedOptions],
     ) -> None:
         _SGD.__init__(
             self,

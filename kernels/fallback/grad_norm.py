@@ -81,7 +81,7 @@ def decide(guard: Guard) -> Decision:
         return Decision(False, guard.grad_scale, 1.0)
     found = guard.norms if guard.found_inf is None else guard.found_inf
     assert found is not None
-    return _decide_on_host(guard) if found.is_cpu else _decide_on_device(guard)
+    return _decide_on_host(guard) if found.is_cpu else decide_by_tensors(guard)
 
 
 def _decide_on_host(guard: Guard) -> Decision:
@@ -98,7 +98,8 @@ def _decide_on_host(guard: Guard) -> Decision:
     return Decision(skip, guard.grad_scale, clip)
 
 
-def _decide_on_device(guard: Guard) -> Decision:
+def decide_by_tensors(guard: Guard) -> Decision:
+    """``decide`` without a look at any value: for devices, tensors without values, and steps to differentiate."""
     skip: bool | Tensor = False
     scale = guard.grad_scale
     clip: float | Tensor = 1.0

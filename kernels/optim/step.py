@@ -28,7 +28,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..fallback.grad_norm import decide
+from ..fallback.grad_norm import decide_by_tensors
 from ..torch_private import operations_are_traced
 from .bucket import UNGUARDED, Guard
 from .compiled import optimizer_norm, optimizer_step
@@ -480,7 +480,7 @@ class FusedStep(torch.optim.Optimizer):
 
     def _step_by_torch(self, plan: Plan, guard: Guard) -> None:
         """Unscale, clip and skip as the fallback does, then let torch's own loop update."""
-        decision = decide(guard)
+        decision = decide_by_tensors(guard)
         if decision.skip:
             return
         for g, group in enumerate(self.param_groups):

@@ -12,7 +12,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -952,6 +952,32 @@ def test_differentiable(name: str) -> None:
     assert results[0][1].item() != 0
 
 
+def test_differentiable_through_the_clip(name: str) -> None:
+    """The factor depends on the gradients too."""
+    start = spread((5,), 0.03)
+    options = {} if name == "SGD" else {"eps": 1.0}  # else the size of the gradients hardly counts
+
+    def updated(grad: Tensor) -> Tensor:
+        optimizer = ours_for(name)([start.clone()], lr=1.0, differentiable=True, max_norm=0.5, **options)
+        leaf = parameters(optimizer)[0].requires_grad_().clone()
+        optimizer.param_groups[0]["params"] = [leaf]
+        leaf.grad = grad
+        optimizer.step()
+        return leaf
+
+    assert torch.autograd.gradcheck(updated, spread((5,), 4.0).requires_grad_())
+
+
+def test_clipped_complex_without_values() -> None:
+    """As torch's loop, which serves them: clip and update ask for no value."""
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        param.grad = torch.ones_like(param)
+        optimizer = ours_for("SGD")([param], lr=0.1, momentum=0.9, max_norm=0.5)
+        optimizer.step()
+        assert isinstance(optimizer.state[param]["momentum_buffer"], FakeTensor)
+
+
 GUARDS: list[dict[str, Any]] = [
     {},
     {"max_norm": 0.5},
@@ -1110,6 +1136,11 @@ def test_our_options_are_keyword_only_and_stay_out_of_the_groups(name: str) -> N
     assert ours.defaults.keys() == theirs.defaults.keys()
     with pytest.raises(TypeError):
         ours_for(name)(make_params(SMALL), *([0.1] * 8))
+
+
+def test_annotations_can_be_read(name: str) -> None:
+    """As command lines that are built from signatures do."""
+    assert "shared" in get_type_hints(ours_for(name).__init__)
 
 
 def test_the_signature_begins_as_torch_s(name: str) -> None:
