@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from gradkernels.triton import config
-from gradkernels.triton.config import MatmulConfig, Operands, Target, matmul_way
+from gradkernels.triton.config import MatmulConfig, Operands, Target, matmul_plan
 
 H100, A100, B200, MI300 = Target("cuda", 90), Target("cuda", 80), Target("cuda", 100), Target("hip", "gfx942")
 ALIGNED = Operands(aligned=True, descriptors=True, columns=False)
@@ -18,31 +18,31 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes", "batches", "operands", "target", "mode"),
+    ("dtype", "sizes", "batches", "operands", "target", "plan"),
     [
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, H100, "descriptor"),
-        (FP32, (4096, 4096, 4096), 1, ALIGNED, B200, "descriptor"),
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, A100, "dot"),
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, MI300, "dot"),
-        (BF16, (4096, 4096, 4096), 2, ALIGNED, H100, "dot"),
-        (BF16, (4096, 4096, 4096), 1, ODD, H100, "dot"),
-        (FP64, (4096, 4096, 4096), 1, ALIGNED, H100, "dot"),
-        (BF16, (256, 256, 256), 1, ALIGNED, H100, "dot"),
-        (FP32, (40960, 2, 2), 1, ODD, H100, "small"),
-        (FP32, (8, 8, 8), 500_000, ALIGNED, H100, "small"),
-        (FP32, (40960, 32, 32), 1, ALIGNED, H100, "dot"),
-        (FP32, (4096, 1, 4096), 1, ALIGNED, H100, "column"),
-        (FP32, (1, 1, 1 << 20), 1, ALIGNED, H100, "column"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, H100, "gemm_tma"),
+        (FP32, (4096, 4096, 4096), 1, ALIGNED, B200, "gemm_tma"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, A100, "gemm"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, MI300, "gemm"),
+        (BF16, (4096, 4096, 4096), 2, ALIGNED, H100, "gemm"),
+        (BF16, (4096, 4096, 4096), 1, ODD, H100, "gemm"),
+        (FP64, (4096, 4096, 4096), 1, ALIGNED, H100, "gemm"),
+        (BF16, (256, 256, 256), 1, ALIGNED, H100, "gemm"),
+        (FP32, (40960, 2, 2), 1, ODD, H100, "elementwise"),
+        (FP32, (8, 8, 8), 500_000, ALIGNED, H100, "elementwise"),
+        (FP32, (40960, 32, 32), 1, ALIGNED, H100, "gemm"),
+        (FP32, (4096, 1, 4096), 1, ALIGNED, H100, "gemv"),
+        (FP32, (1, 1, 1 << 20), 1, ALIGNED, H100, "gemv"),
         (FP32, (4096, 4096, 1), 1, ALIGNED, H100, "outer"),
     ],
 )
-def test_the_way_a_product_is_computed(dtype, sizes, batches, operands, target, mode):
-    assert matmul_way(dtype, sizes, batches, 1, operands, target).mode == mode
+def test_the_plan_of_a_product(dtype, sizes, batches, operands, target, plan):
+    assert matmul_plan(dtype, sizes, batches, 1, operands, target).name == plan
 
 
-def test_a_sum_over_matrices_is_never_small_or_outer():
+def test_a_sum_over_matrices_is_never_elementwise_or_outer():
     for K in (1, 8):
-        assert matmul_way(FP32, (64, 64, K), 1, 100, ALIGNED, H100).mode == "dot"
+        assert matmul_plan(FP32, (64, 64, K), 1, 100, ALIGNED, H100).name == "gemm"
 
 
 def test_tiles_are_legal_everywhere():
@@ -52,30 +52,30 @@ def test_tiles_are_legal_everywhere():
         (H100, A100, B200, MI300), (BF16, FP32, FP64), (ALIGNED, ODD)
     ):
         for shape in itertools.product(sizes, repeat=3):
-            mode, tile = matmul_way(dtype, shape, 1, 1, operands, target)
+            plan, tile = matmul_plan(dtype, shape, 1, 1, operands, target)[:2]
             assert all(block & (block - 1) == 0 for block in tile[:3])
-            lanes = tile.num_warps * (64 if target is MI300 else 32)
-            if mode in ("dot", "descriptor"):
+            threads = tile.num_warps * (64 if target is MI300 else 32)
+            if plan in ("gemm", "gemm_tma"):
                 assert min(tile[:3]) >= 16
-                assert 128 * lanes >= tile.BLOCK_M * tile.BLOCK_N
-            if mode == "column":
+                assert 128 * threads >= tile.BLOCK_M * tile.BLOCK_N
+            if plan == "gemv":
                 assert tile.BLOCK_N == 1
                 assert tile.BLOCK_M * tile.BLOCK_K == 4096
-            if mode == "outer":
+            if plan == "outer":
                 assert tile.BLOCK_K == 1
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_a_step_loads_16_bytes_a_lane(itemsize):
+def test_a_step_loads_16_bytes_a_thread(itemsize):
     """Elements, and with them random numbers and sums, lie the same on every chip; registers are NVIDIA's option."""
     for target in (H100, A100, B200, MI300):
         chosen = config.optimizer(itemsize, target)
-        assert chosen["BLOCK"] * itemsize == 16 * config.lanes(target) * chosen["num_warps"] == 2048
+        assert chosen["BLOCK"] * itemsize == 16 * config.warp_size(target) * chosen["num_warps"] == 2048
         assert ("maxnreg" in chosen) == (target.backend == "cuda" and itemsize != 4)
 
 
 def test_registers_of_the_fused_loss():
-    """Two programs of eight warps on a multiprocessor where 32 gradients a lane allow it, else one."""
+    """Two programs of eight warps on a multiprocessor where 32 gradients a thread allow it, else one."""
     for D, most in ((4096, 128), (8192, 128), (16384, 255), (256, 255)):
         chunks = config.linear_mse_chunks(1, D, 2, FP32, A100)
         assert chunks.compiled["maxnreg"] == most
@@ -84,11 +84,11 @@ def test_registers_of_the_fused_loss():
 
 
 def test_splits_depend_on_the_shape_alone():
-    assert config.splits(tiles=1, steps=1000, mode="dot") == 125
-    assert config.splits(tiles=1, steps=100_000, mode="dot") == config.PROGRAMS
-    assert config.splits(tiles=config.PROGRAMS, steps=100_000, mode="dot") == 1
-    assert config.splits(tiles=10, steps=7, mode="dot") == 1
-    assert config.splits(tiles=1, steps=0, mode="column") == 1
+    assert config.splits(tiles=1, steps=1000, plan="gemm") == 125
+    assert config.splits(tiles=1, steps=100_000, plan="gemm") == config.FULL_GRID
+    assert config.splits(tiles=config.FULL_GRID, steps=100_000, plan="gemm") == 1
+    assert config.splits(tiles=10, steps=7, plan="gemm") == 1
+    assert config.splits(tiles=1, steps=0, plan="gemv") == 1
 
 
 def test_tuned_tiles_are_read_by_device_name(tmp_path, monkeypatch):
@@ -99,8 +99,8 @@ def test_tuned_tiles_are_read_by_device_name(tmp_path, monkeypatch):
     monkeypatch.setattr(matmul, "_plans", {})
     monkeypatch.setattr(matmul, "launch", lambda *args, **options: launches.append(options))
     config.tuned.cache_clear()
-    key = config.matmul_key(FP32, (100, 65, 40), "dot")
-    assert key == "float32 128 128 64 dot"
+    key = config.matmul_key(FP32, (100, 65, 40), "gemm")
+    assert key == "float32 128 128 64 gemm"
     file = tmp_path / config.file_name("Some GPU 80/GB")
     assert file.name == "Some_GPU_80_GB.json"
     file.write_text(json.dumps({"device": "Some GPU 80/GB", "matmul": {key: [32, 32, 16, 2, 1]}}))
@@ -132,7 +132,7 @@ def test_the_tuner_keeps_what_is_faster_and_as_exact(monkeypatch):
 
     monkeypatch.setattr(matmul, "matmul_forward", forward)
     key, tile = tune.tune_product((40, 40, 40), torch.float32, torch.device("cpu"))
-    assert key == "float32 64 64 64 dot"
+    assert key == "float32 64 64 64 gemm"
     assert tile == MatmulConfig(16, 16, 16, 4, 1)
 
 

@@ -116,6 +116,61 @@ def test_arguments_that_are_none_are_told_apart(tmp_path):
     assert kernels == [4, True]
 
 
+def test_a_record_counts_as_its_fields(tmp_path):
+    """A NamedTuple's tensors and integers are specialised as if passed alone, but not those of tuples inside it;
+    under do_not_specialize none of its integers is."""
+    cached, fresh, loads = run(
+        """
+        from typing import NamedTuple
+        class Operand(NamedTuple):
+            ptr: torch.Tensor
+            strides: tuple
+            column: int
+        class Sizes(NamedTuple):
+            rows: int
+            columns: int
+        @triton.jit(do_not_specialize=["sizes"])
+        def records(x, out_ptr, sizes, more, BLOCK: tl.constexpr):
+            i = tl.arange(0, BLOCK)
+            y = tl.load(x.ptr + x.strides[0] // 16 * 16 + i * x.column)
+            tl.store(out_ptr + i, y + sizes.columns + more[0].rows)
+        x, out = torch.zeros(4096), torch.zeros(1024)
+        def counts(fresh):
+            calls.clear()
+            def compiled(x, column=1, stride=5, columns=7, more=9):
+                if fresh:
+                    module._compiled.clear()
+                args = (Operand(x, (stride,), column), out, Sizes(3, columns), (Sizes(more, 1),))
+                launch(records, (1,), *args, device=CPU, BLOCK=1024)
+                return len({key for key, _ in calls})
+            return {
+                "first": compiled(x),
+                "stride inside": compiled(x, stride=1) + compiled(x, stride=16),
+                "unspecialised": compiled(x, columns=1) + compiled(x, columns=16),
+                "tuple of records": compiled(x, more=1) + compiled(x, more=16),
+                "misaligned": compiled(x[1:]),
+                "dtype": compiled(x.half()),
+                "other column": compiled(x, column=3),
+                "column of sixteen": compiled(x, column=32),
+                "64 bits unspecialised": compiled(x, columns=2**40),
+                "64 bits in a tuple of records": compiled(x, more=2**40),
+                "again": compiled(x, column=5),
+            }
+        cached = counts(fresh=False)
+        from bench.reports.aot import Row, _nvidia
+        row = Row("", "", "", "", "")
+        module._compiled.clear()
+        launch(records, (1,), Operand(x, (5,), 1), out, Sizes(3, 7), (Sizes(9, 1),), device=CPU, BLOCK=1024)
+        _nvidia(next(iter(module._compiled.values()))[0], row)
+        print(json.dumps([cached, counts(fresh=True), row.loads]))
+        """,
+        tmp_path,
+    )
+    assert list(cached.values()) == [1, 2, 2, 2, 2, 3, 4, 5, 6, 7, 7], cached
+    assert fresh == cached
+    assert loads == {"128": 2}, "a pointer inside a record has lost its alignment"
+
+
 def test_the_kernel_receives_what_was_given(tmp_path):
     """In Triton's order, from the first launch on: grid, stream, function, metadata (warps, clusters, shared
     memory), hooks, arguments, then constexpr values and their defaults."""

@@ -182,7 +182,8 @@ def test_chunks(linear_mse, monkeypatch, rows, chunk, count, N, D, K, dtype):
 def test_dot(linear_mse, monkeypatch, N, D, K, dtype):
     """One read of X, in matrix instructions."""
     monkeypatch.setattr(linear_mse.config, "linear_mse_chunks", lambda *_: None)
-    assert linear_mse.config.linear_mse_dot(K, D, dtype, linear_mse.config.Target("cuda", 90)) is not None
+    chosen = linear_mse.config.linear_mse_dot(K, D, dtype, linear_mse.config.Target("cuda", 90))
+    assert isinstance(chosen, linear_mse.config.LinearMseDot)
     check(linear_mse, Case(random.Random(f"{N} {D} {K} {dtype}"), N, D, K, dtype))
 
 
@@ -195,6 +196,16 @@ def test_tiles(linear_mse, monkeypatch, N, D, K, dtype):
     monkeypatch.setattr(linear_mse.config, "linear_mse_chunks", lambda *_: None)
     monkeypatch.setattr(linear_mse.config, "linear_mse_dot", lambda *_: None)
     check(linear_mse, Case(random.Random(f"{N} {D} {K} {dtype}"), N, D, K, dtype))
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(65, 41, 3), (33, 20, 70)])
+def test_the_blocks_of_partial_sums_are_those_of_config(linear_mse, monkeypatch, N, D, K):
+    """Kernel and grid count the same columns, whatever their number; several blocks each."""
+    monkeypatch.setattr(linear_mse.config, "SUM_BLOCK", (16, 8))
+    monkeypatch.setattr(linear_mse.config, "SUM_LOSS_BLOCK", 16)
+    case = Case(random.Random(f"{N} {K}"), N, D, K, torch.float32)
+    case.needs = [True] * 3
+    check(linear_mse, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -294,20 +305,23 @@ def test_the_choice_is_bounded(linear_mse, target):
             for dtype in DTYPES:
                 acc = torch.float64 if dtype == torch.float64 else torch.float32
                 plan = linear_mse.config.linear_mse_chunks(K, D, dtype.itemsize, acc, target)
-                if plan:
+                if not isinstance(plan, str):
                     assert plan.CHUNK * plan.CHUNKS >= D > plan.CHUNK * (plan.CHUNKS - 1)
                     # At most 64 gradients in a lane; with as many weights, the compile report's 240 registers.
                     values = plan.ROWS * K * plan.CHUNK * plan.CHUNKS * acc.itemsize // 4
                     assert values <= 64 * 32 * plan.compiled["num_warps"]
                     seen.add(plan[:4])
-                if plan := linear_mse.config.linear_mse_dot(K, D, dtype, target):
+                plan = linear_mse.config.linear_mse_dot(K, D, dtype, target)
+                if not isinstance(plan, str):
                     assert plan.COLS >= D
                     assert plan.OUTPUTS >= K
                     assert plan.COLS * plan.OUTPUTS <= 8192
     assert len(seen) < 200
     for itemsize in (2, 4):
-        assert linear_mse.config.linear_mse_chunks(1, 16384, itemsize, torch.float32, target) is not None
-        assert linear_mse.config.linear_mse_chunks(1, 16385, itemsize, torch.float32, target) is None
+        found = [
+            linear_mse.config.linear_mse_chunks(1, D, itemsize, torch.float32, target) for D in (16384, 16385)
+        ]
+        assert [isinstance(plan, str) for plan in found] == [False, True]
 
 
 def test_programs_come_from_the_shape(linear_mse):

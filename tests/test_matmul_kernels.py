@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from gradkernels.fallback.matmul import matmul_forward as fallback
 from gradkernels.triton import config
 from gradkernels.triton import matmul as module
-from gradkernels.triton.contraction import contract
+from gradkernels.triton.dims import contract
 from gradkernels.triton.matmul import matmul_forward
 
 from .conftest import DEVICES
@@ -151,8 +151,8 @@ def test_result_and_bias_of_other_dtypes():
 def test_tensor_descriptors(transposed, dtype, monkeypatch):
     """Several tiles for each program, ragged at every edge, with each kind of bias."""
     monkeypatch.setattr(module, "_plans", {})
-    way = config.MatmulWay("descriptor", config.MatmulConfig(32, 32, 16, 4, 1))
-    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
+    plan = config.MatmulPlan("gemm_tma", config.MatmulConfig(32, 32, 16, 4, 1))
+    monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
     operands = [random(72, 40, dtype=dtype), random(40, 104, dtype=dtype)]
     left, right = (x.mT.contiguous().mT if swap else x for x, swap in zip(operands, transposed, strict=True))
     for extra in (None, (104,), (72, 1), (72, 104)):
@@ -161,9 +161,9 @@ def test_tensor_descriptors(transposed, dtype, monkeypatch):
 
 def test_rows_that_repeat_or_overlap_take_no_descriptor(monkeypatch):
     seen = []
-    real = config.matmul_way
+    real = config.matmul_plan
     monkeypatch.setattr(module, "_plans", {})
-    monkeypatch.setattr(config, "matmul_way", lambda *given: seen.append(given[4]) or real(*given))
+    monkeypatch.setattr(config, "matmul_plan", lambda *given: seen.append(given[4]) or real(*given))
     input, other = random(48, 64), random(64, 40)
     overlapping = random(64 + 47 * 32).as_strided((48, 64), (32, 1))
     for left in (input, input[:1].expand(48, 64), overlapping):
@@ -172,13 +172,13 @@ def test_rows_that_repeat_or_overlap_take_no_descriptor(monkeypatch):
     assert [operands.descriptors for operands in seen] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("mode", ["dot", "outer"])
-def test_every_way_gives_the_same(mode, monkeypatch):
+@pytest.mark.parametrize("name", ["gemm", "outer"])
+def test_every_plan_gives_the_same(name, monkeypatch):
     """What the choice of kernel would not take for these sizes: small tiles, many groups, several splits."""
     monkeypatch.setattr(module, "_plans", {})
-    way = config.MatmulWay(mode, config.MatmulConfig(16, 16, 1 if mode == "outer" else 16, 4, 1))
-    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
-    monkeypatch.setitem(config.LEAST_STEPS, mode, 2)
+    plan = config.MatmulPlan(name, config.MatmulConfig(16, 16, 1 if name == "outer" else 16, 4, 1))
+    monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
+    monkeypatch.setitem(config.MIN_STEPS_PER_SPLIT, name, 2)
     check(random(2, 150, 70), random(2, 70, 33), random(33), [])
     check(random(3, 20, 30), random(3, 30, 24), random(20, 1), [0])
 
@@ -212,12 +212,12 @@ def test_split_sums_have_the_same_bits_in_every_run():
     ids=["rows", "columns", "batch"],
 )
 @pytest.mark.parametrize("which", ["input", "other", "bias"])
-@pytest.mark.parametrize("mode", ["small", "dot", "outer"])
-def test_offsets_past_32_bits(mode, shape, stride, which, monkeypatch):
+@pytest.mark.parametrize("name", ["elementwise", "gemm", "outer"])
+def test_offsets_past_32_bits(name, shape, stride, which, monkeypatch):
     monkeypatch.setattr(module, "_plans", {})
-    blocks = {"small": (16, 1, 8), "dot": (16, 16, 16), "outer": (16, 16, 1)}
-    way = config.MatmulWay(mode, config.MatmulConfig(*blocks[mode], 4, 1))
-    monkeypatch.setattr(config, "matmul_way", lambda *_: way)
+    blocks = {"elementwise": (16, 1, 8), "gemm": (16, 16, 16), "outer": (16, 16, 1)}
+    plan = config.MatmulPlan(name, config.MatmulConfig(*blocks[name], 4, 1))
+    monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
     # Untouched memory is only reserved: no page of it exists until it is written.
     size = sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) + 1
     torch.use_deterministic_algorithms(False)  # which would fill all of it

@@ -136,9 +136,9 @@ def test_loss_and_gradients(mse, layout, dtype):
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 65, 463])
 def test_every_tile_and_program_counts(mse, monkeypatch, size, reduction):
     """Tiles of 64 and three programs: several tiles for each program, a last tile in part, a tail."""
-    monkeypatch.setattr(mse, "BLOCK", 64)
-    monkeypatch.setattr(mse, "HVP_BLOCK", 64)
-    monkeypatch.setattr(mse, "PROGRAMS", 3)
+    monkeypatch.setattr(mse.config, "MSE_BLOCK", 64)
+    monkeypatch.setattr(mse.config, "MSE_HVP_BLOCK", 64)
+    monkeypatch.setattr(mse.config, "MSE_PROGRAMS", 3)
     for shape, layout, kept in (
         ((size,), "contiguous", 0),
         ((3, size), "wide rows", 0),

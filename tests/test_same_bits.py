@@ -1,4 +1,4 @@
-"""The same bits on different chips: how a sum is cut depends on shapes and dtypes, never on multiprocessors."""
+"""The same bits on different chips: how a sum is cut depends on shapes and dtypes, never on the number of SMs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,8 +53,8 @@ def stepped(cls: type, **options: Any) -> Callable[[], Any]:
 
 # By multiply and add, on every chip in the same order.
 PLAIN = {
-    "small": products(70, 5, 3),
-    "column": products(90, 700, 1),
+    "elementwise": products(70, 5, 3),
+    "gemv": products(90, 700, 1),
     "outer product": products(65, 3, 90),
     "squared error": squared_error,
     "fused, 1 output": fused(300, 65, 1),
@@ -70,9 +70,9 @@ PRODUCTS = {
 }
 
 
-def results(call: Callable[[], Any], target: Target, multiprocessors: int, monkeypatch: Any) -> list[Tensor]:
+def results(call: Callable[[], Any], target: Target, num_sms: int, monkeypatch: Any) -> list[Tensor]:
     monkeypatch.setattr(config, "target_of", lambda device: target)
-    monkeypatch.setattr(config, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(config, "num_sms", lambda device: num_sms)
     monkeypatch.setattr(matmul_module, "_plans", {})
     with gradkernels.use_backend("triton"):
         found = torch.utils._pytree.tree_leaves(call())
@@ -80,7 +80,7 @@ def results(call: Callable[[], Any], target: Target, multiprocessors: int, monke
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *PRODUCTS])
-def test_the_number_of_multiprocessors_changes_nothing(name, monkeypatch):
+def test_the_number_of_sms_changes_nothing(name, monkeypatch):
     call = {**PLAIN, **PRODUCTS}[name]
     first, second = (results(call, Target("cuda", 90), count, monkeypatch) for count in (3, 132))
     assert len(first) == len(second) > 0
@@ -101,7 +101,7 @@ def test_tuned_tiles_can_be_left_aside(monkeypatch, tmp_path):
     """They belong to a device by name; without them two devices of one architecture agree."""
     monkeypatch.setattr(config, "TUNED", tmp_path)
     (tmp_path / config.file_name("A GPU")).write_text(
-        '{"matmul": {"float32 64 64 64 dot": [32, 32, 16, 2, 1]}}'
+        '{"matmul": {"float32 64 64 64 gemm": [32, 32, 16, 2, 1]}}'
     )
     config.tuned.cache_clear()
     assert config.tuned("A GPU")

@@ -43,28 +43,28 @@ def tune_product(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.
     M, N, K = sizes
     left = torch.randn(M, K, device=device, dtype=dtype)
     right = torch.randn(K, N, device=device, dtype=dtype)
-    choose, chosen = config.matmul_way, []
+    choose, chosen = config.matmul_plan, []
 
     def product() -> torch.Tensor:
         return module.matmul_forward(left, right, None, [], dtype)
 
     def timed(tile: Any) -> tuple[float, float]:
-        def way(*arguments: Any) -> Any:
+        def plan(*arguments: Any) -> Any:
             default = choose(*arguments)
             chosen.append(default)
             return default if tile is None else default._replace(tile=tile)
 
-        config.matmul_way = way
+        config.matmul_plan = plan
         module._plans.clear()
         try:
             error = (product().double() - left.double() @ right.double()).abs().max().item()
             return _median(product), error
         finally:
-            config.matmul_way = choose
+            config.matmul_plan = choose
             module._plans.clear()
 
     limit, allowed = timed(None)
-    mode, best = chosen[0].mode, None
+    name, best = chosen[0].name, None
     for BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages in TILES:
         block_k = BLOCK_K if dtype.itemsize == 2 else BLOCK_K // 2
         tile = config.MatmulConfig(BLOCK_M, BLOCK_N, block_k, num_warps, num_stages)
@@ -76,7 +76,7 @@ def tune_product(sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.
         print(f"  {tuple(tile)}: {milliseconds:.4f} ms")
         if error <= 2 * allowed and milliseconds < MARGIN * limit:
             limit, best = milliseconds / MARGIN, tile
-    return config.matmul_key(dtype, sizes, mode), best
+    return config.matmul_key(dtype, sizes, name), best
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,11 +1,16 @@
-"""Which tile sizes, warps and precision a kernel is launched with: pure functions of problem and chip.
+"""Which plan, tile, warps and precision a kernel is launched with: pure functions of problem and target.
 
-**The same bits on different GPUs.** Nothing here looks at data or times anything, and into how many pieces a sum
-is split comes from shapes and dtypes alone. So two GPUs of one architecture, however many multiprocessors they
-have, give the same bits, with nothing to set but ``GRADKERNELS_TUNED=0`` where a file of tiles that someone tuned
-for one of them by name would else take precedence. Architectures differ in the tiles of matrix instructions and
-in how those add; what is summed by multiply and add alone (``small``, ``column`` and ``outer`` products, the
-squared error, the fused loss of few outputs, the norm of gradients) is cut alike on all of NVIDIA's.
+**The same bits on different GPUs.** Configs depend on shapes, dtypes and architecture only, never on data, timings or
+the number of SMs, so two GPUs of one architecture give the same bits. The exception is a file of tiles that someone
+tuned for a device by name; ``GRADKERNELS_TUNED=0`` ignores it. Architectures differ in the tiles of matrix
+instructions and in the order in which those add; what is summed by multiply and add alone (``elementwise``, ``gemv``
+and ``outer`` products, the squared error, the fused loss of few outputs, the norm of gradients) is split alike on
+all of NVIDIA's.
+
+**Why a plan.** The functions that choose among plans return, with the plan, why each plan preferred to it was
+refused; ``python -m gradkernels explain`` prints that.
+
+A long file, since it is the one place for every constant of every op, with its reason.
 """
 
 import functools
@@ -19,13 +24,24 @@ from typing import NamedTuple
 import torch
 import triton
 
-# Of a program that passes over elements once; each loads 16 bytes at a time.
-LANES = 128
+# Threads of a program that passes over elements once; each loads 16 bytes at a time.
+THREADS = 128
 
-# Programs that a launch should have before a long sum is left in one piece: two for each of an H100's 132
-# multiprocessors. A constant, since a sum is split by its shape alone.
-PROGRAMS = 264
+# SMs of an H100. A constant: what decides how a sum is split may not depend on the device at hand.
+SMS = 132
 
+# Programs that fill a GPU. A long sum is split until a launch has so many.
+FULL_GRID = 2 * SMS
+
+# Tiles of 128 rows are used from so many of them on: with fewer, half of the SMs would idle.
+LARGE_TILES = SMS // 2
+
+# Elements of a program that writes simple results: 8 to 16 a thread, enough loads in flight to hide their latency.
+BLOCK = 1024
+
+# Registers per thread that leave room for three programs of 128 threads on an NVIDIA SM (65536 registers).
+THREE_PROGRAMS = 168
+ALL_REGISTERS = 255
 
 # One file of measured tiles for each device that someone has tuned.
 TUNED = Path(__file__).with_name("tuned")
@@ -50,8 +66,8 @@ def target_of(device: torch.device) -> Target:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many there are. It may only set how many programs share work whose result does not depend on it."""
+def num_sms(device: torch.device) -> int:
+    """The device's SMs. It may only set how many programs share work whose result does not depend on it."""
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         return 4
     driver = triton.runtime.driver.active
@@ -59,25 +75,25 @@ def multiprocessors(device: torch.device) -> int:
     return driver.utils.get_device_properties(index)["multiprocessor_count"]
 
 
-def lanes(target: Target) -> int:
-    """How many of them make a warp."""
+def warp_size(target: Target) -> int:
+    """Threads per warp."""
     return 64 if str(target.arch).startswith("gfx9") else 32
 
 
 def warps(target: Target) -> int:
-    """How many of them are LANES lanes."""
-    return LANES // lanes(target)
+    """Warps of a program of THREADS threads."""
+    return THREADS // warp_size(target)
 
 
-def has_descriptors(target: Target) -> bool:
-    """Whether whole tiles are copied by the chip."""
+def has_tma(target: Target) -> bool:
+    """True if the chip copies whole tiles, given a tensor descriptor."""
     return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
 
 
 def registers(most: int, target: Target) -> dict[str, int]:
-    """The option that lets each lane have ``most`` of them, where there is one.
+    """The compiler option that caps registers per thread (NVIDIA only).
 
-    NVIDIA's assembler otherwise aims at more programs on a multiprocessor, and may spill to make room for them.
+    Without it, NVIDIA's assembler may spill registers to fit more programs on an SM.
     """
     return {"maxnreg": most} if target.backend == "cuda" else {}
 
@@ -98,6 +114,14 @@ def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
     return "tf32x3" if target.backend == "cuda" else "bf16x6"
 
 
+def _first(*conditions: tuple[bool, str]) -> str:
+    """The sentence of the first condition that holds; empty if none does."""
+    return next((sentence for holds, sentence in conditions if holds), "")
+
+
+# ---- matrix products ----
+
+
 class MatmulConfig(NamedTuple):
     """The tile of one program and how it is compiled."""
 
@@ -108,37 +132,185 @@ class MatmulConfig(NamedTuple):
     num_stages: int
 
 
+class Operands(NamedTuple):
+    """What the layout of a product's tensors allows.
+
+    Attributes:
+        aligned: both operands can be loaded 16 bytes at a time.
+        descriptors: operands and result fit tensor descriptors too.
+        columns: the left operand is contiguous along M, not K.
+    """
+
+    aligned: bool
+    descriptors: bool
+    columns: bool
+
+
+class MatmulPlan(NamedTuple):
+    """How a product is computed.
+
+    Attributes:
+        name: a key of MATMUL_PLANS.
+        tile: of a program.
+        refused: why each plan preferred to this one does not serve, by its name.
+        registers: the cap per thread, if any.
+    """
+
+    name: str
+    tile: MatmulConfig
+    refused: dict[str, str] = {}  # noqa: RUF012
+    registers: int | None = None
+
+
+# In order of preference.
+MATMUL_PLANS = {
+    "elementwise": "a thread computes one element of the result: its sum is too short for tiles",
+    "gemv": "one column: matrix instructions have nothing to reuse",
+    "outer": "K is shorter than a matrix instruction's: multiply and add reach the bandwidth of the result",
+    "gemm_tma": "matrix instructions on large tiles that the chip copies whole (TMA), in persistent programs",
+    "gemm": "matrix instructions on tiles loaded through pointers",
+}
+
+# Up to here an element's sum in one thread beats tiles, which would be mostly padding.
+ELEMENTWISE_MAX_K = 32
+ELEMENTWISE_MAX_AREA = 256  # K * min(M, N): what neighbouring threads share stays in the cache
+ELEMENTWISE_BLOCK = 256
+
+# Elements of the left operand that a program of a matrix-vector product loads per step: 32 a thread.
+GEMV_BLOCK = 4096
+
+# A matrix instruction multiplies at least 16 elements along K, most of them padding for a K this short.
+OUTER_MAX_K = 4
+
+# Rows of tiles that run side by side, so that they share columns of the right operand in the cache.
+GROUP_M = 8
+
+# Minimum K steps per split: enough to fill the pipeline of loads, and to make partial sums cheap beside operands.
+MIN_STEPS_PER_SPLIT = {"gemm": 8, "gemv": 2, "outer": 8}
+
+# Elements of a tile of partial sums in the second stage of a split product.
+REDUCE_BLOCK = 1024
+
+
 def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> MatmulConfig:
     """The tile for one product of an (M, K) by a (K, N) matrix by dot products of ``dtype``."""
-    stages = 2 if target.backend == "hip" else 3
+    stages = 2 if target.backend == "hip" else 3  # tiles in flight that fit shared memory
     block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
     if dtype == torch.float64:
         if target == ("cuda", 100):  # where triton 3.6 fails to compile more
             block_m = block_n = 16
-        # Two elements for each lane, so that they are loaded together.
-        block_k = 16 * lanes(target) // 32 if 16 in (block_m, block_n) else 16
+        # Two elements per thread, so that they are loaded together.
+        block_k = 16 * warp_size(target) // 32 if 16 in (block_m, block_n) else 16
         return MatmulConfig(block_m, block_n, block_k, 4, stages)
-    block_k = 64 if dtype.itemsize == 2 else 32
-    if min(M, N) > 64 and triton.cdiv(M, 128) * triton.cdiv(N, 128) >= PROGRAMS // 4:
-        return MatmulConfig(128, _wide(dtype, target), block_k, 8, stages)
+    block_k = 64 if dtype.itemsize == 2 else 32  # 128 bytes
+    if min(M, N) > 64 and triton.cdiv(M, 128) * triton.cdiv(N, 128) >= LARGE_TILES:
+        return MatmulConfig(128, _large_block_n(dtype, target), block_k, 8, stages)
     return MatmulConfig(block_m, block_n, block_k, 4, stages)
 
 
-def _wide(dtype: torch.dtype, target: Target) -> int:
-    """Columns of a large tile: half where the pieces of a split float32 operand are all held in registers."""
+def _large_block_n(dtype: torch.dtype, target: Target) -> int:
+    """Columns of a large tile: half where the parts of a split float32 operand are all held in registers."""
     ampere = target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 90
     return 64 if ampere and dtype == torch.float32 else 128
 
 
-def matmul_key(dtype: torch.dtype, sizes: tuple[int, int, int], mode: str) -> str:
+def matmul_plan(
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    batches: int,
+    sums: int,
+    operands: Operands,
+    target: Target,
+) -> MatmulPlan:
+    """How ``batches`` products of (M, K) by (K, N) matrices are computed.
+
+    Args:
+        dtype: the wider of the operands' dtypes and of that of the multiplication.
+        sizes: M, N, K.
+        batches: matrices in the result.
+        sums: products summed into each of them.
+        operands: their layout.
+        target: what is compiled for.
+    """
+    M, N, K = sizes
+    refused = {
+        "elementwise": _first(
+            (sums != 1, f"{sums} products are summed into each result"),
+            (K > ELEMENTWISE_MAX_K, f"K = {K} is more than {ELEMENTWISE_MAX_K}"),
+            (
+                K * min(M, N) > ELEMENTWISE_MAX_AREA,
+                f"K * min(M, N) = {K * min(M, N)} is more than {ELEMENTWISE_MAX_AREA}",
+            ),
+        )
+    }
+    if not refused["elementwise"]:
+        tile = MatmulConfig(ELEMENTWISE_BLOCK, 1, triton.next_power_of_2(max(K, 1)), 4, 1)
+        return MatmulPlan("elementwise", tile)
+    if N == 1:
+        # Long in the direction in which the left operand is contiguous.
+        block_m = 1 if M == 1 else 4 if M <= 4 or K > 512 else 16 if K > 64 else 64
+        if operands.columns:
+            block_m = 256 if M > 64 else 16
+        return MatmulPlan("gemv", MatmulConfig(block_m, 1, GEMV_BLOCK // block_m, 4, 1), refused)
+    refused["gemv"] = f"the result has {N} columns"
+    double = dtype == torch.float64
+    refused["outer"] = _first(
+        (sums != 1, f"{sums} products are summed into each result"),
+        (K > OUTER_MAX_K, f"K = {K} is more than {OUTER_MAX_K}"),
+    )
+    if not refused["outer"]:
+        tile = MatmulConfig(64, 64 if double else 128, 1, 4, 1)
+        del refused["outer"]
+        return MatmulPlan("outer", tile, refused, ALL_REGISTERS if double else THREE_PROGRAMS)
+    small = matmul(dtype, min(M, 64), min(N, 64), K, target)
+    tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
+    splits = max(1, sums * K // small.BLOCK_K // MIN_STEPS_PER_SPLIT["gemm"])
+    refused["gemm_tma"] = _first(
+        (double, "float64 has no tiles that the chip copies"),
+        (not operands.aligned, "the operands cannot be loaded 16 bytes at a time"),
+        (min(M, N) <= 64, f"min(M, N) = {min(M, N)} is at most 64"),
+        (tiles < LARGE_TILES, f"{tiles} tiles of 128 by 128 are fewer than {LARGE_TILES}"),
+        (not has_tma(target), f"{target.backend} {target.arch} has no TMA"),
+        (not operands.descriptors, "a tensor does not fit a descriptor: dtypes differ, or rows overlap"),
+        (batches != 1 or sums != 1, "it serves single matrices"),
+    )
+    if not refused["gemm_tma"]:
+        block_n = 256 if dtype.itemsize == 2 else 128
+        del refused["gemm_tma"]
+        return MatmulPlan("gemm_tma", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3), refused)
+    if double:
+        tile = small
+    elif not operands.aligned:  # each element has an address of its own, in registers
+        block = max(small.BLOCK_M, small.BLOCK_N)
+        tile = small._replace(BLOCK_M=block, BLOCK_N=block, BLOCK_K=32 if dtype.itemsize == 2 else 16)
+    elif min(M, N) <= 64 or tiles * splits < LARGE_TILES:
+        longer = 2 if 16 in (small.BLOCK_M, small.BLOCK_N) else 1
+        tile = small._replace(BLOCK_K=longer * small.BLOCK_K)
+    else:
+        tile = MatmulConfig(128, _large_block_n(dtype, target), small.BLOCK_K, 8, small.num_stages)
+    return MatmulPlan("gemm", tile, refused)
+
+
+def splits(tiles: int, steps: int, plan: str) -> int:
+    """Into how many parts a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
+    return max(1, min(FULL_GRID // max(tiles, 1), steps // MIN_STEPS_PER_SPLIT[plan]))
+
+
+def matmul_reduce(size: int) -> tuple[int, int]:
+    """The tile (splits, elements) in which the partial sums of ``size`` elements are added."""
+    block = 16 if size <= 64 else 256
+    return REDUCE_BLOCK // block, block
+
+
+def matmul_key(dtype: torch.dtype, sizes: tuple[int, int, int], plan: str) -> str:
     """The name of a class of products in a tuned file: sizes count by the power of two above them."""
     return " ".join(
-        [str(dtype).removeprefix("torch."), *(str(triton.next_power_of_2(size)) for size in sizes), mode]
+        [str(dtype).removeprefix("torch."), *(str(triton.next_power_of_2(size)) for size in sizes), plan]
     )
 
 
 def file_name(device_name: str) -> str:
-    """Of the tiles tuned for a device."""
+    """File name of a device's tuned tiles."""
     return re.sub(r"\W+", "_", device_name) + ".json"
 
 
@@ -154,94 +326,15 @@ def tuned(device_name: str) -> dict[str, MatmulConfig]:
 
 @functools.cache
 def name_of(device: torch.device) -> str:
-    """What the device is called; empty where nothing is tuned for."""
+    """Device name; empty if the device type has no tuned tiles."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
-class Operands(NamedTuple):
-    """What the tensors of a product allow.
-
-    Attributes:
-        aligned: both operands can be loaded 16 bytes at a time.
-        descriptors: operands and result fit tensor descriptors too.
-        columns: the left operand is contiguous along M, not K.
-    """
-
-    aligned: bool
-    descriptors: bool
-    columns: bool
-
-
-class MatmulWay(NamedTuple):
-    """How a product is computed.
-
-    Attributes:
-        mode: "small", "column", "outer", "dot" or "descriptor": see kernels/triton/matmul.py.
-    """
-
-    mode: str
-    tile: MatmulConfig
-
-
-def matmul_way(
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int],
-    batches: int,
-    sums: int,
-    operands: Operands,
-    target: Target,
-) -> MatmulWay:
-    """How ``batches`` products of (M, K) by (K, N) matrices are computed.
-
-    Args:
-        dtype: that is multiplied.
-        sizes: M, N, K.
-        batches: matrices in the result.
-        sums: products summed into each of them.
-        operands: their layout.
-        target: what is compiled for.
-    """
-    M, N, K = sizes
-    if sums == 1 and K <= 32 and K * min(M, N) <= 256:
-        return MatmulWay("small", MatmulConfig(256, 1, triton.next_power_of_2(max(K, 1)), 4, 1))
-    if N == 1:
-        # 4096 elements of the left operand a step, long in the direction in which it is contiguous.
-        block_m = 1 if M == 1 else 4 if M <= 4 or K > 512 else 16 if K > 64 else 64
-        if operands.columns:
-            block_m = 256 if M > 64 else 16
-        return MatmulWay("column", MatmulConfig(block_m, 1, 4096 // block_m, 4, 1))
-    if sums == 1 and K <= 4:
-        return MatmulWay("outer", MatmulConfig(64, 64 if dtype == torch.float64 else 128, 1, 4, 1))
-    small = matmul(dtype, min(M, 64), min(N, 64), K, target)
-    if dtype == torch.float64:
-        return MatmulWay("dot", small)
-    if not operands.aligned:
-        block = max(small.BLOCK_M, small.BLOCK_N)
-        block_k = 32 if dtype.itemsize == 2 else 16
-        return MatmulWay("dot", small._replace(BLOCK_M=block, BLOCK_N=block, BLOCK_K=block_k))
-    tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
-    pieces = max(1, sums * K // small.BLOCK_K // LEAST_STEPS["dot"])
-    if min(M, N) <= 64 or tiles * pieces < PROGRAMS // 4:
-        longer = 2 if 16 in (small.BLOCK_M, small.BLOCK_N) else 1
-        return MatmulWay("dot", small._replace(BLOCK_K=longer * small.BLOCK_K))
-    if has_descriptors(target) and operands.descriptors and batches == sums == 1 and tiles >= PROGRAMS // 4:
-        block_n = 256 if dtype.itemsize == 2 else 128
-        return MatmulWay("descriptor", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3))
-    block_n = _wide(dtype, target)
-    return MatmulWay("dot", MatmulConfig(128, block_n, small.BLOCK_K, 8, small.num_stages))
-
-
-# How many steps along a sum a piece of it has at least.
-LEAST_STEPS = {"dot": 8, "column": 2, "outer": 8}
-
-
-def splits(tiles: int, steps: int, mode: str) -> int:
-    """Into how many pieces a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
-    return max(1, min(PROGRAMS // max(tiles, 1), steps // LEAST_STEPS[mode]))
+# ---- the fused linear layer and squared error ----
 
 
 class LinearMseChunks(NamedTuple):
-    """How a row of X is held in registers.
+    """How a row of X is held in registers: as CHUNKS chunks of CHUNK columns.
 
     Attributes:
         compiled: options of the compiler: ``num_warps`` and, on NVIDIA, ``maxnreg``.
@@ -254,43 +347,6 @@ class LinearMseChunks(NamedTuple):
     compiled: dict[str, int]
 
 
-@functools.cache
-def linear_mse_chunks(
-    K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
-) -> LinearMseChunks | None:
-    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes; None where registers do not suffice.
-
-    A chunk is 16 bytes for each lane. Short rows lie in one warp, so that a row is added up without leaving it;
-    longer ones in eight. A lane holds the gradients and the weights of its columns: 64 float32 each at most.
-    """
-    if K > 8:
-        return None
-    wide = acc.itemsize // 4
-    size = triton.next_power_of_2(max(D, 16))
-    # AMD's local memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
-    most = 1 if target.backend == "hip" else 3
-    width = lanes(target) * 16 // itemsize
-
-    def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
-        chunks = triton.cdiv(max(D, 1), chunk)
-        stages = most if rows * D * itemsize <= 32768 else min(most, 2)
-        # Two programs run on a multiprocessor (linear_mse_programs), one where half its registers do not suffice.
-        halves = num_warps == 8 and rows * K * wide * chunk * chunks <= 8192
-        compiled = {"num_warps": num_warps, **registers(128 if halves else 255, target)}
-        return LinearMseChunks(rows, chunk, chunks, stages, compiled)
-
-    chunk = min(width, size)
-    values = K * wide * chunk * triton.cdiv(max(D, 1), chunk)
-    if values <= 2048:
-        rows = min(4096 // triton.next_power_of_2(values), 8192 // itemsize // chunk)
-        return config_of(max(4, rows), chunk, 4)
-    for rows in (1,) if K == 1 else (4, 2, 1):
-        chunk = min(8 // rows * width, size)
-        if rows * K * wide * chunk * triton.cdiv(D, chunk) <= 16384:
-            return config_of(rows, chunk, 8)
-    return None
-
-
 class LinearMseDot(NamedTuple):
     """How a tile of rows of X is multiplied twice."""
 
@@ -301,15 +357,150 @@ class LinearMseDot(NamedTuple):
     num_warps: int
 
 
+class LinearMsePlan(NamedTuple):
+    """How the fused loss of K outputs is computed.
+
+    Attributes:
+        name: a key of LINEAR_MSE_PLANS.
+        config: None for ``tiles``, whose tile is that of linear_mse_product.
+        K: outputs.
+        chunks, dot: the configs of these plans, or why there is none.
+    """
+
+    name: str
+    config: LinearMseChunks | LinearMseDot | None
+    K: int
+    chunks: LinearMseChunks | str
+    dot: LinearMseDot | str
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why each other plan is not taken, by its name."""
+        K, few, many = (
+            self.K,
+            "multiply and add keeps up with memory",
+            "multiply and add is bound by instructions",
+        )
+        chunks = f"K = {K} is at least {DOT_MIN_OUTPUTS}: {many}"
+        dot = f"K = {K} is less than {DOT_MIN_OUTPUTS}: {few}"
+        reasons = {
+            "chunks": self.chunks if isinstance(self.chunks, str) else chunks,
+            "dot": self.dot if isinstance(self.dot, str) else dot,
+            "tiles": "it reads X twice",
+        }
+        return {name: why for name, why in reasons.items() if name != self.name}
+
+
+# In order of preference.
+LINEAR_MSE_PLANS = {
+    "chunks": "X is read once: a row stays in registers while its errors and its part of the gradient are computed",
+    "dot": "X is read once, by tiles of rows, each used in two products by matrix instructions",
+    "tiles": "X is read twice: a matrix product that ends in the errors, then E^T X as a second product",
+}
+
+# The most outputs that multiply and add serves.
+CHUNKS_MAX_OUTPUTS = 8
+# Float32 weights, and as many gradients, that a warp of 32 threads holds, 64 of each a thread. Within it a row is
+# one warp's, so that its sum does not leave the warp.
+CHUNKS_SHORT_ROW = 2048
+# The same of a program of eight warps, which share the rows that are longer.
+CHUNKS_LONG_ROW = 8 * CHUNKS_SHORT_ROW
+# With half as many, two programs of eight warps run on an SM, with 128 registers a thread.
+CHUNKS_HALF = CHUNKS_LONG_ROW // 2
+# Bytes of a tile of rows up to which three of them in flight fit shared memory.
+CHUNKS_STAGED_BYTES = 32768
+# From so many outputs on, multiply and add of 16 bits is bound by instructions, matrix instructions are not.
+DOT_MIN_OUTPUTS = 5
+DOT_ROWS = 64
+# D * K, both rounded up to powers of two: the products of a program that its registers hold.
+DOT_MAX_AREA = 8192
+# The tile (rows, columns) in which a program adds partial sums, and the rows in which it adds those of the loss.
+SUM_BLOCK = (64, 32)
+SUM_LOSS_BLOCK = 1024
+# Elements of a tile of grad_X by multiply and add, and its most columns.
+GRAD_INPUT_BLOCK = 2048
+GRAD_INPUT_MAX_COLS = 1024
+# Programs of a one-pass plan each read the weights and write partial sums. Those bytes are at most 1 / PARTIALS_PART
+# of X's, or else a program has at least ROWS_PER_PROGRAM rows of X.
+PARTIALS_PART = 16
+ROWS_PER_PROGRAM = 48
+
+
+def linear_mse_plan(
+    K: int, D: int, itemsize: int, acc: torch.dtype, operand: torch.dtype, target: Target
+) -> LinearMsePlan:
+    """How the fused loss of K outputs of D inputs is computed.
+
+    Args:
+        K, D: outputs and inputs.
+        itemsize: bytes of an element of X.
+        acc: dtype of the sums.
+        operand: dtype that matrix instructions multiply.
+        target: what is compiled for.
+    """
+    chunks = linear_mse_chunks(K, D, itemsize, acc, target)
+    dot = linear_mse_dot(K, D, operand, target)
+    if isinstance(chunks, LinearMseChunks) and not (isinstance(dot, LinearMseDot) and K >= DOT_MIN_OUTPUTS):
+        return LinearMsePlan("chunks", chunks, K, chunks, dot)
+    if isinstance(dot, LinearMseDot):
+        return LinearMsePlan("dot", dot, K, chunks, dot)
+    return LinearMsePlan("tiles", None, K, chunks, dot)
+
+
 @functools.cache
-def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseDot | None:
-    """The ``dot`` config for K outputs of D inputs of ``dtype``; None where the chip does not hold both products."""
+def linear_mse_chunks(
+    K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
+) -> LinearMseChunks | str:
+    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes, or why there is none.
+
+    A chunk is 16 bytes per thread. Short rows are held by one warp, longer ones by eight.
+    """
+    if K > CHUNKS_MAX_OUTPUTS:
+        return f"K = {K} is more than {CHUNKS_MAX_OUTPUTS} outputs"
+    words = acc.itemsize // 4
+    size = triton.next_power_of_2(max(D, 16))
+    # AMD's shared memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.
+    most = 1 if target.backend == "hip" else 3
+    width = warp_size(target) * 16 // itemsize
+
+    def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
+        chunks = triton.cdiv(max(D, 1), chunk)
+        stages = most if rows * D * itemsize <= CHUNKS_STAGED_BYTES else min(most, 2)
+        half = num_warps == 8 and rows * K * words * chunk * chunks <= CHUNKS_HALF
+        compiled = {"num_warps": num_warps, **registers(128 if half else ALL_REGISTERS, target)}
+        return LinearMseChunks(rows, chunk, chunks, stages, compiled)
+
+    chunk = min(width, size)
+    values = K * words * chunk * triton.cdiv(max(D, 1), chunk)
+    if values <= CHUNKS_SHORT_ROW:
+        # More rows a tile, the shorter they are; 8 KiB of X at most, and one row for each warp at least.
+        rows = min(2 * CHUNKS_SHORT_ROW // triton.next_power_of_2(values), 8192 // itemsize // chunk)
+        return config_of(max(4, rows), chunk, 4)
+    for rows in (1,) if K == 1 else (4, 2, 1):
+        chunk = min(8 // rows * width, size)
+        values = rows * K * words * chunk * triton.cdiv(D, chunk)
+        if values <= CHUNKS_LONG_ROW:
+            return config_of(rows, chunk, 8)
+    return f"{values} values of weights do not fit registers, which hold {CHUNKS_LONG_ROW}"
+
+
+@functools.cache
+def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseDot | str:
+    """The ``dot`` config for K outputs of D inputs of ``dtype``, or why there is none."""
     cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
-    if dtype.itemsize != 2 or outputs > (16 if target.backend == "hip" else 64) or cols * outputs > 8192:
-        return None
-    return LinearMseDot(
-        64, cols, outputs, 1 if target.backend == "hip" else 2, 4 if cols * outputs <= 4096 else 8
+    most = 16 if target.backend == "hip" else 64
+    refused = _first(
+        (dtype.itemsize != 2, "the operands have more than 16 bits"),
+        (outputs > most, f"K = {K} is more than {most} outputs"),
+        (
+            cols * outputs > DOT_MAX_AREA,
+            f"a product of {cols} by {outputs} does not fit registers ({DOT_MAX_AREA})",
+        ),
     )
+    if refused:
+        return refused
+    stages = 1 if target.backend == "hip" else 2
+    return LinearMseDot(DOT_ROWS, cols, outputs, stages, 4 if cols * outputs <= DOT_MAX_AREA // 2 else 8)
 
 
 def linear_mse_product(
@@ -333,7 +524,7 @@ def linear_mse_product(
         target: what is compiled for.
     """
     tile = matmul(operand, M, N, K, target)
-    if tile.BLOCK_M == 128 and descriptors and has_descriptors(target):
+    if tile.BLOCK_M == 128 and descriptors and has_tma(target):
         wide = operand.itemsize == 2 and N > 128 and not loads
         return tile._replace(BLOCK_N=256 if wide else tile.BLOCK_N), True
     # Narrower where registers are short: without alignment each element has an address of its own, and float32
@@ -346,17 +537,99 @@ def linear_mse_product(
 def linear_mse_programs(N: int, K: int, itemsize: int, acc: torch.dtype) -> int:
     """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
 
-    At most two for each of 132 multiprocessors; while X is small, so few that the partial sums (written and read)
-    and the weights are less than 1/16 of X, but not fewer than one for each multiprocessor and 48 rows.
+    At most two per SM; while X is small, so few that the partial sums (written and read) and the weights are less
+    than 1 / PARTIALS_PART of X, but not fewer than one per SM with ROWS_PER_PROGRAM rows.
     """
-    light = N * itemsize // (16 * K * (2 * acc.itemsize + itemsize))
-    return max(1, min(264, max(light, min(132, N // 48))))
+    light = N * itemsize // (PARTIALS_PART * K * (2 * acc.itemsize + itemsize))
+    return max(1, min(FULL_GRID, max(light, min(SMS, N // ROWS_PER_PROGRAM))))
+
+
+def linear_mse_grad_input(K: int, D: int) -> tuple[int, int] | None:
+    """The tile (rows, columns) of grad_X by multiply and add; None from where matrix instructions serve."""
+    if K > CHUNKS_MAX_OUTPUTS:
+        return None
+    cols = min(max(triton.next_power_of_2(D), 16), GRAD_INPUT_MAX_COLS)
+    return GRAD_INPUT_BLOCK // cols, cols
+
+
+# ---- squared error ----
+
+# Elements of one tile of the squared error: 16 float32 a thread with four warps of 32 threads.
+MSE_BLOCK = 2048
+# The Hessian-vector product holds up to eight operands in registers at once.
+MSE_HVP_BLOCK = 1024
+# Programs of a reduction, at most.
+MSE_PROGRAMS = 8 * SMS
+# The most programs that a grid's second dimension may have.
+MAX_GRID_Y = 65535
+# Elements of a tile of partial sums; with many sums, 32 neighbours of them are read together.
+MSE_SUM_BLOCK = 1024
+
+
+class MseTile(NamedTuple):
+    """The tile of a program of the squared error.
+
+    Attributes:
+        ROWS, COLS: its size.
+        ALIGN: divides the columns and strides, so that 16 bytes are loaded at a time.
+        FLAT: the operands are one row; the last n % 16 elements are left to one program.
+    """
+
+    ROWS: int
+    COLS: int
+    ALIGN: int
+    FLAT: bool
+
+    @property
+    def plan(self) -> str:
+        """A key of MSE_PLANS."""
+        return "flat" if self.FLAT else "rows"
+
+
+MSE_PLANS = {
+    "flat": "all operands are one row: tiles of 16 bytes a thread at a time, the last n % 16 elements apart",
+    "rows": "operands of different strides: tiles of rows and columns",
+}
+
+
+def mse_tile(batch: int, rows: int, n: int, align: int, block: int, batched: bool) -> MseTile:
+    """The tile of ``block`` elements for ``batch`` times ``rows`` rows of ``n`` columns.
+
+    ``batched``: a tile may not span elements of the batch, whose sums are apart.
+    """
+    if batch * rows == 1:
+        return MseTile(1, block, 16, True)
+    cols = min(block, max(16, triton.next_power_of_2(n)))
+    return MseTile(1 if batched and rows == 1 else block // cols, cols, align, False)
+
+
+def mse_programs(tiles: int, batch: int, elementwise: bool) -> int:
+    """Programs for each element of the batch, from the shape alone: every GPU adds in the same order."""
+    return min(tiles, MAX_GRID_Y if elementwise else max(1, MSE_PROGRAMS // batch))
+
+
+def mse_sum(sums: int) -> tuple[int, int]:
+    """How many partial sums, and of how many sums, a program of the second stage adds at a time."""
+    block = 1 if sums == 1 else 32
+    return MSE_SUM_BLOCK // block, block
+
+
+# ---- optimizers ----
+
+# Elements of a tensor that one program updates, and the programs that add the squares of gradients: from the shapes
+# alone, so that norms have the same bits on every device.
+CHUNK = 4096
+NORM_PROGRAMS = 1024  # a power of two
+
+STEP_PLANS = {
+    "chunks": "one launch for all tensors: a program updates CHUNK elements of one of them, BLOCK at a time"
+}
 
 
 def optimizer(itemsize: int, target: Target) -> dict[str, int]:
-    """The block of a step and how it is compiled: 16 bytes a lane of the widest operand, of ``itemsize`` bytes.
+    """The block of a step and how it is compiled: 16 bytes per thread of the widest operand, of ``itemsize`` bytes.
 
-    Three programs of NVIDIA's are to fit a multiprocessor; float32 leaves room for more without asking.
+    Three programs are to fit an NVIDIA SM; float32 leaves room for more without asking.
     """
-    chosen = {"BLOCK": LANES * 16 // itemsize, "num_warps": warps(target)}
-    return chosen if itemsize == 4 else chosen | registers(168, target)
+    chosen = {"BLOCK": THREADS * 16 // itemsize, "num_warps": warps(target)}
+    return chosen if itemsize == 4 else chosen | registers(THREE_PROGRAMS, target)

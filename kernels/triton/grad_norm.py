@@ -10,9 +10,6 @@ from . import config
 from .launch import launch
 from .tables import CHUNK, GRAD, chunk_of, dtype_of, is_whole, pointer_at, tables_of
 
-# From the shapes alone, so that sums come out the same on every device; a power of two.
-PROGRAMS = 1024
-
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     """Write the sum of squares of the unscaled gradients, and how many programs saw a non-finite one.
@@ -25,10 +22,12 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     tables = tables_of(bucket)
     partials = bucket.memory.get("partials")
     if partials is None:
-        partials = bucket.memory["partials"] = torch.empty(PROGRAMS, 2, dtype=out.dtype, device=out.device)
+        partials = bucket.memory["partials"] = torch.empty(
+            config.NORM_PROGRAMS, 2, dtype=out.dtype, device=out.device
+        )
     launch(
         _grad_norm_kernel,
-        (min(tables.programs, PROGRAMS),),
+        (min(tables.programs, config.NORM_PROGRAMS),),
         tables.chunks.tensor,
         tables.rows.tensor,
         tables.arrivals[len(bucket.params) :],
@@ -39,8 +38,8 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         device=out.device,
         DTYPE_G=dtype_of(bucket.grads),
         ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
-        PROGRAMS=PROGRAMS,
-        BLOCK=1024,
+        PROGRAMS=config.NORM_PROGRAMS,
+        BLOCK=config.BLOCK,
         num_warps=config.warps(config.target_of(out.device)),
     )
 

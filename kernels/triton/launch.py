@@ -33,7 +33,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     Args:
         kernel: a ``@triton.jit`` function whose constexpr parameters come last.
         grid: up to three program counts; nothing is launched if one of them is 0.
-        args: run-time arguments in the kernel's order. Integers inside a tuple are not specialised on.
+        args: run-time arguments in the kernel's order. A record (a NamedTuple, whose class fixes the types of
+            its fields) counts as its fields; the integers of a plain tuple, of any length, are not specialised.
         device: where the tensors live; it need not be the current device.
         options: constexpr arguments by name, ``num_warps``, ``num_stages``.
     """
@@ -89,19 +90,23 @@ def _width(value: int) -> int:
     return 0 if -(2**31) <= value < 2**31 else 1 if value < 2**63 else 2
 
 
+def _widths(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([_widths(value) if isinstance(value, tuple) else _width(value) for value in values])
+
+
 def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
     """What a compilation depends on in arguments of these types, as a function of the arguments.
 
     First a number for the kernel and the types: a call without a bias and one without a weight give terms that
     look the same. Then, as Triton has it: a tensor's dtype and whether its address is a multiple of 16; whether
     an integer is 1, is a multiple of 16, fits 32 bits; the block of a descriptor. Parameters under
-    ``do_not_specialize`` count by type alone.
+    ``do_not_specialize`` count by type alone, the fields of their records too.
     """
     terms = [str(next(_numbers))]
-    for index, (param, value) in enumerate(zip(kernel.params, args, strict=False)):
-        if param.is_constexpr:
-            raise TypeError(f"{kernel.__name__}: constexpr parameter {param.name} was passed by position")
-        name = f"a{index}"
+    integers: list[str] = []
+
+    def visit(param: Any, value: Any, name: str) -> None:
+        """Add the terms of an argument, or of a field of a record, that the function calls ``name``."""
         if isinstance(value, Tensor):
             terms.append(f"{name}.dtype")
             if not param.do_not_specialize and not param.do_not_specialize_on_alignment:
@@ -110,26 +115,56 @@ def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., t
             if not param.do_not_specialize:
                 terms.append(f"{name} == 1")
                 terms.append(f"{name} % 16 == 0")
-            terms.append(f"0 if -2147483648 <= {name} <= 2147483647 else width({name})")
-        elif isinstance(value, tuple):
-            terms.append(f"{name} and tuple([width(item) for item in {name}])")
+            integers.append(name)
         elif isinstance(value, TensorDescriptor):
             terms.append(f"{name}.base.dtype, *{name}.block_shape")
+        elif _is_record(value):
+            for i, item in enumerate(value):
+                visit(param, item, f"{name}[{i}]")
+        elif isinstance(value, tuple):
+            terms.append(f"{name} and widths({name})")
         elif value is not None and not isinstance(value, (bool, float)):
             raise TypeError(f"{kernel.__name__}: parameter {param.name} is a {type(value).__name__}")
+
+    for index, (param, value) in enumerate(zip(kernel.params, args, strict=False)):
+        if param.is_constexpr:
+            raise TypeError(f"{kernel.__name__}: constexpr parameter {param.name} was passed by position")
+        visit(param, value, f"a{index}")
+    if integers:  # one comparison serves all as long as none is wide
+        listed = ", ".join(integers)
+        terms.append(f"0 <= {' | '.join(integers)} <= 2147483647 or widths(({listed},))")
     names = ", ".join(f"a{index}" for index in range(len(args)))
-    # The kernel is there to be kept alive: the cache knows it by its identity.
-    scope = {"width": _width, "kernel": kernel}
+    # The kernel is in the scope to be kept alive: the cache knows it by its identity.
+    scope = {"widths": _widths, "kernel": kernel}
     return eval(f"lambda {names}: ({''.join(term + ', ' for term in terms)})", scope)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _representative(value: Any, specialise: bool) -> Any:
+    """A value to compile for: integers that are not to be specialised are replaced by others of their width.
+
+    Triton specialises integers that are 1 or multiples of 16, and ``do_not_specialize`` does not reach into
+    tuples.
+    """
+    if isinstance(value, tuple):
+        record = _is_record(value)
+        items = [_representative(item, specialise and record) for item in value]
+        return type(value)(*items) if record else tuple(items)
+    if specialise or type(value) is not int:
+        return value
+    return (3, 2**32 + 1, 2**64 - 1)[_width(value)]
 
 
 def _compile(
     kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel compiled for arguments like these, and its constexpr values in the kernel's order."""
-    # Triton compiles a 1 into the code and looks for multiples of 16; in a tuple it cannot be told not to.
     args = tuple(
-        tuple((3, 2**32 + 1, 2**64 - 1)[_width(v)] for v in a) if type(a) is tuple else a for a in args
+        _representative(value, not param.do_not_specialize) if isinstance(value, tuple) else value
+        for param, value in zip(kernel.params, args, strict=False)
     )
     compiled = kernel.warmup(*args, grid=(1,), enable_fp_fusion=True, **options)
     constants = tuple(options.get(param.name, param.default) for param in kernel.params[len(args) :])

@@ -22,7 +22,7 @@ from ..optim.bucket import Bucket, Guard, key_of
 from . import config
 from .launch import launch
 
-CHUNK = tl.constexpr(4096)  # elements per program
+CHUNK = tl.constexpr(config.CHUNK)
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)

@@ -97,7 +97,10 @@ class Recorder:
         args: tuple[Any, ...],
         options: dict[str, Any],
     ) -> Callable[[Launch], None]:
-        bound = args if self._plain else tuple(_neutral(arg) for arg in args)
+        bound = args
+        if not self._plain:
+            params = zip(kernel.params, args, strict=False)
+            bound = tuple(_neutral(arg, not param.do_not_specialize) for param, arg in params)
         compiled = kernel.warmup(*bound, grid=(1,), enable_fp_fusion=True, **options)
         _ = compiled.run  # loads it, if it is not the one that was launched
         stream = self._standin.stream(device)
@@ -140,21 +143,26 @@ def _checked(launcher_cls: type) -> type:
             values = args[9:]  # after grid, stream, function, metadata and hooks
             names = self._source.fn.arg_names
             assert len(values) == len(names), f"{len(values)} arguments for {', '.join(names)}"
-            for (path, compiled), arg_names in ((item, names) for item in self._source.constants.items()):
-                index = path[0]
-                if len(path) == 1:
-                    given = values[index]
-                    assert given == compiled, f"{arg_names[index]}: {given} given, compiled for {compiled}"
+            for path, compiled in self._source.constants.items():
+                given: Any = values
+                for index in path:
+                    given = given[index]
+                assert given == compiled, f"{names[path[0]]}: {given} given, compiled for {compiled}"
             super().__call__(*args)
 
     return Launcher
 
 
-def _neutral(arg: Any) -> Any:
-    """Integers of a tuple without what Triton would specialise on: their width alone counts."""
-    if type(arg) is not tuple:
+def _neutral(arg: Any, specialise: bool, inside: bool = False) -> Any:
+    """An argument without what Triton would specialise on and ``launch`` does not: integers in plain tuples, and in
+    a NamedTuple that is not to be specialised, count by their width alone."""
+    if isinstance(arg, tuple):
+        record = hasattr(arg, "_fields")
+        items = [_neutral(item, specialise and record, True) for item in arg]
+        return type(arg)(*items) if record else tuple(items)
+    if specialise or not inside or type(arg) is not int:
         return arg
-    return tuple(3 if -(2**31) <= v < 2**31 else 2**32 + 1 if v < 2**63 else 2**64 - 1 for v in arg)
+    return 3 if -(2**31) <= arg < 2**31 else 2**32 + 1 if arg < 2**63 else 2**64 - 1
 
 
 def _params(
