@@ -1,11 +1,13 @@
-"""``python -m gradkernels info | verify``: what is here, and whether it is right."""
+"""``python -m gradkernels info | verify | explain``: what is here, whether it is right, and why it runs as it does."""
 
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -116,6 +118,18 @@ def _verify_command(arguments: argparse.Namespace) -> int:
     return 0 if report else 1
 
 
+def _explain_command(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        print("explain: needs the triton package, which has no wheels for this machine or is not installed")
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)  # compiled, not interpreted
+    from .triton.explain import explain
+
+    found = explain(arguments.op, arguments.shape, getattr(torch, arguments.dtype), arguments.target)
+    print(to_json(asdict(found)) if arguments.json else "\n".join(found.lines()))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status: 0 if all is well, 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m gradkernels", description=__doc__)
@@ -139,9 +153,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", help="cuda, mps, cpu, ... (default: the accelerator that is there, else cpu)"
     )
     check.add_argument("--json", action="store_true")
+    why = commands.add_parser(
+        "explain", help="which plan and tiles a shape gets, why, and what they compile to"
+    )
+    why.add_argument("op", choices=OPS)
+    why.add_argument("shape", type=_shape, metavar="8192x512x1", help="sizes in the op's order, as verify's")
+    why.add_argument("--dtype", choices=names, default="float32")
+    why.add_argument("--target", choices=("sm_80", "sm_90", "sm_100", "gfx942"), default="sm_90")
+    why.add_argument("--json", action="store_true")
     arguments = parser.parse_args(argv)
+    commands_by_name = {"info": _info_command, "verify": _verify_command, "explain": _explain_command}
     try:
-        return {"info": _info_command, "verify": _verify_command}[arguments.command](arguments)
+        return commands_by_name[arguments.command](arguments)
     except ValueError as error:
         parser.error(str(error))
 

@@ -8,11 +8,9 @@ the matrix instructions.
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from gradkernels.ops import OPS
+from gradkernels.triton.compile_only import CHIPS, disassembly, null_driver, usage
 
 from ..throughput.case import dtype_name
 from ..throughput.results import write_json
@@ -29,13 +28,6 @@ from .cases import AotCase
 AOT_CASES: tuple[AotCase, ...] = tuple(
     case for name in OPS for case in import_module(f"..bench_{name}", __package__).AOT_CASES
 )
-# Backend, architecture, threads per warp, and the shared memory in bytes that one program may have.
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, 166912),
-    "sm_90": ("cuda", 90, 32, 232448),
-    "sm_100": ("cuda", 100, 32, 232448),
-    "gfx942": ("hip", "gfx942", 64, 65536),
-}
 MATRIX = re.compile(r"HGMMA|QGMMA|HMMA|DMMA|UTC\w*MMA|v_mfma\w*")
 
 
@@ -68,68 +60,9 @@ class Row:
     error: str = ""
 
 
-def null_driver(target: str, launched: list[str]) -> Any:
-    """Make a Triton driver that compiles for ``target`` and, instead of launching, appends the kernel's hash."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-
-    backend, arch, lanes, shared = TARGETS[target]
-
-    class Utils:
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
-            return 1, 1, 32, 0, 1024
-
-        def unload_module(self, _: Any) -> None: ...
-
-        def get_device_properties(self, _: int) -> dict[str, int]:
-            return {"max_shared_mem": shared, "multiprocessor_count": 132, "warpSize": lanes}
-
-    class NullDriver(DriverBase):
-        utils = Utils()
-
-        @classmethod
-        def is_active(cls) -> bool:
-            return True
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_target(self) -> Any:
-            return GPUTarget(backend, arch, lanes)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def get_benchmarker(self) -> Any:
-            raise NotImplementedError("nothing runs here")
-
-        def get_current_device(self) -> int:
-            return list(TARGETS).index(target)
-
-        def get_current_stream(self, _: int | None) -> int:
-            return 0
-
-        def launcher_cls(self, _: Any, metadata: Any) -> Callable[..., None]:
-            return lambda *args: launched.append(metadata.hash)
-
-    return NullDriver()
-
-
 def _nvidia(compiled: Any, row: Row) -> None:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [tools / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    row.registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    row.spills = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    row.registers, row.spills = usage(compiled)
+    code = disassembly(compiled, "--dump-sass")
     loads, stores, matrix = Counter[str](), Counter[str](), Counter[str]()
     for name in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", code):
         base, *suffixes = name.split(".")
@@ -154,8 +87,7 @@ def _nvidia(compiled: Any, row: Row) -> None:
 
 def _amd(compiled: Any, row: Row) -> None:
     code = compiled.asm["amdgcn"]
-    row.registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])  # type: ignore[index]
-    row.spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])  # type: ignore[index]
+    row.registers, row.spills = usage(compiled)
     bits = {"dwordx4": "128", "dwordx3": "96", "dwordx2": "64", "dword": "32", "ushort": "16", "short": "16"}
     accesses: dict[str, Counter[str]] = {"load": Counter(), "store": Counter()}
     for kind, suffix in re.findall(r"(?:global|buffer|flat)_(load|store)_(\w+)", code):
@@ -240,11 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench aot", description=__doc__)
     parser.add_argument("--op", default="", help="only this op")
     parser.add_argument("--dtype", default="", help="only this dtype, such as bfloat16")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
+    parser.add_argument("--target", action="append", choices=CHIPS, help="may be repeated; default: all")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args(arguments)
     rows = []
-    for row in report(options.target or list(TARGETS), every_case(options.op, options.dtype)):
+    for row in report(options.target or list(CHIPS), every_case(options.op, options.dtype)):
         print(_line(row), flush=True)
         rows.append(row)
     if options.json:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.reports.aot import AOT_CASES, TARGETS, Row, every_case, report
+from bench.reports.aot import AOT_CASES, CHIPS, Row, every_case, report
 
 from ..cases import each_kind_once
 from ..test_launch import run
@@ -51,7 +51,7 @@ def kinds(target: str, number: int, dtype: str) -> list[Any]:
     return [*found, (target, number, dtype)] if always(target, number, dtype) else found
 
 
-CELLS = [(target, *case) for target in TARGETS for case in every_case()]
+CELLS = [(target, *case) for target in CHIPS for case in every_case()]
 SAMPLED = [cell for cell, chosen in each_kind_once(CELLS, kinds) if chosen]
 
 
@@ -79,7 +79,7 @@ def check(rows: list[Row]) -> None:
             continue
         if row.spills:
             problems.append(where + f"{row.spills} spilt")
-        if row.shared > TARGETS[row.target][3]:
+        if row.shared > CHIPS[row.target].shared:
             problems.append(where + f"{row.shared} B of shared memory")
         if row.registers > (512 if row.target == "gfx942" else 255):
             problems.append(where + f"{row.registers} registers")
@@ -112,7 +112,7 @@ def test_the_sample(rows):
     assert compiled >= {(op, shapes) for op, each in SAMPLE.items() for shapes in each}
 
 
-@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_90"])
+@pytest.mark.parametrize("target", [target for target in CHIPS if target != "sm_90"])
 def test_the_sample_on_other_chips(target):
     rows = sampled_rows(target)
     check(rows)
@@ -181,7 +181,7 @@ def test_the_report_sees_spills(tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CHIPS)
 def test_every_kernel_on_every_chip(target):
     rows = list(report([target], every_case()))
     check(rows)

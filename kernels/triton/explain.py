@@ -1,0 +1,227 @@
+"""Why a shape gets its plan, and what that compiles to: ``python -m gradkernels explain``.
+
+The launchers themselves run, on contiguous tensors without memory, under a driver that compiles for the wanted chip
+and launches nothing (compile_only.py): so what is shown is what a call launches. The reasons are those that the
+functions of config.py return with a plan.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..checks import acc_dtype
+from . import config, linear_mse, matmul, mse
+from . import launch as launch_module
+from .compile_only import CHIPS, null_driver, usage
+from .dims import coalesce_dims
+
+AXES = {
+    "matmul": "[B x] M x K x N",
+    "mse": "any sizes",
+    "linear_mse": "N x D x K",
+    "sgd": "sizes of one parameter",
+    "adam": "sizes of one parameter",
+}
+# Tensors of a parameter's size that a step reads, and writes: parameter, gradient and states.
+_STEP_TRAFFIC = {"sgd": (3, 2), "adam": (4, 3)}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel that a call launches.
+
+    Attributes:
+        kernel: its name.
+        programs: of the grid.
+        warps: of a program.
+        constants: its constexpr arguments.
+        bytes: predicted: each tensor that it is given moves once.
+        registers: per thread. spills: bytes of stack on NVIDIA, registers on AMD. shared: bytes per program.
+    """
+
+    kernel: str
+    programs: int
+    warps: int
+    constants: dict[str, str]
+    bytes: int
+    registers: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of a call.
+
+    Attributes:
+        what: op, sizes, dtype and target.
+        plan: its name. reason: what it does and when it serves.
+        refused: why other plans are not taken, by their names.
+        rest: the plans that it is preferred to wherever it serves.
+        config: what the plan chose.
+        launches: the kernels of each pass, by its name.
+        bytes: predicted, for an op whose kernels are not compiled here.
+    """
+
+    what: str
+    plan: str
+    reason: str
+    refused: dict[str, str]
+    rest: tuple[str, ...]
+    config: dict[str, Any]
+    launches: dict[str, list[Launch]] = field(default_factory=dict)
+    bytes: int = 0
+
+    def lines(self) -> Iterator[str]:
+        """The explanation as text."""
+        yield self.what
+        yield f"plan {self.plan}: {self.reason}"
+        for name, why in self.refused.items():
+            yield f"  not {name}: {why}"
+        if self.rest:
+            yield f"  not {', '.join(self.rest)}: {self.plan} is preferred wherever it serves"
+        yield "  " + ", ".join(f"{name} {value}" for name, value in self.config.items())
+        if self.bytes:
+            yield f"  predicted {self.bytes:,} bytes; `bench aot` shows what the kernels of a step compile to"
+        for title, launches in self.launches.items():
+            yield f"{title}: predicted {sum(launch.bytes for launch in launches):,} bytes"
+            for launch in launches:
+                yield (
+                    f"  {launch.kernel}: {launch.programs} programs of {launch.warps} warps, "
+                    f"{launch.registers} registers, {launch.spills} spilt, {launch.shared} B shared, "
+                    f"predicted {launch.bytes:,} bytes"
+                )
+                yield "    " + ", ".join(f"{name} {value}" for name, value in launch.constants.items())
+
+
+def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.Target) -> Explanation:
+    """The plan alone, without its launches."""
+    what = f"{op} {'x'.join(map(str, sizes))} ({AXES[op]}), {str(dtype).removeprefix('torch.')}"
+    what += f", {target.backend} {target.arch}; contiguous, aligned"
+    if op == "matmul":
+        left, right = _operands(op, sizes, dtype)
+        plan = matmul.prepare(left, right, None, [], dtype).plan
+        assert plan is not None
+        return _explanation(what, plan.name, config.MATMUL_PLANS, plan.refused, plan.tile._asdict())
+    if op == "linear_mse":
+        x, w, _ = _operands(op, sizes, dtype)
+        chosen = linear_mse.plan(x, w, acc_dtype(x, w))
+        found = {} if chosen.config is None else chosen.config._asdict()
+        return _explanation(what, chosen.name, config.LINEAR_MSE_PLANS, chosen.refused, found)
+    if op == "mse":
+        x, y = _operands(op, sizes, dtype)
+        tile = mse.plan(coalesce_dims(0, x, y), config.MSE_BLOCK, batched=False)
+        return _explanation(what, tile.plan, config.MSE_PLANS, {}, tile._asdict())
+    numel = math.prod(sizes)
+    found = {"CHUNK": config.CHUNK, "programs": max(1, triton.cdiv(numel, config.CHUNK))}
+    explanation = _explanation(
+        what, "chunks", config.STEP_PLANS, {}, found | config.optimizer(dtype.itemsize, target)
+    )
+    moved = sum(_STEP_TRAFFIC[op]) * numel * dtype.itemsize
+    return Explanation(**{**vars(explanation), "bytes": moved})
+
+
+def _explanation(
+    what: str, name: str, plans: dict[str, str], refused: dict[str, str], found: dict[str, Any]
+) -> Explanation:
+    rest = tuple(other for other in plans if other != name and other not in refused)
+    return Explanation(what, name, plans[name], refused, rest, found)
+
+
+def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) -> Explanation:
+    """The plan of a call on a chip of CHIPS, and the kernels that it launches.
+
+    Sets Triton's active driver for the rest of the process.
+
+    Raises:
+        ValueError: sizes that are not the op's.
+    """
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    driver = null_driver(target, [])
+    driver.launcher_cls = lambda source, metadata: lambda *args: calls.append((metadata.hash, args))
+    triton.runtime.driver.set_active(driver)
+    chip = CHIPS[target]
+    _check(op, sizes)
+    explanation = plan_of(op, sizes, dtype, config.Target(chip.backend, chip.arch))
+    for title, call in _passes(op, sizes, dtype):
+        calls.clear()
+        call()
+        kernels = {compiled.hash: compiled for compiled, _ in launch_module._compiled.values()}
+        explanation.launches[title] = [_launch(kernels[key], args) for key, args in calls]
+    return explanation
+
+
+def _check(op: str, sizes: Sequence[int]) -> None:
+    counts = {"matmul": (3, 4), "linear_mse": (3,)}.get(op, (len(sizes),))
+    if len(sizes) not in counts or 0 in sizes:
+        raise ValueError(f"explain: {op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    if op == "matmul":
+        *batch, M, K, N = sizes
+        shapes = [(*batch, M, K), (*batch, K, N)]
+    elif op == "linear_mse":
+        N, D, K = sizes
+        shapes = [(N, D), (K, D), (N, K)]
+    else:
+        shapes = [sizes, sizes]
+    return [_meta(*shape, dtype=dtype) for shape in shapes]
+
+
+def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Callable[[], object]]]:
+    """What is launched for an op, by the names of its passes."""
+    g = _meta(dtype=dtype)
+    if op == "matmul":
+        left, right = _operands(op, sizes, dtype)
+        return [("forward", lambda: matmul.matmul_forward(left, right, None, [], dtype))]
+    if op == "mse":
+        x, y = _operands(op, sizes, dtype)
+        needs = [True, False, False]
+        return [
+            ("forward", lambda: mse.mse_forward(x, y, None, "mean", 0, dtype)),
+            ("loss and gradient", lambda: mse.mse_forward_backward(x, y, None, "mean", needs, dtype)),
+            ("backward", lambda: mse.mse_backward(g, x, y, None, "mean", 0, needs)),
+        ]
+    if op == "linear_mse":
+        x, w, y = _operands(op, sizes, dtype)
+        bias, needs = _meta(w.shape[0], dtype=dtype), [False, True, True]
+        return [
+            (
+                "loss, gradients of weight and bias",
+                lambda: linear_mse.linear_mse_forward(x, w, y, bias, None, "mean", needs, dtype),
+            ),
+            ("gradient of input", lambda: linear_mse.linear_mse_backward(g, y, w, 2.0, [True, False])),
+        ]
+    return []
+
+
+def _launch(compiled: Any, args: tuple[Any, ...]) -> Launch:
+    """One launch, from what Triton hands to its launcher."""
+    params, values = compiled.src.fn.params, args[9:]
+    constants = {
+        param.name: str(value) for param, value in zip(params, values, strict=True) if param.is_constexpr
+    }
+    return Launch(
+        compiled.metadata.name, math.prod(args[:3]), compiled.metadata.num_warps, constants,
+        sum(map(_bytes, values)), *usage(compiled), compiled.metadata.shared,
+    )  # fmt: skip
+
+
+def _bytes(value: Any) -> int:
+    """The bytes of the tensors in a kernel's argument, an element that strides of 0 repeat counted once."""
+    if isinstance(value, Tensor):
+        sizes = zip(value.shape, value.stride(), strict=True)
+        return math.prod(size for size, stride in sizes if stride) * value.element_size()
+    if isinstance(value, tuple):
+        return sum(map(_bytes, value))
+    return _bytes(value.base) if hasattr(value, "block_shape") else 0
