@@ -52,7 +52,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 fuzz: setup
-	GRADKERNELS_FUZZ_EXAMPLES=2000 $(RUN) -m pytest -n 2 tests/test_fuzz.py tests/test_shapes.py
+	GRADKERNELS_FUZZ_EXAMPLES=2000 $(RUN) -m pytest -n 2 tests/ops/test_fuzz.py tests/ops/test_shapes.py
 
 # About four minutes on two cores: every result checked, then timed; writes bench.json, bench.csv, the report.
 bench: setup

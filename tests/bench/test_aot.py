@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from bench.reports.aot import AOT_CASES, CHIPS, Row, every_case, report
 
 from ..cases import each_kind_once
-from ..test_launch import run
+from ..launch.test_launch import run
 
 SAMPLE = {  # of every run, in bfloat16: what the tests below look at
     "matmul": (

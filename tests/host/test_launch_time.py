@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ..test_launch import run
+from ..launch.test_launch import run
 
 pytestmark = pytest.mark.full
 

@@ -13,8 +13,8 @@ from gradkernels.backends import implementation
 from gradkernels.reference import mse as reference
 from torch import Tensor
 
-from .conftest import DEVICES, GPU
-from .helpers import DTYPES, assert_matches, exactly
+from ..conftest import DEVICES, GPU
+from ..helpers import DTYPES, assert_matches, exactly
 
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 PREAMBLE = """
 import json, torch, triton, triton.language as tl

@@ -7,8 +7,8 @@ import torch
 from gradkernels import linear, matmul
 from torch import Tensor
 
-from .cases import Case, label, on_both_backends, value_and_gradients
-from .helpers import DTYPES, SIZES, Draws, exactly
+from ..cases import Case, label, on_both_backends, value_and_gradients
+from ..helpers import DTYPES, SIZES, Draws, exactly
 
 SHAPES = [  # input, other
     ((5,), (5,)),

@@ -15,8 +15,8 @@ import torch
 from gradkernels import use_backend
 from torch import Tensor
 
-from .cases import CASES, LINEAR_MSE, MATMUL, MSE, Case, label, on_both_backends, value_and_gradients
-from .helpers import DTYPES, Draws, assert_matches, exactly
+from ..cases import CASES, LINEAR_MSE, MATMUL, MSE, Case, label, on_both_backends, value_and_gradients
+from ..helpers import DTYPES, Draws, assert_matches, exactly
 
 Layout = Callable[[Tensor], Tensor]
 

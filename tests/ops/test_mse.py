@@ -11,8 +11,8 @@ from gradkernels.fallback import mse as launchers
 from gradkernels.reference import mse as reference
 from torch.nn import functional
 
-from .cases import REDUCTIONS, Case, label
-from .helpers import DTYPES, SIZES, assert_matches, exactly
+from ..cases import REDUCTIONS, Case, label
+from ..helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
 
 NAMES = ("input", "target", "weight")

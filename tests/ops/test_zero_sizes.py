@@ -8,8 +8,8 @@ import torch
 from gradkernels import linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
 from torch import Tensor
 
-from .cases import REDUCTIONS, Case, value_and_gradients
-from .conftest import DEVICES
+from ..cases import REDUCTIONS, Case, value_and_gradients
+from ..conftest import DEVICES
 
 Shape = tuple[int, ...]
 

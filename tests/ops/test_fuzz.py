@@ -16,8 +16,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .helpers import DTYPES, Draws, exactly, to_numpy
-from .strategies import LAYOUTS, NONZERO, SIZES, fuzz, tensors
+from ..helpers import DTYPES, Draws, exactly, to_numpy
+from ..strategies import LAYOUTS, NONZERO, SIZES, fuzz, tensors
 
 triton = pytest.importorskip("triton")
 

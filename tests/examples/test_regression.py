@@ -20,9 +20,9 @@ pytest.importorskip("sklearn")
 from matplotlib import image
 from sklearn.metrics import r2_score
 
-from .helpers import assert_matches
+from ..helpers import assert_matches
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "regression.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "regression.py"
 HOUSES = "area,rooms,age,price,rent\n" + "".join(
     f"{40 + 7 * i % 60},{1 + i % 5},{i * 13 % 37},{100 + 3 * (7 * i % 60) + i % 4},{9 - i % 5 + i * 13 % 37}\n"
     for i in range(40)

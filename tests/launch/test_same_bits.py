@@ -14,7 +14,7 @@ from gradkernels.triton import config
 from gradkernels.triton import matmul as matmul_module
 from gradkernels.triton.config import Target
 
-from .conftest import GPU
+from ..conftest import GPU
 
 pytestmark = pytest.mark.skipif(GPU, reason="plays several chips, under the interpreter")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
-from .helpers import assert_matches, exactly
+from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
+from ..helpers import assert_matches, exactly
 
 PRODUCTS = [*MATMUL, *LINEAR]
 CASES = [case.resized({3: 17, 4: 33}) for case in [*PRODUCTS, *MSE, *LINEAR_MSE]]

@@ -15,8 +15,8 @@ from gradkernels.backends import implementation
 from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 
-from .conftest import DEVICES, GPU
-from .helpers import DTYPES, assert_matches, exactly
+from ..conftest import DEVICES, GPU
+from ..helpers import DTYPES, assert_matches, exactly
 
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])

@@ -15,8 +15,8 @@ from gradkernels.triton import matmul as module
 from gradkernels.triton.dims import contract
 from gradkernels.triton.matmul import matmul_forward
 
-from .conftest import DEVICES
-from .helpers import DTYPES, assert_matches, exactly
+from ..conftest import DEVICES
+from ..helpers import DTYPES, assert_matches, exactly
 
 DEVICE = DEVICES["triton"]
 

@@ -26,8 +26,8 @@ from gradkernels import use_backend
 from gradkernels.operator import OPERATORS
 from gradkernels.ops import FUNCTIONS
 
-from .cases import Case, label
-from .conftest import DEVICES
+from ..cases import Case, label
+from ..conftest import DEVICES
 
 SAMPLES, FEATURES, OUTPUTS = 64, 8, 4
 SMALL = FEATURES * OUTPUTS

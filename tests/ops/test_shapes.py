@@ -21,9 +21,9 @@ pytest.importorskip("hypothesis")
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from .cases import ARGUMENTS, Case
-from .helpers import DTYPES, Draws, exactly
-from .strategies import calls, fuzz, tensors
+from ..cases import ARGUMENTS, Case
+from ..helpers import DTYPES, Draws, exactly
+from ..strategies import calls, fuzz, tensors
 
 Data = Any  # what st.data() draws
 WEIGHTS = {"mse_loss": "weight", "linear_mse_loss": "sample_weight"}

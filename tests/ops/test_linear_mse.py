@@ -10,8 +10,8 @@ from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
 from gradkernels.dtypes import accumulator
 from gradkernels.reference import linear_mse as reference
 
-from .cases import REDUCTIONS, TORCH, Case, label, on_both_backends
-from .helpers import DTYPES, SIZES, assert_matches, exactly
+from ..cases import REDUCTIONS, TORCH, Case, label, on_both_backends
+from ..helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
 
 SHAPES = [  # input, weight, target, shapes that sample_weight may have

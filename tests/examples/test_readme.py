@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 # A training program of each library, around the README's lines; it prints the optimizer's class and its result.
 TRAINERS = {
@@ -103,7 +103,7 @@ def test_every_row_of_the_optimizers_table_has_its_test() -> None:
     assert rows == list(ROWS)
     for proof in ROWS.values():
         file, _, test = proof.partition("::")
-        assert f"\ndef {test}(" in (Path(__file__).parent / f"{file}.py").read_text(), proof
+        assert f"\ndef {test}(" in (Path(__file__).parents[1] / f"{file}.py").read_text(), proof
 
 
 def test_every_program_is_known() -> None:

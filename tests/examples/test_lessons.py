@@ -21,10 +21,10 @@ import torch
 from gradkernels import use_backend
 from gradkernels.reference import linear_mse
 
-from .conftest import DEVICES
-from .helpers import assert_matches, to_numpy
+from ..conftest import DEVICES
+from ..helpers import assert_matches, to_numpy
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "lessons.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "lessons.py"
 
 
 def load() -> ModuleType:

@@ -8,7 +8,7 @@ import gradkernels
 import pytest
 from gradkernels import nn, verify
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
 PROGRAMS = {
     f"{name}-{number}": program

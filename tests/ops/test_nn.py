@@ -7,7 +7,7 @@ import pytest
 import torch
 from gradkernels import nn
 
-from .cases import REDUCTIONS
+from ..cases import REDUCTIONS
 
 
 @pytest.mark.parametrize("bias", [False, True])

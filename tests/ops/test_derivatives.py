@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from .cases import CASES, Case, label, on_both_backends
+from ..cases import CASES, Case, label, on_both_backends
 
 
 def check(

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.func import grad, grad_and_value, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from .cases import CASES, Case, assert_same_results, label, on_both_backends, value_and_gradients
+from ..cases import CASES, Case, assert_same_results, label, on_both_backends, value_and_gradients
 
 ENGINES = ("eager", "aot_eager", "inductor")
 PROBLEMS: dict[str, Callable[[int], Case]] = {  # by the number of samples

@@ -17,8 +17,8 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs expectte
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from .cases import assert_same_results, label, value_and_gradients
-from .helpers import DTYPES, assert_matches, to_numpy
+from ..cases import assert_same_results, label, value_and_gradients
+from ..helpers import DTYPES, assert_matches, to_numpy
 
 OURS: dict[str, Callable[..., Tensor]] = {  # by torch's name
     "nn.functional.mse_loss": gradkernels.mse_loss,

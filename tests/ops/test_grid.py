@@ -10,7 +10,7 @@ import gradkernels
 import pytest
 from gradkernels.ops import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels"
 
 

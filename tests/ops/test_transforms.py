@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from .cases import CASES, Case, assert_same_results, label, on_both_backends
-from .helpers import assert_matches, to_numpy
+from ..cases import CASES, Case, assert_same_results, label, on_both_backends
+from ..helpers import assert_matches, to_numpy
 
 Function = Callable[..., Tensor]
 

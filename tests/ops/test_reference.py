@@ -20,7 +20,7 @@ from gradkernels import FusedAdam, FusedAdamW, FusedSGD, use_backend
 from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
 
-from .helpers import assert_matches
+from ..helpers import assert_matches
 
 REDUCTIONS = ("mean", "sum", "none")
 MATMUL_SHAPES = [  # input, other
