@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulator
+from ..checks import acc_dtype
 from ..optim.bucket import Bucket
 from .grad_norm import Decision
 from .pieces import Piece, batch_size, cut, flatten, pieces_of, unflatten
@@ -55,7 +55,7 @@ def _run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, 
             states = {key: picked(tensors, chosen) for key, tensors in states.items()}
         kernel(picked(bucket.params, chosen), picked(bucket.grads, chosen), states, decision.scale)
         return
-    dtype = bucket.params[0].dtype if native else accumulator(bucket.params[0])
+    dtype = bucket.params[0].dtype if native else acc_dtype(bucket.params[0])
     for pieces in cut(bucket.params, chosen, _most(bucket, dtype)):
         _run_batch(bucket, pieces, dtype, decision, kernel)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulator
+from ..checks import acc_dtype
 from ..optim.bucket import UNGUARDED, Bucket, Guard
 from .pieces import Piece, batch_size, cut, flatten, pieces_of
 from .threads import is_small, one_thread
@@ -23,7 +23,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         grad_scale: 0-d float32, or None for 1.
         out: (2,), overwritten.
     """
-    wide = accumulator(bucket.grads[0])
+    wide = acc_dtype(bucket.grads[0])
     most = batch_size(out.device, wide)
     norms: list[Tensor] = []
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulator
+from ..checks import acc_dtype
 from .matmul import matmul_forward
 
 
@@ -18,7 +18,7 @@ def linear_mse_forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
-    wide = accumulator(input, weight, target, bias, sample_weight)
+    wide = acc_dtype(input, weight, target, bias, sample_weight)
     # Both products over all rows: in blocks of rows, each operator's threads would be waited for once a block.
     residual = _predictions(input, weight, bias, dtype).to(wide).sub_(target)
     error = residual if sample_weight is None else residual * sample_weight
@@ -45,7 +45,7 @@ def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
     """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
-    scaled = error * (grad_output.to(accumulator(error)) * factor)
+    scaled = error * (grad_output.to(acc_dtype(error)) * factor)
     results = [scaled.to(weight.dtype) @ weight] if output_mask[0] else []
     return [*results, scaled.neg_().to(error.dtype).contiguous()] if output_mask[1] else results
 

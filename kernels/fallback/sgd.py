@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulator
+from ..checks import acc_dtype
 from ..optim.bucket import Bucket, Guard, SGDOptions
 from .batches import by_group, is_native, picked, run
 from .grad_norm import GO, Decision, decide, raise_steps, store, unscaled
@@ -116,7 +116,7 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
         grads = torch._foreach_add(grads, params, alpha=decay)
     if buffers:
         # A bare number would be rounded to the buffers' dtype, which Tensor.mul_ does not do.
-        torch._foreach_mul_(buffers, torch.tensor(options.momentum, dtype=accumulator(buffers[0])))
+        torch._foreach_mul_(buffers, torch.tensor(options.momentum, dtype=acc_dtype(buffers[0])))
         torch._foreach_add_(buffers, grads, alpha=1 - options.dampening)
         grads = torch._foreach_add(grads, buffers, alpha=options.momentum) if options.nesterov else buffers
     torch._foreach_add_(params, grads, alpha=-float(options.lr))
@@ -126,7 +126,7 @@ def _update_on_device(bucket: Bucket, i: int, options: SGDOptions, decision: Dec
     """One entry whose first step only the device knows of."""
     param = bucket.params[i]
     state = {key: tensors[i] for key, tensors in bucket.states.items()}
-    wide = accumulator(param)
+    wide = acc_dtype(param)
     lr, decay = (
         x if not isinstance(x, Tensor) else x.item() if x.is_cpu else x.squeeze().to(wide)
         for x in (options.lr, options.weight_decay)

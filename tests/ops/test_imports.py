@@ -12,7 +12,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # From the bottom: a file imports from its own layer and those above it in this list, wherever the import stands.
 # backends.py finds the launchers by name, when a call needs them.
 LAYERS = (
-    ("checks.py", "dtypes.py", "torch_private.py", "optim/bucket.py", "optim/__init__.py"),
+    ("checks.py", "torch_private.py", "optim/bucket.py", "optim/__init__.py"),
     ("backends.py",),
     ("triton/", "fallback/", "reference/"),
     ("operator.py", "optim/plan.py", "optim/compiled.py", "optim/step.py"),

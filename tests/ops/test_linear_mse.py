@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
-from gradkernels.dtypes import accumulator
+from gradkernels.checks import acc_dtype
 from gradkernels.reference import linear_mse as reference
 
 from ..cases import REDUCTIONS, TORCH, Case, label, on_both_backends
@@ -194,7 +194,7 @@ def test_the_fallbacks_launcher(outputs: int, weighted: bool, dtype: torch.dtype
         torch.randn(shape).to(dtype) for shape in ((100, 5), (outputs, 5), (100, outputs), (outputs,))
     )
     s = torch.rand(100, 1).to(dtype).expand(100, outputs) if weighted else None
-    wide = accumulator(x)
+    wide = acc_dtype(x)
     loss, error, grad_weight, grad_bias = launchers.linear_mse_forward(x, w, y, b, s, "sum", [True] * 3, wide)
     weights = 1 if s is None else s
     predictions = torch.nn.functional.linear(x, w, b)
