@@ -12,8 +12,8 @@ Over 500 lines, since torch.optim's protocol is one class. Nothing here waits fo
 ``on_nonfinite="raise"`` must and in torch's own loop.
 """
 
+import inspect
 from collections.abc import Callable
-from inspect import unwrap
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
@@ -86,6 +86,17 @@ class FusedStep(torch.optim.Optimizer):
 
     _operator: ClassVar[str]
     _state_keys: ClassVar[tuple[str, ...]]
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Show the shared options in the signature of a class whose ``__init__`` hands them on as ``**shared``."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            return
+        _, *shared = inspect.signature(cls._set_options).parameters.values()
+        _, *own = inspect.signature(cls.__init__).parameters.values()
+        parameters = [p for given in own for p in (shared if given.name == "shared" else [given])]
+        cls.__signature__ = inspect.Signature(parameters)
 
     def _set_options(
         self,
@@ -215,7 +226,7 @@ class FusedStep(torch.optim.Optimizer):
             or _global_optimizer_post_hooks
             or torch.compiler.is_compiling()
         ):
-            if not torch.compiler.is_compiling() and unwrap(type(self).step) is not FusedStep.step:
+            if not torch.compiler.is_compiling() and inspect.unwrap(type(self).step) is not FusedStep.step:
                 return self._step(closure)  # a subclass's own step, which torch has wrapped, runs the hooks
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from gradkernels import backend_for
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, backend_for
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -1179,3 +1179,19 @@ def test_no_gradient_is_kept_alive_by_the_optimizer(name: str) -> None:
     watched = [weakref.ref(param.grad) for param in parameters(ours)]
     ours.zero_grad()
     assert [ref() for ref in watched] == [None] * len(watched)
+
+
+@pytest.mark.parametrize("ours", [FusedSGD, FusedAdam, FusedAdamW])
+def test_help_shows_every_argument(ours: type[torch.optim.Optimizer]) -> None:
+    """The shared options stand in one place, and in each class's signature; a subclass has its own."""
+
+    class Mine(ours):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Any, speed: float) -> None:
+            super().__init__(params, lr=speed)
+
+    shown = inspect.signature(ours).parameters
+    assert list(shown)[:2] == ["params", "lr"]
+    assert shown["max_norm"].default is None
+    assert {"on_nonfinite", "master_weights", "stochastic_rounding", "seed", "norm_group"} <= set(shown)
+    assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
+    assert list(inspect.signature(Mine).parameters) == ["params", "speed"]
