@@ -21,8 +21,9 @@ $(VENV)/.ready: pyproject.toml setup.py constraints/cpu.txt
 demo: setup
 	$(RUN) examples/regression.py
 
+# `make test ARGS="-k mse_loss"` runs what pytest's arguments select.
 test: setup
-	$(RUN) -m pytest -m "not full" -n 2 --durations=15
+	$(RUN) -m pytest -m "not full" -n 2 --durations=15 $(ARGS)
 
 test-full: setup
 	$(RUN) -m pytest -n 2 --durations=30

@@ -1,0 +1,14 @@
+"""griffe extension: docstrings as Markdown. ``Example:`` is the section that griffe calls ``Examples:``."""
+
+from typing import Any
+
+import griffe
+
+
+class Examples(griffe.Extension):
+    """Rename the section's title, and end a sentence before a block in one colon, before the docstring is parsed."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            text = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            obj.docstring.value = text.replace("::\n\n", ":\n\n")
