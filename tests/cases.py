@@ -22,6 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 OPS = {
     name: op for op in FUNCTIONS.values() for name, public in op.public.items() if public.torch is not None
 }
+OURS = {name: op.function(name) for name, op in OPS.items()}
 TORCH: dict[str, Callable[..., Tensor]] = {name: op.public[name].torch for name, op in OPS.items()}
 ARGUMENTS = {
     name: tuple(
@@ -44,7 +45,7 @@ class Case:
         return " ".join([self.op, shapes, *map(str, self.options.values())])
 
     def ours(self, *tensors: Tensor) -> Tensor:
-        return OPS[self.op].function(self.op)(**self._by_name(tensors), **self.options)
+        return OURS[self.op](**self._by_name(tensors), **self.options)
 
     def theirs(self, *tensors: Tensor) -> Tensor:
         return TORCH[self.op](**self._by_name(tensors), **self.options)

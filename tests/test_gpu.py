@@ -102,7 +102,7 @@ def test_each_test_runs_once_whatever_others_do(tmp_path: Path) -> None:
     )
     assert found.returncode == 1
     assert sorted((tmp_path / "ran").read_text().split()) == list("01234"), found.stdout
-    failed = re.findall(r"^FAILED (?:\S+::)?(\S+)", found.stdout, re.MULTILINE)
+    failed = re.findall(r"^FAILED (?:\S+::|\S*/)?(\S+)", found.stdout, re.MULTILINE)
     assert sorted(failed) == ["test_broken.py", "test_dies", "test_fails", "test_hangs"], found.stdout
     assert "assert (2 + 2) == 5" in found.stdout
     assert "ended with status -6" in found.stdout

@@ -57,7 +57,7 @@ def imports(path: Path, body: bool) -> set[str]:
 
 def test_triton_is_imported_in_its_folder_only() -> None:
     for path in KERNELS.rglob("*.py"):
-        if path.parent.name != "triton":
+        if path.parent.name != "triton" and path.name != "canary.py":  # the memory checker's own kernel
             assert "triton" not in imports(path, body=True), path
 
 

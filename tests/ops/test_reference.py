@@ -4,13 +4,10 @@
 centered finite differences need no derivative at all. torch's float64 result sets the budget of the first.
 """
 
-import ast
 import doctest
 import importlib
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import gradkernels
 import numpy as np
@@ -341,20 +338,6 @@ def test_scalar_engine_power_at_zero() -> None:
     zero = Value(0.0)
     (zero**0 + zero**1 + zero**2).backward()
     assert zero.grad == 1.0
-
-
-REFERENCES = Path(gradkernels.__file__).parent / "reference"
-
-
-@pytest.mark.parametrize("path", sorted(REFERENCES.glob("*.py")), ids=lambda path: path.stem)
-def test_references_import_numpy_only(path: Path) -> None:
-    allowed = {"numpy", *sys.stdlib_module_names}
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        assert {name.partition(".")[0] for name in names} <= allowed, names
-        assert not isinstance(node, ast.ImportFrom) or node.level <= 1
 
 
 @pytest.mark.parametrize("name", ["linear_mse", "matmul", "mse", "scalar"])
