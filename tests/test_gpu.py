@@ -49,7 +49,7 @@ def test_the_most_telling_come_first() -> None:
 
     names = ["test_x.py::test_scaler", "test_mse.py::test_sizes", "test_x.py::test_other"]
     items = [item(f"tests/{name}[{i}]") for name in names for i in range(3)]
-    items.append(item("tests/ops/test_mse.py::test_sizes[all]", full=True))
+    items.append(item("tests/test_mse.py::test_sizes[all]", full=True))
     found = [one.nodeid for one in gpu.in_order(items)]
     assert [re.sub(r"\W+\w+\W$", "", test)[6:] for test in found] == [
         *(["test_mse.py::test_sizes"] * 3),
