@@ -30,4 +30,4 @@ def _section(run: Path) -> str:
     pictures = "\n\n".join(
         f"![{picture.stem}](results/{run.name}/{picture.name})" for picture in sorted(run.glob("*.png"))
     )
-    return f"## {data['machine']['device']}\n\n| | |\n|---|---|\n{rows}\n\n{pictures}\n"
+    return f"## {data['machine']['device']}\n\n| what | value |\n|---|---|\n{rows}\n\n{pictures}\n"

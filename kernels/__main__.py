@@ -133,6 +133,7 @@ def _explain_command(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; gives the exit status: 0 if all is well, 1 if a check failed."""
     parser = argparse.ArgumentParser(prog="python -m gradkernels", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gradkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     axes = ", ".join(f"{op.axes} for {op.name}" for op in FUNCTIONS.values() if op.axes)
     about = commands.add_parser("info", help="versions, devices, backends, settings")

@@ -193,6 +193,12 @@ def test_info(capsys):
     assert "serves by default" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"gradkernels {gradkernels.__version__}\n"
+
+
 def test_importing_the_package_imports_neither_triton_nor_verify():
     code = (
         "import sys, gradkernels; assert 'triton' not in sys.modules; assert 'gradkernels.verify' not in "
