@@ -71,7 +71,7 @@ AOT_CASES = (
     AotCase("adam", "amsgrad, guarded", _launch(guarded=True, amsgrad=True)),
     AotCase("adam", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
     AotCase("adam", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
-    AotCase("grad_norm", "aligned or not", _grad_norm, stores=False),
+    AotCase("multi_tensor", "aligned or not", _grad_norm, stores=False),
 )
 HOST_CALLS: tuple[HostCall, ...] = ()
 

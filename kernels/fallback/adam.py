@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..optim.bucket import AdamOptions, Bucket, Guard
-from .batches import by_group, run
-from .grad_norm import Decision, decide, raise_steps
+from .multi_tensor import Decision, by_group, decide, raise_steps, run
 
 
 def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> None:

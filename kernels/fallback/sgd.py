@@ -7,9 +7,20 @@ from torch import Tensor
 
 from ..checks import acc_dtype
 from ..optim.bucket import Bucket, Guard, SGDOptions
-from .batches import by_group, is_native, picked, run
-from .grad_norm import GO, Decision, decide, raise_steps, store, unscaled
-from .rounding import draws, stochastic_bfloat16
+from .multi_tensor import (
+    GO,
+    Decision,
+    by_group,
+    decide,
+    draws,
+    is_native,
+    picked,
+    raise_steps,
+    run,
+    stochastic_bfloat16,
+    store,
+    unscaled,
+)
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 

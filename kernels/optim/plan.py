@@ -184,7 +184,7 @@ def measure_gradients(
     sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for part, device in zip(parts, devices, strict=True):
         out = next(free[device])
-        launcher = implementation("grad_norm", part.bucket.params[0]).grad_norm
+        launcher = implementation("multi_tensor", part.bucket.params[0]).grad_norm
         with part.dense(write_grads=False):
             launcher(part.bucket, to_device(scale, device), out)
         sharded[part.shards].append(out)

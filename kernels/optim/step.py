@@ -14,6 +14,7 @@ Over 500 lines, since torch.optim's protocol is one class. Nothing here waits fo
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain
 from typing import Any, ClassVar, NamedTuple, TypedDict
 
@@ -28,7 +29,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..fallback.grad_norm import decide_by_tensors
+from ..fallback.multi_tensor import decide_by_tensors
 from ..torch_private import operations_are_traced
 from .bucket import UNGUARDED, Guard
 from .compiled import optimizer_norm, optimizer_step
@@ -46,16 +47,6 @@ from .plan import (
 ON_NONFINITE = ("ignore", "skip", "raise")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-
-
-class _Shared:
-    """A holder that deepcopy does not copy: a process group cannot be copied."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
-        return self
 
 
 class SharedOptions(TypedDict, total=False):
@@ -93,7 +84,7 @@ class FusedStep(torch.optim.Optimizer):
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls):
             return
-        _, *shared = inspect.signature(cls._set_options).parameters.values()
+        _, *shared, _ = inspect.signature(cls._set_options).parameters.values()
         _, *own = inspect.signature(cls.__init__).parameters.values()
         parameters = [p for given in own for p in (shared if given.name == "shared" else [given])]
         cls.__signature__ = inspect.Signature(parameters)
@@ -107,7 +98,10 @@ class FusedStep(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         norm_group: Any = None,
+        **unknown: Any,
     ) -> None:
+        for name in unknown:  # as Python says it of torch's constructors
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
         if max_norm is not None and not max_norm >= 0:
             raise ValueError(f"Invalid max_norm value: {max_norm}")
         if on_nonfinite not in ON_NONFINITE:
@@ -120,7 +114,7 @@ class FusedStep(torch.optim.Optimizer):
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
-        self._norm_group = _Shared(norm_group)
+        self.norm_group = norm_group
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._captured: list[Plan] = []
@@ -176,11 +170,6 @@ class FusedStep(torch.optim.Optimizer):
         return {key: state[key] for key in moments}
 
     # Public.
-
-    @property
-    def norm_group(self) -> Any:
-        """The process group of norm and guard, besides the meshes of DTensors; or None."""
-        return self._norm_group.value
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -257,8 +246,14 @@ class FusedStep(torch.optim.Optimizer):
 
     # Copies and checkpoints.
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedStep":
+        memo[id(self.norm_group)] = self.norm_group  # a process group cannot be copied
+        copy = memo[id(self)] = type(self).__new__(type(self))
+        copy.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copy
+
     def __getstate__(self) -> dict[str, Any]:
-        names = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed", "_norm_group")
+        names = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed", "norm_group")
         own = {name: getattr(self, name) for name in (*names, "_counts", "_skipped")}
         return {**super().__getstate__(), **own}
 

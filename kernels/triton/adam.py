@@ -6,21 +6,19 @@ import triton
 import triton.language as tl
 
 from ..optim.bucket import AdamOptions, Bucket, Guard
-from .tables import (
+from .multi_tensor import (
     CHUNK,
     GRAD,
-    GROUP,
     MASTER,
     PARAM,
     STATES,
-    chunk_of,
+    begin_chunk,
     draw_words,
     dtype_of,
     is_whole,
     key_at,
     launch_step,
     load_grad,
-    load_guard,
     load_option,
     load_param,
     option_columns,
@@ -79,7 +77,8 @@ def _adam_step_kernel(
 ):
     """One program updates one chunk (at most CHUNK elements) of one tensor.
 
-    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see tables.py.
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see
+    multi_tensor.py.
     arrivals_ptr: (N,) int32, zeros between launches.
     grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
     skipped_ptr: (1,) int64 or None: see optim.bucket.Guard.
@@ -87,21 +86,17 @@ def _adam_step_kernel(
     Bytes per element: parameter, moments and master read and written once, gradient read once (and written
     once under grad_scale): 28 for float32.
     """
-    t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
-    group = tl.load(row + GROUP)
+    t, row, start, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
+        chunks_ptr, rows_ptr, options_ptr, grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr,
+        MAXIMIZE, MAX_NORM, COLUMNS, NORMS, SKIP,
+    )  # fmt: skip
+    UNSCALE: tl.constexpr = grad_scale_ptr is not None
     lr = load_option(options_ptr, group, LR, COLUMNS)
     beta1 = load_option(options_ptr, group, BETA1, COLUMNS)
     beta2 = load_option(options_ptr, group, BETA2, COLUMNS)
     eps = load_option(options_ptr, group, EPS, COLUMNS)
     decay = load_option(options_ptr, group, DECAY, COLUMNS)
     decoupled = load_option(options_ptr, group, DECOUPLED, COLUMNS) != 0
-    sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
-    max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
-
-    skip, inverse_scale, clip = load_guard(
-        grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP
-    )
-    UNSCALE: tl.constexpr = grad_scale_ptr is not None
     step = take_step(row, arrivals_ptr + t, numel, skip, DTYPE_STEP)
 
     # In float64, once per program: 1 - beta^t loses all digits in float32.

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from gradkernels import use_backend
 from gradkernels.ops import FUNCTIONS
-from gradkernels.triton import tables
+from gradkernels.triton import multi_tensor
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -291,17 +291,19 @@ def check_addresses(
     args: tuple[Any, ...], optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 ) -> None:
     """The table that a kernel is given holds the present addresses of its parameters, gradients and states."""
-    rows = next(arg for arg in args if isinstance(arg, Tensor) and arg.shape[1:] == (tables.WIDTH.value,))
+    rows = next(
+        arg for arg in args if isinstance(arg, Tensor) and arg.shape[1:] == (multi_tensor.WIDTH.value,)
+    )
     assert len(rows) == len(params)
     for param, row in zip(params, rows.tolist(), strict=True):
         state = optimizer.state[param]
-        others = {"master_param": tables.MASTER, "step": tables.STEP}
+        others = {"master_param": multi_tensor.MASTER, "step": multi_tensor.STEP}
         moments = [state[key] for key in state if key not in others]
         wanted = {
-            tables.PARAM: param,
-            tables.GRAD: param.grad,
+            multi_tensor.PARAM: param,
+            multi_tensor.GRAD: param.grad,
             **{column: state[key] for key, column in others.items() if key in state},
-            **{tables.STATES.value + i: moment for i, moment in enumerate(moments)},
+            **{multi_tensor.STATES.value + i: moment for i, moment in enumerate(moments)},
         }
         for column, tensor in wanted.items():
             index = getattr(column, "value", column)

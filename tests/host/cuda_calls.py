@@ -8,7 +8,7 @@ from typing import Any
 import gradkernels
 import torch
 from gradkernels import use_backend
-from gradkernels.triton import tables
+from gradkernels.triton import multi_tensor
 from torch import Tensor
 
 from .calls import Calls
@@ -53,7 +53,7 @@ class CudaCalls(Calls):
         rows = next(
             arg
             for arg in record.asked[0][1]
-            if isinstance(arg, Tensor) and arg.shape == (3, tables.WIDTH.value)
+            if isinstance(arg, Tensor) and arg.shape == (3, multi_tensor.WIDTH.value)
         )
         kept = [_set_grads(params) for _ in range(5)]
         torch.cuda.synchronize()
@@ -69,7 +69,7 @@ class CudaCalls(Calls):
         assert sum(event.startswith("launch kernel=_adam") for event in events) == len(kept)
         found = [
             torch.frombuffer(bytearray.fromhex(event.removeprefix("executed memory=")), dtype=torch.int64)
-            .view(rows.shape)[:, tables.GRAD.value]
+            .view(rows.shape)[:, multi_tensor.GRAD.value]
             .tolist()
             for event in events
             if event.startswith("executed")

@@ -120,13 +120,14 @@ class Launches:
     """Counts the launches of the optimizers' kernels and the uploads of their tables."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gradkernels.triton import grad_norm, tables
+        from gradkernels.triton import multi_tensor
 
         self.launches = 0
         self.uploads = 0
-        for module in (tables, grad_norm):
-            monkeypatch.setattr(module, "launch", self._counting(module.launch, "launches"))
-        monkeypatch.setattr(tables.Table, "upload", self._counting(tables.Table.upload, "uploads"))
+        monkeypatch.setattr(multi_tensor, "launch", self._counting(multi_tensor.launch, "launches"))
+        monkeypatch.setattr(
+            multi_tensor.Table, "upload", self._counting(multi_tensor.Table.upload, "uploads")
+        )
 
     def _counting(self, function: Any, name: str) -> Any:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -369,7 +370,7 @@ def test_a_tensor_is_read_in_vectors_where_all_its_addresses_allow(
     misaligned: str, device: torch.device
 ) -> None:
     from gradkernels.optim.bucket import Bucket
-    from gradkernels.triton.tables import ALIGNED, tables_of
+    from gradkernels.triton.multi_tensor import ALIGNED, tables_of
 
     def tensor(name: str) -> Tensor:
         memory = torch.zeros(9, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradkernels.fallback import batches, pieces
+from gradkernels.fallback import multi_tensor
 
 from ..helpers import assert_matches
 from . import test_training as training
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "ON_HOST", 80)
-    monkeypatch.setattr(batches, "RANDOM", 7)
+    monkeypatch.setattr(multi_tensor, "ON_HOST", 80)
+    monkeypatch.setattr(multi_tensor, "RANDOM", 7)
 
 
 @pytest.fixture(params=NAMES)
@@ -74,11 +74,11 @@ def test_sixteen_bits_in_any_order_of_memory(name: str, dtype: torch.dtype) -> N
     assert_same_run(ours, theirs, Feed(params))
 
 
-def test_pieces_cover_every_element_once() -> None:
+def test_chunks_cover_every_element_once() -> None:
     tensors = [torch.arange(float(n)) for n in (0, 3, 25, 1, 7, 10)]
-    found = [piece for batch in pieces.cut(tensors, [5, 0, 1, 2, 3], 10) for piece in batch]
+    found = [chunk for batch in multi_tensor.cut(tensors, [5, 0, 1, 2, 3], 10) for chunk in batch]
     assert found == [(5, 0, 10), (1, 0, 3), (2, 0, 10), (2, 10, 20), (2, 20, 25), (3, 0, 1)]
-    for batch in pieces.cut(tensors, range(6), 10):
+    for batch in multi_tensor.cut(tensors, range(6), 10):
         assert sum(end - start for _, start, end in batch) <= 10
-        for piece, (i, start, end) in zip(pieces.pieces_of(tensors, batch), batch, strict=True):
-            assert piece.tolist() == list(map(float, range(start, end))), i
+        for chunk, (i, start, end) in zip(multi_tensor.chunks_of(tensors, batch), batch, strict=True):
+            assert chunk.tolist() == list(map(float, range(start, end))), i

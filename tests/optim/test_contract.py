@@ -9,6 +9,7 @@ import inspect
 import io
 import itertools
 import pickle
+import re
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -1195,3 +1196,28 @@ def test_help_shows_every_argument(ours: type[torch.optim.Optimizer]) -> None:
     assert {"on_nonfinite", "master_weights", "stochastic_rounding", "seed", "norm_group"} <= set(shown)
     assert all(parameter.kind is not parameter.VAR_KEYWORD for parameter in shown.values())
     assert list(inspect.signature(Mine).parameters) == ["params", "speed"]
+
+
+def test_an_unknown_argument_is_refused_as_python_does(name: str) -> None:
+    """The message names the constructor that the user called, as for torch's class."""
+    said = []
+    for cls in (theirs_for(name), ours_for(name)):
+        with pytest.raises(TypeError) as raised:
+            cls(make_params(SMALL), foo=1)
+        said.append(str(raised.value))
+    assert said[1] == said[0].replace(name, f"Fused{name}")
+
+
+def test_a_copy_shares_the_process_group_and_a_pickle_names_public_classes_alone(name: str) -> None:
+    class Group:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("a process group cannot be copied")
+
+    group = Group()
+    ours = ours_for(name)(make_params(SMALL), norm_group=group)
+    again = copy.deepcopy([ours, ours])
+    assert again[0] is again[1] is not ours
+    assert again[0].norm_group is group
+    ours.norm_group = None
+    found = set(re.findall(rb"gradkernels[\w.]*", pickle.dumps(ours, protocol=2)))
+    assert found == {type(ours).__module__.encode()}

@@ -12,8 +12,8 @@ SETUP = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from gradkernels.optim.bucket import AdamOptions, Bucket, Guard, SGDOptions
-from gradkernels.triton import adam, grad_norm, sgd
-from gradkernels.triton.tables import CHUNK, tables_of
+from gradkernels.triton import adam, sgd
+from gradkernels.triton.multi_tensor import CHUNK, grad_norm, tables_of
 TAIL = 2 * CHUNK.value + 100  # from the last chunk below 2^31 to the partial one at the end
 START = 2**31 - CHUNK.value
 def operands(count, dtype):
@@ -60,7 +60,7 @@ for one, expected in zip(large, small):
     assert torch.equal(one[START:], expected)
 """,
     "random rounding": """
-from gradkernels.fallback.rounding import draws, stochastic_bfloat16
+from gradkernels.fallback.multi_tensor import draws, stochastic_bfloat16
 large, small = operands(2, torch.bfloat16)
 mine = bucket_of(large, step := torch.tensor(5.0), seed=7)
 only_the_end(mine)
@@ -77,7 +77,7 @@ mine, other = bucket_of(large * 2, None), bucket_of(small * 2, None)
 only_the_end(mine)
 outs = torch.zeros(2, 2, dtype=torch.float64)
 for bucket, out in zip((mine, other), outs):
-    grad_norm.grad_norm(bucket, None, out)
+    grad_norm(bucket, None, out)
 assert outs[1, 0] > 0 and torch.equal(outs[0], outs[1])
 """,
 }

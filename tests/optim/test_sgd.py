@@ -142,12 +142,10 @@ def test_a_loaded_buffer_has_had_its_first_step(device: torch.device) -> None:
 def test_one_launch_for_any_number_of_tensors(
     options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gradkernels.triton import grad_norm, tables
+    from gradkernels.triton import multi_tensor
 
-    made = []
-    for module in (tables, grad_norm):
-        real = module.launch
-        monkeypatch.setattr(module, "launch", lambda *a, real=real, **k: (made.append(a), real(*a, **k)))
+    made, real = [], multi_tensor.launch
+    monkeypatch.setattr(multi_tensor, "launch", lambda *a, **k: (made.append(a), real(*a, **k)))
     params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in range(1, 17)]
     for p in params:
         p.grad = torch.randn_like(p)

@@ -1,9 +1,12 @@
 """One launch over any number of tensors: addresses in a table, one program per chunk of one tensor.
 
-Three tables lie on the device. ``chunks`` (C, 2) int32 says which tensor and which of its chunks a program
-serves. ``rows`` (N, 12) int64 has what a program must know of its tensor, by the column numbers below.
-``options`` has for each parameter group the numbers of the step in float64, and beside each an address: where it
-is not 0, the number is read there (float32), so that a learning rate in a device tensor stays live.
+``launch_step`` launches an optimizer's kernel over a bucket, ``grad_norm`` the kernel that adds the squares of its
+gradients; the device functions at the end are shared by the optimizers' kernels.
+
+Three tables are kept on the device. ``chunks`` (C, 2) int32 says which tensor and which of its chunks a program
+serves. ``rows`` (N, 12) int64 describes the tensors, by the column numbers below.
+``options`` (groups, 2, COLUMNS) float64 has the options of each parameter group, and below each an address: if it
+is not 0, the kernel reads the option there (float32), so that a learning rate in a device tensor stays live.
 
 A table is uploaded only when it has changed, from pinned memory and without a wait.
 """
@@ -21,6 +24,7 @@ from ..backends import TRITON_DEVICES
 from ..optim.bucket import Bucket, Guard, key_of
 from . import config
 from .launch import launch
+from .shared import DTYPES
 
 CHUNK = tl.constexpr(config.CHUNK)
 
@@ -37,13 +41,6 @@ WIDTH = tl.constexpr(12)
 
 # Triton's interpreter truncates where the hardware rounds float32 to bfloat16.
 INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
-
-DTYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 
 class Table:
@@ -216,6 +213,100 @@ def option_columns(options: Any, *names: str) -> list[tl.constexpr]:
     return [tl.constexpr(columns.index(name)) for name in names] + [tl.constexpr(len(columns))]
 
 
+def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
+    """Write the sum of squares of the unscaled gradients, and how many programs saw a non-finite one.
+
+    Args:
+        bucket: its ``grads`` are read.
+        grad_scale: 0-d float32, or None for 1.
+        out: (2,) float64, overwritten.
+    """
+    tables = tables_of(bucket)
+    partials = bucket.memory.get("partials")
+    if partials is None:
+        partials = bucket.memory["partials"] = torch.empty(
+            config.NORM_PROGRAMS, 2, dtype=out.dtype, device=out.device
+        )
+    launch(
+        _grad_norm_kernel,
+        (min(tables.programs, config.NORM_PROGRAMS),),
+        tables.chunks.tensor,
+        tables.rows.tensor,
+        tables.arrivals[len(bucket.params) :],
+        grad_scale,
+        partials,
+        out,
+        tables.programs,
+        device=out.device,
+        DTYPE_G=dtype_of(bucket.grads),
+        ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
+        PROGRAMS=config.NORM_PROGRAMS,
+        BLOCK=config.BLOCK,
+        num_warps=config.warps(config.target_of(out.device)),
+    )
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _grad_norm_kernel(
+    chunks_ptr,
+    rows_ptr,
+    arrivals_ptr,
+    grad_scale_ptr,
+    partials_ptr,
+    out_ptr,
+    chunks,
+    DTYPE_G: tl.constexpr,
+    ACC: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program sums the squares of every PROGRAMS-th chunk; the last one to finish adds up all sums in order.
+
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64: see the head of this file. chunks: C.
+    arrivals_ptr: (1,) int32, 0 between launches. grad_scale_ptr: 0-d float32 or None.
+    partials_ptr: (PROGRAMS, 2) float64, overwritten; out_ptr: (2,) float64.
+
+    Bytes: each gradient read once.
+    """
+    pid = tl.program_id(0)
+    inverse = tl.full((), 1.0, ACC)
+    if grad_scale_ptr is not None:
+        inverse = 1.0 / tl.load(grad_scale_ptr).to(ACC)
+    total = tl.zeros((BLOCK,), ACC)
+    bad = tl.zeros((BLOCK,), tl.int32)
+    c = pid
+    while c < chunks:
+        _, row, start, numel = chunk_of(chunks_ptr, rows_ptr, c)
+        if is_whole(row, start, numel):
+            g_ptr = pointer_at(row, GRAD, DTYPE_G, True)
+            for i in range(0, CHUNK, BLOCK):
+                g = tl.load(g_ptr + (start + i + tl.arange(0, BLOCK))).to(ACC) * inverse
+                total = tl.fma(g, g, total)
+                bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1
+        else:
+            g_ptr = pointer_at(row, GRAD, DTYPE_G, False)
+            end = tl.minimum(start + CHUNK, numel)
+            while start < end:
+                offs = start + tl.arange(0, BLOCK)
+                g = tl.load(g_ptr + offs, mask=offs < end, other=0.0).to(ACC) * inverse
+                total = tl.fma(g, g, total)
+                bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1
+                start += BLOCK
+        c += tl.num_programs(0)
+    tl.store(partials_ptr + 2 * pid, tl.sum(total.to(tl.float64), 0))
+    tl.store(partials_ptr + 2 * pid + 1, tl.max(bad, 0).to(tl.float64))
+    tl.debug_barrier()  # this program's sums are written before it counts as arrived
+    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
+    if arrived == tl.num_programs(0) - 1:
+        tl.store(arrivals_ptr, 0)
+        rows = tl.arange(0, PROGRAMS)
+        mask = rows < tl.num_programs(0)
+        squares = tl.load(partials_ptr + 2 * rows, mask=mask, other=0.0, cache_modifier=".cg")
+        nonfinite = tl.load(partials_ptr + 2 * rows + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(out_ptr, tl.sum(squares, 0))
+        tl.store(out_ptr + 1, tl.sum(nonfinite, 0))
+
+
 @triton.jit
 def chunk_of(chunks_ptr, rows_ptr, c):
     """Of the c-th chunk: its tensor's number and row, its first element, and how many its tensor has."""
@@ -280,6 +371,36 @@ def load_guard(
         counts = (tl.program_id(0) == 0) & skip
         tl.store(skipped_ptr, tl.load(skipped_ptr, mask=counts) + 1, mask=counts)
     return skip, inverse_scale, clip
+
+
+@triton.jit
+def begin_chunk(
+    chunks_ptr,
+    rows_ptr,
+    options_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    norms_ptr,
+    skipped_ptr,
+    MAXIMIZE: tl.constexpr,
+    MAX_NORM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NORMS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    """What every update kernel computes first, of the chunk that this program updates.
+
+    Returns (t, row, start, numel): as ``chunk_of``; the index of its parameter group; (skip, inverse_scale): as
+    ``load_guard``; and the two factors of the unscaled gradient, -1 under maximize and the clipping.
+    """
+    t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
+    group = tl.load(row + GROUP)
+    max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
+    skip, inverse_scale, clip = load_guard(
+        grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP
+    )
+    sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
+    return t, row, start, numel, group, skip, inverse_scale, sign, clip
 
 
 @triton.jit
