@@ -7,8 +7,8 @@ instructions and in the order in which those add; what is summed by multiply and
 and ``outer`` products, the squared error, the fused loss of few outputs, the norm of gradients) is split alike on
 all of NVIDIA's.
 
-**Why a plan.** The functions that choose among plans return, with the plan, why each plan preferred to it was
-refused; ``python -m gradkernels explain`` prints that.
+**Why a plan.** Each function that selects a plan also returns the reason for each plan it rejected;
+``python -m gradkernels explain`` prints them.
 
 A long file, since it is the one place for every constant of every op, with its reason.
 """
@@ -236,10 +236,10 @@ def matmul_plan(
     refused = {
         "elementwise": _first(
             (sums != 1, f"{sums} products are summed into each result"),
-            (K > ELEMENTWISE_MAX_K, f"K = {K} is more than {ELEMENTWISE_MAX_K}"),
+            (K > ELEMENTWISE_MAX_K, f"K = {K} is more than {ELEMENTWISE_MAX_K = }"),
             (
                 K * min(M, N) > ELEMENTWISE_MAX_AREA,
-                f"K * min(M, N) = {K * min(M, N)} is more than {ELEMENTWISE_MAX_AREA}",
+                f"K * min(M, N) = {K * min(M, N)} is more than {ELEMENTWISE_MAX_AREA = }",
             ),
         )
     }
@@ -256,7 +256,7 @@ def matmul_plan(
     double = dtype == torch.float64
     refused["outer"] = _first(
         (sums != 1, f"{sums} products are summed into each result"),
-        (K > OUTER_MAX_K, f"K = {K} is more than {OUTER_MAX_K}"),
+        (K > OUTER_MAX_K, f"K = {K} is more than {OUTER_MAX_K = }"),
     )
     if not refused["outer"]:
         tile = MatmulConfig(64, 64 if double else 128, 1, 4, 1)
@@ -269,7 +269,7 @@ def matmul_plan(
         (double, "float64 has no tiles that the chip copies"),
         (not operands.aligned, "the operands cannot be loaded 16 bytes at a time"),
         (min(M, N) <= 64, f"min(M, N) = {min(M, N)} is at most 64"),
-        (tiles < LARGE_TILES, f"{tiles} tiles of 128 by 128 are fewer than {LARGE_TILES}"),
+        (tiles < LARGE_TILES, f"{tiles} tiles of 128 by 128 are fewer than {LARGE_TILES = }"),
         (not has_tma(target), f"{target.backend} {target.arch} has no TMA"),
         (not operands.descriptors, "a tensor does not fit a descriptor: dtypes differ, or rows overlap"),
         (batches != 1 or sums != 1, "it serves single matrices"),
@@ -381,8 +381,8 @@ class LinearMsePlan(NamedTuple):
             "multiply and add keeps up with memory",
             "multiply and add is bound by instructions",
         )
-        chunks = f"K = {K} is at least {DOT_MIN_OUTPUTS}: {many}"
-        dot = f"K = {K} is less than {DOT_MIN_OUTPUTS}: {few}"
+        chunks = f"K = {K} is at least {DOT_MIN_OUTPUTS = }: {many}"
+        dot = f"K = {K} is less than {DOT_MIN_OUTPUTS = }: {few}"
         reasons = {
             "chunks": self.chunks if isinstance(self.chunks, str) else chunks,
             "dot": self.dot if isinstance(self.dot, str) else dot,
@@ -456,7 +456,7 @@ def linear_mse_chunks(
     A chunk is 16 bytes per thread. Short rows are held by one warp, longer ones by eight.
     """
     if K > CHUNKS_MAX_OUTPUTS:
-        return f"K = {K} is more than {CHUNKS_MAX_OUTPUTS} outputs"
+        return f"K = {K} is more than {CHUNKS_MAX_OUTPUTS = } outputs"
     words = acc.itemsize // 4
     size = triton.next_power_of_2(max(D, 16))
     # AMD's shared memory holds fewer tiles in flight than the asynchronous copies of NVIDIA would fill.

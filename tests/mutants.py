@@ -1,0 +1,338 @@
+"""``python -m tests.mutants`` (``make mutants``): plant one fault at a time in ``kernels/`` and see a test fail.
+
+Each mutant replaces a text that occurs once in ``kernels/`` and names the tests that must notice. They run on a copy of
+the checkout. A mutant is killed if a test fails, survives if all pass, and is broken if its text is gone (the list must
+follow the code) or the tests did not run. Exit status 0 if at least 95 % are killed and none is broken.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+GOAL = 0.95
+LIMIT = 600  # seconds for the tests of one mutant
+
+# What the lists of tests are called below.
+TESTS = {
+    "matmul": "tests/ops/test_matmul_kernels.py tests/ops/test_matmul.py",
+    "mse": "tests/ops/test_mse_kernels.py tests/ops/test_mse.py",
+    "linear_mse": "tests/ops/test_linear_mse_kernels.py tests/ops/test_linear_mse.py",
+    "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
+    "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
+    "corners": "tests/ops/test_corners.py tests/launch/test_backends.py tests/ops/test_nn.py",
+    "layouts": "tests/ops/test_layouts.py tests/ops/test_zero_sizes.py",
+    "reference": "tests/ops/test_reference.py tests/optim/test_reference.py",
+    "launch": "tests/launch tests/host/test_launches.py",
+    "config": "tests/launch/test_config.py tests/launch/test_same_bits.py tests/ops/test_matmul_kernels.py",
+    "optim": "tests/optim/test_contract.py tests/optim/test_batches.py tests/optim/test_adam.py",
+    "training": "tests/optim/test_training.py tests/optim/test_contract.py tests/optim/test_compile.py",
+    "gradient": "tests/verify/test_gradient.py tests/verify/test_diagnosis.py",
+    "memory": "tests/verify/test_memory.py",
+    "verify": "tests/verify/test_ops.py tests/verify/test_tolerance.py",
+}
+
+
+class Mutant(NamedTuple):
+    """A fault: ``old``, which occurs once in ``kernels/`` (in ``where``, if that is given), becomes ``new``.
+
+    Attributes:
+        tests: which of TESTS must notice.
+        survives: why no test can, where none can.
+    """
+
+    old: str
+    new: str
+    tests: str
+    where: str = ""
+    survives: str = ""
+
+
+MUTANTS = (
+    # The way of a call.
+    Mutant("if is_wrapped(arg) or is_zerotensor(arg) or arg.is_neg():", "if is_wrapped(arg):", "corners"),
+    Mutant("if all(grad is None for grad in grad_outputs):", "if False:", "derivatives"),
+    Mutant("ctx.backend = backends.current()", 'ctx.backend = "auto"', "corners"),
+    Mutant("first = len(outputs) - sum(output_mask)", "first = 0", "derivatives", "operator.py"),
+    Mutant("_open_blocks.set(blocks[:i] + blocks[i + 1 :])", "_open_blocks.set(blocks[:i])", "corners"),
+    Mutant(
+        "if not isinstance(triton.language.sum, triton.runtime.JITFunction):\n        return 4",
+        "return 4",
+        "launch",
+    ),
+    Mutant("if tensor.device != device:", "if False:", "corners"),
+    Mutant(
+        "return acc_dtype(tensor) if autocast_enabled(tensor) else tensor.dtype",
+        "return tensor.dtype",
+        "autocast",
+    ),
+    Mutant("if tensor is None or tensor.dtype == torch.float64:", "if tensor is None:", "autocast"),
+    Mutant("return [name in names and tensor is not None for", "return [name in names for", "linear_mse"),
+    # The fused loss: its derivatives.
+    Mutant("needed = (input or target, weight, bias)", "needed = (input, weight, bias)", "derivatives"),
+    Mutant(
+        "if output_mask[4] or any(cotangent is not None for cotangent in others):",
+        "if output_mask[4]:",
+        "derivatives",
+    ),
+    Mutant("R = scale_and_add(q * d_loss, error, R)", "R = scale_and_add(q * d_loss, error)", "derivatives"),
+    Mutant(
+        "slope = (q * d_grad_weight).to(weight.dtype)",
+        "slope = d_grad_weight.to(weight.dtype)",
+        "derivatives",
+    ),
+    Mutant(
+        "d_grad = (ctx.factor * _dot(projected, error))", "d_grad = _dot(projected, error)", "derivatives"
+    ),
+    Mutant(
+        'return 2.0 / max(1, count) if reduction == "mean" else 2.0',
+        'return 2.0 / max(1, count + 1) if reduction == "mean" else 2.0',
+        "linear_mse",
+    ),
+    Mutant(
+        "if in_dims[0] is None:\n        grad_output = grad_output.expand(batch_size)", "pass", "derivatives"
+    ),
+    # Launching.
+    Mutant("run = compiled.run  # loads the module, before which `function` is None\n", "", "launch"),
+    Mutant("key = (device.index, *key_of(*args)", "key = (0, *key_of(*args)", "launch"),
+    Mutant('terms.append(f"{name}.data_ptr() % 16 == 0")', "pass", "launch"),
+    Mutant('terms.append(f"{name} % 16 == 0")', "pass", "launch"),
+    Mutant(
+        "return 0 if -(2**31) <= value < 2**31 else 1",
+        "return 0 if -(2**31) <= value < 2**32 else 1",
+        "launch",
+    ),
+    Mutant("terms = [str(next(_numbers))]", 'terms = ["0"]', "launch"),
+    Mutant(
+        "if device.index is None or device.index == driver", "if True or device.index == driver", "launch"
+    ),
+    # Layouts.
+    Mutant("if inner[0] == 1:\n        return outer", "if inner[0] == 0:\n        return outer", "layouts"),
+    Mutant("return outer[0] * inner[0], *inner[1:]", "return outer[0] * inner[0], *outer[1:]", "layouts"),
+    Mutant("key=lambda d: -dense[d])", "key=lambda d: dense[d])", "mse"),
+    Mutant("swapped = not swapped\n            continue", "continue", "matmul"),
+    Mutant(
+        "summed = [dim._replace(bias=0) for",
+        "summed = [dim for",
+        "matmul",
+        survives="the bias has stride 0 there",
+    ),
+    # Decisions.
+    Mutant(
+        '(batches != 1 or sums != 1, "it serves single matrices")',
+        '(batches != 1, "it serves single matrices")',
+        "config",
+    ),
+    Mutant("tiles < LARGE_TILES", "tiles < LARGE_TILES // 2", "config"),
+    Mutant(
+        "return max(1, min(FULL_GRID // max(tiles, 1)",
+        "return max(1, min(FULL_GRID // max(tiles, 1) + 1",
+        "config",
+    ),
+    Mutant(
+        'return {"maxnreg": most} if target.backend == "cuda" else {}', 'return {"maxnreg": most}', "config"
+    ),
+    Mutant("return 64 if str(target.arch).startswith", "return 32 if str(target.arch).startswith", "config"),
+    Mutant('return "tf32x3" if target.backend == "cuda" else "bf16x6"', 'return "tf32"', "config"),
+    # Kernels.
+    Mutant("rows = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)", "rows = GROUP_M", "matmul"),
+    Mutant(
+        "inside = (rows < P)[:, None] & mask[None, :]",
+        "inside = mask[None, :] & (rows >= 0)[:, None]",
+        "linear_mse",
+    ),
+    Mutant("error = tl.where(inside, error, 0.0)", "error = error", "linear_mse"),
+    Mutant(
+        "weighted = error * scale.to(ACC)\n            losses",
+        "weighted = error\n            losses",
+        "linear_mse",
+    ),
+    Mutant(
+        "losses = tl.fma(error, weighted, losses)",
+        "losses = tl.fma(weighted, weighted, losses)",
+        "linear_mse",
+    ),
+    Mutant(
+        "if TRANSPOSED:\n                right = b.load([tile_n * BLOCK_N, k])",
+        "if False:\n                right = b.load([tile_n * BLOCK_N, k])",
+        "linear_mse",
+    ),
+    Mutant("grad = products * (tl.load(g_ptr).to(ACC) * factor)", "grad = products * factor", "linear_mse"),
+    Mutant("first_k = step % work.k_steps * step_size", "first_k = step * step_size", "matmul"),
+    Mutant(
+        "output_ptr += (split.to(tl.int64) * work.batches + matrix)",
+        "output_ptr += (split.to(tl.int64) + matrix)",
+        "matmul",
+    ),
+    Mutant(
+        "input_ptr += _offset(matrix, batch, INPUT)", "input_ptr += _offset(matrix, batch, OTHER)", "matmul"
+    ),
+    # The optimizers' kernels.
+    Mutant(
+        'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else', "pass\n        else", "optim"
+    ),
+    Mutant(
+        "arrived == tl.maximum(tl.cdiv(numel, CHUNK), 1) - 1", "arrived == tl.cdiv(numel, CHUNK) - 1", "optim"
+    ),
+    Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
+    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim"),
+    Mutant(
+        "counts = (tl.program_id(0) == 0) & skip",
+        "counts = skip",
+        "optim",
+        survives="all programs write one sum",
+    ),
+    Mutant("t_new = step.to(tl.int64) + 1", "t_new = step.to(tl.int64)", "optim"),
+    Mutant("p = p * shrink", "p = p", "optim"),
+    Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim"),
+    # The optimizers on the host.
+    Mutant("or kinds != self.kinds\n", "", "optim training"),
+    Mutant("or _forms(self.stepped) != self.forms\n", "", "optim training"),
+    Mutant("guard = guard._replace(skipped=None)  # the first part counts for all", "pass", "training"),
+    Mutant(
+        "memory = (param.device, param.data_ptr())\n            again = met[memory]",
+        "memory = (param.device, param.data_ptr())",
+        "training",
+    ),
+    Mutant('values["step"] = step.to(param.device).resolve_neg()', "pass", "training optim"),
+    Mutant("counting = False\n        return True", "return True", "training"),
+    Mutant(
+        "if kind is None and (tensors is not self._bucket.grads or self._write_grads):",
+        "if kind is None:",
+        "optim training",
+        survives="a copy that nothing wrote is written back as it was",
+    ),
+    Mutant(
+        "return mix(mix((seed ^ mix(seed >> 32 & MASK)) & MASK)",
+        "return mix(mix(seed & MASK)",
+        "training optim",
+    ),
+    # The fallback.
+    Mutant("clip = 1.0 if ratio > 1.0 else ratio", "clip = ratio", "optim"),
+    Mutant(
+        "if bucket.seed is not None:\n        return min(most, RANDOM)",
+        "pass",
+        "optim training",
+        survives="a matter of time",
+    ),
+    Mutant(
+        "grads.values = _clipped(bucket, tuple(pieces), grads.values, decision)",
+        "grads.replace(torch.mul, 1.0)",
+        "optim",
+    ),
+    Mutant(
+        "yield torch.linalg.vector_norm(flat[rows * ROW :]",
+        "yield torch.linalg.vector_norm(flat[rows * ROW + 1 :]",
+        "optim",
+    ),
+    # verify.
+    Mutant("self.upstream = Upstream.of(function, self.native, self.cotangents)", "pass", "gradient"),
+    Mutant(
+        "passed = passed and stale is None and upstream is None",
+        "passed = passed and upstream is None",
+        "gradient",
+    ),
+    Mutant(
+        "if not np.array_equal(_array(before), _array(self.native[i]), equal_nan=True):",
+        "if False:",
+        "gradient",
+    ),
+    Mutant(
+        "allowed = relative * scale + rounding", "allowed = 100 * relative * scale + rounding", "gradient"
+    ),
+    Mutant("found &= (words >> _ATOMIC_AT) & 1 == 0", "pass", "memory"),
+    Mutant("found &= self.seen[np.where(found, program, 0)] <= epoch", "found &= False", "memory"),
+    Mutant(
+        "ok = (addresses >= self.start) & (addresses + np.uint64(itemsize) <= self.end)",
+        "ok = addresses >= self.start",
+        "memory",
+    ),
+    Mutant("ok &= index < size", "pass", "memory"),
+    Mutant("return 0 if report else 1", "return 0", "verify"),
+)
+
+
+def plant(mutant: Mutant, tree: Path) -> str | None:
+    """Write the fault into a copy of the checkout; gives the file's name, or None if the text is not there once."""
+    files = [file for file in sorted((tree / "kernels").rglob("*.py")) if mutant.where in file.as_posix()]
+    found = [file for file in files if mutant.old in file.read_text()]
+    if len(found) != 1 or found[0].read_text().count(mutant.old) != 1:
+        return None
+    found[0].write_text(found[0].read_text().replace(mutant.old, mutant.new))
+    return found[0].relative_to(tree).as_posix()
+
+
+def judge(mutant: Mutant) -> tuple[str, str]:
+    """``killed``, ``survives`` or ``broken``, and where the fault was or what killed it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "checkout"
+        skipped = shutil.ignore_patterns(".git", ".venv", "build", "results", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, tree, ignore=skipped)
+        (tree / "build" / "here").mkdir(parents=True)
+        (tree / "build" / "here" / "gradkernels").symlink_to("../../kernels")
+        file = plant(mutant, tree)
+        if file is None:
+            return "broken", "its text does not occur once"
+        tests = " ".join(TESTS[name] for name in mutant.tests.split()).split()
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-n",
+            "0",
+            "-m",
+            "not full",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(tree / "build" / "here")}
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return "killed", f"{file}: no end within {LIMIT} s"
+        if done.returncode == 1:
+            first = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+            return "killed", f"{file}: {first[1] if first else '?'}"
+        return (
+            ("survives", file)
+            if done.returncode == 0
+            else ("broken", f"{file}: pytest ended in {done.returncode}")
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    parser.add_argument(
+        "-k", default="", metavar="TEXT", help="only mutants whose text or tests contain this"
+    )
+    parser.add_argument("-n", type=int, default=2, help="how many at once (default: 2)")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTANTS if arguments.k in f"{m.old} {m.new} {m.tests}"]
+    counts = {"killed": 0, "survives": 0, "broken": 0}
+    start = time.monotonic()
+    with ThreadPoolExecutor(arguments.n) as pool:
+        for mutant, (verdict, where) in zip(chosen, pool.map(judge, chosen), strict=True):
+            counts[verdict] += 1
+            reason = f" (known: {mutant.survives})" if verdict == "survives" and mutant.survives else ""
+            print(f"{verdict:9} {where}  {mutant.old!r} -> {mutant.new!r}{reason}", flush=True)
+    share = counts["killed"] / max(1, len(chosen))
+    listed = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    print(f"{listed} of {len(chosen)}: {share:.0%} killed in {time.monotonic() - start:.0f} s")
+    return 0 if share >= GOAL and not counts["broken"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
