@@ -224,7 +224,7 @@ MUTANTS = (
         survives="a matter of time",
     ),
     Mutant(
-        "grads.values = _clipped(bucket, tuple(pieces), grads.values, decision)",
+        "grads.values = _clipped(bucket, tuple(chunks), grads.values, decision)",
         "grads.replace(torch.mul, 1.0)",
         "optim",
     ),
