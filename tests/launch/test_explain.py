@@ -55,7 +55,7 @@ PLANS = [
     ("matmul", (4096, 4096, 4096), BF16, MI300, "gemm", "gemm_tma", "hip gfx942 has no TMA"),
     ("matmul", (4096, 4096, 4096), FP64, H100, "gemm", "gemm_tma", "float64"),
     ("matmul", (1001, 333, 777), BF16, H100, "gemm", "gemm_tma", "16 bytes"),
-    ("matmul", (256, 256, 256), BF16, H100, "gemm", "gemm_tma", "4 tiles of 128 by 128 are fewer than LARGE_TILES = 66"),
+    ("matmul", (256, 256, 256), BF16, H100, "gemm", "gemm_tma", "fewer than LARGE_TILES = 66"),
     ("matmul", (8, 1024, 64, 1024), BF16, H100, "gemm", "gemm_tma", "single matrices"),
     ("linear_mse", (8192, 512, 1), BF16, H100, "chunks", "dot", "K = 1 is less than DOT_MIN_OUTPUTS = 5"),
     ("linear_mse", (8192, 512, 1), FP32, H100, "chunks", "dot", "more than 16 bits"),
