@@ -1,376 +1,53 @@
-"""Train a linear model on a table of numbers with gradkernels, and hold the result against two others.
+"""Train a linear model on a table with gradkernels, and hold the result against two others.
 
     python examples/regression.py                                     scikit-learn's diabetes table
-    python examples/regression.py --data houses.csv --target price    a CSV file with a header line
+    python examples/regression.py --data houses.csv --target price    a CSV file, of any delimiter
     python examples/regression.py --resume                            continue after Ctrl-C, to the same bits
+    python examples/regression.py --resume --epochs 200               train a complete run on
     python examples/regression.py --record runs/diabetes/record.json --output runs/again
+    python examples/regression.py predict runs/houses/model.pt new.csv > predictions.csv
 
-One pass of ``linear_mse_loss`` gives the loss and the gradients without storing a prediction; the Fused
+One pass of ``linear_mse_loss_and_grad`` gives the loss and the gradients without storing a prediction; the Fused
 optimizer clips, guards against non-finite gradients and updates. The same loop in plain torch and the closed
-form of least squares stand beside it at the end. Features and targets are standardised by the training rows,
-so losses are in units of the target's variance.
+form of least squares stand beside it at the end. Texts become categories, features and targets are standardised
+by the training rows, so losses are in units of the target's variance; coefficients are in the table's units.
 
-Into the output folder go checkpoint.pt (after every epoch), loss.png and record.json. Exit status: 0 done,
-1 training or reproduction failed or the loss grew, 2 bad input (nothing written), 130 stopped by Ctrl-C.
+Into the output folder go checkpoint.pt (after every epoch), model.pt, loss.png and record.json. Exit status:
+0 done, 1 training or reproduction failed or the loss grew, 2 bad input (nothing written), 130 stopped by Ctrl-C.
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import json
 import math
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import NoReturn
 
 import gradkernels
-import matplotlib
-
-matplotlib.use("agg")
-
 import numpy as np
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear_mse_loss
-from gradkernels.verify import GradientReport, gradcheck
-from matplotlib import pyplot
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import Tensor
-from torch.nn import functional
-from torch.optim import lr_scheduler
+from tabular import model
+from tabular.preparing import Data, load
+from tabular.reading import DELIMITERS
+from tabular.report import by_weights, least_squares, plot, print_coefficients, print_results, scores
+from tabular.settings import InputError, Settings
+from tabular.training import Ours, PlainTorch, Training, check_gradients
 
 DIVERGED = 2.0  # a train loss above this, in variances of the target: the updates made the model worse
-
-
-class InputError(Exception):
-    """What the user gave cannot be used; the message is the one line that says why."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides the numbers of a run, as the options of the command line name it."""
-
-    data: str | None = None
-    target: str | None = None
-    validation: float = 0.2
-    batch_size: int = 64
-    epochs: int = 100
-    optimizer: str = "adam"
-    lr: float = 0.1
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    schedule: str = "cosine"
-    max_norm: float = 5.0
-    seed: int = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    backend: str = "auto"
-
-
-# The training loop, and its two contestants
-
-
-class Training:
-    """A linear model with its optimizer and schedule, and what each epoch came to."""
-
-    DTYPE: ClassVar = torch.float32
-    LINEAR: ClassVar[type[torch.nn.Linear]]
-    OPTIMIZERS: ClassVar[dict[str, type[torch.optim.Optimizer]]]
-
-    def __init__(self, settings: Settings, data: "Data") -> None:
-        self.settings = settings
-        self.train_x, self.train_y, self.validation_x, self.validation_y = (
-            torch.tensor(part, dtype=self.DTYPE, device=settings.device)
-            for part in (data.train_x, data.train_y, data.validation_x, data.validation_y)
-        )
-        self.model = self.LINEAR(
-            data.train_x.shape[1], data.train_y.shape[1], device=settings.device, dtype=self.DTYPE
-        )
-        for parameter in self.model.parameters():
-            torch.nn.init.zeros_(parameter)
-        options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-        if settings.optimizer == "sgd":
-            options["momentum"] = settings.momentum
-        self.optimizer = self.make_optimizer(options)
-        self.schedule = None
-        if settings.schedule == "cosine":
-            self.schedule = lr_scheduler.CosineAnnealingLR(
-                self.optimizer, settings.epochs, settings.lr / 1000
-            )
-        elif settings.schedule == "plateau":
-            self.schedule = lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.1, patience=5)
-        self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
-
-    def make_optimizer(self, options: dict[str, float]) -> torch.optim.Optimizer:
-        raise NotImplementedError
-
-    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """One update on a mini-batch. Returns the loss before it, and the gradient's norm before clipping."""
-        raise NotImplementedError
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def predict(self, x: np.ndarray) -> np.ndarray:
-        x = torch.tensor(x, dtype=self.DTYPE, device=self.settings.device)
-        return self.model(x).cpu().double().numpy()
-
-    def epoch(self) -> dict[str, float]:
-        """One pass over the training rows in mini-batches, then the validation loss and the schedule."""
-        started = time.perf_counter()
-        rate = self.optimizer.param_groups[0]["lr"]
-        rows = len(self.train_x)
-        # The order depends on the seed and the epoch alone: nothing of it has to be kept for --resume.
-        order = np.random.default_rng([self.settings.seed, len(self.history)]).permutation(rows)
-        total = torch.zeros((), dtype=self.DTYPE, device=self.settings.device)
-        for batch in torch.from_numpy(order).to(self.settings.device).split(self.settings.batch_size):
-            self.optimizer.zero_grad()
-            loss, norm = self.step(self.train_x[batch], self.train_y[batch])
-            total += loss.detach() * len(batch)
-        with torch.no_grad():
-            validation_loss = self.loss(self.validation_x, self.validation_y).item()
-        train_loss = total.item() / rows
-        if not math.isfinite(train_loss + validation_loss):
-            raise FloatingPointError(f"train loss {train_loss}, validation loss {validation_loss}")
-        if self.settings.schedule == "plateau":
-            self.schedule.step(validation_loss)
-        elif self.schedule is not None:
-            self.schedule.step()
-        self.seconds += time.perf_counter() - started
-        self.history.append(
-            {
-                "epoch": len(self.history) + 1,
-                "train_loss": train_loss,
-                "validation_loss": validation_loss,
-                "gradient_norm": norm.item(),
-                "lr": rate,
-            }
-        )
-        return self.history[-1]
-
-    def state(self) -> dict[str, object]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule and self.schedule.state_dict(),
-            "history": self.history,
-            "seconds": self.seconds,
-        }
-
-    def load_state(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
-        self.history, self.seconds = state["history"], state["seconds"]
-
-    def identity(self) -> str:
-        """A short hash of the weights' bits."""
-        parts = [parameter.detach().cpu().numpy().tobytes() for parameter in self.model.parameters()]
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
-
-
-class Ours(Training):
-    """With gradkernels: the optimizer clips and guards inside its step."""
-
-    LINEAR = gradkernels.nn.Linear
-    OPTIMIZERS: ClassVar = {"adam": FusedAdam, "adamw": FusedAdamW, "sgd": FusedSGD}
-
-    def make_optimizer(self, options: dict[str, float]) -> torch.optim.Optimizer:
-        return self.OPTIMIZERS[self.settings.optimizer](
-            self.model.parameters(), **options, max_norm=self.settings.max_norm, on_nonfinite="raise"
-        )
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return linear_mse_loss(x, self.model.weight, y, self.model.bias)
-
-    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.loss(x, y)
-        loss.backward()
-        self.optimizer.step()
-        return loss, self.optimizer.grad_norm
-
-
-class PlainTorch(Training):
-    """The same in plain torch."""
-
-    LINEAR = torch.nn.Linear
-    OPTIMIZERS: ClassVar = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-
-    def make_optimizer(self, options: dict[str, float]) -> torch.optim.Optimizer:
-        return self.OPTIMIZERS[self.settings.optimizer](self.model.parameters(), **options)
-
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        return functional.mse_loss(self.model(x), y)
-
-    def step(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = self.loss(x, y)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_norm)
-        self.optimizer.step()
-        return loss, norm
-
-
-def check_gradients(training: Training) -> GradientReport:
-    """Hold the loss's gradients, on a few rows and at random weights, against centered differences."""
-    rng = np.random.default_rng(0)
-    weight, bias = (
-        torch.tensor(rng.normal(size=parameter.shape), dtype=parameter.dtype, device=parameter.device)
-        for parameter in training.model.parameters()
-    )
-    inputs = (training.train_x[:32], weight.requires_grad_(), training.train_y[:32], bias.requires_grad_())
-    return gradcheck(linear_mse_loss, inputs)
-
-
-# The data
-
-
-@dataclass(frozen=True)
-class Data:
-    """Standardised features (rows, D) and targets (rows, K), split into training and validation rows."""
-
-    description: dict[str, object]
-    train_x: np.ndarray
-    train_y: np.ndarray
-    validation_x: np.ndarray
-    validation_y: np.ndarray
-
-
-def read_csv(path: Path) -> tuple[list[str], np.ndarray, str]:
-    """The column names, the numbers and the hash of a CSV file with a header line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
-        header = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is not a CSV file in UTF-8: {error}") from error
-    if not header:
-        raise InputError(f"{path} is empty")
-    if repeated := sorted({name for name in header if header.count(name) > 1}):
-        raise InputError(f"{path} has more than one column named {', '.join(map(repr, repeated))}")
-    values = np.empty((len(rows), len(header)))
-    problems = []
-    for i, (line, row) in enumerate(rows):
-        if len(row) != len(header):
-            problems.append(f"line {line} has {len(row)} cells, not {len(header)}")
-            continue
-        for j, cell in enumerate(row):
-            try:
-                values[i, j] = float(cell) if "_" not in cell else math.nan
-            except ValueError:
-                values[i, j] = math.nan
-            if not math.isfinite(values[i, j]):
-                what = f"has {cell!r}, which is not a finite number," if cell.strip() else "has no value"
-                problems.append(f"line {line} {what} in column {header[j]!r}")
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise InputError(f"{path}: {'; '.join(problems[:5])}{more}")
-    return header, values, hashlib.sha256(content).hexdigest()
-
-
-def diabetes() -> tuple[list[str], np.ndarray, str]:
-    from sklearn.datasets import load_diabetes
-
-    table = load_diabetes(scaled=False)
-    values = np.column_stack([table.data, table.target])
-    return [*table.feature_names, "progression"], values, hashlib.sha256(values.tobytes()).hexdigest()
-
-
-def load(settings: Settings) -> Data:
-    if settings.data is None:
-        name, target = "diabetes", settings.target or "progression"
-        columns, values, sha256 = diabetes()
-    elif settings.target is None:
-        raise InputError("--data needs --target COLUMN[,COLUMN]: the column or columns to predict")
-    else:
-        name, target = Path(settings.data).name, settings.target
-        columns, values, sha256 = read_csv(Path(settings.data))
-
-    targets = [target] if target in columns else [part.strip() for part in target.split(",")]
-    if unknown := [part for part in targets if part not in columns]:
-        raise InputError(f"{name} has no column {unknown[0]!r}; its columns are {', '.join(columns)}")
-    if len(set(targets)) < len(targets):
-        raise InputError(f"--target names a column twice: {target}")
-    features = [column for column in columns if column not in targets]
-    if not features:
-        raise InputError(f"{name} has no column left to predict {target} from")
-    if len(values) < 2:
-        raise InputError(f"{name} has {len(values)} row(s) of numbers; at least 2 are needed")
-
-    order = np.random.default_rng(settings.seed).permutation(len(values))
-    held_out = min(max(round(settings.validation * len(values)), 1), len(values) - 1)
-    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
-    x = values[:, [columns.index(feature) for feature in features]]
-    y = values[:, [columns.index(target) for target in targets]]
-    with np.errstate(over="ignore", invalid="ignore"):
-        # A constant column's deviation is zero, whatever the rounding of its mean says.
-        x_scale, y_scale = (
-            np.where(np.ptp(part[train], axis=0) == 0, 0.0, part[train].std(axis=0)) for part in (x, y)
-        )
-    if not np.isfinite([*x_scale, *y_scale]).all():
-        raise InputError(f"{name} holds numbers that are too large to standardise")
-    if constant := [target for target, scale in zip(targets, y_scale, strict=True) if scale == 0]:
-        raise InputError(
-            f"target {constant[0]!r} is constant over the training rows: there is nothing to learn"
-        )
-    x_scale[x_scale == 0] = 1.0
-    scaling = {
-        "feature_mean": x[train].mean(axis=0),
-        "feature_scale": x_scale,
-        "target_mean": y[train].mean(axis=0),
-        "target_scale": y_scale,
-    }
-    x = (x - scaling["feature_mean"]) / x_scale
-    y = (y - scaling["target_mean"]) / y_scale
-    description = {
-        "name": name,
-        "sha256": sha256,
-        "features": features,
-        "targets": targets,
-        "train_rows": len(train),
-        "validation_rows": len(validation),
-        "split_sha256": hashlib.sha256(validation.astype("<i8").tobytes()).hexdigest(),
-        "scaling": {name: numbers.tolist() for name, numbers in scaling.items()},
-    }
-    return Data(description, x[train], y[train], x[validation], y[validation])
-
-
-def least_squares(data: Data) -> Callable[[np.ndarray], np.ndarray]:
-    """The predictor with the smallest squared error on the training rows, in closed form."""
-    # Features and targets have mean zero over these rows, so the best bias is zero too.
-    solution, *_ = np.linalg.lstsq(data.train_x, data.train_y, rcond=None)
-    return lambda x: x @ solution
-
-
-def r2(prediction: np.ndarray, target: np.ndarray) -> float | None:
-    """The share of the variance explained, averaged over the outputs; None where there is no variance."""
-    spread = ((target - target.mean(axis=0)) ** 2).sum(axis=0)
-    if (spread == 0).any():
-        return None
-    return float((1 - ((target - prediction) ** 2).sum(axis=0) / spread).mean())
-
-
-# What is printed and kept
 
 
 def train(training: Training, console: Console, after_epoch: Callable[[], None]) -> None:
     """The remaining epochs, with a progress bar and a line for each."""
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     epochs = training.settings.epochs
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
         task = progress.add_task("", total=epochs, completed=len(training.history))
         console.print("epoch  train loss  validation loss  gradient norm  learning rate", style="bold")
         while len(training.history) < epochs:
@@ -381,43 +58,6 @@ def train(training: Training, console: Console, after_epoch: Callable[[], None])
                 f"{row['epoch']:5}  {row['train_loss']:10.6f}  {row['validation_loss']:15.6f}"
                 f"  {row['gradient_norm']:13.6f}  {row['lr']:13.3e}",
             )
-
-
-def scores(data: Data, predict: Callable[[np.ndarray], np.ndarray]) -> dict[str, float | None]:
-    train, validation = predict(data.train_x), predict(data.validation_x)
-    return {
-        "train_loss": float(((train - data.train_y) ** 2).mean()),
-        "validation_loss": float(((validation - data.validation_y) ** 2).mean()),
-        "train_r2": r2(train, data.train_y),
-        "validation_r2": r2(validation, data.validation_y),
-    }
-
-
-def print_results(results: dict[str, dict[str, float | None]], console: Console) -> None:
-    table = Table("", "train loss", "val. loss", "train R2", "val. R2", "seconds")
-    for name, row in results.items():
-        table.add_row(name, *("undefined" if value is None else f"{value:.6f}" for value in row.values()))
-    console.print(table)
-
-
-def plot(path: Path, title: str, ours: Training, plain: Training, best: float) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    epochs = [row["epoch"] for row in ours.history]
-    for part, colour in (("train", "C0"), ("validation", "C1")):
-        losses, plain_losses = ([row[f"{part}_loss"] for row in run.history] for run in (ours, plain))
-        axes.plot(epochs, losses, color=colour, linewidth=2, label=f"{part}, gradkernels")
-        axes.plot(
-            epochs,
-            plain_losses,
-            color="black",
-            linestyle=":",
-            label="plain torch" if part == "validation" else None,
-        )
-    axes.axhline(best, color="C0", linestyle="--", linewidth=1, label="train, closed form")
-    axes.set(xlabel="epoch", ylabel="mean squared error / variance of the target", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -448,23 +88,50 @@ def checked(kind: type, valid: Callable[[float], bool], rule: str) -> Callable[[
     return parse
 
 
-def parse(arguments: list[str] | None) -> tuple[dict[str, object], argparse.Namespace]:
+def parse(arguments: list[str]) -> tuple[dict[str, object], argparse.Namespace]:
     """The settings that were given on the command line, and the other options."""
     count = checked(int, lambda value: value >= 1, "of 1 or more")
     natural = checked(int, lambda value: value >= 0, "of 0 or more")
     rate = checked(float, lambda value: 0 <= value < math.inf, "of 0 or more")
     share = checked(float, lambda value: 0 < value < 1, "between 0 and 1")
+    columns = {"metavar": "COLUMN[,COLUMN]"}
+
+    def delimiter(text: str) -> str:
+        if text not in DELIMITERS and len(text) != 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one character, tab or space")
+        return text
+
+    def epochs(text: str) -> str:
+        for part in text.split(","):
+            count(part)
+        return text
+
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     # An option that is not given is not in the result: its default is that of Settings.
     group = parser.add_argument_group("what decides the numbers", argument_default=argparse.SUPPRESS)
     for name, help, how in (
-        ("data", "CSV file with a header line; scikit-learn's diabetes table", {"metavar": "FILE"}),
-        ("target", "the columns to predict from all others", {"metavar": "COLUMN[,COLUMN]"}),
+        ("data", "CSV file; scikit-learn's diabetes table", {"metavar": "FILE"}),
+        ("target", "the columns to predict", columns),
+        ("features", "the columns to predict from; all others", columns),
+        ("drop", "columns to leave out", columns),
+        ("categories", "columns to encode by value, numbers too", columns),
+        ("missing", "what to do about missing values", {"choices": ("error", "drop", "mean")}),
+        ("dates", "refuse columns of dates, or expand them", {"choices": ("refuse", "expand")}),
+        ("delimiter", "between cells, or tab or space; found out", {"type": delimiter}),
+        ("decimal", "decimal sign; found out", {"choices": (".", ",")}),
+        ("encoding", "of the file, such as cp1252; UTF-8, or what a byte order mark says", {}),
+        ("header", "whether the first line names the columns", {"choices": ("yes", "no")}),
+        ("na", "words for a missing value, beside the usual ones", {"metavar": "WORD[,WORD]"}),
         ("validation", "share of the rows held out", {"type": share}),
-        ("batch-size", "rows per step", {"type": count}),
+        ("batch-size", "rows per step; 64, or the 256th part of the rows if more", {"type": count}),
         ("epochs", "passes over the training rows", {"type": count}),
+        (
+            "restarts",
+            "epochs after which the cosine begins anew",
+            {"type": epochs, "metavar": "EPOCH[,EPOCH]"},
+        ),
         ("optimizer", "the update rule", {"choices": Ours.OPTIMIZERS}),
         ("lr", "learning rate", {"type": rate}),
         ("weight-decay", "of the optimizer", {"type": rate}),
@@ -478,6 +145,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, object], argparse.Name
         default = getattr(Settings, name.replace("-", "_"))
         group.add_argument(f"--{name}", help=help if default is None else f"{help} ({default})", **how)
     parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/NAME-OF-THE-DATA)")
+    parser.add_argument("--quiet", action="store_true", help="print only what went wrong")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue from the output folder's checkpoint")
     again.add_argument("--record", type=Path, metavar="FILE", help="run again what this record.json says")
@@ -489,9 +157,10 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, object], argparse.Name
 
 
 def reopen(
-    path: Path, read: Callable[[Path], dict], needed: set[str], given: dict[str, object]
+    path: Path, read: Callable[[Path], dict], needed: set[str], given: dict[str, object], longer: bool = False
 ) -> tuple[Settings, dict]:
-    """A checkpoint or a record, and its settings. The data may have moved; nothing else may differ."""
+    """A checkpoint or a record, and its settings. The data may have moved, a run may go on for longer; no other
+    setting may differ."""
     try:
         kept = read(path)
         if missing := needed - set(kept):
@@ -500,6 +169,12 @@ def reopen(
     except Exception as error:  # torch.load alone raises half a dozen types on a file that is none of its own
         raise InputError(f"cannot use {path}: {first_line(error)}") from error
     settings, _ = parse([f"{option}={value}" for option, value in options.items() if value is not None])
+    if longer and given.get("epochs", 0) > settings["epochs"]:
+        if settings.get("schedule", Settings.schedule) == "cosine":
+            # The cosine has come down to its end, or will: it begins anew for the epochs that are added.
+            ends = [settings["restarts"]] if "restarts" in settings else []
+            given["restarts"] = settings["restarts"] = ",".join([*ends, str(settings["epochs"])])
+        settings["epochs"] = given["epochs"]
     for name, value in given.items():
         if name != "data" and value != settings.get(name):
             option = f"--{name.replace('_', '-')}"
@@ -519,9 +194,10 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def prepare(arguments: list[str] | None) -> tuple[Settings, Data, Path, dict, argparse.Namespace]:
+def prepare(
+    given: dict[str, object], options: argparse.Namespace, console: Console
+) -> tuple[Settings, Data, Path, dict]:
     """Everything that can be refused is refused here, before anything is written."""
-    given, options = parse(arguments)
     if "data" in given:
         given["data"] = str(Path(given["data"]).resolve())
     if options.record is not None and options.output is None:
@@ -529,13 +205,13 @@ def prepare(arguments: list[str] | None) -> tuple[Settings, Data, Path, dict, ar
     output = options.output or Path("runs") / (Path(given["data"]).stem if "data" in given else "diabetes")
     if options.resume:
         origin = output / "checkpoint.pt"
-        settings, kept = reopen(origin, read_checkpoint, {"settings", "data", "training"}, given)
+        settings, kept = reopen(origin, read_checkpoint, {"settings", "data", "training"}, given, longer=True)
     elif options.record is not None:
         origin = options.record
         settings, kept = reopen(origin, read_record, {"settings", "data", "versions", "checkpoint"}, given)
     else:
         settings, kept = Settings(**given), {}
-    data = load(settings)
+    data = load(settings, console)
     if kept and kept["data"]["sha256"] != data.description["sha256"]:
         raise InputError(f"the data are not those that {origin} was made with")
     try:
@@ -548,11 +224,17 @@ def prepare(arguments: list[str] | None) -> tuple[Settings, Data, Path, dict, ar
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise InputError(f"cannot write to {output}: {error.strerror}") from error
-    return settings, data, output, kept, options
+    return settings, data, output, kept
 
 
-def run(arguments: list[str] | None, console: Console) -> int:
-    settings, data, output, kept, options = prepare(arguments)
+def plain_console(**options: object) -> Console:
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True, **options)
+
+
+def run(arguments: list[str]) -> int:
+    given, options = parse(arguments)
+    console = plain_console(quiet=options.quiet)
+    settings, data, output, kept = prepare(given, options, console)
     checkpoint_path = output / "checkpoint.pt"
     with gradkernels.use_backend(settings.backend):
         ours, plain = Ours(settings, data), PlainTorch(settings, data)
@@ -561,15 +243,17 @@ def run(arguments: list[str] | None, console: Console) -> int:
             f"{len(ours.train_x)} training and {len(ours.validation_x)} validation rows; "
             f"backend {gradkernels.backend_for(ours.train_x)} on {settings.device}"
         )
+        for note in data.description["notes"]:
+            console.print(f"note: {note}")
         report = check_gradients(ours)
         if not report:
-            console.print(str(report))
+            print(report)
             return 1
         console.print(f"gradient check passed: {sum(part.checked for part in report.inputs)} slopes")
         if options.resume:
             ours.load_state(kept["training"])
 
-        for stale in (output / "loss.png", output / "record.json"):
+        for stale in (output / "loss.png", output / "record.json", output / "model.pt"):
             stale.unlink(missing_ok=True)  # they would describe another run than the checkpoint
 
         def save() -> None:
@@ -582,19 +266,20 @@ def run(arguments: list[str] | None, console: Console) -> int:
             while len(plain.history) < settings.epochs:
                 plain.epoch()
         except KeyboardInterrupt:
-            console.print(f"stopped; --resume continues from {checkpoint_path}")
+            print(f"stopped; --resume continues from {checkpoint_path}")
             return 130
         except FloatingPointError as error:
             who, failed = ("", ours) if len(ours.history) < settings.epochs else ("plain torch: ", plain)
-            console.print(
+            print(
                 f"{who}epoch {len(failed.history) + 1} failed: {error}; "
                 f"{checkpoint_path} is of epoch {len(ours.history)}"
             )
             return 1
+        best = least_squares(data)
         results = {
             "gradkernels": scores(data, ours.predict) | {"seconds": ours.seconds},
             "plain torch": scores(data, plain.predict) | {"seconds": plain.seconds},
-            "closed form": scores(data, least_squares(data)),
+            "closed form": scores(data, by_weights(best)),
         }
         backend = gradkernels.backend_for(ours.train_x)
 
@@ -606,26 +291,44 @@ def run(arguments: list[str] | None, console: Console) -> int:
     print_results(results, console)
     console.print(f"largest difference between the losses of the two loops: {difference:.1e}")
 
+    weight, bias = (parameter.detach().cpu().double().numpy() for parameter in ours.model.parameters())
+    scaling, targets = data.description["scaling"], data.description["targets"]
+    coefficients, intercepts = model.in_units(weight, bias, scaling)
+    best_coefficients, best_intercepts = model.in_units(best, np.zeros(len(targets)), scaling)
+    print_coefficients(
+        data, weight, (coefficients, intercepts), (best_coefficients, best_intercepts), console
+    )
+
     record = {
         "settings": asdict(settings),
         "data": data.description,
         "backend": backend,
         "versions": versions(),
         "checkpoint": {"file": checkpoint_path.name, "id": ours.identity()},
+        "batch_size": ours.batch_size,
+        "coefficients": {
+            target: {"intercept": intercept} | dict(zip(data.description["features"], row, strict=True))
+            for target, intercept, row in zip(
+                targets, intercepts.tolist(), coefficients.tolist(), strict=True
+            )
+        },
         "results": results,
         "largest_loss_difference": difference,
         "history": ours.history,
     }
     title = f"Linear regression on {data.description['name']}"
+    loss = results["closed form"]["train_loss"]
+    replace(output / "loss.png", lambda path: plot(path, title, data, ours, plain, best, loss))
     replace(
-        output / "loss.png", lambda path: plot(path, title, ours, plain, results["closed form"]["train_loss"])
+        output / "model.pt",
+        lambda path: model.save(path, coefficients, intercepts, data.description, settings),
     )
     replace(output / "record.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
-    console.print(f"checkpoint.pt, loss.png and record.json are in {output}")
+    console.print(f"checkpoint.pt, model.pt, loss.png and record.json are in {output}")
     status = compare_with_record(kept, record, console) if options.record else 0
     # The weights begin at zero, whose loss is the variance of the target: 1 on the training rows.
     if (loss := results["gradkernels"]["train_loss"]) > DIVERGED:
-        console.print(
+        print(
             f"diverged: the train loss is {loss:.4g}, and 1 for the weights that training began with; "
             f"try a smaller --lr than {settings.lr:g}"
         )
@@ -638,7 +341,7 @@ def compare_with_record(old: dict, new: dict, console: Console) -> int:
         console.print(f"reproduced: the weights are the record's, {new['checkpoint']['id']}")
         return 0
     changed = [name for name in new["versions"] if new["versions"][name] != old["versions"].get(name)]
-    console.print(
+    print(
         f"not reproduced: the weights are {new['checkpoint']['id']}, the record's {old['checkpoint']['id']}; "
         f"versions that differ: {', '.join(changed) or 'none'}",
     )
@@ -659,9 +362,23 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def predict(arguments: list[str]) -> int:
+    """Predictions for another table, on stdout; what there is to say about them, on stderr."""
+    parser = Parser(prog="regression.py predict", description=predict.__doc__, allow_abbrev=False)
+    parser.add_argument("model", type=Path, help="a run's model.pt")
+    parser.add_argument("data", type=Path, help="a table with the columns that the model was trained on")
+    options = parser.parse_args(arguments)
+    predictions, notes = model.predict(model.load(options.model), options.data, plain_console(stderr=True))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    predictions.to_csv(sys.stdout, index=False)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return run(arguments, Console(markup=False, highlight=False, emoji=False, soft_wrap=True))
+        return predict(arguments[1:]) if arguments[:1] == ["predict"] else run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,1 @@
+"""The parts of examples/regression.py: settings, reading, preparing, training, model, report."""
