@@ -67,6 +67,7 @@ MUTANTS = (
         "if not isinstance(triton.language.sum, triton.runtime.JITFunction):\n        return 4",
         "return 4",
         "launch",
+        survives="how many programs share the tiles of a TMA product: a matter of time",
     ),
     Mutant("if tensor.device != device:", "if False:", "corners"),
     Mutant(

@@ -70,6 +70,17 @@ def test_the_innermost_block_counts() -> None:
     assert backend_for(x) == "fallback"
 
 
+def test_blocks_close_in_any_order() -> None:
+    """As those of generators do, each of which closes its own."""
+    outer, inner = use_backend("reference"), use_backend("fallback")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert backends.current() == "fallback"
+    inner.__exit__(None, None, None)
+    assert backends.current() == "auto"
+
+
 def test_unknown_names() -> None:
     with pytest.raises(
         ValueError, match=r"use_backend: unknown backend 'cuda'; expected one of 'auto', 'triton'"
