@@ -16,6 +16,7 @@ from . import __version__, backends, verify
 from .checks import DTYPES
 from .ops import FUNCTIONS, OPS
 from .verify.console import print_table, to_json
+from .verify.judge import command as judge
 from .verify.ops import HEADER
 
 
@@ -100,7 +101,20 @@ def _shape(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1") from None
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait")
+    return seconds
+
+
 def _verify_command(arguments: argparse.Namespace) -> int:
+    if arguments.file is not None:
+        if arguments.op or arguments.backend or arguments.device:
+            raise ValueError("--op, --backend and --device are for our own ops, not for a file")
+        return judge.run(arguments)
+    if arguments.sarif or arguments.github or arguments.forward_only or arguments.seed:
+        raise ValueError("--sarif, --github, --seed and --forward-only need a file")
     report = verify.kernels(
         arguments.op,
         shapes=arguments.shape,
@@ -138,14 +152,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     axes = ", ".join(f"{op.axes} for {op.name}" for op in FUNCTIONS.values() if op.axes)
     about = commands.add_parser("info", help="versions, devices, backends, settings")
     about.add_argument("--json", action="store_true")
-    check = commands.add_parser("verify", help="every op against its NumPy reference, on this machine")
+    check = commands.add_parser(
+        "verify",
+        help="a file of kernels put before the judge; without one every op against its NumPy reference",
+    )
+    check.add_argument(
+        "file", nargs="?", metavar="FILE.py[::NAME]", help="the file to judge, or one name in it"
+    )
     check.add_argument("--op", action="append", choices=OPS, help="may be repeated (default: all)")
     check.add_argument(
         "--shape",
         action="append",
         type=_shape,
         metavar="4096x512x1",
-        help=f"{axes}; needs one --op; may be repeated",
+        help=f"of the first input of a file, or of one --op ({axes}); may be repeated",
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     check.add_argument("--dtype", action="append", choices=names)
@@ -154,6 +174,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--device", help="cuda, mps, cpu, ... (default: the accelerator that is there, else cpu)"
     )
     check.add_argument("--json", action="store_true")
+    check.add_argument("--sarif", metavar="REPORT", help="write the faults of a file as SARIF")
+    check.add_argument(
+        "--github", action="store_true", help="annotate the lines of a file in a GitHub workflow"
+    )
+    check.add_argument(
+        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
+    )
+    check.add_argument("--seed", type=int, default=0, help="of the values that a file is judged at")
+    check.add_argument("--forward-only", action="store_true", help="leave the gradients of a file alone")
     why = commands.add_parser(
         "explain", help="which plan and tiles a shape gets, why, and what they compile to"
     )

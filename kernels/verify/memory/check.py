@@ -22,6 +22,7 @@ def memory_check(
     tensors: Mapping[str, Tensor] | Iterable[Tensor] = (),
     *,
     outputs: Mapping[str, Tensor] | Iterable[Tensor] = (),
+    configuration: int | None = None,
     raise_exception: bool = True,
 ) -> Iterator[MemoryReport]:
     """Watch every access of the interpreted Triton kernels launched inside the block.
@@ -47,6 +48,7 @@ def memory_check(
     Args:
         tensors: the tensors that kernels reach through tables of pointers, by name or in a sequence.
         outputs: tensors made before the block that the kernels have to write in full; overwritten on entry.
+        configuration: launch an autotuned kernel in this one of its configurations only, counted in a circle.
         raise_exception: whether to raise at the end of the block if there were faults.
 
     Returns:
@@ -73,7 +75,7 @@ def memory_check(
             )
         mark(tensor)
         checker.created(tensor, name)
-    with watch(checker), watched_tensors(checker.created, checker.register):
+    with watch(checker, configuration), watched_tensors(checker.created, checker.register):
         yield report
         checker.finish()
     if report.faults and raise_exception:
@@ -140,6 +142,9 @@ class _Checker:
 
     def launched(self) -> None:
         self.arguments = []
+
+    def autotuned(self, kernel: str, configurations: int) -> None:
+        self.report.configurations = max(self.report.configurations, configurations)
 
     @contextmanager
     def trial(self, kernel: str, configurations: int) -> Iterator[None]:

@@ -35,6 +35,9 @@ class Observer(Protocol):
     def launched(self) -> None:
         """Receive the end of the launch."""
 
+    def autotuned(self, kernel: str, configurations: int) -> None:
+        """Receive the number of configurations of an autotuned kernel that is about to be launched."""
+
     def trial(self, kernel: str, configurations: int) -> AbstractContextManager[None]:
         """Receive the launch of an autotuned kernel in a configuration that is not its last.
 
@@ -62,13 +65,20 @@ class Observer(Protocol):
         """Receive the values of the load announced last."""
 
 
+def interpreted() -> bool:
+    """Return whether Triton's kernels are interpreted in this process."""
+    import triton
+
+    return not isinstance(triton.language.sum, triton.runtime.JITFunction)
+
+
 def require_interpreter() -> None:
     """Raise RuntimeError unless Triton's kernels are interpreted in this process."""
     try:
-        import triton
+        found = interpreted()
     except ImportError as error:
         raise RuntimeError("the memory checker needs the triton package (pip install triton)") from error
-    if isinstance(triton.language.sum, triton.runtime.JITFunction):
+    if not found:
         raise RuntimeError(
             "the memory checker watches Triton's interpreter: set the environment variable TRITON_INTERPRET=1 "
             "before triton is first imported"
@@ -192,8 +202,12 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def watch(observer: Observer) -> Iterator[None]:
-    """Report every launch and access of interpreted kernels to ``observer`` inside the block."""
+def watch(observer: Observer, configuration: int | None = None) -> Iterator[None]:
+    """Report every launch and access of interpreted kernels to ``observer`` inside the block.
+
+    An autotuned kernel is launched in each of its configurations; with a number, in that one alone, counted in a
+    circle.
+    """
     require_interpreter()
     import triton.runtime.interpreter as interpreter
     from triton.runtime.autotuner import Autotuner
@@ -208,10 +222,10 @@ def watch(observer: Observer) -> Iterator[None]:
     tags: dict[int, int] = {}
     running = ["?"]
 
-    configuration = [""]
+    chosen = [""]
 
     def call(self: Any, *args_dev: Any, **kwargs: Any) -> Any:
-        running[0] = self.fn.__name__ + configuration[0]
+        running[0] = self.fn.__name__ + chosen[0]
         grid = self.grid  # a tuple for the interpreter; the compiler takes lists too
         self.grid = (lambda arguments: tuple(grid(arguments))) if callable(grid) else tuple(grid)
         try:
@@ -224,13 +238,16 @@ def watch(observer: Observer) -> Iterator[None]:
         """Launch an autotuned kernel in each of its configurations, the first one last, and time none."""
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         configurations = list(self.prune_configs(kwargs)) if len(self.configs) > 1 else self.configs
+        observer.autotuned(self.base_fn.__name__, len(configurations))
+        if configuration is not None:
+            configurations = [configurations[configuration % len(configurations)]]
         result = None
         for config in reversed(configurations):
             options = config.all_kwargs()
             named = {**self.nargs, **kwargs, **options}
             last = config is configurations[0]
             shown = {**config.kwargs, "num_warps": config.num_warps}
-            configuration[0] = f" ({', '.join(f'{key}={value}' for key, value in shown.items())})"
+            chosen[0] = f" ({', '.join(f'{key}={value}' for key, value in shown.items())})"
             with nullcontext() if last else observer.trial(self.base_fn.__name__, len(configurations)):
                 try:
                     self.pre_hook(named, reset_only=True)
@@ -238,7 +255,7 @@ def watch(observer: Observer) -> Iterator[None]:
                         config.pre_hook(named)
                     result = self.fn.run(*args, **kwargs, **options)
                 finally:
-                    configuration[0] = ""
+                    chosen[0] = ""
         self.best_config, self.nargs = configurations[0], None
         return result
 
@@ -289,6 +306,8 @@ class _Witness:
         self.seen.append((kernel, len(arguments)))
 
     def launched(self) -> None: ...
+
+    def autotuned(self, kernel: str, configurations: int) -> None: ...
 
     def trial(self, kernel: str, configurations: int) -> AbstractContextManager[None]:
         return nullcontext()

@@ -110,13 +110,16 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
             original = getattr(owner, name)
             setattr(owner, name, wrapped(original))
             stack.callback(setattr, owner, name, original)
-        # Inherited from torch._C.TensorBase: shadowed, then uncovered again.
+        # Inherited from torch._C.TensorBase, unless something else shadows it: shadowed, then put back.
         methods = {name: method(name, function) for name, function in METHODS.items()} | {
             "data_ptr": data_ptr
         }
         for name, replacement in methods.items():
+            if name in vars(Tensor):
+                stack.callback(setattr, Tensor, name, vars(Tensor)[name])
+            else:
+                stack.callback(delattr, Tensor, name)
             setattr(Tensor, name, replacement)
-            stack.callback(delattr, Tensor, name)
         yield
 
 

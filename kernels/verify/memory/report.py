@@ -72,11 +72,13 @@ class MemoryReport:
         faults: one fault per line, tensor and kind.
         traffic: one entry per launch, in order.
         notes: what could not be checked, and the autotuned kernels.
+        configurations: the largest number of configurations of an autotuned kernel.
     """
 
     faults: list[Fault] = field(default_factory=list)
     traffic: list[Traffic] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    configurations: int = 1
 
     def __bool__(self) -> bool:
         return not self.faults

@@ -1,0 +1,286 @@
+"""A CPU that answers to the name of "cuda": code written for a GPU runs under Triton's interpreter as it is.
+
+Tensors that are asked for on "cuda" are made on the CPU, and call themselves "cuda" to whoever asks from outside torch,
+Triton and this package. Questions about the device get the answers of one with compute capability 9.0.
+"""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import _device_constructors
+
+CUDA = torch.device("cuda", 0)
+_NAMES = re.compile(r"cuda(:\d+)?")
+_OWN = tuple(
+    str(Path(found.origin).parent)
+    for name in ("torch", "triton", __name__.partition(".")[0])
+    if (found := importlib.util.find_spec(name)) is not None and found.origin
+)
+_getters = {name: torch._C.TensorBase.__dict__[name].__get__ for name in ("device", "is_cuda", "is_cpu")}
+
+
+def _told_the_truth() -> bool:
+    """Return whether the caller's caller is torch, Triton or this package."""
+    return sys._getframe(2).f_code.co_filename.startswith(_OWN)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and _NAMES.fullmatch(device) is not None
+
+
+def _placed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with "cuda" taken for the CPU among its arguments."""
+
+    @wraps(original)
+    def place(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and (_is_cuda(kwargs["device"]) or isinstance(kwargs["device"], int)):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return original(*(torch.device("cpu") if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    return place
+
+
+def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensor.to: to "cuda" without a copy, to the CPU with one, as from a GPU."""
+    place = _placed(original)
+
+    def to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], int) and not isinstance(args[0], bool):
+            args = ("cuda", *args[1:])
+        target = kwargs.get("device", args[0] if args else None)
+        result = place(self, *args, **kwargs)
+        leaves = isinstance(target, (str, torch.device)) and torch.device(target).type == "cpu"
+        return result.clone() if leaves and result is self and not _told_the_truth() else result
+
+    return to
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _itself(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor
+
+
+def _copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return tensor if _told_the_truth() else tensor.clone()
+
+
+def _seen(name: str, told: Any) -> property:
+    get = _getters[name]
+
+    def look(tensor: Tensor) -> Any:
+        actual = get(tensor)
+        on_cpu = actual.type == "cpu" if name == "device" else _getters["is_cpu"](tensor)
+        return told if on_cpu and not _told_the_truth() else actual
+
+    return property(look)
+
+
+class _Context:
+    """A context that does nothing: a stream, an event, a device that is made current."""
+
+    cuda_stream = 0
+    device = CUDA
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> "_Context":
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+    record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 1.0
+
+
+_PROPERTIES = {
+    "name": "Triton's interpreter",
+    "major": 9,
+    "minor": 0,
+    "multi_processor_count": 8,
+    "total_memory": 1 << 33,
+    "shared_memory_per_multiprocessor": 233472,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "warp_size": 32,
+    "L2_cache_size": 1 << 25,
+}
+
+
+def _answers() -> dict[str, Any]:
+    """What ``torch.cuda`` answers."""
+
+    def answer(told: Any, original: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: original() if _told_the_truth() else told
+
+    zero = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    nothing = (
+        "synchronize",
+        "empty_cache",
+        "set_device",
+        "reset_peak_memory_stats",
+        "manual_seed_all",
+        "init",
+    )
+    return {
+        "is_available": answer(True, torch.cuda.is_available),
+        "device_count": answer(1, torch.cuda.device_count),
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: _PROPERTIES["name"],
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(**_PROPERTIES),
+        "is_bf16_supported": lambda *args, **kwargs: True,
+        "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "mem_get_info": lambda device=None: (1 << 32, 1 << 33),
+        "current_stream": lambda device=None: _Context(),
+        "default_stream": lambda device=None: _Context(),
+        "stream": lambda stream=None: nullcontext(),
+        **dict.fromkeys(("Stream", "Event", "device", "device_of"), _Context),
+        **dict.fromkeys(nothing, _nothing),
+        **dict.fromkeys(zero, lambda device=None: 0),
+    }
+
+
+def _once(function: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+    """triton.testing.do_bench: run, and time nothing."""
+    function()
+    quantiles = kwargs.get("quantiles")
+    return [1.0] * len(quantiles) if quantiles else 1.0
+
+
+class _Driver:
+    """What Triton asks of its active driver while the kernels are interpreted."""
+
+    binary_ext = "none"
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {
+            "multiprocessor_count": 8,
+            "max_shared_mem": 232448,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "sm_clock_rate": 1000000,
+            "mem_clock_rate": 1000000,
+            "mem_bus_width": 1024,
+        }
+    )
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return CUDA
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, device: int) -> None: ...
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_benchmarker(self) -> Callable[..., Any]:
+        return _once
+
+    def get_empty_cache_for_benchmark(self) -> Tensor:
+        return torch.empty(1)
+
+    def clear_cache(self, cache: Any) -> None: ...
+
+
+@contextmanager
+def cuda_on_cpu() -> Iterator[None]:
+    """Inside the block "cuda" is this CPU, and Triton, where it is installed, has a driver that does nothing."""
+    with ExitStack() as stack:
+
+        def put(owner: Any, name: str, value: Any) -> None:
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, vars(owner)[name])
+            else:
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, value)
+
+        for constructor in _device_constructors():
+            name = constructor.__name__
+            if vars(torch).get(name) is constructor:
+                put(torch, name, _placed(vars(torch)[name]))
+        for name in ("empty_permuted", "rand_like", "randn_like", "randint_like", "empty_like", "zeros_like"):
+            put(torch, name, _placed(getattr(torch, name)))
+        for name in ("ones_like", "full_like", "set_default_device"):
+            put(torch, name, _placed(getattr(torch, name)))
+        for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided"):
+            put(Tensor, name, _placed(getattr(Tensor, name)))
+        put(Tensor, "to", _moved(Tensor.to))
+        put(Tensor, "cuda", _itself)
+        put(Tensor, "pin_memory", _itself)
+        put(Tensor, "cpu", _copied)
+        put(Tensor, "record_stream", _nothing)
+        put(Tensor, "get_device", lambda tensor: 0)
+        for name, told in {"device": CUDA, "is_cuda": True, "is_cpu": False}.items():
+            put(Tensor, name, _seen(name, told))
+        for name, answer in _answers().items():
+            put(torch.cuda, name, answer)
+        put(torch.accelerator, "is_available", lambda: not _told_the_truth())
+        put(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+        put(torch, "Generator", _generator(torch.Generator))
+        _autocast(put)
+        if importlib.util.find_spec("triton") is not None:
+            import triton
+
+            put(triton.runtime.driver, "_active", _Driver())
+            put(triton.testing, "do_bench", _once)
+            put(triton.testing, "do_bench_cudagraph", _once)
+            put(triton.testing.Mark, "run", _nothing)
+        yield
+
+
+def _generator(original: type) -> type:
+    class Generator(original):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            return original.__new__(cls, "cpu" if _is_cuda(device) else device)
+
+    return Generator
+
+
+def _autocast(put: Callable[[Any, str, Any], None]) -> None:
+    """Autocast for "cuda" is the CPU's, with the dtype that a GPU would have."""
+    original = torch.amp.autocast_mode.autocast.__init__
+
+    def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:
+        if device_type == "cuda":
+            device_type, dtype = "cpu", dtype or torch.float16
+        original(self, device_type, dtype, *args, **kwargs)
+
+    put(torch.amp.autocast_mode.autocast, "__init__", init)
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        function = getattr(torch, name)
+        put(torch, name, lambda device="cpu", f=function: f("cpu" if device == "cuda" else device))

@@ -1,0 +1,331 @@
+"""The examination of one function: the given inputs first and in full, then the derived ones."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gradient.function import is_real
+from ..tolerance import DRAWS
+from . import trials
+from . import verdict as v
+from .load import NotJudgedError, Problem, Target, seed_all
+from .points import Point, derived, reshaped, reshuffled
+from .subject import Outcome, Reference, Subject, Truth, leaves_of, watched
+from .verdict import Case, Finding
+
+ELEMENTS = 24  # that are differenced per input
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        shapes, dtypes: instead of the given ones.
+        seed: of the values.
+        forward_only: leave gradients alone.
+        deadline: no new point is begun after it, in seconds of ``time.monotonic``.
+    """
+
+    shapes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    seed: int = 0
+    forward_only: bool = False
+    deadline: float = float("inf")
+
+
+def examine(target: Target, options: Options, file: str) -> Iterator[Case]:
+    """Yield a case for each point at which the target was tried."""
+    for dtype in options.dtypes or (None,):
+        for shape in options.shapes or (None,):
+            yield from _Examination(target, options, file, shape, dtype).run()
+
+
+class _Examination:
+    """The examination of one target from one set of given inputs."""
+
+    def __init__(
+        self, target: Target, options: Options, file: str, shape: tuple[int, ...] | None, dtype: str | None
+    ) -> None:
+        self.target, self.options, self.file = target, options, file
+        self.shape, self.dtype = shape, dtype
+        self.configurations, self.count, self.stochastic, self.named = 1, 0, False, False
+
+    def run(self) -> Iterator[Case]:
+        try:
+            self._prepare()
+        except BaseException as error:
+            yield self._failed("the inputs", error)
+            return
+        base = Point("", self.values, "given")
+        began = time.monotonic()
+        given = self._judge(base)
+        assert given is not None
+        yield given
+        if given.verdict in (v.NOT_JUDGED, v.UNSAFE, v.REUSED):  # what it does elsewhere says nothing new
+            return
+        each = time.monotonic() - began
+        huge = False
+        for point in derived(self.values, self.arguments, self.reference is not None):
+            if time.monotonic() + each > self.options.deadline:
+                yield self._case(point, v.NOT_JUDGED, "no time was left for it", refusal=True)
+                continue
+            if huge and point.label.startswith("huge"):
+                continue
+            case = self._judge(point)
+            if case is not None:
+                huge = huge or point.label.startswith("huge")
+                yield case
+
+    def _prepare(self) -> None:
+        problem = self._made(self.options.seed)
+        self.problem = problem
+        self.arguments = len(problem.inputs)
+        shared = _shared(problem)
+        self.subject = Subject(problem.function, shared)
+        self.reference = None if problem.reference is None else Reference(Subject(problem.reference, shared))
+        self.values = self._values(problem, shared)
+        self.wanted = [] if self.options.forward_only else _differentiable(self.values, self.arguments)
+
+    def _made(self, seed: int) -> Problem:
+        problem = self.target.make(seed)
+        if self.dtype is not None:
+            dtype = getattr(torch, self.dtype)
+            problem = Problem(
+                _cast(problem.function, dtype),
+                [
+                    x.detach().to(dtype).requires_grad_(x.requires_grad) if is_real(x) else x
+                    for x in problem.inputs
+                ],
+                _cast(problem.reference, dtype),
+            )
+        return problem
+
+    def _values(self, problem: Problem, shared: Sequence[str]) -> list[Any]:
+        values = list(problem.inputs)
+        if shared:
+            assert isinstance(problem.reference, torch.nn.Module)
+            parameters = dict(problem.reference.named_parameters())
+            values += [parameters[name].detach() for name in shared]
+        return values if self.shape is None else reshaped(values, len(problem.inputs), self.shape)
+
+    def _drawn(self, draw: int) -> list[Any]:
+        """Return other values in the given shapes."""
+        fresh = self._values(self._made(self.options.seed + draw), self.subject.parameters)
+        moved = any(
+            is_real(a) and (a.shape != b.shape or not torch.equal(a, b))
+            for a, b in zip(fresh[: self.arguments], self.values[: self.arguments], strict=True)
+        )
+        alike = all(
+            not isinstance(a, Tensor) or a.shape == b.shape for a, b in zip(fresh, self.values, strict=True)
+        )
+        return fresh if moved and alike else reshuffled(self.values, self.arguments, draw)
+
+    def _judge(self, point: Point) -> Case | None:
+        """Judge one point; None where it makes no sense for the reference."""
+        truth = None
+        given = point.kind == "given"
+        if self.reference is not None:
+            try:
+                truth = self._truth(point.values)
+                if given and not trials.agree(truth.native, self._truth(point.values).native):
+                    self.stochastic = True
+                    truth = self._truth(point.values)
+            except Exception as error:
+                return self._failed("the reference", error, point) if given else None
+            if point.kind in ("scale", "zeros") and not truth.finite:
+                return None
+        try:
+            findings = list(self._findings(point, truth))
+        except _RefusedError as refused:
+            return self._failed("", refused.error, point)
+        return self._verdict(point, findings)
+
+    def _verdict(self, point: Point, findings: Sequence[Finding]) -> Case:
+        worst = v.first([finding.verdict for finding in findings])
+        if worst is None:
+            return self._case(point, v.VERIFIED, "")
+        chosen = [finding for finding in findings if finding.verdict == worst]
+        texts = dict.fromkeys(finding.message for finding in chosen)
+        where = next((finding.where for finding in chosen if finding.where), self.target.where)
+        return self._case(point, worst, "; ".join(texts), where)
+
+    def _findings(self, point: Point, truth: Truth | None) -> Iterator[Finding]:
+        given = point.kind == "given"
+        wanted = self.wanted
+        if truth is not None:
+            wanted = [i for i in wanted if truth.native.gradients.get(i) is not None]
+        usual = self.count % self.configurations
+        self.count += 1
+
+        def once(configuration: int = usual, zeroed: bool = False, values: Any = point.values) -> Outcome:
+            if self.stochastic:
+                seed_all(self.options.seed)
+            outcome, error = watched(self.subject, leaves_of(values, wanted), wanted, configuration, zeroed)
+            if error is not None:
+                raise _FaultyError(outcome) if outcome.memory.faults else _RefusedError(error)
+            return outcome
+
+        try:
+            first = once()
+            yield from (unsafe := list(trials.memory(first)))
+            if unsafe:
+                return
+            if first.mutated and (truth is None or not truth.native.mutated):
+                yield Finding(v.MUTATED, first.mutated)
+            if not self.stochastic:
+                yield from trials.repetition(first, once(zeroed=True), once)
+            if given:
+                yield from self._only_given(point, first, truth, wanted, once)
+            if truth is None:
+                return
+            outcomes, truths = self._draws(point, first, truth, once)
+            yield from trials.value(outcomes, truths)
+            yield from trials.arrival(first, truth)
+            # At zeros a kink may lie: any of its slopes is right, NaN is not.
+            compare = trials.finite if point.kind == "zeros" else trials.gradient
+            wrong = list(compare(outcomes, truths))
+            fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
+            named = []
+            if wanted and first.attached and fits and (given or (wrong and not self.named)):
+                self.named = bool(wrong)
+                named = self._diagnosis(point, wanted, ELEMENTS)
+            yield from named or wrong
+        except _FaultyError as faulty:
+            yield from trials.memory(faulty.outcome)
+
+    def _draws(
+        self, point: Point, first: Outcome, truth: Truth, once: Callable[..., Outcome]
+    ) -> tuple[list[Outcome], list[Truth]]:
+        """The outcome, and those of other draws where a result has few numbers, as the tolerance policy asks."""
+        outcomes, truths = [first], [truth]
+        if min((t.numel() for t in first.tensors if t.numel()), default=DRAWS) >= DRAWS or self.stochastic:
+            return outcomes, truths
+        for draw in range(1, DRAWS):
+            values = (
+                self._drawn(draw) if point.kind == "given" else reshuffled(point.values, self.arguments, draw)
+            )
+            truths.append(self._truth(values))
+            outcomes.append(once(values=values))
+        return outcomes, truths
+
+    def _truth(self, values: Sequence[Any]) -> Truth:
+        assert self.reference is not None
+        if self.stochastic:
+            seed_all(self.options.seed)
+        return self.reference(values, self.wanted)
+
+    def _only_given(
+        self,
+        point: Point,
+        first: Outcome,
+        truth: Truth | None,
+        wanted: list[int],
+        once: Callable[..., Outcome],
+    ) -> Iterator[Finding]:
+        """The experiments that one point is enough for."""
+        if not self.stochastic:
+            yield from trials.reuse(self.subject, point.values, self._drawn(DRAWS), wanted, self._right)
+        yield from trials.idleness(self.subject, point.values, wanted, first)
+        self.configurations = first.memory.configurations
+        for configuration in range(1, self.configurations):
+            outcome = once(configuration)
+            for finding in (
+                *trials.memory(outcome),
+                *(
+                    trials.value([outcome], [truth])
+                    if truth is not None
+                    else trials.agreement(outcome, first)
+                ),
+                *(trials.gradient([outcome], [truth]) if truth is not None else ()),
+            ):
+                yield Finding(
+                    finding.verdict, f"configuration {configuration}: {finding.message}", finding.where
+                )
+        if truth is None and wanted and first.attached:
+            began = time.monotonic()
+            once()
+            each = time.monotonic() - began
+            elements = max(2, min(ELEMENTS, int(4 / each / len(wanted))))
+            yield from self._diagnosis(point, wanted, elements)
+
+    def _diagnosis(self, point: Point, wanted: list[int], elements: int) -> list[Finding]:
+        try:
+            return list(trials.diagnosis(self.subject, self.reference, point.values, wanted, elements))
+        except Exception as error:
+            raise _RefusedError(error) from error
+
+    def _right(self, outcome: Outcome, values: Sequence[Any]) -> bool:
+        """Whether an outcome is right at these values; without a reference nobody knows."""
+        return self.reference is not None and not list(trials.value([outcome], [self._truth(values)]))
+
+    def _failed(self, doing: str, error: BaseException, point: Point | None = None) -> Case:
+        text = str(error).strip() or type(error).__name__
+        message = text if isinstance(error, NotJudgedError) else f"{type(error).__name__}: {text}"
+        refusal = point is not None and point.kind != "given"
+        if not refusal:
+            traceback.print_exception(error)
+        where = _raised_at(error, self.file)
+        return self._case(point, v.NOT_JUDGED, f"{doing}: {message}" if doing else message, where, refusal)
+
+    def _case(
+        self, point: Point | None, verdict: str, message: str, where: str = "", refusal: bool = False
+    ) -> Case:
+        name = self.target.name + (f" [{point.label}]" if point is not None and point.label else "")
+        values = [] if point is None else [x for x in point.values if isinstance(x, Tensor)]
+        shape = tuple(values[0].shape) if values else ()
+        dtype = next((str(x.dtype).removeprefix("torch.") for x in values if is_real(x)), "")
+        return Case(name, verdict, shape, dtype, message, where, refusal)
+
+
+class _RefusedError(Exception):
+    """The code under judgement raised ``error``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _FaultyError(Exception):
+    """The code under judgement raised an exception after a memory fault."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__()
+        self.outcome = outcome
+
+
+def _shared(problem: Problem) -> list[str]:
+    """Return the names of the parameters that both models have, in the same shapes."""
+    if not isinstance(problem.function, torch.nn.Module) or not isinstance(
+        problem.reference, torch.nn.Module
+    ):
+        return []
+    ours, theirs = dict(problem.function.named_parameters()), dict(problem.reference.named_parameters())
+    return [
+        n for n, p in theirs.items() if n in ours and ours[n].shape == p.shape and ours[n].dtype == p.dtype
+    ]
+
+
+def _differentiable(values: Sequence[Any], arguments: int) -> list[int]:
+    """Return the inputs that require a gradient, all real ones if none does, and the parameters."""
+    real = [i for i, value in enumerate(values) if is_real(value)]
+    marked = [i for i in real if i < arguments and values[i].requires_grad]
+    return (marked or [i for i in real if i < arguments]) + [i for i in real if i >= arguments]
+
+
+def _cast(function: Any, dtype: torch.dtype) -> Any:
+    return function.to(dtype) if isinstance(function, torch.nn.Module) else function
+
+
+def _raised_at(error: BaseException, file: str) -> str:
+    """Return the last line of the file that the exception passed."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)
+    ]
+    return f"{Path(file).name}:{lines[-1]}" if lines else ""

@@ -1,0 +1,213 @@
+"""The points at which a function is tried: the given inputs, and what is derived from them."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..gradient.function import is_real
+
+LARGEST = 1 << 20  # elements of a derived input
+HUGE = {torch.float16: (2.0**6, 2.0**3)}
+TINY = {torch.float16: 2.0**-6}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Inputs to try.
+
+    Attributes:
+        label: what distinguishes them; empty for the given ones.
+        values: the inputs, the parameters after them.
+        kind: "given", "shape", "layout", "scale" or "zeros".
+    """
+
+    label: str
+    values: list[Any]
+    kind: str
+
+
+def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[Point]:
+    """Yield the points derived from given ones.
+
+    Args:
+        values: the inputs, the parameters after them.
+        arguments: how many of them are inputs.
+        reference: whether there is a reference, that tells a shape that makes no sense.
+    """
+    yield from _layouts(values, arguments)
+    yield from _scales(values, arguments)
+    yield from _shapes(values, arguments, reference)
+
+
+def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[Point]:
+    """Sizes that are equal in the given inputs are taken for one size, and change together."""
+    given = [v for v in values[:arguments] if isinstance(v, Tensor)]
+    sizes = list(dict.fromkeys(size for v in given for size in v.shape if size > 1))
+    fixed = {v for v in values[:arguments] if isinstance(v, int) and not isinstance(v, bool)}
+    if fixed & ({*sizes} | {v.numel() for v in given}) or (fixed and not reference):
+        return  # a number that goes with the sizes: it would have to change as well, in a way unknown here
+    around = {size: 2 ** round(math.log2(size)) for size in sizes}
+    every: list[tuple[str, dict[int, int]]] = [
+        ("sizes 1", dict.fromkeys(sizes, 1)),
+        ("odd sizes", {size: min(size, 3) if size != 3 else 5 for size in sizes}),
+        ("one less than a power of two", {size: max(1, p - 1) for size, p in around.items()}),
+        ("one more than a power of two", {size: p + 1 for size, p in around.items()}),
+    ]
+    single = [(f"size {size} -> {new}", {size: new}) for size in sizes for new in (1, around[size] + 1)]
+    zeros = [(f"size {size} -> 0", {size: 0}) for size in sizes] if reference else []
+    seen = {_shape_of(values)}
+    for label, mapping in (*every, *(single if len(sizes) > 1 else ()), *zeros):
+        changed = resized(values, arguments, mapping)
+        if (shapes := _shape_of(changed)) not in seen:
+            seen.add(shapes)
+            if all(v.numel() <= LARGEST for v in changed if isinstance(v, Tensor)):
+                yield Point(label, changed, "shape")
+
+
+def _shape_of(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(v.shape) for v in values if isinstance(v, Tensor))
+
+
+def resized(values: Sequence[Any], arguments: int, mapping: dict[int, int]) -> list[Any]:
+    """Return the values with other sizes: cut, or their elements over again; indices stay within the new sizes."""
+
+    def resize(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        result = value.detach()
+        for dim, size in enumerate(value.shape):
+            if (new := mapping.get(size, size)) != size:
+                result = result.index_select(dim, torch.arange(new, device=value.device) % size)
+        if not value.is_floating_point() and value.dtype != torch.bool and value.numel():
+            bounds = [new for old, new in mapping.items() if int(value.max()) < old and 0 < new < old]
+            if bounds and int(value.min()) >= 0:
+                result = result % min(bounds)
+        return _like(result.contiguous(), value)
+
+    return [resize(value) if i < arguments else value for i, value in enumerate(values)]
+
+
+def reshaped(values: Sequence[Any], arguments: int, shape: tuple[int, ...]) -> list[Any]:
+    """Return the values with the first tensor in this shape, and sizes equal to its own changed alike.
+
+    Raises:
+        ValueError: it has another number of dimensions, or one size would become two.
+    """
+    first = next((v for v in values[:arguments] if isinstance(v, Tensor)), None)
+    if first is None or first.ndim != len(shape):
+        has = (
+            "no tensor is among the inputs" if first is None else f"the first input has {tuple(first.shape)}"
+        )
+        raise ValueError(f"--shape {'x'.join(map(str, shape))}: {has}")
+    mapping = dict(zip(first.shape, shape, strict=True))
+    if any(mapping[old] != new for old, new in zip(first.shape, shape, strict=True)):
+        by_place = dict(enumerate(shape))
+        if any(isinstance(v, Tensor) and v.shape != first.shape for v in values[:arguments]):
+            raise ValueError(
+                f"--shape {'x'.join(map(str, shape))}: equal sizes of {tuple(first.shape)} would differ"
+            )
+        result = list(values)
+        for i, value in enumerate(values[:arguments]):
+            if isinstance(value, Tensor):
+                changed = value.detach()
+                for dim, new in by_place.items():
+                    changed = changed.index_select(
+                        dim, torch.arange(new, device=value.device) % value.shape[dim]
+                    )
+                result[i] = _like(changed, value)
+        return result
+    return resized(values, arguments, mapping)
+
+
+def _like(result: Tensor, value: Tensor) -> Tensor:
+    return result.detach().requires_grad_(value.requires_grad)
+
+
+def _layouts(values: Sequence[Any], arguments: int) -> Iterator[Point]:
+    """The same numbers elsewhere in memory; what lies around them is NaN."""
+
+    def everywhere(change: Callable[[Tensor], Tensor]) -> list[Any]:
+        return [
+            _like(change(v.detach()), v) if isinstance(v, Tensor) and i < arguments else v
+            for i, v in enumerate(values)
+        ]
+
+    tensors = [v for v in values[:arguments] if isinstance(v, Tensor) and v.numel() > 1]
+    if tensors:
+        yield Point("strided copies", everywhere(_spaced), "layout")
+    if any(v.ndim > 1 and min(v.shape[-2:]) > 1 for v in tensors):
+        yield Point("transposed copies", everywhere(_transposed), "layout")
+    if tensors:
+        yield Point("misaligned copies", everywhere(_shifted), "layout")
+
+
+def _surroundings(value: Tensor, *shape: int) -> Tensor:
+    filler = float("nan") if value.is_floating_point() else 1
+    return torch.full(shape, filler, device=value.device).to(value.dtype)
+
+
+def _spaced(value: Tensor) -> Tensor:
+    """Every second element of a longer tensor; a matrix as the left columns of a wider one."""
+    if value.ndim == 0:
+        return value.clone()
+    if value.ndim == 1:
+        buffer = _surroundings(value, 2 * len(value))[::2]
+    else:
+        buffer = _surroundings(value, *value.shape[:-1], value.shape[-1] + 3)[..., : value.shape[-1]]
+    return buffer.copy_(value)
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.mT.contiguous().mT if value.ndim > 1 else value.clone()
+
+
+def _shifted(value: Tensor) -> Tensor:
+    """One element after an aligned address."""
+    return _surroundings(value, value.numel() + 1)[1:].view(value.shape).copy_(value)
+
+
+def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
+    """Only where the reference stays finite do these count, and the largest such scale is taken."""
+    real = [v for v in values[:arguments] if is_real(v)]
+    if not real:
+        return
+
+    def times(factor: float) -> list[Any]:
+        return [
+            _like(v.detach() * factor, v) if is_real(v) and i < arguments else v for i, v in enumerate(values)
+        ]
+
+    dtype = real[0].dtype
+    yield Point("tiny values", times(TINY.get(dtype, 2.0**-10)), "scale")
+    for factor in HUGE.get(dtype, (2.0**20, 2.0**10)):
+        yield Point("huge values", times(factor), "scale")
+    generator = torch.Generator().manual_seed(3)
+    halves = [torch.rand(v.shape, generator=generator).to(v.device) < 0.5 for v in real]
+    zeros = iter(halves)
+    yield Point(
+        "zeros among the values",
+        [
+            _like(v.detach().masked_fill(next(zeros), 0), v) if is_real(v) and i < arguments else v
+            for i, v in enumerate(values)
+        ],
+        "zeros",
+    )
+
+
+def reshuffled(values: Sequence[Any], arguments: int, seed: int) -> list[Any]:
+    """Return the values with the elements of each floating-point input in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffle(value: Any) -> Any:
+        if not is_real(value):
+            return value
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        moved = value.detach().reshape(-1)[order].view(value.shape)
+        # One element, or equal ones, have no other order.
+        return _like(moved if not torch.equal(moved, value) else moved * 0.75, value)
+
+    return [shuffle(v) if i < arguments else v for i, v in enumerate(values)]

@@ -1,0 +1,137 @@
+"""The child process under its limits, and what its end says. This is no sandbox: it stops accidents, not malice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import verdict as v
+from .verdict import Case
+
+MEMORY = 8 << 30
+THREADS = 2
+PACKAGE = __name__.partition(".")[0]
+
+
+def judge(
+    path: Path,
+    name: str | None = None,
+    *,
+    timeout: float = 120.0,
+    shapes: Sequence[tuple[int, ...]] = (),
+    dtypes: Sequence[str] = (),
+    seed: int = 0,
+    forward_only: bool = False,
+    interpreted: bool = True,
+) -> list[Case]:
+    """Judge a file in a child process, and return its cases; however the process ends, there is at least one."""
+    reader, writer = os.pipe()
+    orders = {
+        "pipe": writer,
+        "file": str(path.resolve()),
+        "name": name,
+        "timeout": timeout,
+        "shapes": shapes,
+        "dtypes": dtypes,
+        "seed": seed,
+        "forward_only": forward_only,
+        "interpreted": interpreted,
+        "memory": MEMORY,
+        "threads": THREADS,
+    }
+    command = [sys.executable, "-m", f"{PACKAGE}.verify.judge.child", json.dumps(orders)]
+    began = time.monotonic()
+    child = subprocess.Popen(
+        command,
+        env=_environment(interpreted),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno(),
+        pass_fds=[writer],
+        start_new_session=True,
+    )
+    os.close(writer)
+    lines: list[bytes] = []
+    listener = threading.Thread(target=lambda: lines.extend(_lines(reader)), daemon=True)
+    listener.start()
+    try:
+        child.wait(timeout)
+        ended = f"the process ended by {_how(child.returncode)}, without a report"
+    except subprocess.TimeoutExpired:
+        ended = f"it did not end within {timeout:g} s"
+    left = _end(child)
+    listener.join(5)
+    cases, current, complete = _read(lines, path.stem)
+    if complete is None:
+        return [
+            *cases,
+            Case(current, v.NOT_JUDGED, message=f"{ended} (after {time.monotonic() - began:.0f} s)"),
+        ]
+    if complete:
+        message = f"it tried what code under judgement may not: {', '.join(dict.fromkeys(complete))}"
+        return [*cases, Case(current, v.NOT_JUDGED, message=message)]
+    if left:
+        return [*cases, Case(current, v.NOT_JUDGED, message="it left processes behind")]
+    return cases or [Case(current, v.NOT_JUDGED, message="there was nothing to judge")]
+
+
+def _environment(interpreted: bool) -> dict[str, str]:
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(THREADS))
+    environment = {**os.environ, **threads}
+    if not interpreted:
+        environment.pop("TRITON_INTERPRET", None)
+        return environment
+    return {
+        **environment,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GRADKERNELS_BACKEND": "triton",
+    }
+
+
+def _lines(pipe: int) -> Iterator[bytes]:
+    with os.fdopen(pipe, "rb") as stream:
+        yield from stream
+
+
+def _end(child: subprocess.Popen[Any]) -> bool:
+    """Kill what is left of the child's session; return whether other processes were."""
+    alone = child.poll() is not None
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    finally:
+        child.wait()
+    return alone
+
+
+def _how(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return signal.Signals(-status).name
+    except ValueError:
+        return f"signal {-status}"
+
+
+def _read(lines: Sequence[bytes], stem: str) -> tuple[list[Case], str, list[str] | None]:
+    """Return the cases, the name that was judged last, and what was forbidden; None if the report has no end."""
+    cases: list[Case] = []
+    current, complete = stem, None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if "case" in record:
+            cases.append(Case(**{**record["case"], "shape": tuple(record["case"]["shape"])}))
+        current = record.get("current", current)
+        if "end" in record:
+            complete = record["forbidden"]
+    return cases, current, complete

@@ -1,0 +1,269 @@
+"""Calls of the code under judgement, and of its reference in float64."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..gradient.function import cast, is_real
+from ..memory import memory_check
+from ..memory.interpreter import interpreted
+from ..memory.regions import CREATORS, METHODS, markable, unwritten
+from ..memory.report import MemoryReport
+
+
+class Subject:
+    """A function of a flat list of values: its arguments, then the parameters that it shares with the reference.
+
+    Args:
+        fn: a callable or a module.
+        parameters: the names of the parameters that are taken from the values.
+    """
+
+    def __init__(self, fn: Callable[..., Any], parameters: Sequence[str] = ()) -> None:
+        self.fn, self.parameters = fn, list(parameters)
+
+    def __call__(self, *values: Any) -> Any:
+        arguments = values[: len(values) - len(self.parameters)]
+        if not isinstance(self.fn, torch.nn.Module):
+            return self.fn(*arguments)
+        # Buffers are copied: what one call does to them is not there in the next.
+        buffers = {name: buffer.clone() for name, buffer in self.fn.named_buffers()}
+        shared = dict(zip(self.parameters, values[len(arguments) :], strict=True))
+        return torch.func.functional_call(self.fn, {**shared, **buffers}, tuple(arguments))
+
+
+@dataclass
+class Outcome:
+    """What a call did.
+
+    Attributes:
+        outputs: the tensors that it returned, copied.
+        gradients: those of the differentiable values, where they were asked for and arrived.
+        attached: whether an output requires a gradient.
+        memory: what the memory checker saw.
+        blank: per output, how many of its elements nothing has written.
+        mutated: what the call wrote into, in words; empty if nothing.
+        live: the tensors that it returned.
+    """
+
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: dict[int, Tensor | None] = field(default_factory=dict)
+    attached: bool = False
+    memory: MemoryReport = field(default_factory=MemoryReport)
+    blank: list[int] = field(default_factory=list)
+    mutated: str = ""
+    live: list[Tensor] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return outputs and gradients."""
+        return [*self.outputs, *(g for g in self.gradients.values() if g is not None)]
+
+
+def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    """Return the values with the same memory and strides, those at ``wanted`` as leaves that require a gradient."""
+    return [
+        v.detach().requires_grad_(i in wanted) if isinstance(v, Tensor) else v for i, v in enumerate(values)
+    ]
+
+
+def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
+    """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``."""
+    generator = torch.Generator().manual_seed(7 + place)
+    return torch.randn(output.shape, generator=generator).to(narrow.dtype).to(output)
+
+
+def call(
+    subject: Callable[..., Any],
+    leaves: Sequence[Any],
+    wanted: Sequence[int],
+    narrow: Sequence[Tensor] | None = None,
+) -> Outcome:
+    """Call the subject, and its backward for the values at ``wanted``; no exception is caught.
+
+    Args:
+        subject: what is called.
+        leaves: its arguments.
+        wanted: which of them get gradients.
+        narrow: the outputs of the same call in the inputs' own dtypes, to which upstream gradients are rounded.
+    """
+    outcome = Outcome()
+    before = _contents(leaves)
+    with torch.set_grad_enabled(bool(wanted)):
+        result = subject(*leaves)
+    outcome.live = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+    outcome.blank = [_blank(output) for output in outcome.live]
+    outcome.outputs = [output.detach().clone() for output in outcome.live]
+    outcome.mutated = _changed(before, leaves, "the forward")
+    roots = [(i, o) for i, o in enumerate(outcome.live) if is_real(o) and o.requires_grad]
+    outcome.attached = bool(roots)
+    if not roots or not wanted:
+        return outcome
+    given = [_upstream(o, i, (narrow or outcome.live)[i]) for i, o in roots]
+    kept = [tensor.clone() for tensor in given]
+    found = torch.autograd.grad([o for _, o in roots], [leaves[i] for i in wanted], given, allow_unused=True)
+    outcome.blank += [_blank(g) for g in found if g is not None]
+    outcome.gradients = {
+        i: None if g is None else g.detach().clone() for i, g in zip(wanted, found, strict=True)
+    }
+    outcome.mutated = outcome.mutated or _changed(before, leaves, "the backward")
+    if any(not same(one, other) for one, other in zip(given, kept, strict=True)):
+        outcome.mutated = outcome.mutated or "the backward writes into grad_output"
+    return outcome
+
+
+def watched(
+    subject: Callable[..., Any],
+    leaves: Sequence[Any],
+    wanted: Sequence[int],
+    configuration: int = 0,
+    zeroed: bool = False,
+) -> tuple[Outcome, Exception | None]:
+    """Call the subject under the memory checker; unwritten memory holds marks, or zeros.
+
+    What it raises is returned, beside what the checker had seen by then.
+    """
+    outcome, failure = Outcome(), None
+    if not interpreted():
+        with filled(0 if zeroed else 0xFF):
+            return call(subject, leaves, wanted), None
+    checked = memory_check(raise_exception=False, configuration=configuration)
+    with checked as report, filled(0 if zeroed else None):
+        try:
+            outcome = call(subject, leaves, wanted)
+        except Exception as error:
+            failure = error
+    outcome.memory = report
+    return outcome, failure
+
+
+@contextmanager
+def filled(byte: int | None) -> Iterator[None]:
+    """Fill what torch.empty and its variants return with this byte; None fills what has no mark."""
+
+    def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create(*args: Any, **kwargs: Any) -> Any:
+            tensor = original(*args, **kwargs)
+            dense = type(tensor) is Tensor and tensor.layout == torch.strided
+            if dense and (byte is not None or not markable(tensor)):
+                _bytes(tensor).fill_(0x5A if byte is None else byte)
+            return tensor
+
+        return create
+
+    with ExitStack() as stack:
+        for owner, name in (*CREATORS, *((Tensor, method) for method in METHODS)):
+            original, own = getattr(owner, name), name in vars(owner)
+            setattr(owner, name, wrapped(original))
+            stack.callback(setattr, owner, name, original) if own else stack.callback(delattr, owner, name)
+        yield
+
+
+def _blank(tensor: Tensor) -> int:
+    return int(unwritten(tensor).sum()) if markable(tensor) else 0
+
+
+def _contents(values: Sequence[Any]) -> dict[int, Tensor]:
+    """Return a copy of the bytes of each tensor's storage."""
+    return {i: _bytes(v).clone() for i, v in enumerate(values) if isinstance(v, Tensor)}
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    empty = torch.tensor([], dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.detach().untyped_storage())
+
+
+def _changed(before: dict[int, Tensor], values: Sequence[Any], culprit: str) -> str:
+    for i, content in before.items():
+        if not torch.equal(_bytes(values[i]), content):
+            return f"{culprit} writes into input {i}"
+    return ""
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(_bytes(one.contiguous().clone()), _bytes(other.contiguous().clone()))
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Return whether two results of the same call differ by no more than the order of a sum may do."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if same(one, other) or not is_real(one):
+        return same(one, other)
+    gap = (one.double() - other.double()).abs()
+    finite = one.isfinite() & other.isfinite()
+    if not torch.equal(one[~finite].nan_to_num(), other[~finite].nan_to_num()):
+        return False
+    scale = float(one[finite].double().abs().max()) if finite.any() else 0.0
+    return not finite.any() or float(gap[finite].max()) <= 64 * torch.finfo(one.dtype).eps * scale
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the reference gives.
+
+    Attributes:
+        native: outputs and gradients in the dtypes of the inputs.
+        exact: the same on float64 copies; where that is impossible, or the inputs are float64 themselves, the same as
+            ``native`` at inputs that are moved by one rounding of theirs (``moved``).
+        moved: whether ``native`` and ``exact`` differ by moved inputs.
+    """
+
+    native: Outcome
+    exact: Outcome
+    moved: bool
+
+    @property
+    def finite(self) -> bool:
+        """Return whether every number is."""
+        results = [*self.native.tensors, *self.exact.tensors]
+        return all(bool(t.isfinite().all()) for t in results if is_real(t))
+
+
+class Reference:
+    """The reference, and its copy in float64."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = self.wide = subject
+        if isinstance(subject.fn, torch.nn.Module):
+            self.wide = Subject(deepcopy(subject.fn).double(), subject.parameters)
+
+    def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
+        """Return the truth at dense copies of the values; raises what the reference raises."""
+
+        def leaves(values: Sequence[Any]) -> list[Any]:
+            copies = [v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
+                      for v in values]  # fmt: skip
+            return leaves_of(copies, wanted)
+
+        native = call(self.subject, leaves(values), wanted)
+        try:
+            exact = call(self.wide, leaves(cast(values, torch.float64)), wanted, native.live)
+            wider = all(o.dtype == torch.float64 for o in exact.outputs if is_real(o))
+        except Exception:  # it holds tensors or asks for dtypes of its own
+            wider = False
+        if wider and not any(v.dtype == torch.float64 for v in values if is_real(v)):
+            return Truth(native, exact, False)
+        return Truth(call(self.subject, leaves(_moved(values)), wanted, native.live), native, True)
+
+
+def _moved(values: Sequence[Any]) -> list[Any]:
+    """Move each number by one rounding, up or down: what comes of that, no algorithm can avoid."""
+    generator = torch.Generator().manual_seed(5)
+
+    def moved(value: Any) -> Any:
+        if not is_real(value):
+            return value
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        return value.detach() * (1 + signs * torch.finfo(value.dtype).eps)
+
+    return [moved(value) for value in values]

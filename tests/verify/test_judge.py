@@ -1,0 +1,177 @@
+"""The judge gives each planted fault its verdict, the right kernels "verified", and a crash never a pass."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
+from gradkernels.verify.judge import verdict as v  # noqa: E402
+from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
+from gradkernels.verify.judge.load import load, targets  # noqa: E402
+from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
+from gradkernels.verify.judge.verdict import Case  # noqa: E402
+from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
+
+from .planted import PLANTS, SPECIMENS, Plant  # noqa: E402
+
+pytestmark = [
+    pytest.mark.unwatched,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"),
+]
+RIGHT = sorted(path.stem for path in SPECIMENS.glob("*.py"))
+QUICK = random.Random(17).sample([p for p in PLANTS if p.specimen in ("square", "softmax", "swiglu")], 6)
+
+
+def judged(file: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> list[Case]:
+    """The cases of a file, judged in this process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, file.stem, raising=False)
+    with cuda_on_cpu():
+        found = targets(load(file), None)
+        cases = [case for target in found for case in examine(target, Options(**options), str(file))]
+    monkeypatch.delitem(sys.modules, file.stem)
+    return cases
+
+
+def command(
+    file: Path | str, *arguments: str, environment: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of ``verify FILE``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gradkernels", "verify", str(file), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("gelu",) else pytest.param(n, marks=pytest.mark.full) for n in RIGHT]
+)
+def test_a_right_kernel_is_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = judged(SPECIMENS / f"{name}.py", monkeypatch)
+    assert v.of_file(cases) == v.VERIFIED, [case for case in cases if case.verdict != v.VERIFIED]
+    assert len(cases) > 8
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        pytest.param(p, marks=() if p in QUICK else pytest.mark.full, id=f"{p.specimen}-{i}")
+        for i, p in enumerate(PLANTS)
+    ],
+)
+def test_a_planted_fault_gets_its_verdict(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = judged(plant.write(tmp_path), monkeypatch)
+    assert v.of_file(cases) == plant.verdict, [case for case in cases if case.verdict != v.VERIFIED]
+    assert any(plant.says in case.message for case in cases if case.verdict == plant.verdict)
+
+
+def test_the_order_of_the_verdicts() -> None:
+    order = [
+        "unsafe memory",
+        "mutated input",
+        "reused result",
+        "nondeterministic",
+        "no kernel",
+        "wrong value",
+    ]
+    order += ["wrong gradient"]
+    for i, one in enumerate(order):
+        for other in order[i + 1 :]:
+            assert v.of_file([Case("f", other), Case("f", one), Case("f", "verified")]) == one
+        assert v.of_file([Case("f", "not judged"), Case("f", one)]) == one
+        assert v.exit_status(one) == 1
+    assert v.of_file([Case("f", "verified"), Case("f", "not judged", refusal=True)]) == "verified"
+    assert v.of_file([Case("f", "verified"), Case("g", "not judged")]) == "not judged"
+    assert v.of_file([Case("f", "not judged", refusal=True)]) == v.of_file([]) == "not judged"
+    assert (v.exit_status("verified"), v.exit_status("not judged")) == (0, 2)
+
+
+def test_json_and_sarif_of_a_fault() -> None:
+    fault = Case("f", "unsafe memory", (3, 4), "float32", "program (0, 0, 0) loads", "kernel.py:17")
+    report = json.loads(as_json("a/kernel.py", [fault, Case("f [odd sizes]", "verified", (3, 3), "float32")]))
+    assert set(report) == {"file", "verdict", "cases"}
+    assert (report["file"], report["verdict"]) == ("a/kernel.py", "unsafe memory")
+    assert set(report["cases"][0]) == {"name", "verdict", "shape", "dtype", "message", "where"}
+    (run,) = json.loads(as_sarif("a/kernel.py", [fault]))["runs"]
+    (result,) = run["results"]
+    place = result["locations"][0]["physicalLocation"]
+    assert place == {"artifactLocation": {"uri": "a/kernel.py"}, "region": {"startLine": 17}}
+    assert (result["ruleId"], result["level"]) == ("unsafe-memory", "error")
+    assert result["ruleId"] in {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+
+
+def test_the_command_on_a_fault(tmp_path: Path) -> None:
+    file = tmp_path / "half.py"
+    text = (SPECIMENS / "square.py").read_text().replace("2 * x * grad", "x * grad")
+    file.write_text("import os\nprint('hello')\nos.system\nos.write(1, b'from below')\n" + text)
+    sarif = tmp_path / "report.sarif"
+    status, out, err = command(file, "--json", "--github", "--sarif", str(sarif))
+    report = json.loads(out)
+    assert (status, report["verdict"]) == (1, "wrong gradient")
+    assert "1/2" in report["cases"][0]["message"]
+    assert report["cases"][0]["shape"] == [6, 20]
+    assert "hello" in err
+    assert "from below" in err
+    assert "::error file=" in err
+    assert json.loads(sarif.read_text())["runs"][0]["results"]
+
+
+LOOP = """
+    import os, signal, socket, sys, threading, torch
+    def f(x):
+        {body}
+        return x
+    def check_f():
+        return f, (torch.randn(3),), lambda x: x
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        pytest.param("os.abort()", "SIGABRT", id="abort"),
+        *(
+            pytest.param(body, says, id=name, marks=pytest.mark.full)
+            for name, body, says in (
+                ("exit", "os._exit(0)", "without a report"),
+                ("sys.exit", "sys.exit(0)", "SystemExit"),
+                ("loop", "while True: pass", "did not end within 12 s"),
+                ("fork", "os.fork()", "os.fork"),
+                (
+                    "caught fork",
+                    "\n".join(("try: os.fork()", "        except PermissionError: pass")),
+                    "os.fork",
+                ),
+                ("raise", "raise KeyError('no')", "KeyError"),
+                ("memory", "torch.ones(1 << 34)", "memory"),
+                ("network", "socket.create_connection(('127.0.0.1', 9))", "not allowed"),
+                ("segfault", "import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+            )
+        ),
+    ],
+)
+def test_what_ends_badly_is_not_judged(body: str, says: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(textwrap.dedent(LOOP).format(body=body))
+    status, out, err = command(file, "--json", "--timeout", "12")
+    report = json.loads(out)
+    assert (status, report["verdict"]) == (2, "not judged"), err
+    assert any(says in case["message"] for case in report["cases"]), report
+
+
+def test_bad_usage(tmp_path: Path) -> None:
+    assert command(tmp_path / "none.py")[0] == 2
