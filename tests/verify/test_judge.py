@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
-from gradkernels.verify.judge import verdict as v  # noqa: E402
-from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
-from gradkernels.verify.judge.load import load, targets  # noqa: E402
-from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
-from gradkernels.verify.judge.verdict import Case  # noqa: E402
-from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
+from gradkernels.verify.device import cuda_on_cpu
+from gradkernels.verify.judge import verdict as v
+from gradkernels.verify.judge.examine import Options, examine
+from gradkernels.verify.judge.load import load, targets
+from gradkernels.verify.judge.report import as_json, as_sarif
+from gradkernels.verify.judge.verdict import Case
+from gradkernels.verify.memory.interpreter import interpreted
 
-from .planted import PLANTS, SPECIMENS, Plant  # noqa: E402
+from .planted import PLANTS, SPECIMENS, Plant
 
 pytestmark = [
     pytest.mark.unwatched,
