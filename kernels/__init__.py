@@ -9,6 +9,7 @@ from .backends import backend_for as backend_for
 from .backends import use_backend as use_backend
 from .linear_mse import linear_mse_loss as linear_mse_loss
 from .linear_mse import linear_mse_loss_and_grad as linear_mse_loss_and_grad
+from .linear_mse_fit import linear_mse_fit as linear_mse_fit
 from .matmul import linear as linear
 from .matmul import matmul as matmul
 from .mse import mse_loss as mse_loss
@@ -23,6 +24,7 @@ __all__ = [
     "FusedSGD",
     "backend_for",
     "linear",
+    "linear_mse_fit",
     "linear_mse_loss",
     "linear_mse_loss_and_grad",
     "matmul",

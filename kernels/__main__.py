@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, backends, verify
 from .checks import DTYPES
-from .ops import FUNCTIONS, OPS
+from .ops import OPS, Shaped
 from .verify.console import print_table, to_json
 from .verify.judge import command as judge
 from .verify.ops import HEADER
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradkernels", description=__doc__)
     parser.add_argument("--version", action="version", version=f"gradkernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    axes = ", ".join(f"{op.axes} for {op.name}" for op in FUNCTIONS.values() if op.axes)
+    axes = ", ".join(f"{op.axes} for {op.name}" for op in OPS.values() if isinstance(op, Shaped) and op.axes)
     about = commands.add_parser("info", help="versions, devices, backends, settings")
     about.add_argument("--json", action="store_true")
     check = commands.add_parser(

@@ -119,3 +119,10 @@ def bias_shape(op: str, bias: Tensor, columns: int, **operand: Tensor) -> None:
     """ValueError unless bias has the shape ``(columns,)``, or one element beside a 1-D operand."""
     if next(iter(operand.values())).dim() > 1 or bias.numel() != 1:
         shape(op, "bias", bias, (columns,), **operand)
+
+
+def cyclic(tensor: Tensor, first: int, count: int, dim: int) -> Tensor:
+    """``count`` entries along ``dim`` from ``first`` on; the first entry follows the last."""
+    before_end = min(count, tensor.shape[dim] - first)
+    part = tensor.narrow(dim, first, before_end)
+    return part if before_end == count else torch.cat([part, tensor.narrow(dim, 0, count - before_end)], dim)

@@ -84,18 +84,16 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Function(Op):
-    """An op on tensors, with derivatives.
+class Shaped(Op):
+    """An op whose tensor arguments have shapes that follow from a few sizes.
 
     Attributes:
         axes: a letter for each size of a problem, such as ``"[B x] M x K x N"``; empty where any sizes will do.
         shapes: maps the sizes to the shapes of the tensor arguments, by name and in order.
-        gradients: the arguments that a training step takes gradients for.
     """
 
     axes: str
     shapes: Callable[..., dict[str, Sizes]]
-    gradients: tuple[str, ...]
 
     @property
     def arguments(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -111,6 +109,17 @@ class Function(Op):
         if self.axes and not most - self.axes.count("[") <= len(sizes) <= most:
             raise ValueError(f"{self.name} takes sizes {self.axes}, got {'x'.join(map(str, sizes))}")
         return self.shapes(*sizes)
+
+
+@dataclass(frozen=True)
+class Function(Shaped):
+    """An op on tensors, with derivatives.
+
+    Attributes:
+        gradients: the arguments that a training step takes gradients for.
+    """
+
+    gradients: tuple[str, ...]
 
     @property
     def operators(self) -> list[Operator]:
@@ -130,6 +139,19 @@ class Optimizer(Op):
 
     options: Callable[[torch.dtype], dict[str, Any]]
     variants: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Training(Shaped):
+    """An op that trains some of its tensor arguments with an optimizer.
+
+    Attributes:
+        trained: the names of these.
+        optimizers: the records of the optimizers that it takes.
+    """
+
+    trained: tuple[str, ...]
+    optimizers: tuple[str, ...]
 
 
 def _signature(function: Callable[..., Any]) -> str:
@@ -167,6 +189,26 @@ def torch_linear_mse_loss(
         sample_weight = sample_weight.unsqueeze(-1).expand(target.shape)
     predictions = torch_linear(input, weight, bias)
     return functional.mse_loss(predictions, target, weight=sample_weight, reduction=reduction)  # type: ignore[call-arg]
+
+
+def torch_linear_mse_fit(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+) -> Tensor:
+    """``linear_mse_fit`` in plain torch, on all rows."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = torch_linear_mse_loss(input, weight, target, bias)
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+    return torch.stack(losses)
 
 
 def _matmul_shapes(*sizes: int) -> dict[str, Sizes]:
@@ -216,6 +258,21 @@ _RECORDS: tuple[Op, ...] = (
         samples=((1, 1, 1), (4, 2, 1), (100, 65, 1), (65, 33, 3), (40, 20, 33)),
         gradients=("weight", "bias"),
     ),
+    Training(
+        "linear_mse_fit",
+        public={
+            "linear_mse_fit": Public(
+                torch_linear_mse_fit,
+                "as `linear_mse_loss`; losses `(steps,)`",
+                "`steps` rounds of `zero_grad`, loss, `backward`, `step`",
+            )
+        },
+        axes="N x D x K",
+        shapes=lambda N, D, K: {"input": (N, D), "weight": (K, D), "target": (N, K), "bias": (K,)},
+        samples=((1, 1, 1), (4, 2, 1), (9, 5, 3)),
+        trained=("weight", "bias"),
+        optimizers=("sgd", "adam"),
+    ),
     Optimizer(
         "sgd",
         public={"FusedSGD": Public(torch.optim.SGD, "any parameters", "`torch.optim.SGD`")},
@@ -242,4 +299,5 @@ _RECORDS: tuple[Op, ...] = (
 )
 OPS: Mapping[str, Op] = {op.name: op for op in _RECORDS}
 FUNCTIONS: Mapping[str, Function] = {op.name: op for op in _RECORDS if isinstance(op, Function)}
+TRAININGS: Mapping[str, Training] = {op.name: op for op in _RECORDS if isinstance(op, Training)}
 OPTIMIZERS: Mapping[str, Optimizer] = {op.name: op for op in _RECORDS if isinstance(op, Optimizer)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .backends import backend_for
-from .ops import FUNCTIONS, OPS, OPTIMIZERS
+from .ops import OPS, OPTIMIZERS, Function, Shaped, Training
 
 
 def warmup(
@@ -23,14 +23,14 @@ def warmup(
     Triton does not serve the device there is nothing to do.
 
     Args:
-        op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"sgd"`` or ``"adam"``.
+        op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"linear_mse_fit"``, ``"sgd"`` or ``"adam"``.
         shapes: of the tensor arguments that the op takes by position, in their order (``matmul``: input, other,
-            perhaps bias; ``mse``: input, target; ``linear_mse``: input, weight, target, perhaps bias); for the
-            optimizers, of the parameters.
+            perhaps bias; ``mse``: input, target; ``linear_mse`` and ``linear_mse_fit``: input, weight, target, perhaps
+            bias); for the optimizers, of the parameters.
         dtype: of all the tensors.
         device: where they live.
         requires_grad: which arguments the gradient is taken for; by default all of ``matmul``'s, the input of
-            ``mse``, weight and bias of ``linear_mse``. Ignored for the optimizers.
+            ``mse``, weight and bias of ``linear_mse``. Ignored for ``linear_mse_fit`` and the optimizers.
 
     Raises:
         ValueError: an unknown op, or a number of shapes that is not the op's.
@@ -44,7 +44,9 @@ def warmup(
         if _has_kernels(device):
             _step(op, shapes, dtype, device)
         return
-    required, optional = FUNCTIONS[op].arguments
+    record = OPS[op]
+    assert isinstance(record, Shaped)
+    required, optional = record.arguments
     names = (required + optional)[: len(shapes)]
     if not len(required) <= len(shapes) <= len(required + optional):
         counts = " or ".join(str(len(required) + extra) for extra in range(len(optional) + 1))
@@ -53,12 +55,16 @@ def warmup(
         raise ValueError(f"warmup: requires_grad has {len(requires_grad)} entries for {len(shapes)} shapes")
     if not _has_kernels(device):
         return
-    function = FUNCTIONS[op].function()
+    function = record.function()
     tensors = [torch.ones(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+    if isinstance(record, Training):
+        _train(record, dict(zip(names, tensors, strict=True)))
+        return
+    assert isinstance(record, Function)
     with torch.no_grad():
         function(*tensors)
     for i, (name, tensor) in enumerate(zip(names, tensors, strict=True)):
-        tensor.requires_grad_(name in FUNCTIONS[op].gradients if requires_grad is None else requires_grad[i])
+        tensor.requires_grad_(name in record.gradients if requires_grad is None else requires_grad[i])
     if any(tensor.requires_grad for tensor in tensors):
         result = function(*tensors)
         result.backward(torch.ones_like(result))
@@ -74,3 +80,10 @@ def _step(op: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: 
         for param in params:
             param.grad = torch.zeros_like(param)
         OPTIMIZERS[op].function()(params, **options).step()
+
+
+def _train(op: Training, tensors: dict[str, torch.Tensor]) -> None:
+    params = [tensors[name].requires_grad_() for name in op.trained if name in tensors]
+    for name in op.optimizers:
+        for options in OPTIMIZERS[name].variants:
+            op.function()(**tensors, optimizer=OPTIMIZERS[name].function()(params, **options), steps=1)

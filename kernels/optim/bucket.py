@@ -1,8 +1,10 @@
 """The arguments of an optimizer's launcher: the tensors of one launch, the options of each group, the guard."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
@@ -80,6 +82,37 @@ class Guard(NamedTuple):
 
 
 UNGUARDED = Guard()
+
+
+class Update(NamedTuple):
+    """What the rounds of ``linear_mse_fit`` do with the gradients of weight and bias.
+
+    Attributes:
+        operator: ``"sgd"`` or ``"adam"``.
+        options: of each parameter; ``states``: likewise its state tensors by torch's key, as in Bucket.
+        guard: clipping and skipping; its ``norms`` are written.
+        step: one round of the optimizer, given the gradients.
+    """
+
+    operator: str
+    options: Sequence[SGDOptions | AdamOptions]
+    states: Sequence[dict[str, Tensor]]
+    guard: Guard
+    step: Callable[[list[Tensor]], None]
+
+    def table(self, device: torch.device) -> Tensor:
+        """(parameters, options + 1, 1) float64 on the device: the options, then max_norm or -1."""
+        max_norm = -1.0 if self.guard.max_norm is None else self.guard.max_norm
+        table = torch.zeros(
+            len(self.options), len(self.options[0]) + 1, 1, dtype=torch.float64, device=device
+        )
+        for row, options in zip(table, self.options, strict=True):
+            for out, value in zip(row, (*options, max_norm), strict=True):
+                if isinstance(value, Tensor):
+                    out.copy_(value.squeeze(), non_blocking=True)
+                elif value:
+                    out.fill_(float(value))
+        return table
 
 
 def mix(x: Any) -> Any:

@@ -207,18 +207,20 @@ class FusedStep(torch.optim.Optimizer):
         Raises:
             FloatingPointError: ``on_nonfinite="raise"`` and a gradient is not finite; nothing has changed.
         """
-        if (
-            profiler._is_profiler_enabled
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or torch.compiler.is_compiling()
-        ):
+        if profiler._is_profiler_enabled or self._has_step_hooks() or torch.compiler.is_compiling():
             if not torch.compiler.is_compiling() and inspect.unwrap(type(self).step) is not FusedStep.step:
                 return self._step(closure)  # a subclass's own step, which torch has wrapped, runs the hooks
             return self._hooked_step() if closure is None else self._hooked_step(closure)
         return self._step(closure)
+
+    def _has_step_hooks(self) -> bool:
+        """Whether something runs before or after each step."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's wrapper would take longer than a small step
 
@@ -455,6 +457,20 @@ class FusedStep(torch.optim.Optimizer):
         update_parameters(self._operator, plan.parts, options, guard)
         if plan.delegated:
             self._step_by_torch(plan, guard._replace(skipped=None) if plan.parts else guard)
+
+    def _guard_of_rounds(self, device: torch.device) -> Guard:
+        """The guard of many steps in one launch, which writes the last one's norm, and adds to the count."""
+        if not self._measures():
+            return UNGUARDED
+        if self._row is None:
+            self._norms = norm_table(1, device)
+        skips = self.on_nonfinite == "skip"
+        return Guard(
+            norms=self._norms,
+            max_norm=self.max_norm,
+            skip_nonfinite=skips,
+            skipped=self._skip_count(device) if skips else None,
+        )
 
     def _lasting_norms(self, device: torch.device) -> Tensor:
         """The tensor that graphs write their measurements to; from then on the eager step does so too."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from ..optim.bucket import AdamOptions, Bucket, Guard, SGDOptions
+from ..optim.bucket import AdamOptions, Bucket, Guard, SGDOptions, Update
 from . import adam, linear_mse, matmul, mse, sgd
 from .precision import Array
 
@@ -180,6 +180,34 @@ def linear_mse_backward(
     scaled = factor * _array(grad_output) * _array(error)
     results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
     return [_tensor(value, like) for (value, like), need in zip(results, output_mask, strict=True) if need]
+
+
+def linear_mse_fit_rounds(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    batch_size: int,
+    losses: Tensor,
+    update: Update,
+) -> bool:
+    x, y, s = _arrays(input, target, sample_weight)
+    if s is not None:
+        s = np.broadcast_to(s, (*s.shape[:2], y.shape[2]))
+    grads = [torch.empty_like(param) for param in (weight, bias) if param is not None]
+    for t in range(len(losses)):
+        rows = np.arange(t * batch_size, (t + 1) * batch_size) % x.shape[1]
+        w, b = _arrays(weight, bias)
+        for i in range(len(w)):
+            batch = x[i % len(x)][rows], w[i], y[i % len(y)][rows], None if b is None else b[i]
+            weights = None if s is None else s[i % len(s)][rows]
+            losses[t, i] = _tensor(linear_mse.forward(*batch, weights), losses)
+            _, grad_weight, _, grad_bias, _ = linear_mse.backward(1.0, *batch, weights)
+            for out, grad in zip(grads, (grad_weight, grad_bias), strict=False):
+                out[i] = _tensor(np.asarray(grad), out)
+        update.step(grads)
+    return True
 
 
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:

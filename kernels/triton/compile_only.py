@@ -3,11 +3,14 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from ..optim.bucket import UNGUARDED, AdamOptions, Guard, SGDOptions, Update
 
 
 class Chip(NamedTuple):
@@ -95,3 +98,25 @@ def usage(compiled: Any) -> tuple[int, int]:
         patterns = (r"\.vgpr_count:\s*(\d+)", r"\.vgpr_spill_count:\s*(\d+)")
     registers, spills = (int(found[1]) for pattern in patterns if (found := re.search(pattern, text)))
     return registers, spills
+
+
+def update_of(
+    operator: str, params: Sequence[Tensor], guarded: bool = False, amsgrad: bool = False
+) -> Update:
+    """What ``linear_mse_fit`` would hand to its launcher, for parameters without values: SGD has momentum."""
+    options: SGDOptions | AdamOptions
+    if operator == "sgd":
+        options, keys = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False), ["momentum_buffer"]
+    else:
+        options, keys = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.0, False, False), ["exp_avg", "exp_avg_sq"]
+        keys += ["max_exp_avg_sq"] * amsgrad
+    states = [{key: torch.empty_like(param) for key in keys} for param in params]
+    device = params[0].device
+    for state in states if operator == "adam" else ():
+        state["step"] = torch.empty((), device=device)
+    guard = UNGUARDED
+    if guarded:
+        norms = torch.empty(1, 2, dtype=torch.float64, device=device)
+        skipped = torch.empty(1, dtype=torch.int64, device=device)
+        guard = Guard(norms=norms, max_norm=1.0, skip_nonfinite=True, skipped=skipped)
+    return Update(operator, [options] * len(params), states, guard, lambda grads: None)

@@ -633,3 +633,55 @@ def optimizer(itemsize: int, target: Target) -> dict[str, int]:
     """
     chosen = {"BLOCK": THREADS * 16 // itemsize, "num_warps": warps(target)}
     return chosen if itemsize == 4 else chosen | registers(THREE_PROGRAMS, target)
+
+
+# ---- the training loop of linear models ----
+
+# A program keeps a model's weights, gradient sums and moments in its registers: of so many padded weights at most.
+FIT_WEIGHTS = 1024
+
+# Bytes of a round's rows: an SM reads them from its caches in a few microseconds, launches take longer.
+FIT_BYTES = 1 << 19
+
+# Elements of a tile of rows, features and outputs for each thread, held twice: as products and as sums.
+FIT_ELEMENTS = 16
+
+
+class LinearMseFitPlan(NamedTuple):
+    """How the training loop of a model runs.
+
+    Attributes:
+        name: a key of LINEAR_MSE_FIT_PLANS.
+        tile: of a program, as the kernel's options.
+        refused: why the other plan does not serve.
+    """
+
+    name: str
+    tile: dict[str, int] | None
+    refused: dict[str, str] = {}  # noqa: RUF012
+
+
+LINEAR_MSE_FIT_PLANS = {
+    "one launch": "a program goes through all rounds of a model, whose weights and moments stay in its registers",
+    "loop": "each round is launched by itself, as the loss, its gradients and the step",
+}
+
+
+def linear_mse_fit(rows: int, K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseFitPlan:
+    """How a model of (K, D) weights is trained on so many rows a round."""
+    block_k, block_d = triton.next_power_of_2(max(K, 1)), triton.next_power_of_2(max(D, 1))
+    weights = block_k * block_d
+    read = rows * (D + K) * dtype.itemsize
+    refused = _first(
+        (rows * K * D == 0, "there are no rows, outputs or features"),
+        (weights > FIT_WEIGHTS, f"{weights} weights, padded to powers of two, are more than {FIT_WEIGHTS}"),
+        (read > FIT_BYTES, f"a round reads {read} bytes, more than {FIT_BYTES}"),
+    )
+    if refused:
+        return LinearMseFitPlan("loop", None, {"one launch": refused})
+    elements = FIT_ELEMENTS // (2 if dtype == torch.float64 else 1) * warp_size(target)
+    wanted = triton.next_power_of_2(rows) * weights
+    num_warps = min(8, max(1, triton.next_power_of_2(max(wanted // 4, weights)) // elements))
+    tile_rows = max(1, min(triton.next_power_of_2(rows), elements * num_warps // weights))
+    tile = {"ROWS": tile_rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": num_warps}
+    return LinearMseFitPlan("one launch", tile)

@@ -8,6 +8,7 @@ functions of config.py return with a plan.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ import triton
 from torch import Tensor
 
 from ..checks import acc_dtype
-from . import config, linear_mse, matmul, mse
+from . import config, linear_mse, linear_mse_fit, matmul, mse
 from . import launch as launch_module
-from .compile_only import CHIPS, null_driver, usage
+from .compile_only import CHIPS, null_driver, update_of, usage
 from .dims import coalesce_dims
 
 AXES = {
     "matmul": "[B x] M x K x N",
     "mse": "any sizes",
     "linear_mse": "N x D x K",
+    "linear_mse_fit": "N x D x K",
     "sgd": "sizes of one parameter",
     "adam": "sizes of one parameter",
 }
@@ -117,6 +119,10 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         x, y = _operands(op, sizes, dtype)
         tile = mse.plan(coalesce_dims(0, x, y), config.MSE_BLOCK, batched=False)
         return _explanation(what, tile.plan, config.MSE_PLANS, {}, tile._asdict())
+    if op == "linear_mse_fit":
+        N, D, K = sizes
+        fit = config.linear_mse_fit(N, K, D, dtype, target)
+        return _explanation(what, fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {})
     numel = math.prod(sizes)
     found = {"CHUNK": config.CHUNK, "programs": max(1, triton.cdiv(numel, config.CHUNK))}
     explanation = _explanation(
@@ -157,7 +163,7 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
 
 
 def _check(op: str, sizes: Sequence[int]) -> None:
-    counts = {"matmul": (3, 4), "linear_mse": (3,)}.get(op, (len(sizes),))
+    counts = {"matmul": (3, 4), "linear_mse": (3,), "linear_mse_fit": (3,)}.get(op, (len(sizes),))
     if len(sizes) not in counts or 0 in sizes:
         raise ValueError(f"explain: {op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
 
@@ -170,7 +176,7 @@ def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tenso
     if op == "matmul":
         *batch, M, K, N = sizes
         shapes = [(*batch, M, K), (*batch, K, N)]
-    elif op == "linear_mse":
+    elif op in ("linear_mse", "linear_mse_fit"):
         N, D, K = sizes
         shapes = [(N, D), (K, D), (N, K)]
     else:
@@ -201,6 +207,27 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
                 lambda: linear_mse.linear_mse_forward(x, w, y, bias, None, "mean", needs, dtype),
             ),
             ("gradient of input", lambda: linear_mse.linear_mse_backward(g, y, w, 2.0, [True, False])),
+        ]
+    if op == "linear_mse_fit":
+        x, w, y = _operands(op, sizes, dtype)
+        bias, losses = _meta(w.shape[0], dtype=dtype), _meta(100, 1, dtype=dtype)
+        x, w, y, bias = (tensor.unsqueeze(0) for tensor in (x, w, y, bias))
+        return [
+            (
+                f"all rounds, {rule}",
+                partial(
+                    linear_mse_fit.linear_mse_fit_rounds,
+                    x,
+                    w,
+                    y,
+                    bias,
+                    None,
+                    sizes[0],
+                    losses,
+                    update_of(rule, [w, bias]),
+                ),
+            )
+            for rule in ("sgd", "adam")
         ]
     return []
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import OPS, Function, Optimizer
+from ..ops import OPS, OPTIMIZERS, Function, Optimizer, Training
 from .tolerance import exactly
 
 Results = dict[str, Tensor]
-STEPS = 3  # of an optimizer
+STEPS = 3  # of an optimizer or a training
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, draw
 
     if isinstance(record, Function):
         return _function(record, shape, dtype, randn)
+    if isinstance(record, Training):
+        return _training(record, shape, dtype, randn)
     if isinstance(record, Optimizer):
         return _optimizer(record, shape, dtype, randn)
     raise ValueError(f"unknown op {op!r}; expected one of {', '.join(OPS)}")
@@ -109,3 +112,36 @@ def _optimizer(
         return {"param": value, **{key: array for key, array in state.items() if key != "step"}}
 
     return Case(op.name, shape, dtype, runner(op.function()), runner(op.torch, foreach=False), in_float64)
+
+
+def _training(op: Training, shape: tuple[int, ...], dtype: torch.dtype, randn: Callable[..., Tensor]) -> Case:
+    inputs = {name: randn(*sizes) for name, sizes in op.problem(shape).items()}
+
+    def runner(function: Callable[..., Tensor], own: bool) -> Callable[[], Results]:
+        def run() -> Results:
+            results = {}
+            for name in op.optimizers:
+                record = OPTIMIZERS[name]
+                given = {key: value.clone() for key, value in inputs.items()}
+                params = [given[key].requires_grad_() for key in op.trained]
+                make = record.function() if own else partial(record.torch, foreach=False)
+                optimizer = make(params, **record.options(dtype))
+                results[f"{name} losses"] = function(**given, optimizer=optimizer, steps=STEPS)
+                results |= {f"{name} {key}": given[key].detach() for key in op.trained}
+            return results
+
+        return run
+
+    def in_float64() -> dict[str, Any]:
+        arrays = dict(zip(inputs, _arrays(*inputs.values()), strict=True))
+        results = {}
+        for name in op.optimizers:
+            record = OPTIMIZERS[name]
+            losses, params, _ = op.reference.fit(
+                **arrays, step=record.reference.step, steps=STEPS, **record.options(dtype)
+            )
+            results[f"{name} losses"] = losses
+            results |= {f"{name} {key}": value for key, value in zip(op.trained, params, strict=True)}
+        return results
+
+    return Case(op.name, shape, dtype, runner(op.function(), True), runner(op.torch, False), in_float64)

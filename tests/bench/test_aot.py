@@ -25,6 +25,7 @@ SAMPLE = {  # of every run, in bfloat16: what the tests below look at
     ),
     "mse": ("forward", "backward, odd size"),
     "linear_mse": ("1 output of 1024", "8 outputs of 256"),
+    "linear_mse_fit": ("Adam, 8 features",),
     "sgd": ("momentum, aligned or not",),
     "adam": ("AdamW, aligned or not",),
 }

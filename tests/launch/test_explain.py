@@ -63,6 +63,9 @@ PLANS = [
     ("linear_mse", (8192, 512, 16), BF16, H100, "dot", "chunks", "more than CHUNKS_MAX_OUTPUTS = 8 outputs"),
     ("linear_mse", (8192, 512, 1000), BF16, H100, "tiles", "dot", "more than 64 outputs"),
     ("linear_mse", (8192, 4096, 8), FP32, H100, "tiles", "chunks", "do not fit registers"),
+    ("linear_mse_fit", (100, 8, 1), FP32, H100, "one launch", None, None),
+    ("linear_mse_fit", (100, 65, 9), FP32, H100, "loop", "one launch", "2048 weights, padded"),
+    ("linear_mse_fit", (100000, 8, 1), FP32, H100, "loop", "one launch", "a round reads 3600000 bytes"),
     ("mse", (1000, 1000), FP32, H100, "flat", None, None),
     ("adam", (1000, 1000), FP32, H100, "chunks", None, None),
     ("sgd", (1000, 1000), BF16, MI300, "chunks", None, None),
@@ -77,7 +80,12 @@ def test_each_plan_has_its_shape_and_reasons(explained, op, sizes, dtype, target
         assert why in found.refused[other]
     assert name not in found.refused
     assert all(found.refused.values())
-    plans = {"matmul": config.MATMUL_PLANS, "linear_mse": config.LINEAR_MSE_PLANS, "mse": config.MSE_PLANS}
+    plans = {
+        "matmul": config.MATMUL_PLANS,
+        "linear_mse": config.LINEAR_MSE_PLANS,
+        "linear_mse_fit": config.LINEAR_MSE_FIT_PLANS,
+        "mse": config.MSE_PLANS,
+    }
     assert {name, *found.refused, *found.rest} == set(plans.get(op, config.STEP_PLANS))
     text = "\n".join(found.lines())
     assert f"plan {name}: " in text

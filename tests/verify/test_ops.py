@@ -177,8 +177,8 @@ def test_the_default_covers_every_op(monkeypatch):
     report = verify.kernels(dtypes=F32, backends=["fallback"])
     assert report, report.rows()
     folder = Path(gradkernels.reference.__file__).parent
-    forward_or_step = re.compile(r"^def (forward|step)\(", re.MULTILINE)
-    ops = {file.stem for file in folder.glob("*.py") if forward_or_step.search(file.read_text())}
+    entry = re.compile(r"^def (forward|step|fit)\(", re.MULTILINE)
+    ops = {file.stem for file in folder.glob("*.py") if entry.search(file.read_text())}
     assert {verdict.op for verdict in report.verdicts} == ops
 
 

@@ -1,0 +1,392 @@
+"""The training loop of linear models in one launch: a program per model goes through all rounds.
+
+Weights, gradients and moments stay in registers. The rows are read anew in each round, from the cache: where they do
+not fit one, or the weights not the registers, the launcher declines, and the rounds are launched one by one.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import acc_dtype
+from ..optim.bucket import AdamOptions, SGDOptions, Update
+from . import config
+from .adam import _correction, _root
+from .launch import launch
+from .multi_tensor import option_columns, round_to
+from .shared import DTYPES
+
+S_LR, S_MOMENTUM, S_DAMPENING, S_DECAY, S_NESTEROV, S_MAXIMIZE, S_MAX_NORM, S_COLUMNS = option_columns(
+    SGDOptions, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "max_norm"
+)
+A_LR, A_BETA1, A_BETA2, A_EPS, A_DECAY, A_DECOUPLED, A_MAXIMIZE, A_MAX_NORM, A_COLUMNS = option_columns(
+    AdamOptions, "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "max_norm"
+)
+
+
+class Rows(NamedTuple):
+    """An array of B models, N rows and some columns; a stride is 0 where they share it."""
+
+    ptr: Tensor
+    model: int
+    row: int
+    col: int
+
+
+def _rows(tensor: Tensor, columns: int) -> Rows:
+    model, row, col = tensor.stride()
+    return Rows(tensor, 0 if len(tensor) == 1 else model, row, 0 if tensor.shape[2] < columns else col)
+
+
+def linear_mse_fit_rounds(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    batch_size: int,
+    losses: Tensor,
+    update: Update,
+) -> bool:
+    """``len(losses)`` rounds; see kernels/fallback/linear_mse_fit.py.
+
+    Returns:
+        False, with nothing done, if a model does not fit a program.
+    """
+    B, K, D = weight.shape
+    N = input.shape[1]
+    chip = config.target_of(input.device)
+    tile = config.linear_mse_fit(batch_size, K, D, input.dtype, chip).tile
+    guard = update.guard
+    if tile is None or (B > 1 and guard.norms is not None):
+        return False
+    states: list[Tensor | None] = []
+    for param, state in zip((weight, bias), (*update.states, {}), strict=False):
+        moments = [state.get(key) for key in _MOMENTS[update.operator]]
+        if any(tensor is not None and not tensor.is_contiguous() for tensor in (param, *moments)):
+            return False
+        states += [*moments, state.get("step")]
+    options = update.table(input.device)
+    launch(
+        _linear_mse_fit_kernel,
+        (B,),
+        _rows(input, D),
+        _rows(target, K),
+        None if sample_weight is None else _rows(sample_weight, K),
+        weight,
+        *states[:4],
+        bias,
+        *states[4:],
+        options,
+        losses,
+        guard.norms,
+        guard.skipped,
+        N,
+        batch_size,
+        len(losses),
+        1 if options.shape[2] == 1 else B,
+        device=input.device,
+        ADAM=update.operator == "adam",
+        SKIP=guard.skip_nonfinite,
+        K=K,
+        D=D,
+        ACC=DTYPES[acc_dtype(weight)],
+        **tile,
+        **config.registers(config.ALL_REGISTERS, chip),
+    )
+    return True
+
+
+# The states in the order of the kernel's parameters.
+_MOMENTS = {"sgd": ("momentum_buffer", "", ""), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+
+
+@triton.jit
+def _linear_mse_fit_kernel(
+    x,
+    y,
+    s,
+    w_ptr,
+    w_m_ptr,
+    w_v_ptr,
+    w_u_ptr,
+    w_step_ptr,
+    b_ptr,
+    b_m_ptr,
+    b_v_ptr,
+    b_u_ptr,
+    b_step_ptr,
+    options_ptr,
+    losses_ptr,
+    norms_ptr,
+    skipped_ptr,
+    N,
+    count,
+    steps,
+    option_stride,
+    ADAM: tl.constexpr,
+    SKIP: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """All rounds of one model.
+
+    x: (B, N, D). y: (B, N, K). s: (B, N, K) or None. w_ptr: (B, K, D); b_ptr: (B, K) or None. Each with its
+    moments m, v and u (the largest v), None where the rule has none, and its step, (B,) or None.
+    options_ptr: (2, options + 1, B or 1) float64, of weight and bias; max_norm last, or -1.
+    losses_ptr: (steps, B). norms_ptr: (B, 2) float64, the last round's sum of squares and count of non-finite
+    gradients, or None. skipped_ptr: (B,) int64 or None.
+    count: rows of a round. option_stride: B, or 1 for all.
+    Bytes: rows once a round, from the cache; weights and moments once in all.
+    """
+    model = tl.program_id(0).to(tl.int64)
+    ks, ds, slots = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    mask_k = ks < K
+    mask_w = mask_k[:, None] & (ds < D)[None, :]
+    w_at = model * (K * D) + ks[:, None] * D + ds[None, :]
+    b_at = model * K + ks
+    HAS_BIAS: tl.constexpr = b_ptr is not None
+    COLUMNS: tl.constexpr = A_COLUMNS if ADAM else S_COLUMNS
+
+    w, w_m, w_v, w_u = _load(w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_at, mask_w, ACC)
+    w_rule = _load_options(options_ptr, model, option_stride, ADAM)
+    w_t, w_first, w_second = _load_step(w_step_ptr, model, w_rule, ADAM)
+    b, b_m, b_v, b_u = _load(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, ACC)
+    b_rule = w_rule
+    if HAS_BIAS:
+        b_rule = _load_options(options_ptr + COLUMNS * option_stride, model, option_stride, ADAM)
+    b_t, b_first, b_second = _load_step(b_step_ptr, model, b_rule, ADAM)
+    max_norm = _option(options_ptr, COLUMNS - 1, model, option_stride)
+
+    skips = tl.full((), 0, tl.int64)
+    squares = tl.full((), 0.0, ACC)
+    bad = tl.full((), 0, tl.int32)
+    begin = tl.full((), 0, tl.int64)
+    x_ptr = x.ptr + model * x.model
+    y_ptr = y.ptr + model * y.model
+    for t in range(steps):
+        square = tl.zeros((ROWS, BLOCK_K), ACC)
+        total = tl.zeros((ROWS, BLOCK_K), ACC)
+        b_sum = tl.zeros((ROWS, BLOCK_K), ACC)
+        w_sum = tl.zeros((ROWS, BLOCK_K, BLOCK_D), ACC)
+        for start in range(0, count, ROWS):
+            valid = slots < count - start
+            row = begin + start + slots
+            row = tl.where(row >= N, row - N, row)
+            mask = valid[:, None] & mask_k[None, :]
+            features = tl.load(
+                x_ptr + row[:, None] * x.row + ds[None, :] * x.col,
+                mask=valid[:, None] & (ds < D)[None, :],
+                other=0.0,
+            ).to(ACC)
+            error = tl.sum(features[:, None, :] * w[None, :, :], 2)
+            if HAS_BIAS:
+                error += b[None, :]
+            error -= tl.load(y_ptr + row[:, None] * y.row + ks[None, :] * y.col, mask=mask, other=0.0).to(ACC)
+            error = tl.where(mask, error, 0.0)
+            weighted = error
+            if s is not None:
+                at = s.ptr + model * s.model + row[:, None] * s.row + ks[None, :] * s.col
+                sample_weight = tl.load(at, mask=mask, other=0.0).to(ACC)
+                total += sample_weight
+                weighted = error * sample_weight
+            square = tl.fma(weighted, error, square)
+            b_sum += weighted
+            w_sum = tl.fma(features[:, None, :], weighted[:, :, None], w_sum)
+        begin = (begin + count) % N
+
+        if s is None:
+            divisor = (count * K).to(ACC)
+        else:
+            divisor = tl.sum(tl.sum(total, 1), 0)
+        loss = tl.sum(tl.sum(square, 1), 0) / divisor
+        tl.store(
+            losses_ptr + t * tl.num_programs(0).to(tl.int64) + model, loss.to(losses_ptr.dtype.element_ty)
+        )
+        share = 2.0 / divisor
+        # Where there is no feature or output, an infinite error would leave nan.
+        w_grad = round_to(
+            tl.where(mask_w, tl.sum(w_sum, 0) * share, 0.0), 0, w_ptr.dtype.element_ty, False
+        ).to(ACC)
+        b_grad = tl.where(mask_k, tl.sum(b_sum, 0) * share, 0.0)
+        if HAS_BIAS:
+            b_grad = round_to(b_grad, 0, b_ptr.dtype.element_ty, False).to(ACC)
+
+        clip = tl.full((), 1.0, tl.float64)
+        go = True
+        if norms_ptr is not None:
+            squares = tl.sum(tl.sum(w_grad * w_grad, 1), 0)
+            bad = tl.sum(tl.sum((tl.abs(w_grad) < float("inf")).to(tl.int32) ^ 1, 1), 0)
+            if HAS_BIAS:
+                squares += tl.sum(b_grad * b_grad, 0)
+                bad += tl.sum((tl.abs(b_grad) < float("inf")).to(tl.int32) ^ 1, 0)
+            clip = max_norm / (tl.sqrt(squares.to(tl.float64)) + 1e-6)
+            clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
+            clip = tl.where(max_norm < 0, 1.0, clip)
+            if SKIP:
+                go = bad == 0
+                skips += (bad != 0).to(tl.int64)
+        w, w_m, w_v, w_u, w_t, w_first, w_second = _update(
+            w, w_grad, w_m, w_v, w_u, w_t, w_first, w_second, w_rule, clip, go, w_ptr, w_m_ptr, w_v_ptr, w_u_ptr,
+            w_step_ptr, ADAM, ACC,
+        )  # fmt: skip
+        if HAS_BIAS:
+            b, b_m, b_v, b_u, b_t, b_first, b_second = _update(
+                b, b_grad, b_m, b_v, b_u, b_t, b_first, b_second, b_rule, clip, go, b_ptr, b_m_ptr, b_v_ptr, b_u_ptr,
+                b_step_ptr, ADAM, ACC,
+            )  # fmt: skip
+
+    _store(w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_at, mask_w, w, w_m, w_v, w_u)
+    if w_step_ptr is not None:
+        tl.store(w_step_ptr + model, w_t.to(w_step_ptr.dtype.element_ty))
+    if HAS_BIAS:
+        _store(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, b, b_m, b_v, b_u)
+        if b_step_ptr is not None:
+            tl.store(b_step_ptr + model, b_t.to(b_step_ptr.dtype.element_ty))
+    if norms_ptr is not None:
+        tl.store(norms_ptr + 2 * model, squares.to(tl.float64))
+        tl.store(norms_ptr + 2 * model + 1, bad.to(tl.float64))
+    if skipped_ptr is not None:
+        tl.store(skipped_ptr + model, tl.load(skipped_ptr + model) + skips)
+
+
+@triton.jit
+def _load(p_ptr, m_ptr, v_ptr, u_ptr, at, mask, ACC: tl.constexpr):
+    """A parameter and its moments, 0 where there is none."""
+    p = tl.zeros(at.shape, ACC)
+    m, v, u = p, p, p
+    if p_ptr is not None:
+        p = tl.load(p_ptr + at, mask=mask, other=0.0).to(ACC)
+    if m_ptr is not None:
+        m = tl.load(m_ptr + at, mask=mask, other=0.0).to(ACC)
+    if v_ptr is not None:
+        v = tl.load(v_ptr + at, mask=mask, other=0.0).to(ACC)
+    if u_ptr is not None:
+        u = tl.load(u_ptr + at, mask=mask, other=0.0).to(ACC)
+    return p, m, v, u
+
+
+@triton.jit
+def _store(p_ptr, m_ptr, v_ptr, u_ptr, at, mask, p, m, v, u):
+    tl.store(p_ptr + at, round_to(p, 0, p_ptr.dtype.element_ty, False), mask=mask)
+    if m_ptr is not None:
+        tl.store(m_ptr + at, round_to(m, 0, m_ptr.dtype.element_ty, False), mask=mask)
+    if v_ptr is not None:
+        tl.store(v_ptr + at, round_to(v, 0, v_ptr.dtype.element_ty, False), mask=mask)
+    if u_ptr is not None:
+        tl.store(u_ptr + at, round_to(u, 0, u_ptr.dtype.element_ty, False), mask=mask)
+
+
+@triton.jit
+def _option(options_ptr, column: tl.constexpr, model, stride):
+    return tl.load(options_ptr + column * stride + tl.where(stride == 1, 0, model))
+
+
+@triton.jit
+def _load_options(options_ptr, model, stride, ADAM: tl.constexpr):
+    """One parameter's options in float64, as the rule takes them."""
+    if ADAM:
+        return (
+            _option(options_ptr, A_LR, model, stride),
+            _option(options_ptr, A_BETA1, model, stride),
+            _option(options_ptr, A_BETA2, model, stride),
+            _option(options_ptr, A_EPS, model, stride),
+            _option(options_ptr, A_DECAY, model, stride),
+            _option(options_ptr, A_DECOUPLED, model, stride),
+            _option(options_ptr, A_MAXIMIZE, model, stride),
+        )
+    else:
+        return (
+            _option(options_ptr, S_LR, model, stride),
+            _option(options_ptr, S_MOMENTUM, model, stride),
+            _option(options_ptr, S_DAMPENING, model, stride),
+            _option(options_ptr, S_DECAY, model, stride),
+            _option(options_ptr, S_NESTEROV, model, stride),
+            _option(options_ptr, S_MAXIMIZE, model, stride),
+        )
+
+
+@triton.jit
+def _load_step(step_ptr, model, rule, ADAM: tl.constexpr):
+    """A parameter's count of updates, and Adam's ``1 - beta^t`` of it."""
+    t = tl.full((), 1, tl.int64)
+    if step_ptr is not None:
+        t = tl.load(step_ptr + model).to(tl.int64)
+    first, second = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    if ADAM:
+        first, second = _correction(1.0 - rule[1], t), _correction(1.0 - rule[2], t)
+    return t, first, second
+
+
+@triton.jit
+def _update(
+    p, g, m, v, u, t, first, second, rule, clip, go, p_ptr, m_ptr, v_ptr, u_ptr, step_ptr,
+    ADAM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A parameter, its moments, its step and corrections after a round, or as they were unless ``go``."""
+    if ADAM:
+        lr, beta1, beta2, eps, decay, decoupled, maximize = rule
+        first_new = first + (1.0 - beta1) * (1.0 - first)
+        second_new = second + (1.0 - beta2) * (1.0 - second)
+        numbers = (
+            (1.0 - tl.where(decoupled != 0, lr * decay, 0.0)).to(ACC),
+            tl.where(decoupled != 0, 0.0, decay).to(ACC),
+            (1.0 - beta1).to(ACC),
+            beta2.to(ACC),
+            (1.0 - beta2).to(ACC),
+            (1.0 / tl.sqrt(second_new)).to(ACC),
+            eps.to(ACC),
+            (lr / first_new).to(ACC),
+        )
+        factor = tl.where(maximize != 0, -clip, clip).to(ACC)
+        p_new, m_new, v_new, u_new = adam_rule(p, g * factor, m, v, u, numbers, u_ptr is not None)
+        first, second = tl.where(go, first_new, first), tl.where(go, second_new, second)
+        v_new = round_to(v_new, 0, v_ptr.dtype.element_ty, False).to(ACC)
+        v = tl.where(go, v_new, v)
+        if u_ptr is not None:
+            u_new = round_to(u_new, 0, u_ptr.dtype.element_ty, False).to(ACC)
+            u = tl.where(go, u_new, u)
+    else:
+        lr, momentum, dampening, decay, nesterov, maximize = rule
+        # The first gradient enters the buffer whole, whatever the dampening.
+        share = tl.where(t == 0, 1.0, 1.0 - dampening).to(ACC)
+        scalars = lr.to(ACC), momentum.to(ACC), share, decay.to(ACC), nesterov != 0
+        factor = tl.where(maximize != 0, -clip, clip).to(ACC)
+        p_new, m_new = sgd_rule(p, g * factor, m, t == 0, scalars, m_ptr is not None)
+    if m_ptr is not None:
+        m_new = round_to(m_new, 0, m_ptr.dtype.element_ty, False).to(ACC)
+        m = tl.where(go, m_new, m)
+    p_new = round_to(p_new, 0, p_ptr.dtype.element_ty, False).to(ACC)
+    t = tl.where(go, t + 1, t)
+    return tl.where(go, p_new, p), m, v, u, t, first, second
+
+
+@triton.jit
+def adam_rule(p, g, m, v, w, scalars, AMSGRAD: tl.constexpr):
+    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size = scalars
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    p = p * shrink
+    # As torch's lerp: exact at both ends.
+    m = tl.where(one_less_beta1 < 0.5, tl.fma(g - m, one_less_beta1, m), g - (g - m) * (1.0 - one_less_beta1))
+    v = tl.fma(g * g, one_less_beta2, v * beta2)
+    largest = v
+    if AMSGRAD:
+        largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
+    p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
+    return p, m, v, largest
+
+
+@triton.jit
+def sgd_rule(p, g, m, first, scalars, MOMENTUM: tl.constexpr):
+    lr, momentum, share, decay, nesterov = scalars
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    if MOMENTUM:
+        m = tl.where(first, g, tl.fma(g, share, m * momentum))
+        g = tl.where(nesterov, tl.fma(m, momentum, g), m)
+    return tl.fma(g, -lr, p), m
