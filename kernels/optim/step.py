@@ -195,8 +195,8 @@ class FusedStep(torch.optim.Optimizer):
         lines = "".join(f"    {name}: {getattr(self, name)}\n" for name in own)
         return f"{super().__repr__()[:-1]}\nAll parameter groups\n{lines})"
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Update every parameter that has a gradient; hooks see the arguments as the caller wrote them.
 
         Args:
             closure: reevaluates the model and returns the loss.
@@ -209,9 +209,11 @@ class FusedStep(torch.optim.Optimizer):
         """
         if profiler._is_profiler_enabled or self._has_step_hooks() or torch.compiler.is_compiling():
             if not torch.compiler.is_compiling() and inspect.unwrap(type(self).step) is not FusedStep.step:
-                return self._step(closure)  # a subclass's own step, which torch has wrapped, runs the hooks
-            return self._hooked_step() if closure is None else self._hooked_step(closure)
-        return self._step(closure)
+                return self._step(
+                    *args, **kwargs
+                )  # a subclass's own step, which torch wrapped, runs the hooks
+            return self._hooked_step(*args, **kwargs)
+        return self._step(*args, **kwargs)
 
     def _has_step_hooks(self) -> bool:
         """Whether something runs before or after each step."""
@@ -244,6 +246,7 @@ class FusedStep(torch.optim.Optimizer):
             torch._C._set_grad_enabled(before)
         return loss
 
+    step.__signature__ = inspect.signature(_step)  # type: ignore[attr-defined]
     _hooked_step = torch.optim.Optimizer.profile_hook_step(_step)
 
     # Copies and checkpoints.

@@ -348,17 +348,25 @@ def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str
 
 def test_hooks_get_the_arguments_of_the_call(name: str) -> None:
     """Torch hands hooks what the caller wrote, and a pre hook may bring a closure where there was none."""
-    for optimizer in make_pair(name, shapes=SMALL):
-        seen: list[int] = []
 
-        def hook(_: Any, args: Any, kwargs: Any, seen: list[int] = seen) -> Any:
-            seen.append(len(args))
+    def closure() -> Tensor:
+        return torch.tensor(1.0)
+
+    for optimizer in make_pair(name, shapes=SMALL):
+        seen: list[Any] = []
+
+        def hook(_: Any, args: Any, kwargs: Any, seen: list[Any] = seen) -> Any:
+            seen.append((args[1:], kwargs))
             return args[:1], {"closure": lambda: torch.tensor(2.0)}
 
         optimizer.register_step_pre_hook(hook)
         assert optimizer.step() == 2
-        assert optimizer.step(lambda: torch.tensor(1.0)) == 2
-        assert seen == [1, 2]
+        for given in (None, closure):
+            assert optimizer.step(given) == 2
+            assert optimizer.step(closure=given) == 2
+        by_name = [((), {"closure": given}) for given in (None, closure)]
+        assert seen == [((), {}), ((None,), {}), by_name[0], ((closure,), {}), by_name[1]]
+    assert list(inspect.signature(ours_for(name).step).parameters) == ["self", "closure"]
 
 
 @pytest.mark.parametrize("wraps", [False, True])
