@@ -176,6 +176,12 @@ MUTANTS = (
     Mutant(
         "input_ptr += _offset(matrix, batch, INPUT)", "input_ptr += _offset(matrix, batch, OTHER)", "matmul"
     ),
+    Mutant(
+        "descriptors = aligned and output_vector > 1 and wide", "descriptors = aligned and wide", "matmul"
+    ),
+    Mutant("right = ([n.size, k.size], [n.other, 1]", "right = ([n.size, k.size], [k.size, 1]", "matmul"),
+    Mutant("list(matrix.stride()), block)", "[matrix.shape[1], 1], block)", "linear_mse"),
+    Mutant("cols = (tl.zeros((), tl.int64) + col_tile) * COLS", "cols = col_tile * COLS", "mse"),
     # The optimizers' kernels.
     Mutant(
         'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else', "pass\n        else", "optim"

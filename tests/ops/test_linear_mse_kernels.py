@@ -36,8 +36,9 @@ def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> Tensor
         return values.t().to(DEVICE, dtype, copy=True).contiguous().t()
     if layout == "holes":
         return torch.full((2 * rows + 1, 3 * columns), math.nan).to(DEVICE, dtype)[1::2, ::3].copy_(values)
-    if layout == "wide rows":
-        return torch.full((rows, columns + 3), math.nan).to(DEVICE, dtype)[:, :columns].copy_(values)
+    if layout in ("wide rows", "wide aligned rows"):
+        width = columns + (8 if "aligned" in layout else 3)
+        return torch.full((rows, width), math.nan).to(DEVICE, dtype)[:, :columns].copy_(values)
     if layout == "repeated column":
         return values[:, :1].to(DEVICE, dtype).expand(rows, columns)
     if layout == "repeated row":
@@ -209,7 +210,7 @@ def test_the_blocks_of_partial_sums_are_those_of_config(linear_mse, monkeypatch,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "wide rows"])
+@pytest.mark.parametrize("layout", ["contiguous", "wide rows", "wide aligned rows"])
 def test_tiles_by_descriptors(linear_mse, monkeypatch, layout, dtype):
     """Whole tiles copied by the chip, beyond the edges too; rows that no descriptor fits go the other way."""
     fits = []
@@ -229,7 +230,7 @@ def test_tiles_by_descriptors(linear_mse, monkeypatch, layout, dtype):
     monkeypatch.setattr(sys.modules[__name__], "LAYOUTS", ("repeated row",))
     check(linear_mse, Case(rng, 33, 16, 40, dtype))
     assert not any(fits[-2:])
-    assert any(fits) == (layout == "contiguous")
+    assert any(fits) == (layout != "wide rows")
     assert not all(fits)
 
 

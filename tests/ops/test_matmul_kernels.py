@@ -147,19 +147,28 @@ def test_result_and_bias_of_other_dtypes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["", "rows in wider ones"])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-def test_tensor_descriptors(transposed, dtype, monkeypatch):
-    """Several tiles for each program, ragged at every edge, with each kind of bias."""
+def test_tensor_descriptors(transposed, wide, dtype, monkeypatch):
+    """Several tiles for each program, ragged at every edge, with each kind of bias; NaN lies between wide rows."""
     monkeypatch.setattr(module, "_plans", {})
     plan = config.MatmulPlan("gemm_tma", config.MatmulConfig(32, 32, 16, 4, 1))
     monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
-    operands = [random(72, 40, dtype=dtype), random(40, 104, dtype=dtype)]
-    left, right = (x.mT.contiguous().mT if swap else x for x, swap in zip(operands, transposed, strict=True))
-    for extra in (None, (104,), (72, 1), (72, 104)):
+
+    def laid_out(rows, columns, swapped):
+        shape = (columns, rows) if swapped else (rows, columns)
+        matrix = random(*shape, dtype=dtype)
+        if wide:
+            matrix = torch.nn.functional.pad(matrix, (0, 8), value=math.nan)[:, : shape[1]]
+        return matrix.mT if swapped else matrix
+
+    left, right = laid_out(72, 40, transposed[0]), laid_out(40, 104, transposed[1])
+    for extra in ((72, 1),) if wide else (None, (104,), (72, 1), (72, 104)):
         check(left, right, None if extra is None else random(*extra, dtype=dtype), [])
 
 
-def test_rows_that_repeat_or_overlap_take_no_descriptor(monkeypatch):
+def test_what_no_descriptor_fits_takes_none(monkeypatch):
+    """Rows that repeat or overlap; rows of the result that begin at any address, though the operands' are aligned."""
     seen = []
     real = config.matmul_plan
     monkeypatch.setattr(module, "_plans", {})
@@ -169,7 +178,9 @@ def test_rows_that_repeat_or_overlap_take_no_descriptor(monkeypatch):
     for left in (input, input[:1].expand(48, 64), overlapping):
         check(left, other, None, [])
     check(input, other[:1].expand(64, 40), None, [])
-    assert [operands.descriptors for operands in seen] == [True, False, False, False]
+    check(input, random(41, 64).mT, None, [])
+    assert [operands.descriptors for operands in seen] == [True, False, False, False, False]
+    assert all(operands.aligned for operands in seen)
 
 
 @pytest.mark.parametrize("name", ["gemm", "outer"])

@@ -13,6 +13,12 @@ from gradkernels.backends import implementation
 from gradkernels.reference import mse as reference
 from torch import Tensor
 
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from gradkernels.triton.mse import _tile
+
 from ..conftest import DEVICES, GPU
 from ..helpers import DTYPES, assert_matches, exactly
 
@@ -283,3 +289,22 @@ for mine, other in zip(mse.mse_backward(g, t, apart, apart, "sum", 0, [True] * 3
     assert torch.equal(mine, other)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@triton.jit
+def _columns_of_a_tile_kernel(out_ptr, tile, n, COLS: tl.constexpr):
+    """out_ptr: (2, COLS), the columns of a tile of one flat row, and whether they lie inside it."""
+    _, cols, mask = _tile(tile, 0, 1, n, 1, COLS, 16, True)
+    out = out_ptr + tl.arange(0, COLS)[None, :]
+    tl.store(out, cols)
+    tl.store(out + COLS, mask.to(tl.int64))
+
+
+def test_columns_are_counted_in_64_bits():
+    """The last tile of a row of 2**32 + 40 elements: no test can afford the whole, and its first tiles show nothing."""
+    n, COLS = 2**32 + 40, 64
+    out = torch.zeros(2, COLS, dtype=torch.int64, device=DEVICE)
+    _columns_of_a_tile_kernel[(1,)](out, n // COLS, n, COLS)
+    columns = torch.arange(2**32, 2**32 + COLS)
+    assert torch.equal(out[0].cpu(), columns)
+    assert torch.equal(out[1].cpu().bool(), columns < n // 16 * 16)
