@@ -10,6 +10,7 @@ matplotlib.use("agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -20,7 +21,7 @@ Predictor = Callable[[np.ndarray], np.ndarray]
 BLOCK = 1 << 16  # rows taken into float64 at a time
 SHOWN = 20  # coefficients in the console; all are in the record
 BARS = 12  # in the picture
-POINTS = 2000  # in a scatter plot
+POINTS = 1000  # in a scatter plot
 
 
 def least_squares(data: Data) -> np.ndarray:
@@ -84,12 +85,10 @@ def print_coefficients(
     """
     features, targets = data.description["features"], data.description["targets"]
     for k, target in enumerate(targets):
-        table = Table(f"{target} =", "gradkernels", "closed form")
+        table = Table(f"{target} per unit of", "gradkernels", "closed form")
         table.add_row("intercept", *(f"{intercepts[k]:.6g}" for _, intercepts in (ours, best)))
         for j in np.argsort(-np.abs(effects[k]), kind="stable")[:SHOWN]:
-            table.add_row(
-                f"+ {features[j]} x", *(f"{coefficients[k, j]:.6g}" for coefficients, _ in (ours, best))
-            )
+            table.add_row(features[j], *(f"{coefficients[k, j]:.6g}" for coefficients, _ in (ours, best)))
         console.print(table)
         if len(features) > SHOWN:
             console.print(f"{len(features) - SHOWN} weaker ones are in record.json")
@@ -122,6 +121,7 @@ def plot_losses(axes: Axes, ours: Training, plain: Training, best: float) -> Non
             linestyle=":",
             label="plain torch" if part == "validation" else None,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.axhline(best, color="C0", linestyle="--", linewidth=1, label="train, closed form")
     axes.set(xlabel="epoch", ylabel="mean squared error / variance of the target", title="loss")
     axes.legend()
@@ -174,7 +174,7 @@ def plot_coefficients(axes: Axes, data: Data, weight: np.ndarray, best: np.ndarr
         axes.plot(
             best[k, order], at, "k|", markersize=10, label="closed form" if k == len(targets) - 1 else None
         )
-    names = [name if len(name) <= 28 else name[:27] + "…" for name in (features[j] for j in order)]
+    names = [name if len(name) <= 22 else name[:21] + "…" for name in (features[j] for j in order)]
     axes.set_yticks(places, names)
     axes.axvline(0, color="black", linewidth=1)
     more = f", the {BARS} strongest of {len(features)}" if len(features) > BARS else ""
