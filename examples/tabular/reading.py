@@ -38,7 +38,6 @@ class Dialect:
             "encoding": self.encoding,
             "header": 0 if self.header else None,
             "names": self.columns,
-            "index_col": False,  # a row that is too long is an error, not an index
             "na_values": self.na,
             "skipinitialspace": True,
             "low_memory": False,
@@ -89,7 +88,7 @@ def find_dialect(path: Path, settings: Settings) -> Dialect:
 
     def first_lines(delimiter: str, lines: int = 100) -> pd.DataFrame:
         options = {"sep": delimiter, "encoding": encoding, "header": None, "nrows": lines, "dtype": str}
-        return pd.read_csv(path, **options, index_col=False, keep_default_na=False, skipinitialspace=True)
+        return pd.read_csv(path, **options, keep_default_na=False, skipinitialspace=True)
 
     def fit(delimiter: str) -> tuple[int, int]:
         """The number of columns if no line has more cells than the first, else 0; the first line's cells."""
