@@ -67,8 +67,9 @@ def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
     return to
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+def _giving(told: Any) -> Callable[..., Any]:
+    """A function that gives the same whatever it is asked. torch's compiler wants one of its own under each name."""
+    return lambda *args, **kwargs: told
 
 
 def _itself(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,7 +106,7 @@ class _Context:
     def __exit__(self, *args: object) -> None:
         pass
 
-    record = wait = synchronize = wait_stream = wait_event = record_event = _nothing
+    record = wait = synchronize = wait_stream = wait_event = record_event = _giving(None)
 
     def query(self) -> bool:
         return True
@@ -148,21 +149,21 @@ def _answers() -> dict[str, Any]:
     return {
         "is_available": answer(True, torch.cuda.is_available),
         "device_count": answer(1, torch.cuda.device_count),
-        "current_device": lambda: 0,
-        "get_device_name": lambda device=None: _PROPERTIES["name"],
-        "get_device_capability": lambda device=None: (9, 0),
+        "current_device": _giving(0),
+        "get_device_name": _giving(_PROPERTIES["name"]),
+        "get_device_capability": _giving((9, 0)),
         "get_device_properties": lambda device=None: SimpleNamespace(**_PROPERTIES),
-        "is_bf16_supported": lambda *args, **kwargs: True,
-        "is_current_stream_capturing": lambda: False,
+        "is_bf16_supported": _giving(True),
+        "is_current_stream_capturing": _giving(False),
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "mem_get_info": lambda device=None: (1 << 32, 1 << 33),
+        "mem_get_info": _giving((1 << 32, 1 << 33)),
         "current_stream": lambda device=None: _Context(),
         "default_stream": lambda device=None: _Context(),
         "stream": lambda stream=None: nullcontext(),
-        **dict.fromkeys(("Stream", "Event", "device", "device_of"), _Context),
-        **dict.fromkeys(nothing, _nothing),
-        **dict.fromkeys(zero, lambda device=None: 0),
+        **{name: type(name, (_Context,), {}) for name in ("Stream", "Event", "device", "device_of")},
+        **{name: _giving(None) for name in nothing},
+        **{name: _giving(0) for name in zero},
     }
 
 
@@ -243,7 +244,7 @@ def cuda_on_cpu() -> Iterator[None]:
         put(Tensor, "cuda", _itself)
         put(Tensor, "pin_memory", _itself)
         put(Tensor, "cpu", _copied)
-        put(Tensor, "record_stream", _nothing)
+        put(Tensor, "record_stream", _giving(None))
         put(Tensor, "get_device", lambda tensor: 0)
         for name, told in {"device": CUDA, "is_cuda": True, "is_cpu": False}.items():
             put(Tensor, name, _seen(name, told))
@@ -259,7 +260,7 @@ def cuda_on_cpu() -> Iterator[None]:
             put(triton.runtime.driver, "_active", _Driver())
             put(triton.testing, "do_bench", _once)
             put(triton.testing, "do_bench_cudagraph", _once)
-            put(triton.testing.Mark, "run", _nothing)
+            put(triton.testing.Mark, "run", _giving(None))
         yield
 
 

@@ -75,7 +75,7 @@ PLANTS = (
     Plant("softmax", "y_ptr + row * n + cols, e / tl.sum(e, axis=0), mask=cols < n)", "y_ptr + row * n + cols, e / tl.sum(e, axis=0))", UNSAFE),
     Plant("softmax", "row * stride + cols", "row * n + cols", UNSAFE),
     Plant("softmax", "        return y\n\n", "        return y if n < 30 else y * 1.001\n\n", VALUE),
-    Plant("softmax", "        ctx.save_for_backward(y)\n", "        ctx.save_for_backward(x)\n", GRADIENT),
+    Plant("softmax", "        ctx.save_for_backward(y)\n", "        ctx.save_for_backward(x)\n", UNSAFE),
     # layer_norm
     Plant("layer_norm", "axis=0) / n + eps)", "axis=0) / (n - 1) + eps)", VALUE),
     Plant("layer_norm", "d = tl.where(mask, x - mean, 0.0)", "d = x - mean", VALUE),

@@ -50,7 +50,7 @@ def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
     fixed = {v for v in values[:arguments] if isinstance(v, int) and not isinstance(v, bool)}
     if fixed & ({*sizes} | {v.numel() for v in given}) or (fixed and not reference):
         return  # a number that goes with the sizes: it would have to change as well, in a way unknown here
-    around = {size: 2 ** round(math.log2(size)) for size in sizes}
+    around = {size: 2 ** math.ceil(math.log2(size)) for size in sizes}
     every: list[tuple[str, dict[int, int]]] = [
         ("sizes 1", dict.fromkeys(sizes, 1)),
         ("odd sizes", {size: min(size, 3) if size != 3 else 5 for size in sizes}),
