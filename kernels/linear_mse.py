@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import checks
 from .checks import acc_dtype
+from .linear_mse_models import autocast, models_forward, models_loss, models_loss_and_grad, prepare
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, total_weight
-from .operator import Operator, autocast_cast, in_places, needs_derivative, use_torch_fast_path
+from .operator import Operator, in_places, use_torch_fast_path
 from .torch_private import torch_mse_loss
 
 # Bytes of input or target up to which torch's own ops and autograd serve on the fallback: a second pass over what
@@ -32,6 +33,7 @@ def linear_mse_loss(
     bias: Tensor | None = None,
     *,
     sample_weight: Tensor | None = None,
+    offsets: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """``mse_loss(linear(input, weight, bias), target)`` without the predictions ever being stored.
@@ -73,6 +75,9 @@ def linear_mse_loss(
         >>> linear_mse_loss(x, w, y).backward()
     """
     op = "linear_mse_loss"
+    if offsets is not None or _of_models(weight):
+        arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
+        return models_loss(op, arguments, sample_weight, offsets, reduction)
     if (
         sample_weight is None
         and reduction in checks.REDUCTIONS
@@ -106,6 +111,8 @@ def linear_mse_loss_and_grad(
     target: Tensor,
     bias: Tensor | None = None,
     *,
+    sample_weight: Tensor | None = None,
+    offsets: Tensor | None = None,
     reduction: str = "mean",
     wrt: Sequence[str] = ("weight", "bias"),
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
@@ -144,22 +151,39 @@ def linear_mse_loss_and_grad(
     """
     op = "linear_mse_loss_and_grad"
     arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
-    _check(op, arguments, reduction, ("mean", "sum"))
+    if offsets is not None or _of_models(weight):
+        return models_loss_and_grad(op, arguments, sample_weight, offsets, reduction, wrt)
+    _check(op, {**arguments, "sample_weight": sample_weight}, reduction, ("mean", "sum"))
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
-    matrices = _normal_form(input, weight, target, bias, None)
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        sample_weight = sample_weight.unsqueeze(-1)
+    matrices = _normal_form(input, weight, target, bias, sample_weight)
     output_mask = [want_input or want_target, want_weight, want_bias]
-    outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, checks.loss_dtype(target))
+    dtype = checks.loss_dtype(target)
+    total = None
+    if sample_weight is not None and reduction == "mean" and target.numel():
+        reduction, dtype = "sum", acc_dtype(input, target)
+        with torch.no_grad():
+            total = total_weight(sample_weight, target, dtype)
+    outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, dtype)
     loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
+    upstream = loss.new_ones(())
+    if total is not None:
+        upstream = upstream / total
+        loss = (loss * upstream).to(checks.loss_dtype(target))
+        grad_weight, grad_bias = (None if g is None else g * upstream for g in (grad_weight, grad_bias))
     grad_input = grad_target = None
     if error is not None:
         with torch.no_grad():
             options = _slope(target.numel(), reduction), (want_input, want_target)
-            grad_input, grad_target = _linear_mse_backward.masked(
-                loss.new_ones(()), error, matrices[1], *options
-            )
+            grad_input, grad_target = _linear_mse_backward.masked(upstream, error, matrices[1], *options)
     grads = grad_input, grad_weight, grad_target, grad_bias
     d_input, d_weight, d_target, d_bias = map(_as, grads, arguments.values())
     return loss, (d_input, d_weight, d_target, d_bias)
+
+
+def _of_models(weight: Any) -> bool:
+    return isinstance(weight, Tensor) and weight.dim() == 3
 
 
 def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
@@ -396,20 +420,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return product(a.unsqueeze(-2), b.unsqueeze(-1), None, [0], acc_dtype(a)).reshape(())
 
 
-def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
-    """Ask the forward for what the backward of this call will need.
-
-    The caller may be a level of torch.func to which the tensors that this level differentiates are constants:
-    it gets the outputs that it asked for, no others.
-    """
-    *tensors, reduction, output_mask, dtype = args
-    input, weight, target, bias = [t is not None and needs_derivative((t,)) for t in tensors[:4]]
-    needed = (input or target, weight, bias)
-    given = [asked or need for asked, need in zip(output_mask, needed, strict=True)]
-    places = [0, *(sum(given[: i + 1]) for i, asked in enumerate(output_mask) if asked)]
-    return (*tensors, reduction, given, dtype), places
-
-
 def _launch(launcher: Any, *args: Any) -> list[Tensor]:
     *matrices, sample_weight, reduction, output_mask, dtype = args
     if sample_weight is not None:
@@ -438,31 +448,15 @@ def _backward_fake(
 
 
 def _vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
-    """The composition on batched matrices: one product and one loss for the whole batch."""
+    """A batch of models."""
     *tensors, reduction, output_mask, dtype = args
     input, weight, target, bias, sample_weight = (
         tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
         for tensor, dim in zip(tensors, in_dims[:5], strict=True)
     )
-    if bias is not None and bias.dim() == 2:
-        bias = bias.unsqueeze(1)
-        if input.dim() == weight.dim() == 2:  # a bias adds no dimensions to a product
-            input = input.expand(batch_size, *input.shape)
-    predictions = product(input, weight.mT, bias, dtype=dtype)
-    shape = (batch_size, *predictions.shape[-2:])
-    predictions, target = predictions.expand(shape), target.expand(shape)
-    results = [mse(predictions, target, sample_weight, reduction, 1, dtype)]
-    if any(output_mask):
-        error = _weighted_error(predictions, target, sample_weight, batch_dims=1)
-        q = _slope(math.prod(shape[1:]), reduction)
-        acc = acc_dtype(input)
-        if output_mask[0]:
-            results.append(error)
-        if output_mask[1]:
-            results.append(q * product(error.mT, input, dtype=acc))
-        if output_mask[2]:
-            results.append(q * sum_to(error, (batch_size, 1, shape[2]), acc).squeeze(1))
-    return results
+    weight = weight.expand(batch_size, *weight.shape[-2:])
+    bias = None if bias is None else bias.expand(batch_size, bias.shape[-1])
+    return models_forward(input, weight, target, bias, sample_weight, None, reduction, output_mask, dtype)
 
 
 def _backward_vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
@@ -481,14 +475,6 @@ def _backward_vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], 
     return results
 
 
-def _autocast(*args: Any) -> tuple[Any, ...]:
-    """Input, weight and bias as a product's operands, the loss in float32."""
-    input, weight, target, bias, sample_weight, reduction, output_mask, _ = args
-    input, weight, bias = map(autocast_cast, (input, weight, bias))
-    acc = acc_dtype(target, sample_weight)
-    return input, weight, target, bias, sample_weight, reduction, output_mask, acc
-
-
 _linear_mse = Operator(
     "linear_mse",
     "forward",
@@ -496,8 +482,8 @@ _linear_mse = Operator(
     vmap=_vmap,
     derivative=LinearMseFunction,
     launch=_launch,
-    prepare=_prepare,
-    autocast=_autocast,
+    prepare=prepare,
+    autocast=autocast,
 )
 _linear_mse_backward = Operator(
     "linear_mse", "backward", fake=_backward_fake, vmap=_backward_vmap, derivative=LinearMseBackwardFunction

@@ -12,7 +12,7 @@ imported when they are asked for, so that ``import gradkernels`` needs neither T
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,22 +45,28 @@ class Op:
 
     Attributes:
         name: of its files.
-        public: its public callables by name; the first is the op itself.
+        public: its public callables by name; the first is the op itself. None of an op that serves other arguments
+            of another's, ``of``.
         samples: the sizes on which ``verify`` tries it.
     """
 
     name: str
     public: Mapping[str, Public]
     samples: tuple[Sizes, ...]
+    of: str | None = field(default=None, kw_only=True)
 
     def function(self, name: str | None = None) -> Callable[..., Any]:
         """A public callable; the op itself by default."""
+        if self.of is not None:
+            return OPS[self.of].function(name)
         module = importlib.import_module(f".{self.name}", __package__)
         return getattr(module, next(iter(self.public)) if name is None else name)
 
     @property
     def torch(self) -> Callable[..., Any]:
         """The op in plain torch."""
+        if self.of is not None:
+            return OPS[self.of].torch
         twin = next(iter(self.public.values())).torch
         assert twin is not None
         return twin
@@ -185,6 +191,8 @@ def torch_linear_mse_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """``linear_mse_loss`` in plain torch."""
+    if weight.dim() == 3:
+        return _torch_models_loss(input, weight, target, bias, sample_weight, reduction)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1).expand(target.shape)
     predictions = torch_linear(input, weight, bias)
@@ -209,6 +217,29 @@ def torch_linear_mse_fit(
         losses.append(loss.detach())
         optimizer.step()
     return torch.stack(losses)
+
+
+def _torch_models_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Rows of their own, or shared."""
+    predictions = torch.matmul(input, weight.mT)
+    losses = (predictions if bias is None else predictions + bias.unsqueeze(1)) - target
+    losses = losses.square()
+    if sample_weight is not None:
+        of_rows = sample_weight.shape in (losses.shape[:2], losses.shape[1:2])
+        weights = (sample_weight.unsqueeze(-1) if of_rows else sample_weight).expand(losses.shape)
+        losses = losses * weights
+        if reduction == "mean":
+            return losses.sum((1, 2)) / weights.sum((1, 2))
+    return (
+        losses if reduction == "none" else losses.sum((1, 2)) if reduction == "sum" else losses.mean((1, 2))
+    )
 
 
 def _matmul_shapes(*sizes: int) -> dict[str, Sizes]:
@@ -242,11 +273,25 @@ _RECORDS: tuple[Op, ...] = (
         gradients=("input",),
     ),
     Function(
+        "linear_mse_models",
+        of="linear_mse",
+        public={},
+        axes="B x N x D x K",
+        shapes=lambda B, N, D, K: {
+            "input": (B, N, D),
+            "weight": (B, K, D),
+            "target": (B, N, K),
+            "bias": (B, K),
+        },
+        samples=((1, 1, 1, 1), (3, 4, 2, 1), (5, 40, 7, 1), (2, 33, 65, 3), (3, 20, 9, 17)),
+        gradients=("weight", "bias"),
+    ),
+    Function(
         "linear_mse",
         public={
             "linear_mse_loss": Public(
                 torch_linear_mse_loss,
-                "`(*, D)`, `(K, D)` or `(D,)`, `(*, K)` or `(*)`",
+                "`(*, D)`, `(K, D)` or `(D,)`, `(*, K)` or `(*)`; B models: weight `(B, K, D)`",
                 "`F.mse_loss(F.linear(input, weight, bias), target)`",
             ),
             "linear_mse_loss_and_grad": Public(

@@ -26,7 +26,9 @@ OURS = {name: op.function(name) for name, op in OPS.items()}
 TORCH: dict[str, Callable[..., Tensor]] = {name: op.public[name].torch for name, op in OPS.items()}
 ARGUMENTS = {
     name: tuple(
-        argument for argument in inspect.signature(op.function(name)).parameters if argument != "reduction"
+        argument
+        for argument in inspect.signature(op.function(name)).parameters
+        if argument not in ("offsets", "reduction")
     )
     for name, op in OPS.items()
 }

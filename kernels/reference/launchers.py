@@ -210,6 +210,53 @@ def linear_mse_fit_rounds(
     return True
 
 
+def linear_mse_models_forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    bounds: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    x, w, y, b, s = _arrays(input, weight, target, bias, sample_weight)
+    B, K, D = w.shape
+    acc = acc_dtype(input, weight, target, bias, sample_weight)
+    likes = (weight.new_empty(B, dtype=dtype), torch.empty_like(target, dtype=dtype))
+    outputs = [*likes, weight.new_empty((B, K, D), dtype=acc), weight.new_empty((B, K), dtype=acc)]
+    loss, error, grad_weight, grad_bias = (np.zeros(tuple(output.shape)) for output in outputs)
+    for model in range(B):
+        at: Any = model if bounds is None else slice(*bounds[model].tolist())
+        rows = x if x.ndim == 2 and bounds is None else x[at]
+        operands = rows, w[model], y[at], np.zeros(K) if b is None else b[model], None if s is None else s[at]
+        count = y[at].size if reduction == "mean" else 1
+        with np.errstate(all="ignore"):
+            loss[model] = linear_mse.forward(*operands, reduction="sum") / count
+        _, grad_w, grad_y, grad_b, _ = linear_mse.backward(1.0, *operands, reduction="sum")
+        assert grad_b is not None
+        error[at] = -grad_y / 2
+        grad_weight[model], grad_bias[model] = grad_w / max(1, count), grad_b / max(1, count)
+    values = zip((loss, error, grad_weight, grad_bias), outputs, [True, *output_mask], strict=True)
+    return [_tensor(value, like) for value, like, need in values if need]
+
+
+def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    left, right = _arrays(rows, models)
+    result = np.zeros((len(left), right.shape[1]))
+    for (start, end), model in zip(bounds.tolist(), right, strict=True):
+        result[start:end] = matmul.forward(left[start:end], model.T)
+    return _tensor(result, rows, dtype)
+
+
+def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    a, b = _arrays(left, right)
+    products = [matmul.forward(a[start:end].T, b[start:end]) for start, end in bounds.tolist()]
+    shape = (len(bounds), a.shape[1], b.shape[1])
+    return _tensor(np.array(products, dtype=np.float64).reshape(shape), left, dtype)
+
+
 def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
     scale = 1.0 if grad_scale is None else float(grad_scale)
     with np.errstate(all="ignore"):

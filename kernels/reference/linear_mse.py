@@ -6,12 +6,14 @@
 Shapes: input ``(*, D)``; weight ``(K, D)``, bias ``(K,)``, target ``(*, K)``, or, for a single output,
 weight ``(D,)``, bias of one element, target ``(*)``. sample_weight has target's shape, or ``(*)``: then it
 weighs all outputs of a sample alike, and the mean divides by its sum over all elements of target.
+
+A weight ``(B, K, D)`` is a batch of models: linear_mse_models.py.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import matmul, mse
+from . import linear_mse_models, matmul, mse
 from .precision import Array
 
 
@@ -23,6 +25,7 @@ def forward(
     bias: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     reduction: str = "mean",
+    offsets: ArrayLike | None = None,
 ) -> Array:
     """The (weighted) squared error of ``input @ weight^T + bias`` against ``target``.
 
@@ -35,6 +38,8 @@ def forward(
         >>> forward([[2, 1]], [2, 2], [5])
         array(1.)
     """
+    if np.ndim(weight) == 3:
+        return linear_mse_models.forward(input, weight, target, bias, sample_weight, reduction, offsets)
     prediction = matmul.forward(input, np.transpose(weight), bias)
     return mse.forward(prediction, target, _per_element(sample_weight, weight, prediction), reduction)
 
@@ -48,6 +53,7 @@ def backward(
     bias: ArrayLike | None = None,
     sample_weight: ArrayLike | None = None,
     reduction: str = "mean",
+    offsets: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
     """The gradients of ``sum(grad_output * forward(...))``, by the chain rule through the prediction.
 
@@ -64,6 +70,10 @@ def backward(
     Returns:
         ``(grad_input, grad_weight, grad_target, grad_bias, grad_sample_weight)``, None for what is absent.
     """
+    if np.ndim(weight) == 3:
+        return linear_mse_models.backward(
+            grad_output, input, weight, target, bias, sample_weight, reduction, offsets
+        )
     columns = np.transpose(weight)
     prediction = matmul.forward(input, columns, bias)
     per_element = _per_element(sample_weight, weight, prediction)

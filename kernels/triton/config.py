@@ -552,6 +552,53 @@ def linear_mse_grad_input(K: int, D: int) -> tuple[int, int] | None:
     return GRAD_INPUT_BLOCK // cols, cols
 
 
+# ---- a batch of linear models ----
+
+# In order of preference.
+LINEAR_MSE_MODELS_PLANS = {
+    "chunks": "X is read once, a piece of a model's rows at a time, as by the plan of this name for one model",
+    "tiles": "X is read twice: products that end in the errors, then E^T X as further products",
+}
+
+# Programs into which the rows of all models are cut, if there are enough: eight for each SM.
+MODELS_PROGRAMS = 8 * SMS
+# The tile (models, partial sums, columns) in which a program adds partial sums.
+MODELS_SUM_BLOCK = (8, 16, 16)
+# Elements of a tile of rows up to which one warp holds it: small models have few rows, and many programs hide latency.
+MODELS_ONE_WARP = 2048
+
+
+@functools.cache
+def models_chunks(
+    K: int, D: int, itemsize: int, acc: torch.dtype, rows: int, target: Target
+) -> LinearMseChunks | str:
+    """The ``chunks`` config for models of ``rows`` rows, K outputs and D inputs, or why there is none."""
+    chosen = linear_mse_chunks(K, D, itemsize, acc, target)
+    if isinstance(chosen, str):
+        return chosen
+    ROWS = min(chosen.ROWS, triton.next_power_of_2(max(rows, 4)))
+    compiled = dict(chosen.compiled)
+    if compiled["num_warps"] == 4 and ROWS * K * chosen.CHUNK * chosen.CHUNKS <= MODELS_ONE_WARP:
+        compiled["num_warps"] = 1
+    return chosen._replace(ROWS=ROWS, compiled=compiled)
+
+
+def models_span(rows: int, step: int, K: int, itemsize: int, acc: torch.dtype) -> int:
+    """The most rows of a piece: from the shape alone, so that every GPU adds in the same order.
+
+    MODELS_PROGRAMS pieces, unless the partial sums (written and read) and the weights of so many were more than
+    1 / PARTIALS_PART of the rows; a multiple of the ``step`` rows that are read at once.
+    """
+    least = PARTIALS_PART * K * (2 * acc.itemsize + itemsize) // itemsize
+    return triton.cdiv(max(least, triton.cdiv(rows, MODELS_PROGRAMS)), step) * step
+
+
+def models_tile(operand: torch.dtype, M: int, N: int, K: int, loads: bool, target: Target) -> MatmulConfig:
+    """The tile of one of many (M, K) by (K, N) products; ``loads`` as of linear_mse_product."""
+    tile = matmul(operand, M, N, K, target)
+    return tile._replace(BLOCK_N=min(tile.BLOCK_N, 64)) if loads or operand == torch.float32 else tile
+
+
 # ---- squared error ----
 
 # Elements of one tile of the squared error: 16 float32 a thread with four warps of 32 threads.

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..checks import acc_dtype
-from . import config, linear_mse, linear_mse_fit, matmul, mse
+from . import config, linear_mse, linear_mse_fit, linear_mse_models, matmul, mse
 from . import launch as launch_module
 from .compile_only import CHIPS, null_driver, update_of, usage
 from .dims import coalesce_dims
@@ -24,6 +24,7 @@ from .dims import coalesce_dims
 AXES = {
     "matmul": "[B x] M x K x N",
     "mse": "any sizes",
+    "linear_mse_models": "B x N x D x K",
     "linear_mse": "N x D x K",
     "linear_mse_fit": "N x D x K",
     "sgd": "sizes of one parameter",
@@ -115,6 +116,12 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         chosen = linear_mse.plan(x, w, acc_dtype(x, w))
         found = {} if chosen.config is None else chosen.config._asdict()
         return _explanation(what, chosen.name, config.LINEAR_MSE_PLANS, chosen.refused, found)
+    if op == "linear_mse_models":
+        x, w, _ = _operands(op, sizes, dtype)
+        one = linear_mse_models.plan(x, w, None, acc_dtype(x, w))
+        refused, found = ({"chunks": one}, {}) if isinstance(one, str) else ({}, one._asdict())
+        name = "tiles" if refused else "chunks"
+        return _explanation(what, name, config.LINEAR_MSE_MODELS_PLANS, refused, found)
     if op == "mse":
         x, y = _operands(op, sizes, dtype)
         tile = mse.plan(coalesce_dims(0, x, y), config.MSE_BLOCK, batched=False)
@@ -163,7 +170,9 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
 
 
 def _check(op: str, sizes: Sequence[int]) -> None:
-    counts = {"matmul": (3, 4), "linear_mse": (3,), "linear_mse_fit": (3,)}.get(op, (len(sizes),))
+    counts = {"matmul": (3, 4), "linear_mse_models": (4,), "linear_mse": (3,), "linear_mse_fit": (3,)}.get(
+        op, (len(sizes),)
+    )
     if len(sizes) not in counts or 0 in sizes:
         raise ValueError(f"explain: {op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
 
@@ -176,9 +185,9 @@ def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tenso
     if op == "matmul":
         *batch, M, K, N = sizes
         shapes = [(*batch, M, K), (*batch, K, N)]
-    elif op in ("linear_mse", "linear_mse_fit"):
-        N, D, K = sizes
-        shapes = [(N, D), (K, D), (N, K)]
+    elif op in ("linear_mse_models", "linear_mse", "linear_mse_fit"):
+        *batch, N, D, K = sizes
+        shapes = [(*batch, N, D), (*batch, K, D), (*batch, N, K)]
     else:
         shapes = [sizes, sizes]
     return [_meta(*shape, dtype=dtype) for shape in shapes]
@@ -197,6 +206,16 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
             ("forward", lambda: mse.mse_forward(x, y, None, "mean", 0, dtype)),
             ("loss and gradient", lambda: mse.mse_forward_backward(x, y, None, "mean", needs, dtype)),
             ("backward", lambda: mse.mse_backward(g, x, y, None, "mean", 0, needs)),
+        ]
+    if op == "linear_mse_models":
+        x, w, y = _operands(op, sizes, dtype)
+        bias, needs = _meta(*w.shape[:2], dtype=dtype), [False, True, True]
+        forward = linear_mse_models.linear_mse_models_forward
+        return [
+            (
+                "losses, gradients of weights and biases",
+                lambda: forward(x, w, y, bias, None, None, "mean", needs, dtype),
+            )
         ]
     if op == "linear_mse":
         x, w, y = _operands(op, sizes, dtype)

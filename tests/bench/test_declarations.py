@@ -45,6 +45,7 @@ def test_one_list_of_shapes_serves_every_run() -> None:
 TINY = {
     "matmul": [(1, 3, 65, 1), (4, 2, 3, 5)],
     "mse": [(1,), (1000,)],
+    "linear_mse_models": [(3, 7, 3, 1), (2, 5, 4, 3)],
     "linear_mse": [(63, 3, 1), (10, 4, 3)],
     "linear_mse_fit": [(7, 3, 1), (5, 4, 2)],
     "sgd": [(3, 65)],

@@ -47,7 +47,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 def shape_classes() -> list[Case]:
     """The classes of shapes that the kernel check has: one element, odd sizes, a long row, several blocks."""
     return [
-        Case(next(iter(op.public)), op.problem(sizes)) for op in FUNCTIONS.values() for sizes in op.samples
+        Case(op.function().__name__, op.problem(sizes)) for op in FUNCTIONS.values() for sizes in op.samples
     ]
 
 
@@ -61,6 +61,10 @@ WARMUPS: dict[str, tuple[list[tuple[int, ...]], Callable[..., Any]]] = {
     "linear_mse": (
         [(300, 24), (1, 24), (300, 1), (1,)],
         lambda x, w, y, b: gradkernels.linear_mse_loss(x.detach(), w, y.detach(), b).backward(),
+    ),
+    "linear_mse_models": (
+        [(3, 300, 24), (3, 1, 24), (3, 300, 1), (3, 1)],
+        lambda x, w, y, b: gradkernels.linear_mse_loss(x.detach(), w, y.detach(), b).sum().backward(),
     ),
     "sgd": ([(5, 3), (7,)], lambda *t: gradkernels.FusedSGD(t, momentum=0.5).step()),
     "adam": ([(5, 3), (7,)], lambda *t: gradkernels.FusedAdamW(t).step()),

@@ -66,6 +66,16 @@ PLANS = [
     ("linear_mse_fit", (100, 8, 1), FP32, H100, "one launch", None, None),
     ("linear_mse_fit", (100, 65, 9), FP32, H100, "loop", "one launch", "2048 weights, padded"),
     ("linear_mse_fit", (100000, 8, 1), FP32, H100, "loop", "one launch", "a round reads 3600000 bytes"),
+    ("linear_mse_models", (1000, 100, 8, 1), FP32, H100, "chunks", None, None),
+    (
+        "linear_mse_models",
+        (10, 1000, 64, 32),
+        BF16,
+        H100,
+        "tiles",
+        "chunks",
+        "more than CHUNKS_MAX_OUTPUTS = 8 outputs",
+    ),
     ("mse", (1000, 1000), FP32, H100, "flat", None, None),
     ("adam", (1000, 1000), FP32, H100, "chunks", None, None),
     ("sgd", (1000, 1000), BF16, MI300, "chunks", None, None),
@@ -84,6 +94,7 @@ def test_each_plan_has_its_shape_and_reasons(explained, op, sizes, dtype, target
         "matmul": config.MATMUL_PLANS,
         "linear_mse": config.LINEAR_MSE_PLANS,
         "linear_mse_fit": config.LINEAR_MSE_FIT_PLANS,
+        "linear_mse_models": config.LINEAR_MSE_MODELS_PLANS,
         "mse": config.MSE_PLANS,
     }
     assert {name, *found.refused, *found.rest} == set(plans.get(op, config.STEP_PLANS))

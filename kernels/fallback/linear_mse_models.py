@@ -1,0 +1,169 @@
+"""A batch of linear models and their squared errors in plain torch.
+
+Products of batches of matrices. Ragged rows are cut into tiles of equally many rows, so that they are a batch too;
+no tile has rows of two models, and the unused rows of a tile are 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import acc_dtype
+from .matmul import matmul_forward
+
+
+class Tiles(NamedTuple):
+    """How the rows of B models are cut.
+
+    Attributes:
+        model: of each tile.
+        row: of each place in a tile ``(tiles, T)``; -1 where there is none.
+        place: of each row among the tiles' places; -1 for a row of no model.
+        offsets: ``(B + 1,)``: model b has the tiles offsets[b], ..., offsets[b + 1] - 1.
+    """
+
+    model: Tensor
+    row: Tensor
+    place: Tensor
+    offsets: Tensor
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """``(R, K)`` as ``(tiles, T, K)``."""
+        values = rows.index_select(0, self.row.clamp(min=0).flatten()).unflatten(0, self.row.shape)
+        return values.masked_fill_((self.row < 0).unsqueeze(-1), 0)
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """``(tiles, T, K)`` as ``(R, K)``, with 0 in rows of no model."""
+        values = tiles.flatten(0, 1).index_select(0, self.place.clamp(min=0))
+        return values.masked_fill_((self.place < 0).unsqueeze(-1), 0)
+
+    def sums(self, tiles: Tensor) -> Tensor:
+        """``(tiles, ...)`` summed over the tiles of each model, in order."""
+        if tiles.device.type != "mps":
+            return torch.segment_reduce(tiles, "sum", offsets=self.offsets, unsafe=True, initial=0)
+        result = tiles.new_zeros((len(self.offsets) - 1, *tiles.shape[1:]))
+        return result.index_add_(0, self.model, tiles)
+
+
+def tiles_of(bounds: Tensor, rows: int) -> Tiles:
+    """Tiles of half as many rows as a model has on average: then at most a third of all places is unused."""
+    models = len(bounds)
+    T = max(1, -(-rows // max(1, 2 * models)))
+    bounds = bounds.to(torch.int64).clamp(0, rows)
+    start, end = bounds.unbind(1)
+    ends = ((end - start).clamp(min=0) + T - 1).div(T, rounding_mode="floor").cumsum(0)
+    offsets = torch.nn.functional.pad(ends, (1, 0))
+    # On a device the number of tiles is not waited for: no more can be there.
+    count = max(1, int(offsets[-1])) if bounds.is_cpu else rows // T + models
+    tile = torch.arange(count, device=bounds.device)
+    model = torch.searchsorted(ends, tile, right=True).clamp_(max=models - 1)
+    first = start[model] + (tile - offsets[model]) * T
+    row = first[:, None] + torch.arange(T, device=bounds.device)
+    row.masked_fill_(row >= end[model][:, None], -1)
+    each = torch.arange(rows, device=bounds.device)
+    # The last model that starts here or before, as an empty one may start where the next does.
+    last = torch.searchsorted(start.contiguous(), each, right=True) - 1
+    owner = last.clamp(min=0)
+    place = offsets[owner] * T + each - start[owner]
+    place.clamp_(max=count * T - 1)  # where offsets decrease
+    place.masked_fill_((last < 0) | (each >= end[owner]), -1)
+    return Tiles(model, row, place, offsets)
+
+
+def linear_mse_models_forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    bounds: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
+    acc = acc_dtype(input, weight, target, bias, sample_weight)
+    B, K, _ = weight.shape
+    tiles = None
+    if bounds is None:
+        count: Tensor | int = target.shape[1] * K
+    else:
+        rows = len(input)
+        start, end = bounds.clamp(0, rows).unbind(1)
+        count = (end - start).clamp_(min=0) * K
+        if rows == 0 or B == 0:
+            return _of_no_rows(input, weight, target, count, reduction, output_mask, dtype, acc)
+        tiles = tiles_of(bounds, rows)
+        input, target = tiles.cut(input), tiles.cut(target)
+        sample_weight = None if sample_weight is None else tiles.cut(sample_weight)
+        weight = weight[tiles.model]
+        bias = None if bias is None else bias[tiles.model]
+    wide = torch.promote_types(input.dtype, dtype)
+    # All models at once, where they share the rows.
+    residual = matmul_forward(weight, input.mT, None, [], wide).mT
+    if bias is not None:
+        residual = residual.add_(bias.unsqueeze(1))
+    residual = residual.to(acc).sub_(target)
+    if tiles is not None and bias is not None:
+        residual.masked_fill_((tiles.row < 0).unsqueeze(-1), 0)
+    error = residual if sample_weight is None else residual * sample_weight
+    loss = (error * residual).sum((1, 2))
+    operand = acc if input.dtype == torch.float16 else input.dtype
+    grad_weight = error.to(operand).mT @ input.to(operand) if output_mask[1] else None
+    grad_bias = error.sum(1) if output_mask[2] else None
+    if tiles is not None:
+        loss = tiles.sums(loss)
+        grad_weight = None if grad_weight is None else tiles.sums(grad_weight.to(acc))
+        grad_bias = None if grad_bias is None else tiles.sums(grad_bias)
+        error = tiles.join(error) if output_mask[0] else error
+    factor: Tensor | float = 2.0
+    if reduction == "mean":
+        loss = loss / count
+        factor = 2.0 / max(1, count) if isinstance(count, int) else (2 / count.clamp(min=1).to(acc))[:, None]
+    results = [loss.to(dtype)]
+    if output_mask[0]:
+        results.append(error.to(dtype).contiguous())
+    if grad_weight is not None:
+        scale = factor if isinstance(factor, float) else factor[:, None]
+        results.append(grad_weight.to(acc).mul_(scale))
+    if grad_bias is not None:
+        results.append(grad_bias.mul_(factor))
+    return results
+
+
+def _of_no_rows(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    count: Tensor,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+    acc: torch.dtype,
+) -> list[Tensor]:
+    loss = torch.zeros(len(weight), dtype=dtype, device=input.device)
+    zeros = (
+        torch.zeros(target.shape, dtype=dtype, device=input.device),
+        torch.zeros(weight.shape, dtype=acc, device=input.device),
+        torch.zeros(weight.shape[:2], dtype=acc, device=input.device),
+    )
+    loss = loss / count if reduction == "mean" else loss
+    return [loss.to(dtype), *(zero for zero, wanted in zip(zeros, output_mask, strict=True) if wanted)]
+
+
+def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each row times its own model; see kernels/triton/linear_mse_models.py."""
+    if len(rows) == 0 or len(bounds) == 0:
+        return rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
+    tiles = tiles_of(bounds, len(rows))
+    return tiles.join(matmul_forward(tiles.cut(rows), models[tiles.model].mT, None, [], dtype))
+
+
+def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sums of products over each model's rows; see kernels/triton/linear_mse_models.py."""
+    acc = acc_dtype(left, right)
+    if len(left) == 0 or len(bounds) == 0:
+        return left.new_zeros((len(bounds), left.shape[1], right.shape[1]), dtype=dtype)
+    tiles = tiles_of(bounds, len(left))
+    return tiles.sums(matmul_forward(tiles.cut(left).mT, tiles.cut(right), None, [], acc)).to(dtype)

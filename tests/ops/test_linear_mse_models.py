@@ -1,0 +1,597 @@
+"""linear_mse_loss and linear_mse_loss_and_grad of a batch of models: layouts, sizes, offsets, weights, errors."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gradkernels import linear_mse_loss, linear_mse_loss_and_grad, use_backend
+from gradkernels.ops import torch_linear_mse_loss
+from gradkernels.reference import linear_mse as reference
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+
+from ..cases import REDUCTIONS, label, on_both_backends
+from ..conftest import DEVICES
+from ..helpers import DTYPES, assert_matches, exactly, to_numpy
+
+B, N, D, K = 3, 5, 4, 2
+WANTED = ("input", "weight", "target", "bias")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of the arguments; ``cuts`` are offsets."""
+
+    input: Shape
+    target: Shape
+    samples: tuple[Shape, ...]
+    weight: Shape = (B, K, D)
+    cuts: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        kind = "ragged" if self.cuts else "shared" if len(self.input) == 2 else "own"
+        return f"{kind} {self.input} {self.weight} {self.target}".replace(" ", "")
+
+    def draw(
+        self, dtype: torch.dtype, device: Any, bias: bool = True, samples: Shape | None = None
+    ) -> dict[str, Tensor | None]:
+        def randn(shape: Shape) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+        return {
+            "input": randn(self.input),
+            "weight": randn(self.weight),
+            "target": randn(self.target),
+            "bias": randn(self.weight[:-1]) if bias else None,
+            "sample_weight": None if samples is None else randn(samples).abs() + 0.5,
+        }
+
+    def offsets(self, device: Any, dtype: torch.dtype = torch.int64) -> Tensor | None:
+        return None if self.cuts is None else torch.tensor(self.cuts, dtype=dtype, device=device)
+
+
+EACH = ((B, N), (B, N, K), (N,), (N, K))
+LAYOUTS = [
+    Layout((B, N, D), (B, N, K), EACH),
+    Layout((B, N, D), (N, K), EACH),
+    Layout((N, D), (B, N, K), EACH),
+    Layout((N, D), (N, K), EACH),
+    Layout((B, N, D), (B, N, 1), ((B, N), (N, 1)), weight=(B, 1, D)),
+    Layout((9, D), (9, K), ((9,), (9, K)), cuts=(0, 4, 4, 9)),
+    Layout((12, D), (12, 1), ((12,), (12, 1)), weight=(B, 1, D), cuts=(2, 4, 9, 11)),
+]
+LARGER = [
+    Layout((4, 150, 9), (4, 150, 1), ((4, 150),), weight=(4, 1, 9)),
+    Layout((2, 70, 20), (2, 70, 17), ((2, 70),), weight=(2, 17, 20)),
+    Layout((70, 9), (20, 70, 1), ((20, 70),), weight=(20, 1, 9)),
+    Layout((33, 20), (2, 33, 17), ((33, 17),), weight=(2, 17, 20)),
+    Layout((400, 9), (400, 1), ((400,),), weight=(4, 1, 9), cuts=(3, 130, 130, 131, 398)),
+    Layout((90, 20), (90, 17), ((90,),), weight=(3, 17, 20), cuts=(0, 70, 72, 90)),
+]
+
+
+def theirs(layout: Layout, given: dict[str, Tensor | None], reduction: str) -> Tensor:
+    """Plain torch; ragged rows by a loop over the models."""
+    if layout.cuts is None:
+        return torch_linear_mse_loss(**given, reduction=reduction)
+    losses = []
+    for b, (start, end) in enumerate(zip(layout.cuts, layout.cuts[1:], strict=False)):
+        part = {
+            name: None if tensor is None else tensor[b] if name in ("weight", "bias") else tensor[start:end]
+            for name, tensor in given.items()
+        }
+        if start == end and reduction == "mean":
+            losses.append(given["weight"].new_full((), torch.nan))
+        else:
+            losses.append(torch_linear_mse_loss(**part, reduction=reduction))
+    if reduction != "none":
+        return torch.stack(losses)
+    first, last = (
+        given["target"].new_zeros((n, layout.weight[1]))
+        for n in (layout.cuts[0], layout.target[0] - layout.cuts[-1])
+    )
+    return torch.cat([first, *losses, last])
+
+
+def compare(layout: Layout, given: dict[str, Tensor | None], reduction: str, offsets: Tensor | None) -> None:
+    """Loss and gradients of both functions against plain torch and the reference."""
+    leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
+    copies = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
+    loss = linear_mse_loss(**leaves, offsets=offsets, reduction=reduction)
+    other = theirs(layout, copies, reduction)
+    arrays = {name: exactly(tensor) for name, tensor in given.items()}
+    cuts = None if offsets is None else to_numpy(offsets).astype(int)
+    assert_matches(
+        loss.detach(), other.detach(), reference.forward(**arrays, reduction=reduction, offsets=cuts), "loss"
+    )
+    names = [name for name, tensor in leaves.items() if tensor is not None]
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).to(loss).view(loss.shape)
+    ours = torch.autograd.grad(loss, [leaves[name] for name in names], upstream)
+    torchs = torch.autograd.grad(other, [copies[name] for name in names], upstream)
+    order = (*WANTED, "sample_weight")
+    exact = dict(
+        zip(
+            order,
+            reference.backward(exactly(upstream), **arrays, reduction=reduction, offsets=cuts),
+            strict=True,
+        )
+    )
+    for name, mine, their in zip(names, ours, torchs, strict=True):
+        assert mine.dtype == leaves[name].dtype
+        assert_matches(mine, their, exact[name], f"grad_{name}")
+    if reduction == "none":
+        return
+    loss, grads = linear_mse_loss_and_grad(**given, offsets=offsets, reduction=reduction, wrt=WANTED)
+    assert_matches(
+        loss, other.detach(), reference.forward(**arrays, reduction=reduction, offsets=cuts), "loss at once"
+    )
+    torchs = torch.autograd.grad(
+        theirs(layout, copies, reduction).sum(),
+        [copies[name] for name in names],
+        torch.ones_like(loss[0] if loss.numel() else loss.sum()),
+    )
+    exact = dict(
+        zip(
+            order,
+            reference.backward(np.ones(len(loss)), **arrays, reduction=reduction, offsets=cuts),
+            strict=True,
+        )
+    )
+    for name, mine, their in zip(
+        [n for n in names if n in WANTED], [g for g in grads if g is not None], torchs, strict=False
+    ):
+        assert_matches(mine, their, exact[name], f"grad_{name} at once")
+    assert (grads[3] is None) == (given["bias"] is None)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layouts(backend: str, device: torch.device, layout: Layout, reduction: str) -> None:
+    shapes = [None, *layout.samples]
+    for samples in shapes if backend == "fallback" else shapes[:: len(shapes) - 1]:
+        given = layout.draw(torch.float32, device, bias=samples is None, samples=samples)
+        compare(layout, given, reduction, layout.offsets(device))
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout", "dtype"),
+    on_both_backends(product(LARGER, DTYPES), triton=lambda layout, dtype: [layout, dtype]),
+    ids=lambda value: label(value) or str(value),
+    indirect=["backend"],
+)
+def test_sizes_and_dtypes(backend: str, device: torch.device, layout: Layout, dtype: torch.dtype) -> None:
+    cut = layout.offsets(device, torch.int32)
+    samples = None if dtype == torch.float32 else layout.samples[0]
+    compare(layout, layout.draw(dtype, device, samples=samples), "mean", cut)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_reference_backend(layout: Layout) -> None:
+    with use_backend("reference"):
+        for samples in (None, layout.samples[0]):
+            given = layout.draw(torch.float64, "cpu", samples=samples)
+            compare(layout, given, "mean", layout.offsets("cpu"))
+
+
+def test_a_weight_per_row_before_one_per_output() -> None:
+    """(B, N) wherever that fits, so where N = K and B = N too."""
+    x, w, y, s = torch.randn(2, 2, 3), torch.randn(2, 2, 3), torch.randn(2, 2, 2), torch.rand(2, 2)
+    per_row = linear_mse_loss(x, w, y, sample_weight=s.unsqueeze(-1).expand(2, 2, 2).contiguous())
+    assert torch.equal(linear_mse_loss(x, w, y, sample_weight=s), per_row)
+
+
+def leaves_of(layout: Layout, reduction: str, samples: Shape | None) -> tuple[Any, list[Tensor]]:
+    """The loss as a function of the tensors that are there; a model without rows has a constant mean, nan."""
+    given = layout.draw(torch.float64, "cpu", samples=samples)
+    names = [name for name, tensor in given.items() if tensor is not None]
+    offsets = layout.offsets("cpu")
+
+    def function(*tensors: Tensor) -> Tensor:
+        loss = linear_mse_loss(**dict(zip(names, tensors, strict=True)), offsets=offsets, reduction=reduction)
+        return loss.nan_to_num(0.0) if layout.cuts is not None else loss
+
+    return function, [given[name].requires_grad_() for name in names]
+
+
+SMALL = [
+    (Layout((2, 3, 2), (2, 3, 2), (), weight=(2, 2, 2)), (2, 3)),
+    (Layout((3, 2), (2, 3, 2), (), weight=(2, 2, 2)), (3, 2)),
+    (Layout((3, 2), (3, 2), (), weight=(2, 2, 2)), None),
+    (Layout((5, 2), (5, 1), (), weight=(3, 1, 2), cuts=(1, 3, 3, 4)), (5,)),
+    (Layout((3, 2), (3, 2), (), weight=(2, 2, 2), cuts=(0, 2, 3)), None),
+]
+
+
+@pytest.mark.parametrize(
+    "reduction", ["mean", *(pytest.param(name, marks=pytest.mark.full) for name in ("sum", "none"))]
+)
+@pytest.mark.parametrize(("layout", "samples"), SMALL, ids=str)
+def test_derivatives(layout: Layout, samples: Shape | None, reduction: str) -> None:
+    function, leaves = leaves_of(layout, reduction, samples)
+    assert gradcheck(function, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, leaves, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize(("layout", "samples"), SMALL[:4], ids=str)
+def test_second_derivatives_are_the_same_on_each_backend(layout: Layout, samples: Shape | None) -> None:
+    pytest.importorskip("triton")
+    function, leaves = leaves_of(layout, "mean", samples)
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+
+    def second() -> list[Tensor]:
+        first = torch.autograd.grad(function(*leaves).square().sum(), leaves, create_graph=True)
+        value = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        tangent = jvp(function, tuple(leaves), tuple(directions))[1]
+        return [*torch.autograd.grad(value, leaves), tangent]
+
+    with use_backend("fallback"):
+        expected = second()
+    with use_backend("triton"):
+        device = DEVICES["triton"]
+        if device != "cpu":
+            pytest.skip("runs under the interpreter")
+        found = second()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout", "samples"),
+    on_both_backends(SMALL[:4], triton=lambda layout, samples: [len(layout.input)]),
+    ids=str,
+    indirect=["backend"],
+)
+def test_vmap(backend: str, layout: Layout, samples: Shape | None) -> None:
+    """Over all arguments, and over each alone: values and gradients."""
+    if DEVICES[backend] != "cpu":
+        pytest.skip("runs under the interpreter")
+    function, leaves = leaves_of(layout, "mean", samples)
+    tensors = [leaf.detach() for leaf in leaves]
+    all_dims = [
+        (0,) * len(tensors),
+        *(tuple(0 if i == j else None for i in range(len(tensors))) for j in range(len(tensors))),
+    ]
+    argnums = tuple(range(len(tensors)))
+    scalar = grad(lambda *args: function(*args).square().sum(), argnums)
+    for dims in all_dims if backend == "fallback" else all_dims[:2]:
+        mapped = [
+            t if dim is None else torch.stack([t, t.cos()]) for t, dim in zip(tensors, dims, strict=True)
+        ]
+        each = [[t if dim is None else t[i] for t, dim in zip(mapped, dims, strict=True)] for i in range(2)]
+        torch.testing.assert_close(vmap(function, dims)(*mapped), torch.stack([function(*e) for e in each]))
+        wanted = [torch.stack(parts) for parts in zip(*(scalar(*e) for e in each), strict=True)]
+        torch.testing.assert_close(list(vmap(scalar, dims)(*mapped)), wanted)
+
+
+def test_vmap_over_offsets(backend: str, device: torch.device) -> None:
+    layout = LAYOUTS[5]
+    given = layout.draw(torch.float32, device)
+    cuts = torch.tensor([[0, 4, 4, 9], [1, 1, 8, 8]], device=device)
+
+    def loss(offsets: Tensor) -> Tensor:
+        return linear_mse_loss(**given, offsets=offsets, reduction="sum")
+
+    torch.testing.assert_close(vmap(loss)(cuts), torch.stack([loss(cut) for cut in cuts]))
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="must not decrease, nor leave"):
+            vmap(loss)(cuts + 1)
+
+
+def test_vmap_of_one_model_is_a_batch_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradkernels.fallback import linear_mse_models as launchers
+
+    calls = []
+    launcher = launchers.linear_mse_models_forward
+    monkeypatch.setattr(
+        launchers, "linear_mse_models_forward", lambda *args: calls.append(args[1].shape) or launcher(*args)
+    )
+    x, w, y = torch.randn(6, 5, 3), torch.randn(6, 1, 3), torch.randn(6, 5, 1)
+    vmap(grad(linear_mse_loss, 1))(x, w, y)
+    vmap(grad(linear_mse_loss, 1), (None, 0, None))(x[0], w, y[0])
+    assert calls == [w.shape, w.shape]
+
+
+@pytest.mark.parametrize("layout", LARGER[::2], ids=str)
+def test_a_non_finite_row_touches_no_other_model(backend: str, device: torch.device, layout: Layout) -> None:
+    cut = layout.offsets(device)
+    clean = layout.draw(torch.float32, device)
+    for name, value in (
+        ("input", torch.nan),
+        ("target", torch.inf),
+        ("weight", torch.nan),
+        ("bias", torch.inf),
+    ):
+        if name == "input" and layout.cuts is None and len(layout.input) == 2:
+            continue
+        given = {key: None if t is None else t.clone() for key, t in clean.items()}
+        model = 3 if layout.cuts else 2
+        given[name][390 if layout.cuts and name in ("input", "target") else model] = value
+        before = linear_mse_loss_and_grad(**clean, offsets=cut)
+        after = linear_mse_loss_and_grad(**given, offsets=cut)
+        keep = [b for b in range(layout.weight[0]) if b != model]
+        pairs = ((before[0], after[0]), (before[1][1], after[1][1]), (before[1][3], after[1][3]))
+        for old, new in pairs:
+            torch.testing.assert_close(old[keep], new[keep], equal_nan=True, rtol=0, atol=0)
+            assert not new[model].isfinite().all()
+
+
+def test_models_without_rows(backend: str, device: torch.device) -> None:
+    layout = Layout((6, D), (6, K), (), cuts=(1, 1, 4, 4))
+    for samples in (None, (6,)):
+        given = layout.draw(torch.float32, device, samples=samples)
+        for reduction, empty in (("mean", torch.nan), ("sum", 0.0)):
+            leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
+            loss = linear_mse_loss(**leaves, offsets=layout.offsets(device), reduction=reduction)
+            expected = torch.tensor([empty, 1, empty], device=device)
+            assert torch.equal(loss.detach().isnan(), expected.isnan())
+            loss.sum().backward()
+            for b in (0, 2):
+                assert not leaves["weight"].grad[b].any()
+                assert not leaves["bias"].grad[b].any()
+            for name in ("input", "target", *(["sample_weight"] if samples else [])):
+                assert not leaves[name].grad[[0, 4, 5]].any()
+                assert leaves[name].grad[1:4].any()
+            _, grads = linear_mse_loss_and_grad(
+                **given, offsets=layout.offsets(device), reduction=reduction, wrt=WANTED
+            )
+            for mine, name in zip(grads, WANTED, strict=True):
+                torch.testing.assert_close(mine, leaves[name].grad)
+
+
+def test_non_finite_rows_of_no_model(backend: str, device: torch.device) -> None:
+    x, w, y, s = (torch.randn(shape, device=device) for shape in ((6, 2), (2, 1, 2), (6, 1), (6,)))
+    for tensor in (x, y, s):
+        tensor[0] = tensor[5] = torch.nan
+    leaves = [tensor.requires_grad_() for tensor in (x, w, y, s)]
+    cut = torch.tensor([1, 3, 5], device=device)
+    for reduction in REDUCTIONS:
+        loss = linear_mse_loss(*leaves[:3], sample_weight=s, offsets=cut, reduction=reduction)
+        assert loss.isfinite().all()
+        for found in torch.autograd.grad(loss.sum(), leaves):
+            assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 1), (2, 0, 3, 1), (2, 3, 0, 1), (2, 3, 2, 0)], ids=str)
+def test_zero_sizes(backend: str, device: torch.device, shape: Shape) -> None:
+    b, n, d, k = shape
+    layouts = (
+        Layout((b, n, d), (b, n, k), (), weight=(b, k, d)),
+        Layout((n, d), (n, k), (), weight=(b, k, d)),
+        Layout((n, d), (n, k), (), weight=(b, k, d), cuts=(0,) * b + (n,)),
+    )
+    for layout in layouts:
+        for reduction in REDUCTIONS:
+            given = layout.draw(torch.float32, device)
+            leaves = {name: None if t is None else t.requires_grad_() for name, t in given.items()}
+            loss = linear_mse_loss(**leaves, offsets=layout.offsets(device), reduction=reduction)
+            assert loss.shape == (
+                (b,)
+                if reduction != "none"
+                else layout.target
+                if len(layout.target) == 3 or layout.cuts
+                else (b, n, k)
+            )
+            loss.nansum().backward()
+            for leaf in leaves.values():
+                assert leaf is None or leaf.grad.isfinite().all()
+
+
+def test_gradients_of_what_models_share_are_summed(backend: str, device: torch.device) -> None:
+    x, w, y = (torch.randn(shape, device=device) for shape in ((N, D), (B, K, D), (N, K)))
+    _, (grad_input, _, grad_target, _) = linear_mse_loss_and_grad(x, w, y, wrt=WANTED)
+    each = [linear_mse_loss_and_grad(x, model, y, wrt=WANTED)[1] for model in w]
+    torch.testing.assert_close(grad_input, sum(grads[0] for grads in each))
+    torch.testing.assert_close(grad_target, sum(grads[2] for grads in each))
+
+
+def test_strides(backend: str, device: torch.device) -> None:
+    layout = LARGER[0]
+    given = layout.draw(torch.float32, device)
+    views = {
+        "input": given["input"].permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "weight": given["weight"].repeat_interleave(2, 2)[..., ::2],
+        "target": given["target"].mT.contiguous().mT,
+        "bias": given["bias"].t().contiguous().t(),
+    }
+    for wrt in (("weight", "bias"), WANTED):
+        expected, found = (
+            linear_mse_loss_and_grad(**tensors, wrt=wrt)
+            for tensors in (given | {"sample_weight": None}, views)
+        )
+        torch.testing.assert_close(found[0], expected[0])
+        for mine, other in zip(found[1], expected[1], strict=True):
+            assert mine is None or torch.allclose(mine, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [linear_mse_loss, linear_mse_loss_and_grad])
+def test_errors(op: Any) -> None:
+    name = op.__name__
+    x, w, y = torch.randn(B, N, D), torch.randn(B, K, D), torch.randn(B, N, K)
+    rows, cut = (x.reshape(-1, D), y.reshape(-1, K)), torch.tensor([0, 4, 4, 15])
+    shown = {
+        r"input has shape \(2, 5, 4\), expected \(3, N, 4\) or \(N, 4\) .* \(3, 2, 4\)": (x[:2], w, y),
+        r"input has shape \(3, 5, 3\).* \(3, 2, 4\)": (x[..., :3], w, y),
+        r"input has shape \(4,\).* \(3, 2, 4\)": (x[0, 0], w, y),
+        r"target has shape \(3, 5, 1\), expected \(3, 5, 2\)": (x, w, y[..., :1]),
+        r"target has shape \(2, 5, 2\), expected \(3, 5, 2\)": (x, w, y[:2]),
+        r"bias has shape \(2,\), expected \(3, 2\)": (x, w, y, torch.randn(K)),
+    }
+    for message, arguments in shown.items():
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            op(*arguments)
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(3,\), expected \(3, 5, 2\)"):
+        op(x, w, y, sample_weight=torch.rand(3))
+    with pytest.raises(ValueError, match=r"offsets has shape \(3,\), expected \(4,\)"):
+        op(rows[0], w, rows[1], offsets=cut[:3])
+    with pytest.raises(ValueError, match=r"offsets need a weight of shape \(B, K, D\), got .* \(2, 4\)"):
+        op(rows[0], w[0], rows[1], offsets=cut)
+    with pytest.raises(ValueError, match=r"input has shape \(3, 5, 4\), expected \(R, 4\)"):
+        op(x, w, rows[1], offsets=cut)
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(5,\), expected \(15, 2\)"):
+        op(rows[0], w, rows[1], sample_weight=torch.rand(5), offsets=cut)
+    with pytest.raises(TypeError, match=r"offsets has dtype torch.float32; int32 and int64 are served"):
+        op(rows[0], w, rows[1], offsets=cut.float())
+    with pytest.raises(TypeError, match=r"offsets must be a torch.Tensor, got list"):
+        op(rows[0], w, rows[1], offsets=[0, 4, 4, 15])
+    with pytest.raises(RuntimeError, match="weight is on cpu but offsets is on meta"):
+        op(rows[0], w, rows[1], offsets=cut.to("meta"))
+    with pytest.raises(TypeError, match=r"input has dtype torch\.float32 but target has dtype torch.float64"):
+        op(x, w, y.double())
+    with pytest.raises(ValueError, match="'max' is not a valid value for reduction"):
+        op(x, w, y, reduction="max")
+
+
+@pytest.mark.parametrize("name", ["fallback", "triton", "reference"])
+@pytest.mark.parametrize("cut", [[0, 4, 3, 9], [-1, 4, 4, 9], [0, 4, 4, 10]], ids=str)
+def test_offsets_that_do_not_fit_are_an_error_on_the_cpu(name: str, cut: list[int]) -> None:
+    if name == "triton":
+        pytest.importorskip("triton")
+        if DEVICES["triton"] != "cpu":
+            pytest.skip("runs under the interpreter")
+    given = LAYOUTS[5].draw(torch.float32, "cpu")
+    with use_backend(name), pytest.raises(ValueError, match=r"offsets must not decrease, nor leave \[0, 9\]"):
+        linear_mse_loss(**given, offsets=torch.tensor(cut))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, where nobody waits for the values of offsets."""
+    monkeypatch.setattr("gradkernels.linear_mse_models.check_bounds", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "layout", [LAYOUTS[5], *(pytest.param(large, marks=pytest.mark.full) for large in LARGER[4:])], ids=str
+)
+@pytest.mark.parametrize("shift", [-3, 3, 2**31 - 2], ids=str)
+def test_kernels_clamp_offsets(unchecked: None, layout: Layout, shift: int) -> None:
+    """As many rows as there are; the memory checker watches."""
+    pytest.importorskip("triton")
+    given = layout.draw(torch.float32, DEVICES["triton"], samples=layout.samples[0])
+    rows = layout.input[0]
+    cut = torch.tensor(layout.cuts, dtype=torch.int64, device=DEVICES["triton"]) + shift
+    for backend in ("triton", "fallback") if DEVICES["triton"] == "cpu" else ("triton",):
+        with use_backend(backend):
+            for reduction in REDUCTIONS:
+                loss = linear_mse_loss(**given, offsets=cut, reduction=reduction)
+                expected = linear_mse_loss(**given, offsets=cut.clamp(0, rows), reduction=reduction)
+                torch.testing.assert_close(loss, expected, equal_nan=True)
+            bad, good = (
+                linear_mse_loss_and_grad(**given, offsets=o, wrt=WANTED)[1] for o in (cut, cut.clamp(0, rows))
+            )
+            torch.testing.assert_close(bad, good, equal_nan=True)
+            linear_mse_loss_and_grad(
+                **given, offsets=cut.flip(0), wrt=WANTED
+            )  # decreasing: any values, in bounds
+
+
+def test_inputs_are_not_written(backend: str, device: torch.device) -> None:
+    for layout in (LAYOUTS[0], LAYOUTS[5]):
+        given = layout.draw(torch.float32, device, samples=layout.samples[0])
+        cut = layout.offsets(device)
+        before = {name: tensor.clone() for name, tensor in given.items()}
+        leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
+        loss = linear_mse_loss(**leaves, offsets=cut)
+        first = torch.autograd.grad(loss.nansum(), list(leaves.values()), retain_graph=True)
+        second = torch.autograd.grad(loss.nansum(), list(leaves.values()))
+        assert all(map(torch.equal, first, second))
+        assert all(torch.equal(before[name], tensor) for name, tensor in leaves.items())
+
+
+def test_autocast(backend: str, device: torch.device) -> None:
+    for layout in (LARGER[0], LARGER[4]):
+        given = layout.draw(torch.float32, device)
+        leaves = {name: None if t is None else t.requires_grad_() for name, t in given.items()}
+        cut = layout.offsets(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = linear_mse_loss(**leaves, offsets=cut)
+            at_once = linear_mse_loss_and_grad(**given, offsets=cut)[0]
+        assert loss.dtype == at_once.dtype == torch.float32
+        low = {name: None if t is None else t.detach().bfloat16() for name, t in given.items()}
+        expected = linear_mse_loss(**low, offsets=cut)
+        torch.testing.assert_close(loss.detach(), expected.float(), rtol=2e-2, atol=2e-2, equal_nan=True)
+        torch.testing.assert_close(loss.detach(), at_once, equal_nan=True)
+        loss.nansum().backward()
+        assert leaves["weight"].grad.dtype == torch.float32
+
+
+def test_a_sum_beyond_float16_reaches_the_gradient_of_a_mean(backend: str, device: torch.device) -> None:
+    n = 4096
+    x, y = (
+        torch.full((*shape,), 6.0, dtype=torch.float16, device=device) for shape in ((2, n, 2), (2, n, 1))
+    )
+    w = torch.zeros(2, 1, 2, dtype=torch.float16, device=device)
+    _, (_, grad_weight, _, _) = linear_mse_loss_and_grad(x, w, y)
+    assert torch.equal(grad_weight, torch.full_like(w, -72.0))
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=str)
+def test_compiled(layout: Layout) -> None:
+    given = layout.draw(torch.float32, "cpu", samples=layout.samples[0])
+    names = list(given)
+    cut = layout.offsets("cpu")
+
+    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss = linear_mse_loss(**dict(zip(names, leaves, strict=True)), offsets=cut)
+        return loss.detach(), *torch.autograd.grad(loss.nansum(), leaves)
+
+    tensors = list(given.values())
+
+    def forward(*tensors: Tensor) -> Tensor:
+        return linear_mse_loss(**dict(zip(names, tensors, strict=True)), offsets=cut)
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    loss = compiled(*leaves)
+    found = loss.detach(), *torch.autograd.grad(loss.nansum(), leaves)
+    torch.testing.assert_close(found, step(*tensors), equal_nan=True)
+
+
+def test_opcheck() -> None:
+    from gradkernels.ops import FUNCTIONS
+
+    x, w, y, bounds = (
+        torch.randn(7, 3),
+        torch.randn(2, 2, 3),
+        torch.randn(7, 2),
+        torch.tensor([[0, 3], [3, 6]]),
+    )
+    models, product, outer = FUNCTIONS["linear_mse_models"].operators
+    for leaf in (x, w, y):
+        leaf.requires_grad_()
+    torch.library.opcheck(product.overload, (x, w, bounds, torch.float32))
+    torch.library.opcheck(outer.overload, (y, x, bounds, torch.float32))
+    arguments = (x, w, y, None, None, bounds, "mean", [True, True, True], torch.float32)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(models.overload, arguments, test_utils=tests)
+    own = (
+        torch.randn(2, 7, 3),
+        w,
+        torch.randn(2, 7, 2),
+        None,
+        None,
+        None,
+        "mean",
+        [True, True, True],
+        torch.float32,
+    )
+    torch.library.opcheck(models.overload, own, test_utils=tests)
+
+
+def test_weights_of_one_model_without_autograd(backend: str, device: torch.device) -> None:
+    """``linear_mse_loss_and_grad`` takes sample weights for a single model too."""
+    for weight, target, samples in (((2, 3), (5, 2), (5,)), ((2, 3), (5, 2), (5, 2)), ((3,), (5,), (5,))):
+        x, w, y = (torch.randn(shape, device=device).requires_grad_() for shape in ((5, 3), weight, target))
+        s = torch.rand(samples, device=device) + 0.5
+        for reduction in ("mean", "sum"):
+            loss = linear_mse_loss(x, w, y, sample_weight=s, reduction=reduction)
+            expected = torch.autograd.grad(loss, (x, w, y))
+            found, grads = linear_mse_loss_and_grad(
+                x, w, y, sample_weight=s, reduction=reduction, wrt=("input", "weight", "target")
+            )
+            torch.testing.assert_close(found, loss.detach())
+            torch.testing.assert_close(grads[:3], expected)
