@@ -70,6 +70,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
     """
 
     _operator = "adam"
+    _torch_class = _Adam
     _state_keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "master_param")
 
     def __init__(
@@ -89,20 +90,19 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         **shared: Unpack[SharedOptions],
     ) -> None:
+        rates = self._take_rates(shared, lr=lr, betas=betas, weight_decay=weight_decay)
         _Adam.__init__(
             self,
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+            eps=eps,
+            amsgrad=amsgrad,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
+            **rates,
         )
         self._set_options(**shared)
 
@@ -114,7 +114,10 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         if not state:
             if group["fused"]:
                 _device_dtype_check_for_fused(param)
-            state["step"] = local_part(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
+            if self.stacked:
+                state["step"] = param.new_zeros(len(param), dtype=torch.float32)
+            else:
+                state["step"] = local_part(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
             keys = (
                 ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
             )

@@ -55,6 +55,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
     """
 
     _operator = "sgd"
+    _torch_class = _SGD
     _state_keys = ("momentum_buffer", "step", "master_param")
 
     def __init__(
@@ -73,18 +74,17 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         capturable: bool = False,
         **shared: Unpack[SharedOptions],
     ) -> None:
+        rates = self._take_rates(shared, lr=lr, momentum=momentum, weight_decay=weight_decay)
         _SGD.__init__(
             self,
             params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
+            dampening=dampening,
+            nesterov=nesterov,
             maximize=maximize,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            **rates,
         )
         self.capturable = capturable
         self._set_options(**shared)
@@ -108,12 +108,12 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         return super().state_dict()
 
     def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["momentum"] != 0, group["dampening"] != 0, group["differentiable"], group["fused"]
+        return _has_momentum(group), group["dampening"] != 0, group["differentiable"], group["fused"]
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         if group["fused"]:
             _device_dtype_check_for_fused(param)
-        momentum = group["momentum"] != 0
+        momentum = _has_momentum(group)
         stochastic = self.stochastic_rounding and param.dtype == torch.bfloat16
         if not momentum and not stochastic and not self._has_master(param):
             return {}  # nor an entry in self.state, as in torch
@@ -122,12 +122,12 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         if first:
             state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         taking_part = self._with_master(param, state, ["momentum_buffer"] * momentum)
-        if stochastic or (momentum and group["dampening"] != 0):
+        if stochastic or (momentum and (self.stacked or group["dampening"] != 0)):
             # A loaded buffer is initialised; a new one becomes so at the first step that is not skipped.
-            counts = state if stochastic else self._counts.setdefault(param, {})
+            counts = state if stochastic or self.stacked else self._counts.setdefault(param, {})
             if first or "step" not in counts:
                 counts["step"] = local_part(param).new_full(
-                    (), float(momentum and not first), dtype=torch.float32
+                    (len(param),) if self.stacked else (), float(momentum and not first), dtype=torch.float32
                 )
             taking_part["step"] = counts["step"]
         return taking_part
@@ -143,7 +143,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         )
 
     def _torch_update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        momentum = group["momentum"] != 0
+        momentum = _has_momentum(group)
         buffers = [self.state[param].get("momentum_buffer") if momentum else None for param in params]
         sgd(
             params,
@@ -162,3 +162,9 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         if momentum:
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
+
+
+def _has_momentum(group: dict[str, Any]) -> bool:
+    """Whether the group keeps momentum buffers; with one momentum per model it does, without a look at the values."""
+    momentum = group["momentum"]
+    return (isinstance(momentum, Tensor) and momentum.dim() > 0) or bool(momentum != 0)

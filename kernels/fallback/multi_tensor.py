@@ -326,15 +326,23 @@ def picked(tensors: list[Tensor], chosen: list[int]) -> list[Tensor]:
 
 
 def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Tensor]:
-    """Four 16-bit draws for each element: a hash of seed, tensor, step and place in memory.
+    """Four 16-bit draws for each element of a tensor between two places in memory.
 
     Args:
         start, end: the elements' places in memory, counted from the tensor's first.
         seed, index: the optimizer's seed and the parameter's position in it.
         step: 0-d, the updates made before this one.
     """
-    key = mix(step.long() ^ key_of(seed, index))
-    place = torch.arange(start, end, device=step.device)
+    return draw_words(torch.arange(start, end, device=step.device), tensor_key(seed, index, step))
+
+
+def tensor_key(seed: int, index: int, step: Tensor) -> Tensor:
+    """What a tensor's random numbers of one step start from."""
+    return mix(step.long() ^ key_of(seed, index))
+
+
+def draw_words(place: Tensor, key: Tensor) -> list[Tensor]:
+    """Four 16-bit draws for each element: a hash of its place in memory and the key."""
     first = mix(mix((place & MASK) ^ key) ^ (place >> 32))
     second = mix(first ^ 0x9E3779B9)
     return [first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]

@@ -83,7 +83,7 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
             grads,
             buffers,
             weight_decay=float(options.weight_decay),
-            momentum=options.momentum,
+            momentum=float(options.momentum),
             lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
             dampening=options.dampening,
             nesterov=options.nesterov,
@@ -129,7 +129,9 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
         # A bare number would be rounded to the buffers' dtype, which Tensor.mul_ does not do.
         torch._foreach_mul_(buffers, torch.tensor(options.momentum, dtype=acc_dtype(buffers[0])))
         torch._foreach_add_(buffers, grads, alpha=1 - options.dampening)
-        grads = torch._foreach_add(grads, buffers, alpha=options.momentum) if options.nesterov else buffers
+        grads = (
+            torch._foreach_add(grads, buffers, alpha=float(options.momentum)) if options.nesterov else buffers
+        )
     torch._foreach_add_(params, grads, alpha=-float(options.lr))
 
 

@@ -14,7 +14,7 @@ class SGDOptions(NamedTuple):
     """The options of one parameter group of FusedSGD; tensors on a device are read there, by the kernel."""
 
     lr: float | Tensor
-    momentum: float
+    momentum: float | Tensor  # a tensor (B,) with stacked=True alone
     dampening: float
     weight_decay: float | Tensor
     nesterov: bool
@@ -113,6 +113,22 @@ class Update(NamedTuple):
                 elif value:
                     out.fill_(float(value))
         return table
+
+
+class Models(NamedTuple):
+    """The models of a stacked step; in it the options lr, weight_decay, momentum and beta may be (B,) tensors.
+
+    In its Guard ``norms`` is (n, 2, B) and ``skipped`` (B,), and in its Bucket each state ``step`` is (B,).
+
+    Attributes:
+        B: the size of every parameter's first dimension.
+        active: (B,) bool, the models that take part; None for all.
+        lr_scale: (B,) factors of the learning rates, or None.
+    """
+
+    B: int
+    active: Tensor | None = None
+    lr_scale: Tensor | None = None
 
 
 def mix(x: Any) -> Any:

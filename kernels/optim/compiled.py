@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import AdamOptions, Guard, SGDOptions
-from .plan import Entry, measure_gradients, partition, update_parameters
+from .bucket import AdamOptions, Guard, Models, SGDOptions
+from .plan import Entry, measure_gradients, partition, to_device, update_parameters
+from .stacked import local_guard, measure_models, update_models
 
 _OPTIONS: dict[str, Any] = {"sgd": SGDOptions, "adam": AdamOptions}
 _SWITCHES = {"nesterov", "maximize", "decoupled"}
@@ -20,9 +21,12 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _library.define(
     "optimizer_step(str operator, str[] keys, Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] states, "
     "int[] positions, int? seed, float[] numbers, Tensor[] live, int[] columns, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor? norms, float? max_norm, bool skip_nonfinite, Tensor(d!)? skipped) -> ()"
+    "Tensor? found_inf, Tensor? norms, float? max_norm, bool skip_nonfinite, Tensor(d!)? skipped, int? models, "
+    "Tensor? active, Tensor? lr_scale) -> ()"
 )
-_library.define("optimizer_norm(Tensor[] grads, Tensor? grad_scale, Tensor(a!) out) -> ()")
+_library.define(
+    "optimizer_norm(Tensor[] grads, Tensor? grad_scale, int? models, Tensor? active, Tensor(a!) out) -> ()"
+)
 
 
 @torch.no_grad()
@@ -43,6 +47,9 @@ def _step(
     max_norm: float | None,
     skip_nonfinite: bool,
     skipped: Tensor | None,
+    models: int | None,
+    active: Tensor | None,
+    lr_scale: Tensor | None,
 ) -> None:
     """Update one parameter group.
 
@@ -50,7 +57,8 @@ def _step(
         operator: ``"sgd"`` or ``"adam"``.
         keys: the state keys; ``states`` holds for each of them in turn a tensor per parameter.
         numbers: the group's options in order; those in ``columns`` are given by the tensors ``live`` instead.
-        The rest is as in Entry and Guard.
+        models: how many models the parameters stack; None for plain parameters.
+        The rest is as in Entry, Guard and Models.
     """
     kind = _OPTIONS[operator]
     options: dict[str, Any] = dict(zip(kind._fields, numbers, strict=True))
@@ -62,19 +70,32 @@ def _step(
         Entry(0, positions[i], params[i], grads[i], {key: by_key[key][i] for key in keys}, seed)
         for i in range(count)
     ]
-    parts = partition(entries)
+    parts = partition(entries, models)
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
     guard = Guard(grad_scale, found_inf, norms, max_norm, skip_nonfinite, skipped)
-    update_parameters(operator, parts, [kind(**options)], guard)
+    if models is None:
+        update_parameters(operator, parts, [kind(**options)], guard)
+    elif params:
+        given = Models(models, active, lr_scale)
+        update_models(operator, parts, [kind(**options)], local_guard(guard, params[0].device), given)
 
 
 @torch.no_grad()
-def _norm(grads: Sequence[Tensor], grad_scale: Tensor | None, out: Tensor) -> None:
-    """Write the sum of squares of the unscaled gradients and the count of non-finite ones to ``out`` (1, 2)."""
-    parts = partition(Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads))
+def _norm(
+    grads: Sequence[Tensor], grad_scale: Tensor | None, models: int | None, active: Tensor | None, out: Tensor
+) -> None:
+    """Write the sum of squares of the unscaled gradients and the count of non-finite ones to ``out``.
+
+    Its shape is (1, 2), or (1, 2, B) for B models.
+    """
+    parts = partition((Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads)), models)
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
+    if models is not None:
+        scale = to_device(grad_scale, out.device)
+        out.copy_(measure_models(parts, scale, Models(models, active), out.device).sum(0, keepdim=True))
+        return
     out.copy_(measure_gradients(parts, grad_scale, out.device, [], None).sum(0, keepdim=True))
 
 

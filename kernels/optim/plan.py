@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backends import implementation
 from .bucket import UNGUARDED, Bucket, Guard
 
 _AS_IT_IS = nullcontext()
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 class Entry(NamedTuple):
@@ -58,10 +60,11 @@ class Part:
     slots: list[int]
     copied: list[int]
     shards: tuple[Any, ...]
+    stacked: bool = False
 
     def dense(self, write_grads: bool) -> AbstractContextManager[None]:
         """Inside the block the tensors of each entry have one layout without holes."""
-        return DenseCopies(self.bucket, self.copied, write_grads) if self.copied else _AS_IT_IS
+        return DenseCopies(self.bucket, self.copied, write_grads, self.stacked) if self.copied else _AS_IT_IS
 
 
 class Plan:
@@ -73,6 +76,7 @@ class Plan:
         entries: what launches update; ``delegated``: (group, parameter) for torch's own loop.
         state: the optimizer's.
         inference: whether the step is in inference mode: memory that is made there is written there alone.
+        models: how many models the parameters stack; None for plain parameters.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class Plan:
         delegated: list[tuple[int, Tensor]],
         state: dict[Tensor, Any],
         inference: bool,
+        models: int | None = None,
     ) -> None:
         self.params, self.kinds, self.delegated, self.inference = params, kinds, delegated, inference
         self.missing = [grad is None for grad in grads]
@@ -93,7 +98,7 @@ class Plan:
         self.values = _values(state)
         self.tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
-        self.parts = partition(entries)
+        self.parts = partition(entries, models)
         self.wrapped = any(local_part(param) is not param for param in params)
 
     def fit(
@@ -119,10 +124,11 @@ class Plan:
         return live if _layouts(live) == self.layouts else None
 
 
-def partition(entries: Iterable[Entry]) -> list[Part]:
+def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]:
     """One part per device, dtypes, state keys and shards, in the order of first appearance.
 
-    Parameters of the same memory are updated one after the other, as torch does: in parts of their own.
+    Parameters of the same memory are updated one after the other, as torch does: in parts of their own. ``models``:
+    how many the parameters stack, each with a step; None for plain parameters.
     """
     parts: dict[tuple[Any, ...], Part] = {}
     met: dict[tuple[torch.device, int], int] = defaultdict(int)
@@ -137,13 +143,15 @@ def partition(entries: Iterable[Entry]) -> list[Part]:
         identity = (param.device, param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards, again)
         if identity not in parts:
             bucket = Bucket([], [], {key: [] for key in entry.state}, [], [], entry.seed)
-            parts[identity] = Part(bucket, [], [], entry.shards)
+            parts[identity] = Part(bucket, [], [], entry.shards, models is not None)
         part = parts[identity]
         moving = [value for key, value in entry.state.items() if key != "step"]
         shape = param.shape
         if entry.grad.shape != shape or any(value.shape != shape for value in moving):
             _refuse_shapes(entry)
-        if not same_layout(param, [entry.grad, *moving]):
+        if "step" in entry.state and entry.state["step"].shape != (() if models is None else (models,)):
+            _refuse_step(entry, models)
+        if not same_layout(param, [entry.grad, *moving], models is not None):
             if any(map(overlaps, (param, *moving))):
                 raise RuntimeError(  # as torch
                     "unsupported operation: more than one element of the written-to tensor refers to a single "
@@ -164,6 +172,12 @@ def _refuse_shapes(entry: Entry) -> NoReturn:
     shapes = {"grad": entry.grad, **entry.state}
     shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in shapes.items() if key != "step")
     raise RuntimeError(f"parameter {entry.position} has shape {tuple(entry.param.shape)}, but {shown}")
+
+
+def _refuse_step(entry: Entry, models: int | None) -> NoReturn:
+    expected = "no dimension" if models is None else f"shape ({models},), one count for each model"
+    found = tuple(entry.state["step"].shape)
+    raise RuntimeError(f"the step of parameter {entry.position} has shape {found}; expected {expected}")
 
 
 def measure_gradients(
@@ -225,10 +239,13 @@ def _on(device: torch.device, guard: Guard) -> Guard:
     )
 
 
+def norm_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums of squares on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def norm_table(rows: int, device: torch.device) -> Tensor:
-    return torch.empty(
-        (rows, 2), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device
-    )
+    return torch.empty((rows, 2), dtype=norm_dtype(device), device=device)
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -269,6 +286,15 @@ def local_part(tensor: Tensor) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether a subclass keeps the values in other tensors (torchao's quantized weights): only torch's ops know how."""
+    return (
+        type(tensor) not in _PLAIN_TYPES
+        and is_traceable_wrapper_subclass(tensor)
+        and not hasattr(tensor, "_local_tensor")
+    )
+
+
 def local_gradient(grad: Any, param: Any) -> Tensor:
     """The local part of a gradient, sharded as its parameter is."""
     if not hasattr(grad, "_local_tensor"):
@@ -296,12 +322,14 @@ class DenseCopies(AbstractContextManager[None]):
         bucket: whose lists are changed inside the block, and restored after it.
         entries: the entries to look at.
         write_grads: whether the launch writes gradients, so that copies of them go back too.
+        stacked: whether the elements of one model must stand together.
     """
 
-    def __init__(self, bucket: Bucket, entries: list[int], write_grads: bool) -> None:
+    def __init__(self, bucket: Bucket, entries: list[int], write_grads: bool, stacked: bool = False) -> None:
         self._bucket = bucket
         self._entries = entries
         self._write_grads = write_grads
+        self._stacked = stacked
         self._copies: list[tuple[list[Tensor], int, Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
@@ -309,7 +337,7 @@ class DenseCopies(AbstractContextManager[None]):
         bucket.memory.clear()  # the copies are new at each step
         lists = [bucket.grads, bucket.params, *(s for key, s in bucket.states.items() if key != "step")]
         for i in self._entries:
-            layout = dense_strides(bucket.params[i])
+            layout = dense_strides(bucket.params[i], self._stacked)
             for tensors in lists:
                 original = tensors[i]
                 if not has_layout(original, layout):
@@ -326,9 +354,15 @@ class DenseCopies(AbstractContextManager[None]):
                 original[repeated].copy_(copy[repeated])
 
 
-def dense_strides(param: Tensor) -> tuple[int, ...]:
-    """The strides of ``param``; if it has holes or overlaps, those that torch gives a tensor like it."""
-    return torch.empty_like(param, device="meta").stride()
+def dense_strides(param: Tensor, stacked: bool = False) -> tuple[int, ...]:
+    """The strides of ``param``; if it has holes or overlaps, those that torch gives a tensor like it.
+
+    With ``stacked`` those of a contiguous one, unless the first dimension is the outermost in memory.
+    """
+    strides = torch.empty_like(param, device="meta").stride()
+    if stacked and len(param) > 1 and strides[0] * len(param) != param.numel():
+        return torch.empty(param.shape, device="meta").stride()
+    return strides
 
 
 def has_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
@@ -347,9 +381,9 @@ def overlaps(tensor: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def same_layout(param: Tensor, others: Iterable[Tensor]) -> bool:
+def same_layout(param: Tensor, others: Iterable[Tensor], stacked: bool = False) -> bool:
     """Whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
     if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in (param, *others)):
         return True
-    strides = dense_strides(param)
+    strides = dense_strides(param, stacked)
     return all(has_layout(tensor, strides) for tensor in (param, *others))

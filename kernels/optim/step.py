@@ -27,7 +27,6 @@ from torch.optim.optimizer import (
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..fallback.multi_tensor import decide_by_tensors
 from ..torch_private import operations_are_traced
@@ -36,16 +35,17 @@ from .compiled import optimizer_norm, optimizer_step
 from .plan import (
     Entry,
     Plan,
+    is_wrapper,
     local_gradient,
     local_part,
     measure_gradients,
-    norm_table,
+    norm_dtype,
     shards_of,
     update_parameters,
 )
+from .stacked import StackedStep, local_guard, measure_models, nonfinite_models, spread_step, update_models
 
 ON_NONFINITE = ("ignore", "skip", "raise")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -58,6 +58,8 @@ class SharedOptions(TypedDict, total=False):
     stochastic_rounding: bool
     seed: int
     norm_group: Any
+    stacked: bool
+    lr_scale: Tensor | None
 
 
 class _Call(NamedTuple):
@@ -72,7 +74,7 @@ class _Call(NamedTuple):
     states: list[Tensor]
 
 
-class FusedStep(torch.optim.Optimizer):
+class FusedStep(StackedStep, torch.optim.Optimizer):
     """``step`` for torch.optim's classes in one launch per bucket; see FusedSGD, FusedAdam and FusedAdamW."""
 
     _operator: ClassVar[str]
@@ -98,6 +100,8 @@ class FusedStep(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         norm_group: Any = None,
+        stacked: bool = False,
+        lr_scale: Tensor | None = None,
         **unknown: Any,
     ) -> None:
         for name in unknown:  # as Python says it of torch's constructors
@@ -115,6 +119,8 @@ class FusedStep(torch.optim.Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self.norm_group = norm_group
+        self.lr_scale = lr_scale
+        self.active = None
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         self._captured: list[Plan] = []
@@ -149,7 +155,7 @@ class FusedStep(torch.optim.Optimizer):
         return all(group["capturable"] for group in self.param_groups)
 
     def _has_master(self, param: Tensor) -> bool:
-        return self.master_weights and param.dtype in LOW_PRECISION and not _is_wrapper(local_part(param))
+        return self.master_weights and param.dtype in LOW_PRECISION and not is_wrapper(local_part(param))
 
     def _seed_of(self, param: Tensor) -> int | None:
         """The seed with which the values of ``param`` are rounded, None to round to nearest."""
@@ -175,23 +181,28 @@ class FusedStep(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Global norm of the last step's gradients, unscaled and not clipped: 0-d, on their device.
 
-        None before the first step, and where neither ``max_norm`` nor ``on_nonfinite`` asks for it.
+        With ``stacked=True`` (B,): each model's norm, nan for a model that is not active. None before the first step,
+        and where neither ``max_norm`` nor ``on_nonfinite`` asks for it.
         """
         if self._norms is None or not self._measures():
             return None
         doubles = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
-        return self._norms[:, 0].sum().sqrt().to(torch.float64 if doubles else torch.float32)
+        squares = self._norms[:, 0].sum(0)
+        return squares.sqrt().to(torch.float64 if doubles else torch.float32)
 
     @property
-    def steps_skipped(self) -> int:
+    def steps_skipped(self) -> int | Tensor:
         """How many steps the guard has skipped, or, with ``fused=True``, GradScaler. Reading it waits for the device.
 
-        Otherwise GradScaler calls ``step`` only where it found no overflow.
+        Otherwise GradScaler calls ``step`` only where it found no overflow. With ``stacked=True`` each model has its
+        own count: an int64 tensor (B,) on the parameters' device, which waits for nothing.
         """
+        if self.stacked:
+            return self._skip_count(self._home()).clone()
         return sum(int(count.item()) for count in self._skipped.values())
 
     def __repr__(self) -> str:
-        own = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed")
+        own = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed", "stacked")
         lines = "".join(f"    {name}: {getattr(self, name)}\n" for name in own)
         return f"{super().__repr__()[:-1]}\nAll parameter groups\n{lines})"
 
@@ -259,7 +270,8 @@ class FusedStep(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("max_norm", "on_nonfinite", "master_weights", "stochastic_rounding", "seed", "norm_group")
-        own = {name: getattr(self, name) for name in (*names, "_counts", "_skipped")}
+        models = ("stacked", "_models", "_active", "_lr_scale")
+        own = {name: getattr(self, name) for name in (*names, *models, "_counts", "_skipped")}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,9 +282,13 @@ class FusedStep(torch.optim.Optimizer):
         self._forget()
         self.__dict__.setdefault("_captured", [])
         self.__dict__.setdefault("_loading", None)
+        if self.stacked:
+            self._note_rates()
         for param, values in self.state.items():
             step = values.get("step") if isinstance(values, dict) else None
-            if isinstance(step, Tensor):
+            if self.stacked and step is not None:
+                values["step"] = spread_step(step, param)
+            elif isinstance(step, Tensor):
                 values["step"] = step.to(param.device).resolve_neg()
         if self._loading is not None:
             self._keep_wide(self._loading)
@@ -325,6 +341,9 @@ class FusedStep(torch.optim.Optimizer):
             for position, param in enumerate(everything)
             if id(param) in own and param.grad is not None and param.dtype == dtype
         ]
+        if self.stacked:
+            for _, param, grad in wanted:
+                self._refuse_at_step(group, param, grad)
         plain = all(local_part(p) is p and not self._needs_torch(group, p, grad) for _, p, grad in wanted)
         plain = plain and len(own) == len(group["params"])  # an operator may not write to one tensor twice
         if not plain:
@@ -339,7 +358,11 @@ class FusedStep(torch.optim.Optimizer):
             if lasting:
                 records += [self._skip_count(param.device), self._lasting_norms(param.device)]
             else:
-                records += [param.new_zeros(1, dtype=torch.int64), param.new_zeros(1, 2, dtype=torch.float64)]
+                counts, norms = self._record_shapes()
+                records += [
+                    param.new_zeros(counts, dtype=torch.int64),
+                    param.new_zeros(norms, dtype=torch.float64),
+                ]
         return True
 
     def _step_by_operators(self, compiling: bool) -> bool:
@@ -366,10 +389,12 @@ class FusedStep(torch.optim.Optimizer):
         norms = None
         if self._measures() and calls:
             _, norms = calls[0].records
-            optimizer_norm(every_grad, scale, norms)
+            active = self.active if self.stacked else None
+            optimizer_norm(every_grad, scale, self._models, active, norms)
             if not compiling:
                 self._norms = norms
         counting = found_inf is not None or self.on_nonfinite != "ignore"
+        models = self._models_of_step() if self.stacked else None
         for group, params, grads, positions, records, keys, states in calls:
             options = list(self._options(group))
             columns = [i for i, value in enumerate(options) if isinstance(value, Tensor)]
@@ -390,6 +415,7 @@ class FusedStep(torch.optim.Optimizer):
                 self.max_norm,
                 self.on_nonfinite != "ignore",
                 records[0] if counting else None,
+                *(models or (None, None, None)),
             )
             counting = False
         return True
@@ -415,7 +441,7 @@ class FusedStep(torch.optim.Optimizer):
             inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
                 entries, delegated = self._sort(params, grads)
-                plan = Plan(params, grads, kinds, entries, delegated, self.state, inference)
+                plan = Plan(params, grads, kinds, entries, delegated, self.state, inference, self._models)
                 local = [entry.grad for entry in entries]
                 if capturing:
                     self._captured.append(plan)  # the graph reads its tables for as long as it lives
@@ -435,7 +461,30 @@ class FusedStep(torch.optim.Optimizer):
             for part in plan.parts:
                 part.bucket.grads = []  # a plan that kept gradients would keep their memory
 
+    def _apply_stacked(self, plan: Plan) -> None:
+        models = self._models_of_step()
+        options = [self._options(group) for group in self.param_groups]
+        home = self._home()
+        scale = _resolved(getattr(self, "grad_scale", None))
+        found_inf = _resolved(getattr(self, "found_inf", None))
+        guard = local_guard(Guard(scale, found_inf), home)
+        if self._measures():
+            norms = self._norms = measure_models(plan.parts, guard.grad_scale, models, home)
+            if self._row is not None:
+                self._norms = self._row.copy_(norms.sum(0, keepdim=True))
+            if self.on_nonfinite == "raise" and found_inf is None and (where := nonfinite_models(norms)):
+                raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
+            guard = guard._replace(
+                norms=norms, max_norm=self.max_norm, skip_nonfinite=self.on_nonfinite != "ignore"
+            )
+        if found_inf is not None or guard.skip_nonfinite:
+            guard = guard._replace(skipped=self._skip_count(home))
+        update_models(self._operator, plan.parts, options, guard, models)
+
     def _apply(self, plan: Plan) -> None:
+        if self.stacked:
+            self._apply_stacked(plan)
+            return
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
         options = [self._options(group) for group in self.param_groups]
@@ -478,16 +527,26 @@ class FusedStep(torch.optim.Optimizer):
     def _lasting_norms(self, device: torch.device) -> Tensor:
         """The tensor that graphs write their measurements to; from then on the eager step does so too."""
         if self._row is None:
-            self._norms = self._row = torch.zeros_like(norm_table(1, device))
+            _, shape = self._record_shapes()
+            self._norms = self._row = torch.zeros(shape, dtype=norm_dtype(device), device=device)
         return self._row
+
+    def _record_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of the counts of skipped steps and of the norms: of one model, or of all."""
+        return ((1,), (1, 2)) if self._models is None else ((self._models,), (1, 2, self._models))
 
     def _measures(self) -> bool:
         return self.max_norm is not None or self.on_nonfinite != "ignore"
 
     def _skip_count(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
-            self._skipped[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            shape, _ = self._record_shapes()
+            self._skipped[device] = torch.zeros(shape, dtype=torch.int64, device=device)
         return self._skipped[device]
+
+    def _home(self) -> torch.device:
+        """The device of the first parameter; with ``stacked=True`` that of all."""
+        return next(local_part(param).device for group in self.param_groups for param in group["params"])
 
     def _raise_if_nonfinite(self, norms: Tensor) -> None:
         if not norms[:, 1].sum().item():
@@ -535,6 +594,8 @@ class FusedStep(torch.optim.Optimizer):
             if grad is None:
                 continue
             group = self.param_groups[g]
+            if self.stacked:
+                self._refuse_at_step(group, param, grad)
             if self._needs_torch(group, param, grad):
                 delegated.append((g, param))
                 continue
@@ -551,8 +612,8 @@ class FusedStep(torch.optim.Optimizer):
             param.is_floating_point()
             and grad.layout == torch.strided
             and not group["differentiable"]
-            and not _is_wrapper(local_part(param))
-            and not _is_wrapper(grad)
+            and not is_wrapper(local_part(param))
+            and not is_wrapper(grad)
         )
         if not plain and group["fused"]:
             _device_dtype_check_for_fused(param)
@@ -587,15 +648,6 @@ class FusedStep(torch.optim.Optimizer):
 def _resolved(tensor: Tensor | None) -> Tensor | None:
     """The tensor with its negative bit, if it has one, carried out in memory."""
     return None if tensor is None else tensor.resolve_neg()
-
-
-def _is_wrapper(tensor: Tensor) -> bool:
-    """Whether a subclass keeps the values in other tensors (torchao's quantized weights): only torch's ops know how."""
-    return (
-        type(tensor) not in _PLAIN_TYPES
-        and is_traceable_wrapper_subclass(tensor)
-        and not hasattr(tensor, "_local_tensor")
-    )
 
 
 def _dense_values(param: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from ..optim.bucket import AdamOptions, Bucket, Guard, SGDOptions, Update
+from ..optim.bucket import AdamOptions, Bucket, Guard, Models, SGDOptions, Update
 from . import adam, linear_mse, matmul, mse, sgd
 from .precision import Array
 
@@ -273,13 +273,13 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
             grad,
             buffer,
             lr=float(given.lr),
-            momentum=given.momentum,
+            momentum=float(given.momentum),
             dampening=given.dampening,
             weight_decay=float(given.weight_decay),
             nesterov=given.nesterov,
             maximize=given.maximize,
         )
-        return new, {**new_state, "step": state.get("step", np.zeros(())) + 1}
+        return new, {**state, **new_state, "step": state.get("step", np.zeros(())) + 1}
 
     _step(bucket, options, guard, update)
 
@@ -335,3 +335,59 @@ def _step(
             results.append((grad, unscaled))
         for tensor, value in results:
             tensor.copy_(_tensor(value, tensor))
+
+
+def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models, out: Tensor) -> None:
+    for b in range(models.B):
+        out[:, b] = torch.tensor([np.nan, 0.0])
+        if _is_active(models, b):
+            grad_norm(_model(bucket, b), grad_scale, out[:, b])
+
+
+def stacked_sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard, models: Models) -> None:
+    _step_each_model(sgd_step, bucket, options, guard, models)
+
+
+def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard, models: Models) -> None:
+    _step_each_model(adam_step, bucket, options, guard, models)
+
+
+def _step_each_model(
+    step: Callable[[Bucket, Sequence[Any], Guard], None],
+    bucket: Bucket,
+    options: Sequence[Any],
+    guard: Guard,
+    models: Models,
+) -> None:
+    """One model after the other, by the step of plain parameters."""
+    for b in range(models.B):
+        if _is_active(models, b):
+            norms = None if guard.norms is None else guard.norms[:, :, b]
+            skipped = None if guard.skipped is None else guard.skipped[b : b + 1]
+            own = [_options_of_model(each, models, b) for each in options]
+            step(_model(bucket, b), own, guard._replace(norms=norms, skipped=skipped))
+
+
+def _is_active(models: Models, b: int) -> bool:
+    return models.active is None or bool(models.active[b])
+
+
+def _model(bucket: Bucket, b: int) -> Bucket:
+    """The bucket of one model: views into the stacks."""
+    states = {key: [tensor[b] for tensor in tensors] for key, tensors in bucket.states.items()}
+    params, grads = ([tensor[b] for tensor in tensors] for tensors in (bucket.params, bucket.grads))
+    return Bucket(params, grads, states, bucket.groups, bucket.indices, bucket.seed)
+
+
+def _options_of_model(options: Any, models: Models, b: int) -> Any:
+    own = {
+        name: value[b].item()
+        for name, value in options._asdict().items()
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
+    chosen = options._replace(**own)
+    return (
+        chosen
+        if models.lr_scale is None
+        else chosen._replace(lr=float(chosen.lr) * models.lr_scale[b].item())
+    )

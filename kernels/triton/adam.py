@@ -149,6 +149,23 @@ def _root(x):
 
 
 @triton.jit
+def adam_rule(p, g, m, v, w, scalars):
+    """One step of elements: their new p, m, v and w (None without amsgrad); the scalars broadcast against them."""
+    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size, _, _ = scalars
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    p = p * shrink
+    # As torch's lerp: exact at both ends.
+    m = tl.where(one_less_beta1 < 0.5, tl.fma(g - m, one_less_beta1, m), g - (g - m) * (1.0 - one_less_beta1))
+    v = tl.fma(g * g, one_less_beta2, v * beta2)
+    largest = v
+    if w is not None:
+        w = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
+        largest = w
+    p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
+    return p, m, v, w
+
+
+@triton.jit
 def _update(
     row,
     start,
@@ -168,18 +185,7 @@ def _update(
     BLOCK: tl.constexpr,
 ):
     """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
-    (
-        shrink,
-        decay,
-        one_less_beta1,
-        beta2,
-        one_less_beta2,
-        inverse_root,
-        eps,
-        step_size,
-        inverse_scale,
-        factor,
-    ) = scalars
+    inverse_scale, factor = scalars[8], scalars[9]
     offs = start + tl.arange(0, BLOCK)
     mask = None if FULL else offs < numel
     p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
@@ -193,17 +199,11 @@ def _update(
     m = tl.load(m_at, mask=mask).to(ACC)
     v = tl.load(v_at, mask=mask).to(ACC)
 
-    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
-    p = p * shrink
-    # As torch's lerp: exact at both ends.
-    m = tl.where(one_less_beta1 < 0.5, tl.fma(g - m, one_less_beta1, m), g - (g - m) * (1.0 - one_less_beta1))
-    v = tl.fma(g * g, one_less_beta2, v * beta2)
-    largest = v
+    w = None
     if DTYPE_W is not None:
         w_at = pointer_at(row, STATES + 2, DTYPE_W, FULL) + offs
         w = tl.load(w_at, mask=mask).to(ACC)
-        largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
-    p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
+    p, m, v, w = adam_rule(p, g, m, v, w, scalars)
 
     word, other = 0, 0
     if STOCHASTIC:
@@ -212,4 +212,4 @@ def _update(
     tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
     tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)
     if DTYPE_W is not None:
-        tl.store(w_at, round_to(largest, other >> 16, DTYPE_W, STOCHASTIC), mask=mask)
+        tl.store(w_at, round_to(w, other >> 16, DTYPE_W, STOCHASTIC), mask=mask)

@@ -82,7 +82,7 @@ class Tables:
     """The tables of one bucket, kept in its memory from step to step."""
 
     def __init__(self, bucket: Bucket) -> None:
-        device = bucket.params[0].device
+        device = self.device = bucket.params[0].device
         states = [bucket.states[key] for key in bucket.states if key not in ("step", "master_param")]
         columns = {
             PARAM.value: bucket.params,
@@ -90,29 +90,32 @@ class Tables:
             STEP.value: bucket.states.get("step"),
             **{STATES.value + i: tensors for i, tensors in enumerate(states)},
         }
-        numel = np.array([param.numel() for param in bucket.params], dtype=np.int64)
-        rows = np.zeros((len(numel), WIDTH.value), dtype=np.int64)
+        rows = np.zeros((len(bucket.params), WIDTH.value), dtype=np.int64)
         for column, tensors in columns.items():
             if tensors is not None:
                 rows[:, column] = _addresses(tensors)
-        rows[:, NUMEL.value] = numel
+        rows[:, NUMEL.value] = [param.numel() for param in bucket.params]
         rows[:, GROUP.value] = bucket.groups
         if bucket.seed is not None:
             rows[:, KEY.value] = [key_of(bucket.seed, index) for index in bucket.indices]
         operands = [column for column in columns if column != STEP.value]
         self._addresses = np.bitwise_or.reduce(rows[:, operands], axis=1)
-        self._grads = np.full(len(numel), -1)
-        # A tensor of no elements still gets a program, which raises its step.
-        counts = np.maximum(-(-numel // CHUNK.value), 1)
-        owner = np.repeat(np.arange(len(numel)), counts)
+        self._grads = np.full(len(rows), -1)
+        counts, counters = self._divide(bucket, rows)
+        owner = np.repeat(np.arange(len(rows)), counts)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.programs = len(owner)
         self.rows = Table(rows, device)
         self.chunks = Table(np.stack([owner, place], axis=1).astype(np.int32), device)
-        # How many programs of each tensor have read its step; the last one of them puts it back to 0.
-        self.arrivals = torch.zeros(len(numel) + 1, dtype=torch.int32, device=device)
+        # How many programs have read a step; the last one of them puts it back to 0.
+        self.arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
         self._options: Table | None = None
         self._sources: list[Tensor] = []
+
+    def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """How many programs serve each tensor, and how many counters they need."""
+        # A tensor of no elements still gets a program, which raises its step. The last counter is for the norm.
+        return np.maximum(-(-rows[:, NUMEL.value] // CHUNK.value), 1), len(rows) + 1
 
     def refresh(self, grads: list[Tensor]) -> None:
         """Enter the gradients' addresses, if they have changed."""
@@ -139,7 +142,11 @@ class Tables:
                     addresses[row, 1, column] = sources[-1].data_ptr()
                 else:
                     table[row, 0, column] = float(value)
-        self._sources = sources  # kept: their addresses are in the table
+        return self._upload_options(table, sources)
+
+    def _upload_options(self, table: np.ndarray, sources: list[Tensor]) -> Tensor:
+        """The device's copy of the table of options; ``sources`` are kept, since the table has their addresses."""
+        self._sources = sources
         if self._options is None or self._options.array.shape != table.shape:
             self._options = Table(table, self.rows.tensor.device)
         elif self._options.array.tobytes() != table.tobytes():

@@ -119,6 +119,18 @@ def _sgd_step_kernel(
 
 
 @triton.jit
+def sgd_rule(p, g, m, first, scalars):
+    """One step of elements: their new p and m (None without momentum); the scalars broadcast against them."""
+    lr, momentum, share, decay, nesterov, _, _ = scalars
+    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    if m is not None:
+        m = tl.where(first, g, tl.fma(g, share, m * momentum))
+        ahead = tl.where(nesterov, tl.fma(m, momentum, g), m)
+        g = tl.where(momentum == 0, g, ahead)  # one of several models may have none
+    return tl.fma(g, -lr, p), m
+
+
+@triton.jit
 def _update(
     row,
     start,
@@ -137,7 +149,7 @@ def _update(
     BLOCK: tl.constexpr,
 ):
     """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
-    lr, momentum, share, decay, nesterov, inverse_scale, factor = scalars
+    inverse_scale, factor = scalars[5], scalars[6]
     offs = start + tl.arange(0, BLOCK)
     mask = None if FULL else offs < numel
     p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
@@ -146,15 +158,14 @@ def _update(
 
     p = load_param(p_at, master_at, mask, ACC)
     g = load_grad(g_at, mask, inverse_scale, factor, UNSCALE, ACC)
-    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    m = None
+    if DTYPE_M is not None:
+        m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
+        m = tl.load(m_at, mask=mask).to(ACC)
+    p, m = sgd_rule(p, g, m, first, scalars)
     word = 0
     if STOCHASTIC:
         word, _ = draw_words(key, offs)
     if DTYPE_M is not None:
-        m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
-        m = tl.load(m_at, mask=mask).to(ACC)
-        m = tl.where(first, g, tl.fma(g, share, m * momentum))
-        g = tl.where(nesterov, tl.fma(m, momentum, g), m)
         tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
-    p = tl.fma(g, -lr, p)
     store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)

@@ -15,7 +15,7 @@ LAYERS = (
     ("checks.py", "torch_private.py", "optim/bucket.py", "optim/__init__.py"),
     ("backends.py",),
     ("triton/", "fallback/", "reference/"),
-    ("operator.py", "optim/plan.py", "optim/compiled.py", "optim/step.py"),
+    ("operator.py", "optim/plan.py", "optim/stacked.py", "optim/compiled.py", "optim/step.py"),
     ("matmul.py", "mse.py", "linear_mse.py", "sgd.py", "adam.py"),
     ("nn.py", "ops.py"),
     ("warmup.py",),

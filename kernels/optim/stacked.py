@@ -1,0 +1,288 @@
+"""``stacked=True``: one optimizer over a batch of models, whose number is the first dimension of every parameter.
+
+What differs from a plain step is here: which parameters and options are refused, the options that have one value per
+model, and the launches, which are given the ``Models`` besides the bucket. Options, clipping, guard and counts hold for
+one model each; the state's ``step`` is (B,). Nothing here does work that grows with the number of models, and nothing
+waits for the device after construction, save where ``on_nonfinite="raise"`` must.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ..backends import implementation
+from .bucket import Guard, Models
+from .plan import Part, is_wrapper, norm_dtype, to_device
+
+# The options that may have one value per model; of the betas each one.
+RATES = ("lr", "weight_decay", "momentum", "betas")
+
+# Of the models with non-finite gradients an exception names so many.
+NAMED = 5
+
+
+class StackedStep:
+    """The part of an optimizer that knows of models; without ``stacked=True`` all of it stands aside."""
+
+    _torch_class: ClassVar[Any]  # the class of torch.optim that checks the options
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    stacked = False
+    _models: int | None = None  # how many; None without ``stacked=True``
+    _active: Tensor | None = None
+    _lr_scale: Tensor | None = None
+
+    def _take_rates(self, shared: Any, **options: Any) -> dict[str, Any]:
+        """The options for torch's constructor, which checks them: of each (B,) tensor the worst element stands for it.
+
+        Args:
+            shared: the keyword arguments that all optimizers share.
+            options: those among RATES that this one was given.
+        """
+        self.stacked = bool(shared.get("stacked", False))
+        self._given: dict[str, Any] = {}
+        self._per_model: list[set[str]] = []
+        if not self.stacked:
+            return options
+        self._given = {name: value for name, value in options.items() if any(_per_model(name, value))}
+        return {name: _worst(name, value) for name, value in options.items()}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as in torch.
+
+        Raises:
+            ValueError: with ``stacked=True``, for a parameter that is no stack of as many models as the others, or
+                an option whose shape does not fit.
+            RuntimeError: for a parameter or an option on another device.
+        """
+        if self.stacked:
+            self.defaults.update(self._given)  # torch's constructor has put the stand-ins there
+            self._given = {}
+        super().add_param_group(param_group)  # type: ignore[misc]
+        if not self.stacked:
+            return
+        before = self._models
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            self._models = before
+            raise
+
+    def _check_group(self, index: int) -> None:
+        group = self.param_groups[index]
+        for place, param in enumerate(group["params"]):
+            name = name_of(group, index, place)
+            if param.dim() == 0:
+                raise ValueError(f"stacked=True needs a first dimension that counts models: {name} has none")
+            if param.is_complex() or group["differentiable"]:
+                what = "differentiable=True" if group["differentiable"] else "complex parameters"
+                raise ValueError(f"stacked=True does not serve {what}: {name}")
+            if self._models is None:
+                self._models = len(param)
+            if len(param) != self._models:
+                raise ValueError(
+                    f"{name} stacks {len(param)} models, the parameters before it {self._models}"
+                )
+            home = self.param_groups[0]["params"][0].device
+            if param.device != home:
+                raise RuntimeError(f"{name} is on {param.device}, the first parameter on {home}")
+        self._check_rates(group)
+        given = {name: group[name] for name in RATES if name in group and any(_per_model(name, group[name]))}
+        self._per_model.append(set(given))
+        if given:
+            own = {name: group[name] for name in ("nesterov", "dampening") if name in group}
+            worst = {name: _worst(name, value) for name, value in given.items()}
+            self._torch_class([torch.zeros(1)], **own, **worst)  # raises in torch's words
+
+    def _check_rates(self, group: dict[str, Any]) -> None:
+        """Refuse options of a shape or on a device that the kernels cannot read."""
+        for name in RATES:
+            for label, value in _values(name, group.get(name)):
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    self._check_vector(label, value)
+
+    def _check_vector(self, label: str, value: Tensor) -> None:
+        if value.shape != (self._models,):
+            raise ValueError(
+                f"{label} has shape {tuple(value.shape)}; expected a number or ({self._models},), one for each model"
+            )
+        home = self.param_groups[0]["params"][0].device
+        if value.device != home:
+            raise RuntimeError(f"{label} is on {value.device}, the parameters on {home}")
+
+    def _note_rates(self) -> None:
+        """Take the options of a loaded state for those of construction, on the parameters' device."""
+        self._given, self._per_model = {}, []
+        for group in self.param_groups:
+            home = group["params"][0].device if group["params"] else None
+            self._per_model.append(set())
+            for name in RATES:
+                if name in group and any(_per_model(name, group[name])):
+                    self._per_model[-1].add(name)
+                    moved = [value.to(home) if isinstance(value, Tensor) and value.dim() > 0 else value
+                             for _, value in _values(name, group[name])]  # fmt: skip
+                    group[name] = tuple(moved) if name == "betas" else moved[0]
+
+    def _refuse_overwritten(self) -> None:
+        """Refuse what a scheduler made of options per model."""
+        for group, names in zip(self.param_groups, self._per_model, strict=True):
+            self._check_rates(group)
+            for name in names:
+                if not any(_per_model(name, group[name])) or (name == "lr" and "max_lr" in group):
+                    raise ValueError(
+                        f"{name} had one value for each model when the optimizer was made, and was overwritten with "
+                        "one number, as OneCycleLR does; schedule a number, and give each model its factor by lr_scale"
+                    )
+
+    def _refuse_at_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        """Refuse what only torch's own loop could update, and what is spread over ranks."""
+        what = ""
+        if hasattr(param, "_local_tensor"):
+            what = "DTensors"
+        elif grad.layout != torch.strided:
+            what = "sparse gradients"
+        elif is_wrapper(param) or is_wrapper(grad):
+            what = "tensors that keep their values in others"
+        if what:
+            place = next(i for i, other in enumerate(group["params"]) if other is param)
+            index = next(i for i, other in enumerate(self.param_groups) if other is group)
+            raise ValueError(f"stacked=True does not serve {what}: {name_of(group, index, place)}")
+
+    # What a step reads for each model.
+
+    @property
+    def active(self) -> Tensor | None:
+        """Which models take part in the next steps: a bool tensor (B,), read on the device at each step; None for all.
+
+        A model that is left out keeps its parameters, state, step and counts; its ``grad_norm`` is nan.
+        """
+        return self._active
+
+    @active.setter
+    def active(self, value: Tensor | None) -> None:
+        self._check_active(value)
+        self._active = value
+
+    @property
+    def lr_scale(self) -> Tensor | None:
+        """Factors (B,) of the models' learning rates, read on the device at each step, or None."""
+        return self._lr_scale
+
+    @lr_scale.setter
+    def lr_scale(self, value: Tensor | None) -> None:
+        self._check_lr_scale(value)
+        self._lr_scale = value
+
+    def _check_active(self, value: Tensor | None) -> None:
+        if value is None:
+            return
+        if not self.stacked:
+            raise ValueError("active is for stacked=True")
+        if not isinstance(value, Tensor) or value.dtype != torch.bool:
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"active must be None or a bool tensor, found {found}")
+        self._check_vector("active", value)
+
+    def _check_lr_scale(self, value: Tensor | None) -> None:
+        if value is None:
+            return
+        if not self.stacked:
+            raise ValueError("lr_scale is for stacked=True")
+        if not isinstance(value, Tensor) or value.is_complex():
+            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"lr_scale must be None or a tensor of real numbers, found {found}")
+        self._check_vector("lr_scale", value)
+
+    def _models_of_step(self) -> Models:
+        """What all launches of a step are given; refuses what has changed since construction."""
+        self._check_active(self._active)
+        self._check_lr_scale(self._lr_scale)
+        self._refuse_overwritten()
+        assert self._models is not None
+        return Models(self._models, self._active, self._lr_scale)
+
+
+def _values(name: str, option: Any) -> list[tuple[str, Any]]:
+    """The values of an option, each with its label."""
+    if name == "betas" and option is not None:
+        return [(f"betas[{i}]", value) for i, value in enumerate(option)]
+    return [(name, option)]
+
+
+def _per_model(name: str, option: Any) -> list[bool]:
+    return [isinstance(value, Tensor) and value.dim() > 0 for _, value in _values(name, option)]
+
+
+def _worst(name: str, option: Any) -> Any:
+    """The option with a number for each (B,) tensor: an element that torch refuses, if it refuses any."""
+    if not any(_per_model(name, option)):
+        return option
+    numbers = []
+    for _, value in _values(name, option):
+        if not isinstance(value, Tensor):
+            numbers.append(float(value))
+        elif value.numel() == 0 or value.is_meta or isinstance(value, FakeTensor):
+            numbers.append(0.5)  # no values to look at
+        else:
+            low, high = map(float, value.detach().aminmax())
+            numbers.append(high if name == "betas" and low >= 0 else low)
+    return tuple(numbers) if name == "betas" else numbers[0]
+
+
+def name_of(group: dict[str, Any], index: int, place: int) -> str:
+    """How an exception calls a parameter: by its name if it has one, with its shape."""
+    names = group.get("param_names")
+    name = f"parameter {names[place]!r}" if names else f"parameter {place} of group {index}"
+    return f"{name}, shape {tuple(group['params'][place].shape)}"
+
+
+def measure_models(parts: Sequence[Part], scale: Tensor | None, models: Models, home: torch.device) -> Tensor:
+    """(parts, 2, B): sums of squares of each model's unscaled gradients, and counts of non-finite ones, to be added.
+
+    A model that is not active has nan and 0.
+    """
+    out = torch.empty((len(parts), 2, models.B), dtype=norm_dtype(home), device=home)
+    for part, row in zip(parts, out.unbind(), strict=True):
+        launcher = implementation("stacked", part.bucket.params[0]).stacked_grad_norm
+        with part.dense(write_grads=False):
+            launcher(part.bucket, scale, models, row)
+    return out
+
+
+def update_models(
+    operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard, models: Models
+) -> None:
+    """One launch per part; the tensors of ``guard`` have one value per model, save the scale and ``found_inf``."""
+    for part in parts:
+        bucket = part.bucket
+        launcher = getattr(implementation("stacked", bucket.params[0]), f"stacked_{operator}_step")
+        with part.dense(write_grads=guard.grad_scale is not None):
+            launcher(bucket, options, guard, models)
+        torch.autograd.graph.increment_version(bucket.params)
+        guard = guard._replace(skipped=None)  # the first part counts for all
+
+
+def local_guard(guard: Guard, home: torch.device) -> Guard:
+    """The guard with GradScaler's tensors on the parameters' device."""
+    return guard._replace(
+        grad_scale=to_device(guard.grad_scale, home), found_inf=to_device(guard.found_inf, home)
+    )
+
+
+def nonfinite_models(norms: Tensor) -> str:
+    """The first models whose gradients are not finite, in words; empty if there is none. Waits for the device."""
+    found: list[int] = norms[:, 1].sum(0).nonzero().flatten().tolist()
+    if not found:
+        return ""
+    rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"models {', '.join(map(str, found[:NAMED]))}{rest}" if len(found) > 1 else f"model {found[0]}"
+
+
+def spread_step(step: Any, param: Tensor) -> Tensor:
+    """A step (B,) float32 on the parameter's device, from one of its own or from torch.optim's single one."""
+    step = torch.as_tensor(step, dtype=torch.float32, device=param.device).resolve_neg()
+    return step.expand(len(param)).clone() if step.dim() == 0 else step.contiguous()

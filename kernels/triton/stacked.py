@@ -1,0 +1,712 @@
+"""SGD and Adam over a batch of models in one launch: every model by options, a step, a clip and a guard of its own.
+
+A stack is a matrix in memory, a row per model. A program updates a tile of MODELS rows: their options, steps and bias
+corrections are vectors, computed once per model; their elements are updated by the same rules as plain parameters.
+A model of many elements has several programs, each with CHUNK columns, so that one kernel serves 1e7 models of three
+numbers as well as one model of 1e6.
+
+The tables are those of multi_tensor.py, save that ``options`` (groups, 3, COLUMNS) has below each address the stride
+of the models' values, doubled, plus 1 if they are float64; a number that all models share has the stride 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..optim.bucket import AdamOptions, Bucket, Guard, Models, SGDOptions
+from . import adam, config, sgd
+from .launch import cdiv, launch
+from .multi_tensor import (
+    CHUNK,
+    GRAD,
+    GROUP,
+    KEY,
+    MASTER,
+    NUMEL,
+    PARAM,
+    STATES,
+    STEP,
+    WIDTH,
+    Tables,
+    draw_words,
+    dtype_of,
+    load_grad,
+    load_param,
+    mix,
+    option_columns,
+    pointer_at,
+    round_to,
+    store_param,
+)
+
+ALIGNED = tl.constexpr(10)
+COUNTER = tl.constexpr(11)  # the first of the tensor's counters, one per tile of models
+
+# The pieces of models that a program of the norm adds up at least, and how many programs share a tile at most.
+NORM_PIECES = 4
+NORM_SPLITS = 256
+
+SGD_LR, SGD_MOMENTUM, SGD_DAMPENING, SGD_DECAY, SGD_NESTEROV, SGD_MAXIMIZE, _, _ = option_columns(
+    SGDOptions, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "max_norm"
+)
+ADAM_LR, BETA1, BETA2, EPS, ADAM_DECAY, DECOUPLED, ADAM_MAXIMIZE, _, _ = option_columns(
+    AdamOptions, "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "max_norm"
+)
+# After the options of both stand max_norm and the rates' factors.
+SGD_COLUMNS = tl.constexpr(len(SGDOptions._fields) + 2)
+ADAM_COLUMNS = tl.constexpr(len(AdamOptions._fields) + 2)
+
+
+class StackedTables(Tables):
+    """The tables of a bucket of stacks."""
+
+    def __init__(self, bucket: Bucket, models: int, block: int) -> None:
+        widths = [param.numel() // max(1, models) for param in bucket.params]
+        # A tile has as many columns as the longest row asks for: of that tensor at least half of the lanes work.
+        self.columns = min(block, triton.next_power_of_2(max(1, *widths)))
+        self.tile = block // self.columns
+        self.tiles = cdiv(models, self.tile)
+        self._models = models
+        super().__init__(bucket)
+        operands = [bucket.params, *(bucket.states[key] for key in bucket.states if key != "step")]
+        sizes = [tensors[0].element_size() for tensors in operands]
+        # Rows are read in vectors if each starts at a multiple of 16 bytes.
+        self._addresses = self._addresses | np.bitwise_or.reduce([np.array(widths) * size for size in sizes])
+        self.narrowest = min(sizes)
+        self.pieces = sum(max(1, cdiv(width, CHUNK.value)) for width in widths)
+
+    def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        rows[:, NUMEL.value] //= max(1, self._models)
+        pieces = np.maximum(-(-rows[:, NUMEL.value] // CHUNK.value), 1)
+        counters = np.where(pieces > 1, self.tiles, 0)
+        rows[:, COUNTER.value] = np.cumsum(counters) - counters
+        return pieces * self.tiles, int(counters.sum()) + 1
+
+    def option_values(
+        self, groups: Sequence[tuple[Any, ...]], max_norm: float | None, lr_scale: Tensor | None
+    ) -> Tensor:
+        """(groups, 3, options + 2): numbers; the addresses to read instead; twice the strides, plus 1 for float64."""
+        table = np.zeros((len(groups), 3, len(groups[0]) + 2))
+        integers = table.view(np.int64)
+        sources = []
+        for row, group in enumerate(groups):
+            values = (*group, -1.0 if max_norm is None else max_norm, 1.0 if lr_scale is None else lr_scale)
+            for column, value in enumerate(values):
+                if isinstance(value, Tensor) and (value.dim() > 0 or not value.is_cpu):
+                    source = value.detach().resolve_neg()
+                    if source.dtype not in (torch.float32, torch.float64) or source.device != self.device:
+                        source = source.to(self.device, torch.float32)
+                    sources.append(source)
+                    stride = source.stride(0) if source.dim() else 0
+                    integers[row, 1, column] = source.data_ptr()
+                    integers[row, 2, column] = 2 * stride + (source.dtype == torch.float64)
+                else:
+                    table[row, 0, column] = float(value)
+        return self._upload_options(table, sources)
+
+
+def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models, out: Tensor) -> None:
+    """Write each model's sum of squares of the unscaled gradients, and how many programs saw a non-finite one of it.
+
+    Args:
+        bucket: its ``grads`` are read.
+        grad_scale: 0-d float32, or None for 1.
+        models: how many, and which are active; the others get nan and 0.
+        out: (2, B), overwritten.
+    """
+    tables = _tables_of(bucket, models)
+    splits = min(NORM_SPLITS, cdiv(tables.pieces, NORM_PIECES))
+    partials, arrivals = out, tables.arrivals
+    if splits > 1:
+        known = bucket.memory.get("norm_partials")
+        if known is None:
+            partials = torch.empty((splits, *out.shape), dtype=out.dtype, device=out.device)
+            arrivals = torch.zeros(tables.tiles, dtype=torch.int32, device=out.device)
+            known = bucket.memory["norm_partials"] = partials, arrivals
+        partials, arrivals = known
+    launch(
+        _stacked_norm_kernel,
+        (tables.tiles, splits),
+        tables.rows.tensor,
+        arrivals,
+        *_active(models),
+        grad_scale,
+        partials,
+        out,
+        models.B,
+        len(bucket.params),
+        device=out.device,
+        DTYPE_G=dtype_of(bucket.grads),
+        ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
+        SPLITS=splits,
+        MODELS=tables.tile,
+        COLUMNS=tables.columns,
+        VECTOR=16 // min(tables.narrowest, bucket.grads[0].element_size()),
+        num_warps=config.warps(config.target_of(out.device)),
+    )
+
+
+def stacked_sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard, models: Models) -> None:
+    """Update every parameter of ``bucket`` in place, its states and steps with it.
+
+    Args:
+        bucket: states, all optional: ``momentum_buffer``, ``step``, ``master_param``.
+        options: of each group, by the index that ``bucket.groups`` holds.
+        guard: scale, clipping and whether to skip.
+        models: how many, which are active, and the factors of their rates.
+    """
+    momentum = dtype_of(bucket.states.get("momentum_buffer"))
+    _launch_step(_stacked_sgd_kernel, bucket, options, guard, models, DTYPE_M=momentum)
+
+
+def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard, models: Models) -> None:
+    """Update every parameter of ``bucket`` in place, its states and steps with it.
+
+    Args:
+        bucket: states ``exp_avg``, ``exp_avg_sq``, ``step``, perhaps ``max_exp_avg_sq`` and ``master_param``.
+        options: of each group, by the index that ``bucket.groups`` holds.
+        guard: scale, clipping and whether to skip.
+        models: how many, which are active, and the factors of their rates.
+    """
+    _launch_step(
+        _stacked_adam_kernel,
+        bucket,
+        options,
+        guard,
+        models,
+        DTYPE_M=dtype_of(bucket.states["exp_avg"]),
+        DTYPE_V=dtype_of(bucket.states["exp_avg_sq"]),
+        DTYPE_W=dtype_of(bucket.states.get("max_exp_avg_sq")),
+    )
+
+
+def _tables_of(bucket: Bucket, models: Models) -> StackedTables:
+    """The bucket's tables, with the addresses of its present gradients."""
+    tables = bucket.memory.get("tables")
+    if tables is None:
+        operands = [bucket.params, bucket.grads, *(bucket.states[k] for k in bucket.states if k != "step")]
+        widest = max(tensors[0].element_size() for tensors in operands)
+        compiled = config.optimizer(widest, config.target_of(bucket.params[0].device))
+        tables = bucket.memory["tables"] = StackedTables(bucket, models.B, compiled.pop("BLOCK"))
+        bucket.memory["compiled"] = compiled
+    tables.refresh(bucket.grads)
+    return tables
+
+
+def _active(models: Models) -> tuple[Tensor | None, int]:
+    if models.active is None:
+        return None, 0
+    return models.active.view(torch.uint8), models.active.stride(0)
+
+
+def _launch_step(
+    kernel: Any,
+    bucket: Bucket,
+    options: Sequence[tuple[Any, ...]],
+    guard: Guard,
+    models: Models,
+    **dtypes: Any,
+) -> None:
+    tables = _tables_of(bucket, models)
+    launch(
+        kernel,
+        (tables.programs,),
+        tables.chunks.tensor,
+        tables.rows.tensor,
+        tables.arrivals,
+        tables.option_values(options, guard.max_norm, models.lr_scale),
+        *_active(models),
+        guard.grad_scale,
+        guard.found_inf,
+        guard.norms,
+        guard.skipped,
+        models.B,
+        device=bucket.params[0].device,
+        DTYPE_P=dtype_of(bucket.params),
+        DTYPE_G=dtype_of(bucket.grads),
+        DTYPE_STEP=dtype_of(bucket.states.get("step")),
+        **dtypes,
+        HAS_MASTER="master_param" in bucket.states,
+        STOCHASTIC=bucket.seed is not None,
+        NORMS=0 if guard.norms is None else len(guard.norms),
+        SKIP=guard.skip_nonfinite,
+        ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+        MODELS=tables.tile,
+        COLUMNS=tables.columns,
+        VECTOR=16 // min(tables.narrowest, bucket.grads[0].element_size()),
+        **bucket.memory["compiled"],
+    )
+
+
+@triton.jit(do_not_specialize=["B", "active_stride"])
+def _stacked_adam_kernel(
+    chunks_ptr,
+    rows_ptr,
+    arrivals_ptr,
+    options_ptr,
+    active_ptr,
+    active_stride,
+    grad_scale_ptr,
+    found_inf_ptr,
+    norms_ptr,
+    skipped_ptr,
+    B,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_STEP: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr,
+    DTYPE_W: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NORMS: tl.constexpr,
+    SKIP: tl.constexpr,
+    ACC: tl.constexpr,
+    MODELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One program updates MODELS models' part of one tensor: at most CHUNK elements of each.
+
+    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 3, columns) float64: see the heads of
+    this file and of multi_tensor.py. arrivals_ptr: int32 counters, zeros between launches.
+    active_ptr: (B,) uint8 or None; grad_scale_ptr, found_inf_ptr: 0-d float32 or None;
+    norms_ptr: (NORMS, 2, B) float64 or None; skipped_ptr: (B,) int64 or None.
+
+    Bytes per element: as for plain parameters; per model the step read and written, and its options read.
+    """
+    t, row, place, n, pieces = tile_of_models(chunks_ptr, rows_ptr)
+    models, inside = models_of(place // pieces, B, MODELS)
+    group = tl.load(row + GROUP)
+    go, inverse_scale, clip = load_guards(
+        options_ptr, group, ADAM_COLUMNS, active_ptr, active_stride, grad_scale_ptr, found_inf_ptr, norms_ptr,
+        skipped_ptr, B, models, inside, tl.where((t == 0) & (place % pieces == 0), B, 0), NORMS, SKIP,
+    )  # fmt: skip
+    UNSCALE: tl.constexpr = grad_scale_ptr is not None
+    lr = load_value(options_ptr, group, ADAM_LR, ADAM_COLUMNS, models, inside)
+    lr = lr * load_value(options_ptr, group, ADAM_COLUMNS - 1, ADAM_COLUMNS, models, inside)
+    beta1 = load_value(options_ptr, group, BETA1, ADAM_COLUMNS, models, inside)
+    beta2 = load_value(options_ptr, group, BETA2, ADAM_COLUMNS, models, inside)
+    decay = load_value(options_ptr, group, ADAM_DECAY, ADAM_COLUMNS, models, inside)
+    eps = load_number(options_ptr, group, EPS, ADAM_COLUMNS)
+    decoupled = load_number(options_ptr, group, DECOUPLED, ADAM_COLUMNS) != 0
+    sign = tl.where(load_number(options_ptr, group, ADAM_MAXIMIZE, ADAM_COLUMNS) != 0, -1.0, 1.0)
+    step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, go, DTYPE_STEP)
+
+    t_new = step.to(tl.int64) + 1
+    correction1 = corrections(1.0 - beta1, t_new)
+    correction2 = corrections(1.0 - beta2, t_new)
+    scalars = (
+        (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC)[:, None],
+        tl.where(decoupled, 0.0, decay).to(ACC)[:, None],
+        (1.0 - beta1).to(ACC)[:, None],
+        beta2.to(ACC)[:, None],
+        (1.0 - beta2).to(ACC)[:, None],
+        (1.0 / tl.sqrt(correction2)).to(ACC)[:, None],
+        eps.to(ACC),
+        (lr / correction1).to(ACC)[:, None],
+        inverse_scale.to(ACC),
+        (sign * clip).to(ACC)[:, None],
+    )
+    key = keys_of(row, step)[:, None] if STOCHASTIC else 0
+    first = (place % pieces) * CHUNK
+    if tl.load(row + ALIGNED) != 0:
+        _update_adam(row, models, go, first, tl.multiple_of(n, VECTOR), scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G,
+                     DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+    else:
+        _update_adam(row, models, go, first, n, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G,
+                     DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def _update_adam(
+    row,
+    models,
+    go,
+    first,
+    n,
+    scalars,
+    key,
+    UNSCALE: tl.constexpr,
+    ALIGNED16: tl.constexpr,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr,
+    DTYPE_W: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ACC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the columns from ``first`` on, at most CHUNK of the ``n``, of the models that ``go``."""
+    for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        offs = models[:, None] * n + cols[None, :]
+        mask = go[:, None] & (cols < n)[None, :]
+        p_at = pointer_at(row, PARAM, DTYPE_P, ALIGNED16) + offs
+        g_at = pointer_at(row, GRAD, DTYPE_G, ALIGNED16) + offs
+        m_at = pointer_at(row, STATES, DTYPE_M, ALIGNED16) + offs
+        v_at = pointer_at(row, STATES + 1, DTYPE_V, ALIGNED16) + offs
+        master_at = pointer_at(row, MASTER, tl.float32, ALIGNED16) + offs if HAS_MASTER else None
+
+        p = load_param(p_at, master_at, mask, ACC)
+        g = load_grad(g_at, mask, scalars[8], scalars[9], UNSCALE, ACC)
+        m = tl.load(m_at, mask=mask).to(ACC)
+        v = tl.load(v_at, mask=mask).to(ACC)
+        w = None
+        if DTYPE_W is not None:
+            w_at = pointer_at(row, STATES + 2, DTYPE_W, ALIGNED16) + offs
+            w = tl.load(w_at, mask=mask).to(ACC)
+        p, m, v, w = adam.adam_rule(p, g, m, v, w, scalars)
+        word, other = 0, 0
+        if STOCHASTIC:
+            word, other = draw_words(key, offs)
+        store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)
+        tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
+        tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)
+        if DTYPE_W is not None:
+            tl.store(w_at, round_to(w, other >> 16, DTYPE_W, STOCHASTIC), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "active_stride"])
+def _stacked_sgd_kernel(
+    chunks_ptr,
+    rows_ptr,
+    arrivals_ptr,
+    options_ptr,
+    active_ptr,
+    active_stride,
+    grad_scale_ptr,
+    found_inf_ptr,
+    norms_ptr,
+    skipped_ptr,
+    B,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_STEP: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    NORMS: tl.constexpr,
+    SKIP: tl.constexpr,
+    ACC: tl.constexpr,
+    MODELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One program updates MODELS models' part of one tensor, as ``_stacked_adam_kernel`` does, by SGD's rule."""
+    t, row, place, n, pieces = tile_of_models(chunks_ptr, rows_ptr)
+    models, inside = models_of(place // pieces, B, MODELS)
+    group = tl.load(row + GROUP)
+    go, inverse_scale, clip = load_guards(
+        options_ptr, group, SGD_COLUMNS, active_ptr, active_stride, grad_scale_ptr, found_inf_ptr, norms_ptr,
+        skipped_ptr, B, models, inside, tl.where((t == 0) & (place % pieces == 0), B, 0), NORMS, SKIP,
+    )  # fmt: skip
+    UNSCALE: tl.constexpr = grad_scale_ptr is not None
+    lr = load_value(options_ptr, group, SGD_LR, SGD_COLUMNS, models, inside)
+    lr = lr * load_value(options_ptr, group, SGD_COLUMNS - 1, SGD_COLUMNS, models, inside)
+    momentum = load_value(options_ptr, group, SGD_MOMENTUM, SGD_COLUMNS, models, inside)
+    decay = load_value(options_ptr, group, SGD_DECAY, SGD_COLUMNS, models, inside)
+    dampening = load_number(options_ptr, group, SGD_DAMPENING, SGD_COLUMNS)
+    nesterov = load_number(options_ptr, group, SGD_NESTEROV, SGD_COLUMNS) != 0
+    sign = tl.where(load_number(options_ptr, group, SGD_MAXIMIZE, SGD_COLUMNS) != 0, -1.0, 1.0)
+    fresh = tl.zeros((MODELS, 1), tl.int1)
+    key = 0
+    if DTYPE_STEP is not None:
+        step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, go, DTYPE_STEP)
+        fresh = (step == 0)[:, None]
+        if STOCHASTIC:
+            key = keys_of(row, step)[:, None]
+
+    scalars = (
+        lr.to(ACC)[:, None],
+        momentum.to(ACC)[:, None],
+        tl.where(fresh, 1.0, 1.0 - dampening).to(ACC),
+        decay.to(ACC)[:, None],
+        nesterov,
+        inverse_scale.to(ACC),
+        (sign * clip).to(ACC)[:, None],
+    )
+    first = (place % pieces) * CHUNK
+    if tl.load(row + ALIGNED) != 0:
+        _update_sgd(row, models, go, first, tl.multiple_of(n, VECTOR), scalars, fresh, key, UNSCALE, True, DTYPE_P,
+                    DTYPE_G, DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+    else:
+        _update_sgd(row, models, go, first, n, scalars, fresh, key, UNSCALE, False, DTYPE_P, DTYPE_G,
+                    DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def _update_sgd(
+    row,
+    models,
+    go,
+    first,
+    n,
+    scalars,
+    fresh,
+    key,
+    UNSCALE: tl.constexpr,
+    ALIGNED16: tl.constexpr,
+    DTYPE_P: tl.constexpr,
+    DTYPE_G: tl.constexpr,
+    DTYPE_M: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ACC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the columns from ``first`` on, at most CHUNK of the ``n``, of the models that ``go``."""
+    for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        offs = models[:, None] * n + cols[None, :]
+        mask = go[:, None] & (cols < n)[None, :]
+        p_at = pointer_at(row, PARAM, DTYPE_P, ALIGNED16) + offs
+        g_at = pointer_at(row, GRAD, DTYPE_G, ALIGNED16) + offs
+        master_at = pointer_at(row, MASTER, tl.float32, ALIGNED16) + offs if HAS_MASTER else None
+
+        p = load_param(p_at, master_at, mask, ACC)
+        g = load_grad(g_at, mask, scalars[5], scalars[6], UNSCALE, ACC)
+        m = None
+        if DTYPE_M is not None:
+            m_at = pointer_at(row, STATES, DTYPE_M, ALIGNED16) + offs
+            m = tl.load(m_at, mask=mask).to(ACC)
+        p, m = sgd.sgd_rule(p, g, m, fresh, scalars)
+        word = 0
+        if STOCHASTIC:
+            word, _ = draw_words(key, offs)
+        if DTYPE_M is not None:
+            # A model without momentum leaves its buffer as it is.
+            kept = mask & (scalars[1] != 0)
+            tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=kept)
+        store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)
+
+
+@triton.jit(do_not_specialize=["B", "active_stride", "tensors"])
+def _stacked_norm_kernel(
+    rows_ptr,
+    arrivals_ptr,
+    active_ptr,
+    active_stride,
+    grad_scale_ptr,
+    partials_ptr,
+    out_ptr,
+    B,
+    tensors,
+    DTYPE_G: tl.constexpr,
+    ACC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MODELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One program sums the squares of MODELS models: of every SPLITS-th piece of CHUNK columns, over all tensors.
+
+    The last program of a tile of models adds up the SPLITS sums in order.
+
+    rows_ptr: (tensors, WIDTH) int64. arrivals_ptr: (tiles,) int32, zeros between launches.
+    active_ptr: (B,) uint8 or None; grad_scale_ptr: 0-d float32 or None.
+    partials_ptr: (SPLITS, 2, B) float64, overwritten; out_ptr: (2, B) float64, the same memory if SPLITS is 1.
+
+    Bytes: each gradient read once.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    models, inside = models_of(tile, B, MODELS)
+    go = inside
+    if active_ptr is not None:
+        go = go & (tl.load(active_ptr + models * active_stride, mask=inside, other=0) != 0)
+    inverse = tl.full((), 1.0, ACC)
+    if grad_scale_ptr is not None:
+        inverse = 1.0 / tl.load(grad_scale_ptr).to(ACC)
+    total = tl.zeros((MODELS, COLUMNS), ACC)
+    bad = tl.zeros((MODELS, COLUMNS), tl.int32)
+    zero = tl.full((), 0, tl.int64)
+    before = 0  # pieces of the tensors before this one
+    for t in range(tensors):
+        row = rows_ptr + t * WIDTH
+        n = tl.load(row + NUMEL)
+        pieces = tl.maximum(tl.cdiv(n, CHUNK), 1).to(tl.int32)
+        aligned = tl.load(row + ALIGNED) != 0
+        for piece in range((split + SPLITS - before % SPLITS) % SPLITS, pieces, SPLITS):
+            first = (zero + piece) * CHUNK
+            if aligned:
+                total, bad = _add_squares(row, models, go, first, tl.multiple_of(n, VECTOR), inverse, total, bad,
+                                          True, DTYPE_G, ACC, COLUMNS)  # fmt: skip
+            else:
+                total, bad = _add_squares(row, models, go, first, n, inverse, total, bad,
+                                          False, DTYPE_G, ACC, COLUMNS)  # fmt: skip
+        before += pieces
+    squares = tl.sum(total.to(tl.float64), 1)
+    nonfinite = tl.max(bad, 1).to(tl.float64)
+    at = partials_ptr + split.to(tl.int64) * 2 * B + models
+    if SPLITS == 1:
+        squares = tl.where(go, squares, float("nan"))
+    tl.store(at, squares, mask=inside)
+    tl.store(at + B, nonfinite, mask=inside)
+    if SPLITS > 1:
+        tl.debug_barrier()  # this program's sums are written before it counts as arrived
+        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            tl.store(arrivals_ptr + tile, 0)
+            squares = tl.zeros((MODELS,), tl.float64)
+            nonfinite = tl.zeros((MODELS,), tl.float64)
+            for i in range(SPLITS):
+                at = partials_ptr + i * 2 * B.to(tl.int64) + models
+                squares += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+                nonfinite += tl.load(at + B, mask=inside, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptr + models, tl.where(go, squares, float("nan")), mask=inside)
+            tl.store(out_ptr + B + models, nonfinite, mask=inside)
+
+
+@triton.jit
+def _add_squares(
+    row, models, go, first, n, inverse, total, bad, ALIGNED16: tl.constexpr, DTYPE_G: tl.constexpr,
+    ACC: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Add the squares of the columns from ``first`` on, at most CHUNK of the ``n``, and note what is not finite."""
+    g_ptr = pointer_at(row, GRAD, DTYPE_G, ALIGNED16)
+    for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
+        cols = start + tl.arange(0, COLUMNS)
+        mask = go[:, None] & (cols < n)[None, :]
+        g = tl.load(g_ptr + models[:, None] * n + cols[None, :], mask=mask, other=0.0).to(ACC) * inverse
+        total = tl.fma(g, g, total)
+        bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1
+    return total, bad
+
+
+@triton.jit
+def tile_of_models(chunks_ptr, rows_ptr):
+    """Of this program: its tensor's number and row, its place among the tensor's programs, the elements of a model,
+    and how many programs share a tile of models."""
+    c = tl.program_id(0).to(tl.int64)
+    t = tl.load(chunks_ptr + 2 * c).to(tl.int64)
+    place = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64)
+    row = rows_ptr + t * WIDTH
+    n = tl.load(row + NUMEL)
+    return t, row, place, n, tl.maximum(tl.cdiv(n, CHUNK), 1)
+
+
+@triton.jit
+def models_of(tile, B, MODELS: tl.constexpr):
+    """The models of a tile (int64), and which of them exist."""
+    models = tile * MODELS + tl.arange(0, MODELS)
+    return models, models < B
+
+
+@triton.jit
+def load_number(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr):
+    """An option that is a number for all models, in float64."""
+    return tl.load(options_ptr + group * 3 * COLUMNS + column)
+
+
+@triton.jit
+def load_value(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr, models, inside):
+    """The models' values of an option in float64: the number in the table, or what stands at the address below it."""
+    at = options_ptr + group * 3 * COLUMNS + column
+    none = tl.zeros_like(models)  # a mask is made of blocks
+    source = none + tl.load((at + COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
+    form = none + tl.load((at + 2 * COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
+    places = models * (form >> 1)
+    given = inside & (source != 0)
+    wide = (form & 1) != 0
+    single = tl.load(source.to(tl.pointer_type(tl.float32)) + places, mask=given & (wide == 0), other=0.0)
+    double = tl.load(source.to(tl.pointer_type(tl.float64)) + places, mask=given & wide, other=0.0)
+    return tl.where(source != 0, single.to(tl.float64) + double, tl.load(at))
+
+
+@triton.jit
+def load_guards(
+    options_ptr,
+    group,
+    COLUMNS: tl.constexpr,
+    active_ptr,
+    active_stride,
+    grad_scale_ptr,
+    found_inf_ptr,
+    norms_ptr,
+    skipped_ptr,
+    B,
+    models,
+    inside,
+    counted,
+    NORMS: tl.constexpr,
+    SKIP: tl.constexpr,
+):
+    """(go, inverse_scale, clip): which models make the step, and what gradients are multiplied by, in float64.
+
+    The pointers are as the kernels say. counted: this program counts the skipped steps of models below this number.
+    """
+    go = inside
+    if active_ptr is not None:
+        go = go & (tl.load(active_ptr + models * active_stride, mask=inside, other=0) != 0)
+    skip = models < 0
+    inverse_scale = tl.full((), 1.0, tl.float64)
+    clip = tl.full(models.shape, 1.0, tl.float64)
+    if grad_scale_ptr is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
+    if found_inf_ptr is not None:
+        skip = go & (tl.load(found_inf_ptr + 0 * models) != 0)
+    if norms_ptr is not None:
+        squares = tl.zeros(models.shape, tl.float64)
+        nonfinite = tl.zeros(models.shape, tl.float64)
+        for part in tl.static_range(NORMS):
+            at = norms_ptr + 2 * part * B.to(tl.int64) + models
+            squares += tl.load(at, mask=go, other=0.0)
+            if SKIP:
+                nonfinite += tl.load(at + B, mask=go, other=0.0)
+        max_norm = load_number(options_ptr, group, COLUMNS - 2, COLUMNS)
+        clip = max_norm / (tl.sqrt(squares) + 1e-6)
+        clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
+        clip = tl.where(max_norm < 0, 1.0, clip)
+        if SKIP:
+            skip = skip | (nonfinite != 0)
+    if skipped_ptr is not None:
+        mine = skip & (models < counted)
+        tl.store(skipped_ptr + models, tl.load(skipped_ptr + models, mask=mine, other=0) + 1, mask=mine)
+    return go & (skip == 0), inverse_scale, clip
+
+
+@triton.jit
+def take_steps(row, arrivals_ptr, tile, pieces, models, inside, go, DTYPE_STEP: tl.constexpr):
+    """The models' steps of a tensor; those that ``go`` rise by one when all programs of the tile have read them.
+
+    arrivals_ptr: the counters; those of the tensor begin at COUNTER, if a tile has several programs.
+    """
+    steps_ptr = tl.load(row + STEP).to(tl.pointer_type(DTYPE_STEP)) + models
+    steps = tl.load(steps_ptr, mask=inside, other=0.0)
+    tl.debug_barrier()  # every thread has read its steps before this program writes, or counts as arrived
+    last = pieces == 1
+    if pieces > 1:
+        counter = arrivals_ptr + tl.load(row + COUNTER) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
+            tl.store(counter, 0)
+            last = True
+    if last:
+        tl.store(steps_ptr, steps + 1, mask=go)
+    return steps
+
+
+@triton.jit
+def corrections(one_less, exponents):
+    """1 - (1 - one_less)^exponent of each model by squaring, for whole exponents >= 0: nothing cancels."""
+    result = tl.zeros(one_less.shape, tl.float64)
+    most = tl.max(exponents, 0)
+    while most > 0:
+        result = tl.where(exponents & 1 != 0, result + one_less * (1.0 - result), result)
+        one_less = one_less * (2.0 - one_less)
+        exponents = exponents >> 1
+        most = most >> 1
+    return result
+
+
+@triton.jit
+def keys_of(row, steps):
+    """What each model's random numbers of one step start from."""
+    return mix(tl.load(row + KEY).to(tl.uint32) ^ steps.to(tl.int64).to(tl.uint32))
