@@ -515,7 +515,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         if not self._measures():
             return UNGUARDED
         if self._row is None:
-            self._norms = norm_table(1, device)
+            _, shape = self._record_shapes()
+            self._norms = torch.empty(shape, dtype=norm_dtype(device), device=device)
         skips = self.on_nonfinite == "skip"
         return Guard(
             norms=self._norms,
