@@ -17,6 +17,7 @@ LAYERS = (
     ("triton/", "fallback/", "reference/"),
     ("operator.py", "optim/plan.py", "optim/stacked.py", "optim/compiled.py", "optim/step.py"),
     ("matmul.py", "mse.py", "linear_mse.py", "sgd.py", "adam.py"),
+    ("linear_mse_fit.py",),
     ("nn.py", "ops.py"),
     ("warmup.py",),
     ("verify/",),
