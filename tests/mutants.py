@@ -34,6 +34,7 @@ TESTS = {
     "launch": "tests/launch tests/host/test_launches.py",
     "config": "tests/launch/test_config.py tests/launch/test_same_bits.py tests/ops/test_matmul_kernels.py",
     "optim": "tests/optim/test_contract.py tests/optim/test_batches.py tests/optim/test_adam.py",
+    "distributed": "tests/optim/test_distributed.py",
     "training": "tests/optim/test_training.py tests/optim/test_contract.py tests/optim/test_compile.py",
     "gradient": "tests/verify/test_gradient.py tests/verify/test_diagnosis.py",
     "memory": "tests/verify/test_memory.py",
@@ -190,7 +191,7 @@ MUTANTS = (
         "arrived == tl.maximum(tl.cdiv(numel, CHUNK), 1) - 1", "arrived == tl.cdiv(numel, CHUNK) - 1", "optim"
     ),
     Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
-    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim"),
+    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim", "triton/multi_tensor"),
     Mutant(
         "counts = (tl.program_id(0) == 0) & skip",
         "counts = skip",
@@ -198,8 +199,8 @@ MUTANTS = (
         survives="all programs write one sum",
     ),
     Mutant("t_new = step.to(tl.int64) + 1", "t_new = step.to(tl.int64)", "optim"),
-    Mutant("p = p * shrink", "p = p", "optim"),
-    Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim"),
+    Mutant("p = p * shrink", "p = p", "optim", "triton/adam"),
+    Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim", "triton/adam"),
     # The optimizers on the host.
     Mutant("or kinds != self.kinds\n", "", "optim training"),
     Mutant("or _forms(self.stepped) != self.forms\n", "", "optim training"),
@@ -222,6 +223,10 @@ MUTANTS = (
         "return mix(mix(seed & MASK)",
         "training optim",
     ),
+    Mutant("if grad.placements != param.placements:", "if False:", "distributed"),
+    Mutant("entry.seed, entry.shards, again)", "entry.seed, again)", "distributed"),
+    Mutant(" if not place.is_replicate()", "", "distributed"),
+    Mutant('return local.wait() if hasattr(local, "wait") else local', "return local", "distributed"),
     # The fallback.
     Mutant("clip = 1.0 if ratio > 1.0 else ratio", "clip = ratio", "optim"),
     Mutant(

@@ -17,12 +17,13 @@ import gradkernels
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gradkernels.optim.plan import local_gradient
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 10
@@ -152,6 +153,54 @@ def hsdp(name: str) -> None:
     check_training(name, model, optimizer, optimizer, params[0])
 
 
+def placements(name: str) -> None:
+    """Sharded, replicated and ordinary parameters together, and gradients not always placed as their parameters.
+
+    Each element counts once in the norm, whoever holds it.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(2)
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def placed(value: Tensor, place: Any, on_its_way: bool = False) -> Tensor:
+        if place is None:
+            return value.clone()
+        if on_its_way and place != part:
+            return placed(value, part).redistribute(mesh, [place], async_op=True)
+        if place == part:  # what each rank has is to be added
+            return DTensor.from_local(value * 2 * (dist.get_rank() + 1) / (world * (world + 1)), mesh, [part])
+        return distribute_tensor(value.clone(), mesh, [place])
+
+    world = dist.get_world_size()
+    shard, whole, part = Shard(0), Replicate(), Partial()
+    kinds = [  # shape, the parameter's placement, its gradient's at even steps and at odd ones
+        ((7, 3), shard, shard, whole),
+        ((5,), shard, whole, whole),
+        ((4, 4), whole, part, whole),
+        ((3, 6), whole, shard, part),
+        ((6,), None, None, None),
+    ]
+    start = [random(shape) for shape, *_ in kinds]
+    params = [nn.Parameter(placed(value, place)) for value, (_, place, *_) in zip(start, kinds, strict=True)]
+    expected = [nn.Parameter(value.clone()) for value in start]
+    ours = OURS[name](params, **OPTIONS[name], max_norm=MAX_NORM)
+    theirs = getattr(torch.optim, name)(expected, **OPTIONS[name], foreach=False)
+    for step in range(STEPS):
+        for param, other, (shape, _, *places) in zip(params, expected, kinds, strict=True):
+            other.grad = random(shape) * 2.0 ** (step % 3 - 1)
+            param.grad = placed(other.grad, places[step % 2], on_its_way=step % 4 > 1)
+            local = local_gradient(param.grad, param)
+            assert type(local) is Tensor, "kernels read memory"
+        norm = nn.utils.clip_grad_norm_(expected, MAX_NORM, foreach=False)
+        ours.step()
+        theirs.step()
+        assert_close(full(ours.grad_norm), norm, f"norm at step {step}")
+        for i, (param, other) in enumerate(zip(params, expected, strict=True)):
+            assert_close(full(param.detach()), other.detach(), f"parameter {i} at step {step}")
+
+
 def zero(name: str) -> None:
     """Each rank owns some of the parameters; the norm and the guard are taken over ``norm_group``."""
     model = DistributedDataParallel(make_model())
@@ -228,7 +277,7 @@ def checkpoint(name: str) -> None:
 
 
 CASES: dict[str, Callable[[str], None]] = {
-    case.__name__: case for case in (ddp, fsdp, hsdp, zero, guard_raises, checkpoint)
+    case.__name__: case for case in (ddp, fsdp, hsdp, placements, zero, guard_raises, checkpoint)
 }
 
 
