@@ -149,11 +149,15 @@ class Table:
             self.check_numbering(column, values.to_numpy())
 
     def check_numbering(self, column: str, values: np.ndarray) -> None:
-        steps = np.diff(values)
-        named = NUMBERED.search(column) and self.rows > FEW_CATEGORIES
-        if (self.rows > FEW_CATEGORIES and (steps == 1).all()) or (named and (steps > 0).all()):
+        if self.rows <= FEW_CATEGORIES:
+            return
+        counts = (np.diff(values) == 1).all()
+        if counts or (
+            NUMBERED.search(column) and (values % 1 == 0).all() and len(np.unique(values)) == self.rows
+        ):
+            what = "counts the rows" if counts else "has another number in each row"
             self.notes.append(
-                f"column {column!r} counts the rows: an id says nothing about new rows; --drop {column!r} leaves it out"
+                f"column {column!r} {what}; if it is an id, it says nothing about new rows: --drop {column!r}"
             )
 
     def check_text(self, column: str, values: pd.Series) -> None:

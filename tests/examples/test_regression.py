@@ -234,7 +234,7 @@ KINDS = {
         TOWN,
     ),
     "quoted": (
-        [",".join(f'"{cell}"' for cell in line.split(",")) for line in (HEADER, *PLAIN)],
+        [", ".join(f'"{cell}"' for cell in line.split(",")) for line in (HEADER, *PLAIN)],
         "utf-8",
         (),
         TOWN,
@@ -325,17 +325,43 @@ def test_a_column_that_turns_out_to_be_text_keeps_its_words(
     assert data.description["scaling"]["feature_mean"][0] == pytest.approx(0.625, abs=0.02)
 
 
-def test_ids_are_hinted_at(
-    regression: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_ids_are_hinted_at(regression: ModuleType, tmp_path: Path) -> None:
+    lines = [f"{i + 1},{i * 7 % 20},{i * i % 17},{i * i % 17 + 0.5}" for i in range(20)]
+    path = write_table(tmp_path / "table.csv", ["customer,orderId,a,y", *lines])
+    _, data = load(regression, data=str(path), target="y")
+    hint = "if it is an id, it says nothing about new rows: --drop"
+    assert data.description["notes"] == [
+        f"column 'customer' counts the rows; {hint} 'customer'",
+        f"column 'orderId' has another number in each row; {hint} 'orderId'",
+    ]
+    _, data = load(regression, data=str(path), target="y", drop="customer,orderId")
+    assert data.description["notes"] == []
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickled_code_runs(
+    regression: ModuleType, tmp_path: Path, houses: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [f"{i + 1},{i * i % 17},{i * i % 17 + 0.5}" for i in range(20)]
-    path = write_table(tmp_path / "table.csv", ["customer,a,y", *lines])
-    arguments = ("--data", path, "--target", "y", "--epochs", 1, "--output", tmp_path / "out")
-    assert run(regression, *arguments) == 0
-    assert (printed := capsys.readouterr().out).count("note: ") == 1
-    assert "note: column 'customer' counts the rows: an id says nothing about new rows; --drop" in printed
-    assert run(regression, *arguments, "--drop", "customer") == 0
-    assert "note: " not in capsys.readouterr().out
+    for name, command in (
+        ("checkpoint.pt", ["--resume", "--output", str(tmp_path)]),
+        ("model.pt", ["predict", str(tmp_path / "model.pt"), str(houses)]),
+    ):
+        torch.save({"settings": Trap(tmp_path / "sprung")}, tmp_path / name)
+        assert regression.main(command) == 2
+        assert_found(rf"^error: .*{name}", capsys.readouterr().err)
+        assert not (tmp_path / "sprung").exists()
+        torch.load(tmp_path / name, weights_only=False)
+        assert (tmp_path / "sprung").exists(), "the trap works"
+        (tmp_path / "sprung").unlink()
 
 
 def test_preparing_is_what_scikit_learn_makes_of_the_whole_table(
