@@ -106,7 +106,8 @@ def fit(
     generator = torch.Generator().manual_seed(0)
     seconds = 0.0
     for _ in range(steps):
-        corner = torch.randint(0, SIZE - TILE + 1, (2,), generator=generator)
+        # Places beyond the border move back to it: the corners are seen as often as the middle.
+        corner = torch.randint(-TILE // 2, SIZE - TILE // 2, (2,), generator=generator).clamp(0, SIZE - TILE)
         active = visible(gaussians, corner)
         i, j = corner.tolist()
         wanted = target[i : i + TILE, j : j + TILE].reshape(-1, 3)
@@ -144,10 +145,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             counts = optimizer.state[gaussians["centre"]]["step"]
             print(f"  a row took part in {counts.min():.0f} to {counts.max():.0f} of them")
 
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3.8), layout="constrained")
     for place, (name, picture) in zip(axes, pictures.items(), strict=True):
         place.imshow(picture.clamp(0, 1).numpy(), interpolation="nearest")
-        place.set_title(f"{name}\n{ratios[name]:.1f} dB" if name in ratios else name, fontsize=10)
+        place.set_title(f"{name}: {ratios[name]:.1f} dB" if name in ratios else name, fontsize=10)
         place.axis("off")
     given.output.mkdir(parents=True, exist_ok=True)
     figure.savefig(given.output / "splats.png", dpi=100)
