@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from . import checks
 from .backends import implementation
 from .checks import cyclic
-from .linear_mse import _check as check_linear_mse
+from .linear_mse import _check as check_one
 from .linear_mse import linear_mse_loss
+from .linear_mse_models import _normal_form as check_models
+from .linear_mse_models import check_bounds
 from .optim.bucket import Update
 from .optim.step import FusedStep
 from .torch_private import needs_dispatcher
@@ -36,6 +38,7 @@ def linear_mse_fit(
     steps: int,
     batch_size: int | None = None,
     sample_weight: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Train a linear model, or B of them, for ``steps`` rounds of gradient descent; the losses of all rounds.
 
@@ -78,33 +81,79 @@ def linear_mse_fit(
         >>> losses = linear_mse_fit(x, weight, y, optimizer=FusedAdam([weight], lr=0.1), steps=50)
     """
     op = "linear_mse_fit"
-    given = {"input": input, "weight": weight, "target": target, "bias": bias, "sample_weight": sample_weight}
-    check_linear_mse(op, given, "mean", ("mean",))
+    given = {"input": input, "weight": weight, "target": target, "bias": bias}
+    if offsets is None and not (isinstance(weight, Tensor) and weight.dim() == 3):
+        rows = _rows_of_one(op, given, sample_weight)
+    else:
+        rows = _rows_of_models(op, given, sample_weight, offsets)
     ours = _check_optimizer(op, optimizer, [weight] if bias is None else [weight, bias])
     _check_count(op, "steps", steps, 0, None)
-    rows = math.prod(input.shape[:-1])
     if batch_size is not None:
-        _check_count(op, "batch_size", batch_size, 1, rows)
+        if offsets is not None:
+            raise ValueError(
+                f"{op}: batch_size is {batch_size}, but ragged rows (offsets) have no common number"
+            )
+        _check_count(op, "batch_size", batch_size, 1, rows.total)
     with torch.inference_mode(False):  # what is written outlives the caller's block
-        outputs = weight.shape[:-1]
-        if sample_weight is not None:
-            each = () if sample_weight.shape != target.shape else outputs
-            sample_weight = sample_weight.detach().reshape(rows, *each)
-        losses = torch.empty((steps,), dtype=checks.loss_dtype(target), device=target.device)
-        fit = _Fit(
-            input.detach().reshape(rows, input.shape[-1]),
-            weight,
-            target.detach().reshape(rows, *outputs),
-            bias,
-            sample_weight,
-            ours,
-            batch_size,
-            rows,
-            losses,
-        )
+        shape = (steps,) if rows.dim == 0 else (steps, len(weight))
+        losses = torch.empty(shape, dtype=checks.loss_dtype(target), device=target.device)
+        fit = _Fit(rows, weight, bias, ours, batch_size, losses)
         if steps and (fit.is_watched() or not fit.launch()):
             fit.loop()
     return losses
+
+
+class _Rows(NamedTuple):
+    """What the rounds read: detached, with the rows along ``dim``, which is 0 for one model and -2 for a batch.
+
+    Attributes:
+        sample_weight: of a batch: with a last dimension of K or 1.
+    """
+
+    input: Tensor
+    target: Tensor
+    sample_weight: Tensor | None
+    offsets: Tensor | None
+    dim: int
+
+    @property
+    def total(self) -> int:
+        """N, or the rows of all models where there are offsets."""
+        return self.input.shape[self.dim]
+
+    def of_round(self, t: int, batch_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, target and weights."""
+        tensors = self[:3]
+        if batch_size is None:
+            return tensors
+        first = t * batch_size % self.total
+        input, target, weight = (
+            None if tensor is None else cyclic(tensor, first, batch_size, self.dim) for tensor in tensors
+        )
+        assert input is not None
+        assert target is not None
+        return input, target, weight
+
+
+def _rows_of_one(op: str, given: dict[str, Any], sample_weight: Any) -> _Rows:
+    """The checked rows of one model, whose leading dimensions are joined."""
+    check_one(op, {**given, "sample_weight": sample_weight}, "mean", ("mean",))
+    input, weight, target, _ = given.values()
+    rows, outputs = math.prod(input.shape[:-1]), weight.shape[:-1]
+    if sample_weight is not None:
+        each = outputs if sample_weight.shape == target.shape else ()
+        sample_weight = sample_weight.detach().reshape(rows, *each)
+    input = input.detach().reshape(rows, input.shape[-1])
+    return _Rows(input, target.detach().reshape(rows, *outputs), sample_weight, None, 0)
+
+
+def _rows_of_models(op: str, given: dict[str, Any], sample_weight: Any, offsets: Any) -> _Rows:
+    """The checked rows of a batch of models."""
+    input, _, target, _, samples, bounds = check_models(op, given, sample_weight, offsets)
+    if bounds is not None and bounds.is_cpu:
+        check_bounds(bounds, len(input))
+    samples = None if samples is None else samples.detach()
+    return _Rows(input.detach(), target.detach(), samples, offsets, -2)
 
 
 def _check_optimizer(op: str, optimizer: Any, params: list[Tensor]) -> FusedStep:
@@ -135,16 +184,13 @@ def _check_count(op: str, name: str, value: Any, least: int, most: int | None) -
 
 @dataclass(frozen=True)
 class _Fit:
-    """The arguments of one call, checked; ``rows`` is N, ``losses`` the result."""
+    """The arguments of one call, checked; ``losses`` is the result."""
 
-    input: Tensor
+    rows: _Rows
     weight: Tensor
-    target: Tensor
     bias: Tensor | None
-    sample_weight: Tensor | None
     optimizer: FusedStep
     batch_size: int | None
-    rows: int
     losses: Tensor
 
     @property
@@ -164,26 +210,33 @@ class _Fit:
             or any(optimizer._has_master(p) or optimizer._seed_of(p) is not None for p in self.params)
             or any(type(param) not in _PLAIN or not param.requires_grad for param in self.params)
             or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in self.params)
+            or (optimizer.stacked and self.rows.dim == 0)  # the rows of one model's weight are its models
             or needs_dispatcher()
         )
 
     def launch(self) -> bool:
         """All rounds by the backend's launcher; False, with nothing done, if it has none that takes these."""
         launcher = getattr(implementation("linear_mse_fit", self.weight), "linear_mse_fit_rounds", None)
-        if launcher is None or self.rows == 0:
+        if launcher is None:
             return False
         # One model is a batch of one.
-        input, target, s = self.input, self.target, self.sample_weight
-        N, D = self.rows, self.input.shape[-1]
+        rows = self.rows
+        N, D = rows.input.shape[-2:]
         weight = self.weight if self.weight.dim() == 3 else self.weight.view(1, -1, D)
         B, K, _ = weight.shape
+        if 0 in (B, N, K, D):
+            return False
+        samples = rows.sample_weight
         with _gradients_aside(self.params), torch.no_grad():
             done: bool = launcher(
-                input.reshape(-1, N, D),
+                rows.input.reshape(-1, N, D),
                 weight,
-                target.reshape(-1, N, K),
+                rows.target.reshape(-1, N, K),
                 None if self.bias is None else self.bias.view(B, K),
-                None if s is None else s.reshape(-1, N, s.numel() // N),
+                None
+                if samples is None
+                else samples.reshape(-1, N, samples.shape[-1] if samples.dim() > 1 else 1),
+                rows.offsets,
                 self.batch_size or N,
                 self.losses.view(-1, B),
                 self.update(),
@@ -209,32 +262,28 @@ class _Fit:
         states = [optimizer._state_of(group, param) for group, param in zip(groups, params, strict=True)]
         guard = optimizer._guard_of_rounds(params[0].device)
         options = [optimizer._options(group) for group in groups]
-        return Update(optimizer._operator, options, states, guard, step)
+        models = optimizer._models_of_step() if optimizer.stacked else None
+        return Update(optimizer._operator, options, states, guard, step, models)
 
     def loop(self) -> None:
         """The rounds one after the other, through autograd and ``step``."""
         trained = [param for param in self.params if param.requires_grad]
+        offsets = self.rows.offsets
         with _gradients_aside(self.params), torch.enable_grad():
             for t in range(len(self.losses)):
                 for param in trained:
                     param.grad = None
-                input, target, sample_weight = self.batch(t)
-                loss = linear_mse_loss(input, self.weight, target, self.bias, sample_weight=sample_weight)
+                input, target, sample_weight = self.rows.of_round(t, self.batch_size)
+                if sample_weight is not None and self.rows.dim != 0:
+                    # As large as a loss of each element: no other shape could be meant.
+                    models = self.weight.shape[:1] if offsets is None else ()
+                    sample_weight = sample_weight.expand(*models, input.shape[-2], self.weight.shape[1])
+                loss = linear_mse_loss(
+                    input, self.weight, target, self.bias, sample_weight=sample_weight, offsets=offsets
+                )
                 self.losses[t] = loss.detach()
                 loss.sum().backward(inputs=trained)
                 self.optimizer.step()
-
-    def batch(self, t: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, target and weights of the rows of round ``t``."""
-        input, target, weight = self.input, self.target, self.sample_weight
-        if self.batch_size is None:
-            return input, target, weight
-        first = t * self.batch_size % self.rows
-        return (
-            cyclic(input, first, self.batch_size, 0),
-            cyclic(target, first, self.batch_size, 0),
-            None if weight is None else cyclic(weight, first, self.batch_size, 0),
-        )
 
 
 @contextmanager

@@ -208,12 +208,12 @@ def torch_linear_mse_fit(
     optimizer: torch.optim.Optimizer,
     steps: int,
 ) -> Tensor:
-    """``linear_mse_fit`` in plain torch, on all rows."""
+    """``linear_mse_fit`` of a batch of models in plain torch, on all rows, with one optimizer's options for all."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
         loss = torch_linear_mse_loss(input, weight, target, bias)
-        loss.backward()
+        loss.sum().backward()
         losses.append(loss.detach())
         optimizer.step()
     return torch.stack(losses)
@@ -308,13 +308,18 @@ _RECORDS: tuple[Op, ...] = (
         public={
             "linear_mse_fit": Public(
                 torch_linear_mse_fit,
-                "as `linear_mse_loss`; losses `(steps,)`",
+                "as `linear_mse_loss`; losses `(steps,)` or `(steps, B)`",
                 "`steps` rounds of `zero_grad`, loss, `backward`, `step`",
             )
         },
-        axes="N x D x K",
-        shapes=lambda N, D, K: {"input": (N, D), "weight": (K, D), "target": (N, K), "bias": (K,)},
-        samples=((1, 1, 1), (4, 2, 1), (9, 5, 3)),
+        axes="B x N x D x K",
+        shapes=lambda B, N, D, K: {
+            "input": (B, N, D),
+            "weight": (B, K, D),
+            "target": (B, N, K),
+            "bias": (B, K),
+        },
+        samples=((1, 1, 1, 1), (3, 4, 2, 1), (2, 9, 5, 3)),
         trained=("weight", "bias"),
         optimizers=("sgd", "adam"),
     ),

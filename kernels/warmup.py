@@ -84,6 +84,8 @@ def _step(op: str, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: 
 
 def _train(op: Training, tensors: dict[str, torch.Tensor]) -> None:
     params = [tensors[name].requires_grad_() for name in op.trained if name in tensors]
+    stacked = params[0].dim() == 3  # a batch of models
     for name in op.optimizers:
         for options in OPTIMIZERS[name].variants:
-            op.function()(**tensors, optimizer=OPTIMIZERS[name].function()(params, **options), steps=1)
+            optimizer = OPTIMIZERS[name].function()(params, **options, stacked=stacked)
+            op.function()(**tensors, optimizer=optimizer, steps=1)

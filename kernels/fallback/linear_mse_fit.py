@@ -13,6 +13,7 @@ def linear_mse_fit_rounds(
     target: Tensor,
     bias: Tensor | None,
     sample_weight: Tensor | None,
+    offsets: Tensor | None,
     batch_size: int,
     losses: Tensor,
     update: Update,
@@ -27,14 +28,15 @@ def linear_mse_fit_rounds(
         weight: (B, K, D), and bias (B, K) or None: updated.
         target: (B, N, K), or (1, N, K) for all models.
         sample_weight: (B or 1, N, K or 1), or None.
-        batch_size: rows of a round.
+        offsets: (B + 1,), where the rows of each model begin among all N, or None.
+        batch_size: rows of a round, unless there are offsets.
         losses: (steps, B), written.
         update: its ``step`` takes the gradients of weight and bias, in memory that the next round uses again.
 
     Returns:
-        False, with nothing done, for 16-bit models.
+        False, with nothing done, for 16-bit models and ragged rows.
     """
-    if weight.dtype.itemsize == 2:
+    if weight.dtype.itemsize == 2 or offsets is not None:
         return False
     B, K, D = weight.shape
     N = input.shape[1]

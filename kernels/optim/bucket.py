@@ -84,37 +84,6 @@ class Guard(NamedTuple):
 UNGUARDED = Guard()
 
 
-class Update(NamedTuple):
-    """What the rounds of ``linear_mse_fit`` do with the gradients of weight and bias.
-
-    Attributes:
-        operator: ``"sgd"`` or ``"adam"``.
-        options: of each parameter; ``states``: likewise its state tensors by torch's key, as in Bucket.
-        guard: clipping and skipping; its ``norms`` are written.
-        step: one round of the optimizer, given the gradients.
-    """
-
-    operator: str
-    options: Sequence[SGDOptions | AdamOptions]
-    states: Sequence[dict[str, Tensor]]
-    guard: Guard
-    step: Callable[[list[Tensor]], None]
-
-    def table(self, device: torch.device) -> Tensor:
-        """(parameters, options + 1, 1) float64 on the device: the options, then max_norm or -1."""
-        max_norm = -1.0 if self.guard.max_norm is None else self.guard.max_norm
-        table = torch.zeros(
-            len(self.options), len(self.options[0]) + 1, 1, dtype=torch.float64, device=device
-        )
-        for row, options in zip(table, self.options, strict=True):
-            for out, value in zip(row, (*options, max_norm), strict=True):
-                if isinstance(value, Tensor):
-                    out.copy_(value.squeeze(), non_blocking=True)
-                elif value:
-                    out.fill_(float(value))
-        return table
-
-
 class Models(NamedTuple):
     """The models of a stacked step; in it the options lr, weight_decay, momentum and beta may be (B,) tensors.
 
@@ -129,6 +98,40 @@ class Models(NamedTuple):
     B: int
     active: Tensor | None = None
     lr_scale: Tensor | None = None
+
+
+class Update(NamedTuple):
+    """What the rounds of ``linear_mse_fit`` do with the gradients of weight and bias.
+
+    Attributes:
+        operator: ``"sgd"`` or ``"adam"``.
+        options: of each parameter; ``states``: likewise its state tensors by torch's key, as in Bucket.
+        guard: clipping and skipping; its ``norms`` are written.
+        step: one round of the optimizer, given the gradients.
+        models: the batch that each option, state and guard is of; None where there is one of each.
+    """
+
+    operator: str
+    options: Sequence[SGDOptions | AdamOptions]
+    states: Sequence[dict[str, Tensor]]
+    guard: Guard
+    step: Callable[[list[Tensor]], None]
+    models: Models | None = None
+
+    def table(self, device: torch.device) -> Tensor:
+        """(parameters, options + 1, models or 1) float64 on the device: the options, then max_norm or -1."""
+        max_norm = -1.0 if self.guard.max_norm is None else self.guard.max_norm
+        shape = len(self.options), len(self.options[0]) + 1, 1 if self.models is None else self.models.B
+        table = torch.zeros(shape, dtype=torch.float64, device=device)
+        for row, options in zip(table, self.options, strict=True):
+            for out, value in zip(row, (*options, max_norm), strict=True):
+                if isinstance(value, Tensor):
+                    out.copy_(value, non_blocking=True)
+                elif value:
+                    out.fill_(float(value))
+        if self.models is not None and self.models.lr_scale is not None:
+            table[:, 0] *= self.models.lr_scale
+        return table
 
 
 def mix(x: Any) -> Any:

@@ -95,8 +95,8 @@ class StackedStep:
         self._per_model.append(set(given))
         if given:
             own = {name: group[name] for name in ("nesterov", "dampening") if name in group}
-            worst = {name: _worst(name, value) for name, value in given.items()}
-            self._torch_class([torch.zeros(1)], **own, **worst)  # raises in torch's words
+            rates = {name: _worst(name, group[name]) for name in RATES if name in group}
+            self._torch_class([torch.zeros(1)], **own, **rates)  # raises in torch's words
 
     def _check_rates(self, group: dict[str, Any]) -> None:
         """Refuse options of a shape or on a device that the kernels cannot read."""

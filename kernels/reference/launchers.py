@@ -188,6 +188,7 @@ def linear_mse_fit_rounds(
     target: Tensor,
     bias: Tensor | None,
     sample_weight: Tensor | None,
+    offsets: Tensor | None,
     batch_size: int,
     losses: Tensor,
     update: Update,
@@ -197,15 +198,18 @@ def linear_mse_fit_rounds(
         s = np.broadcast_to(s, (*s.shape[:2], y.shape[2]))
     grads = [torch.empty_like(param) for param in (weight, bias) if param is not None]
     for t in range(len(losses)):
-        rows = np.arange(t * batch_size, (t + 1) * batch_size) % x.shape[1]
         w, b = _arrays(weight, bias)
         for i in range(len(w)):
+            rows = np.arange(t * batch_size, (t + 1) * batch_size) % x.shape[1]
+            if offsets is not None:
+                rows = np.arange(*offsets[i : i + 2].clamp(0, x.shape[1]).tolist())
             batch = x[i % len(x)][rows], w[i], y[i % len(y)][rows], None if b is None else b[i]
             weights = None if s is None else s[i % len(s)][rows]
             losses[t, i] = _tensor(linear_mse.forward(*batch, weights), losses)
             _, grad_weight, _, grad_bias, _ = linear_mse.backward(1.0, *batch, weights)
             for out, grad in zip(grads, (grad_weight, grad_bias), strict=False):
-                out[i] = _tensor(np.asarray(grad), out)
+                # The mean of no elements is nan, and changes with nothing.
+                out[i] = _tensor(np.asarray(grad), out) if len(rows) else 0
         update.step(grads)
     return True
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim.bucket import UNGUARDED, AdamOptions, Guard, SGDOptions, Update
+from ..optim.bucket import UNGUARDED, AdamOptions, Guard, Models, SGDOptions, Update
 
 
 class Chip(NamedTuple):
@@ -103,7 +103,10 @@ def usage(compiled: Any) -> tuple[int, int]:
 def update_of(
     operator: str, params: Sequence[Tensor], guarded: bool = False, amsgrad: bool = False
 ) -> Update:
-    """What ``linear_mse_fit`` would hand to its launcher, for parameters without values: SGD has momentum."""
+    """What ``linear_mse_fit`` would hand to its launcher, for stacked parameters without values.
+
+    SGD has momentum. ``guarded``: clipping, a guard, and models that are not active.
+    """
     options: SGDOptions | AdamOptions
     if operator == "sgd":
         options, keys = SGDOptions(0.1, 0.9, 0.0, 0.0, False, False), ["momentum_buffer"]
@@ -111,12 +114,13 @@ def update_of(
         options, keys = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.0, False, False), ["exp_avg", "exp_avg_sq"]
         keys += ["max_exp_avg_sq"] * amsgrad
     states = [{key: torch.empty_like(param) for key in keys} for param in params]
-    device = params[0].device
-    for state in states if operator == "adam" else ():
-        state["step"] = torch.empty((), device=device)
-    guard = UNGUARDED
+    B, device = len(params[0]), params[0].device
+    for state in states:
+        state["step"] = torch.empty(B, device=device)
+    guard, active = UNGUARDED, None
     if guarded:
-        norms = torch.empty(1, 2, dtype=torch.float64, device=device)
-        skipped = torch.empty(1, dtype=torch.int64, device=device)
+        norms = torch.empty(1, 2, B, dtype=torch.float64, device=device)
+        skipped = torch.empty(B, dtype=torch.int64, device=device)
         guard = Guard(norms=norms, max_norm=1.0, skip_nonfinite=True, skipped=skipped)
-    return Update(operator, [options] * len(params), states, guard, lambda grads: None)
+        active = torch.empty(B, dtype=torch.bool, device=device)
+    return Update(operator, [options] * len(params), states, guard, lambda grads: None, Models(B, active))

@@ -26,7 +26,7 @@ AXES = {
     "mse": "any sizes",
     "linear_mse_models": "B x N x D x K",
     "linear_mse": "N x D x K",
-    "linear_mse_fit": "N x D x K",
+    "linear_mse_fit": "B x N x D x K",
     "sgd": "sizes of one parameter",
     "adam": "sizes of one parameter",
 }
@@ -127,7 +127,7 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         tile = mse.plan(coalesce_dims(0, x, y), config.MSE_BLOCK, batched=False)
         return _explanation(what, tile.plan, config.MSE_PLANS, {}, tile._asdict())
     if op == "linear_mse_fit":
-        N, D, K = sizes
+        _, N, D, K = sizes
         fit = config.linear_mse_fit(N, K, D, dtype, target)
         return _explanation(what, fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {})
     numel = math.prod(sizes)
@@ -170,7 +170,7 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
 
 
 def _check(op: str, sizes: Sequence[int]) -> None:
-    counts = {"matmul": (3, 4), "linear_mse_models": (4,), "linear_mse": (3,), "linear_mse_fit": (3,)}.get(
+    counts = {"matmul": (3, 4), "linear_mse_models": (4,), "linear_mse": (3,), "linear_mse_fit": (4,)}.get(
         op, (len(sizes),)
     )
     if len(sizes) not in counts or 0 in sizes:
@@ -229,24 +229,10 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
         ]
     if op == "linear_mse_fit":
         x, w, y = _operands(op, sizes, dtype)
-        bias, losses = _meta(w.shape[0], dtype=dtype), _meta(100, 1, dtype=dtype)
-        x, w, y, bias = (tensor.unsqueeze(0) for tensor in (x, w, y, bias))
+        bias, losses = _meta(*w.shape[:2], dtype=dtype), _meta(100, len(w), dtype=dtype)
+        rounds = partial(linear_mse_fit.linear_mse_fit_rounds, x, w, y, bias, None, None, sizes[1], losses)
         return [
-            (
-                f"all rounds, {rule}",
-                partial(
-                    linear_mse_fit.linear_mse_fit_rounds,
-                    x,
-                    w,
-                    y,
-                    bias,
-                    None,
-                    sizes[0],
-                    losses,
-                    update_of(rule, [w, bias]),
-                ),
-            )
-            for rule in ("sgd", "adam")
+            (f"all rounds, {rule}", partial(rounds, update_of(rule, [w, bias]))) for rule in _STEP_TRAFFIC
         ]
     return []
 

@@ -6,6 +6,7 @@ not fit one, or the weights not the registers, the launcher declines, and the ro
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,9 +14,10 @@ from torch import Tensor
 from ..checks import acc_dtype
 from ..optim.bucket import AdamOptions, SGDOptions, Update
 from . import config
-from .adam import _correction, _root
-from .launch import launch
+from .adam import _correction, adam_rule
+from .launch import cdiv, launch
 from .multi_tensor import option_columns, round_to
+from .sgd import sgd_rule
 from .shared import DTYPES
 
 S_LR, S_MOMENTUM, S_DAMPENING, S_DECAY, S_NESTEROV, S_MAXIMIZE, S_MAX_NORM, S_COLUMNS = option_columns(
@@ -46,6 +48,7 @@ def linear_mse_fit_rounds(
     target: Tensor,
     bias: Tensor | None,
     sample_weight: Tensor | None,
+    offsets: Tensor | None,
     batch_size: int,
     losses: Tensor,
     update: Update,
@@ -58,9 +61,11 @@ def linear_mse_fit_rounds(
     B, K, D = weight.shape
     N = input.shape[1]
     chip = config.target_of(input.device)
-    tile = config.linear_mse_fit(batch_size, K, D, input.dtype, chip).tile
-    guard = update.guard
-    if tile is None or (B > 1 and guard.norms is not None):
+    rows = batch_size if offsets is None else cdiv(N, max(B, 1))
+    tile = config.linear_mse_fit(rows, K, D, input.dtype, chip).tile
+    guard, models = update.guard, update.models
+    alone = models is not None or B == 1  # each model has a step, a clip and a guard of its own
+    if tile is None or not (alone or guard.norms is None):
         return False
     states: list[Tensor | None] = []
     for param, state in zip((weight, bias), (*update.states, {}), strict=False):
@@ -80,6 +85,8 @@ def linear_mse_fit_rounds(
         bias,
         *states[4:],
         options,
+        None if models is None or models.active is None else models.active.contiguous().view(torch.uint8),
+        offsets,
         losses,
         guard.norms,
         guard.skipped,
@@ -90,12 +97,17 @@ def linear_mse_fit_rounds(
         device=input.device,
         ADAM=update.operator == "adam",
         SKIP=guard.skip_nonfinite,
+        ALONE=alone,
         K=K,
         D=D,
         ACC=DTYPES[acc_dtype(weight)],
         **tile,
         **config.registers(config.ALL_REGISTERS, chip),
     )
+    if not alone:  # programs cannot tell when the others have read the one step
+        for state in update.states:
+            if "step" in state:
+                state["step"].add_(len(losses))
     return True
 
 
@@ -119,6 +131,8 @@ def _linear_mse_fit_kernel(
     b_u_ptr,
     b_step_ptr,
     options_ptr,
+    active_ptr,
+    offsets_ptr,
     losses_ptr,
     norms_ptr,
     skipped_ptr,
@@ -128,6 +142,7 @@ def _linear_mse_fit_kernel(
     option_stride,
     ADAM: tl.constexpr,
     SKIP: tl.constexpr,
+    ALONE: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -138,11 +153,12 @@ def _linear_mse_fit_kernel(
     """All rounds of one model.
 
     x: (B, N, D). y: (B, N, K). s: (B, N, K) or None. w_ptr: (B, K, D); b_ptr: (B, K) or None. Each with its
-    moments m, v and u (the largest v), None where the rule has none, and its step, (B,) or None.
-    options_ptr: (2, options + 1, B or 1) float64, of weight and bias; max_norm last, or -1.
-    losses_ptr: (steps, B). norms_ptr: (B, 2) float64, the last round's sum of squares and count of non-finite
+    moments m, v and u (the largest v), None where the rule has none, and its step, (B,) if ALONE, else (), or None.
+    options_ptr: (2, options + 1, B or 1) float64, of weight and bias; max_norm last, or -1. active_ptr: (B,) or None.
+    offsets_ptr: (B + 1,), where each model's rows begin among all N, or None.
+    losses_ptr: (steps, B). norms_ptr: (2, B) float64, the last round's sums of squares and counts of non-finite
     gradients, or None. skipped_ptr: (B,) int64 or None.
-    count: rows of a round. option_stride: B, or 1 for all.
+    count: rows of a round, unless there are offsets. option_stride: B, or 1 for all.
     Bytes: rows once a round, from the cache; weights and moments once in all.
     """
     model = tl.program_id(0).to(tl.int64)
@@ -156,12 +172,13 @@ def _linear_mse_fit_kernel(
 
     w, w_m, w_v, w_u = _load(w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_at, mask_w, ACC)
     w_rule = _load_options(options_ptr, model, option_stride, ADAM)
-    w_t, w_first, w_second = _load_step(w_step_ptr, model, w_rule, ADAM)
+    own = model if ALONE else 0
+    w_t, w_first, w_second = _load_step(w_step_ptr, own, w_rule, ADAM)
     b, b_m, b_v, b_u = _load(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, ACC)
     b_rule = w_rule
     if HAS_BIAS:
         b_rule = _load_options(options_ptr + COLUMNS * option_stride, model, option_stride, ADAM)
-    b_t, b_first, b_second = _load_step(b_step_ptr, model, b_rule, ADAM)
+    b_t, b_first, b_second = _load_step(b_step_ptr, own, b_rule, ADAM)
     max_norm = _option(options_ptr, COLUMNS - 1, model, option_stride)
 
     skips = tl.full((), 0, tl.int64)
@@ -170,6 +187,20 @@ def _linear_mse_fit_kernel(
     begin = tl.full((), 0, tl.int64)
     x_ptr = x.ptr + model * x.model
     y_ptr = y.ptr + model * y.model
+    s_ptr = x.ptr
+    if s is not None:
+        s_ptr = s.ptr + model * s.model
+    if offsets_ptr is not None:
+        first = tl.minimum(tl.maximum(tl.load(offsets_ptr + model).to(tl.int64), 0), N)
+        last = tl.minimum(tl.maximum(tl.load(offsets_ptr + model + 1).to(tl.int64), 0), N)
+        count = tl.maximum(last - first, 0)
+        x_ptr += first * x.row
+        y_ptr += first * y.row
+        if s is not None:
+            s_ptr += first * s.row
+    active = True
+    if active_ptr is not None:
+        active = tl.load(active_ptr + model) != 0
     for t in range(steps):
         square = tl.zeros((ROWS, BLOCK_K), ACC)
         total = tl.zeros((ROWS, BLOCK_K), ACC)
@@ -192,24 +223,24 @@ def _linear_mse_fit_kernel(
             error = tl.where(mask, error, 0.0)
             weighted = error
             if s is not None:
-                at = s.ptr + model * s.model + row[:, None] * s.row + ks[None, :] * s.col
+                at = s_ptr + row[:, None] * s.row + ks[None, :] * s.col
                 sample_weight = tl.load(at, mask=mask, other=0.0).to(ACC)
                 total += sample_weight
                 weighted = error * sample_weight
             square = tl.fma(weighted, error, square)
             b_sum += weighted
             w_sum = tl.fma(features[:, None, :], weighted[:, :, None], w_sum)
-        begin = (begin + count) % N
+        if offsets_ptr is None:
+            begin = (begin + count) % N
 
-        if s is None:
-            divisor = (count * K).to(ACC)
-        else:
+        divisor = (count * K).to(ACC)
+        if s is not None:
             divisor = tl.sum(tl.sum(total, 1), 0)
         loss = tl.sum(tl.sum(square, 1), 0) / divisor
         tl.store(
             losses_ptr + t * tl.num_programs(0).to(tl.int64) + model, loss.to(losses_ptr.dtype.element_ty)
         )
-        share = 2.0 / divisor
+        share = tl.where(count > 0, 2.0 / divisor, 0.0)
         # Where there is no feature or output, an infinite error would leave nan.
         w_grad = round_to(
             tl.where(mask_w, tl.sum(w_sum, 0) * share, 0.0), 0, w_ptr.dtype.element_ty, False
@@ -219,7 +250,7 @@ def _linear_mse_fit_kernel(
             b_grad = round_to(b_grad, 0, b_ptr.dtype.element_ty, False).to(ACC)
 
         clip = tl.full((), 1.0, tl.float64)
-        go = True
+        go = active
         if norms_ptr is not None:
             squares = tl.sum(tl.sum(w_grad * w_grad, 1), 0)
             bad = tl.sum(tl.sum((tl.abs(w_grad) < float("inf")).to(tl.int32) ^ 1, 1), 0)
@@ -230,8 +261,8 @@ def _linear_mse_fit_kernel(
             clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
             clip = tl.where(max_norm < 0, 1.0, clip)
             if SKIP:
-                go = bad == 0
-                skips += (bad != 0).to(tl.int64)
+                go = active & (bad == 0)
+                skips += (active & (bad != 0)).to(tl.int64)
         w, w_m, w_v, w_u, w_t, w_first, w_second = _update(
             w, w_grad, w_m, w_v, w_u, w_t, w_first, w_second, w_rule, clip, go, w_ptr, w_m_ptr, w_v_ptr, w_u_ptr,
             w_step_ptr, ADAM, ACC,
@@ -243,15 +274,15 @@ def _linear_mse_fit_kernel(
             )  # fmt: skip
 
     _store(w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_at, mask_w, w, w_m, w_v, w_u)
-    if w_step_ptr is not None:
+    if w_step_ptr is not None and ALONE:
         tl.store(w_step_ptr + model, w_t.to(w_step_ptr.dtype.element_ty))
     if HAS_BIAS:
         _store(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, b, b_m, b_v, b_u)
-        if b_step_ptr is not None:
+        if b_step_ptr is not None and ALONE:
             tl.store(b_step_ptr + model, b_t.to(b_step_ptr.dtype.element_ty))
     if norms_ptr is not None:
-        tl.store(norms_ptr + 2 * model, squares.to(tl.float64))
-        tl.store(norms_ptr + 2 * model + 1, bad.to(tl.float64))
+        tl.store(norms_ptr + model, tl.where(active, squares, float("nan")).to(tl.float64))
+        tl.store(norms_ptr + tl.num_programs(0).to(tl.int64) + model, tl.where(active, bad, 0).to(tl.float64))
     if skipped_ptr is not None:
         tl.store(skipped_ptr + model, tl.load(skipped_ptr + model) + skips)
 
@@ -343,50 +374,38 @@ def _update(
             (1.0 / tl.sqrt(second_new)).to(ACC),
             eps.to(ACC),
             (lr / first_new).to(ACC),
+            1.0,
+            1.0,  # the gradient's factors
         )
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
-        p_new, m_new, v_new, u_new = adam_rule(p, g * factor, m, v, u, numbers, u_ptr is not None)
+        largest = u if u_ptr is not None else None
+        p_new, m_new, v_new, largest = adam_rule(p, g * factor, m, v, largest, numbers)
         first, second = tl.where(go, first_new, first), tl.where(go, second_new, second)
         v_new = round_to(v_new, 0, v_ptr.dtype.element_ty, False).to(ACC)
         v = tl.where(go, v_new, v)
         if u_ptr is not None:
-            u_new = round_to(u_new, 0, u_ptr.dtype.element_ty, False).to(ACC)
+            u_new = round_to(largest, 0, u_ptr.dtype.element_ty, False).to(ACC)
             u = tl.where(go, u_new, u)
     else:
         lr, momentum, dampening, decay, nesterov, maximize = rule
-        # The first gradient enters the buffer whole, whatever the dampening.
-        share = tl.where(t == 0, 1.0, 1.0 - dampening).to(ACC)
-        scalars = lr.to(ACC), momentum.to(ACC), share, decay.to(ACC), nesterov != 0
+        # Taken whole, whatever the dampening: the first gradient, and each one of a model without momentum.
+        whole = (t == 0) | (momentum == 0)
+        scalars = (
+            lr.to(ACC),
+            momentum.to(ACC),
+            (1.0 - dampening).to(ACC),
+            decay.to(ACC),
+            nesterov != 0,
+            1.0,
+            1.0,
+        )
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
-        p_new, m_new = sgd_rule(p, g * factor, m, t == 0, scalars, m_ptr is not None)
+        buffer = m if m_ptr is not None else None
+        p_new, m_new = sgd_rule(p, g * factor, buffer, whole, scalars)
     if m_ptr is not None:
         m_new = round_to(m_new, 0, m_ptr.dtype.element_ty, False).to(ACC)
-        m = tl.where(go, m_new, m)
+        keeps = go if ADAM else go & (rule[1] != 0)  # a model without momentum leaves its buffer as it is
+        m = tl.where(keeps, m_new, m)
     p_new = round_to(p_new, 0, p_ptr.dtype.element_ty, False).to(ACC)
     t = tl.where(go, t + 1, t)
     return tl.where(go, p_new, p), m, v, u, t, first, second
-
-
-@triton.jit
-def adam_rule(p, g, m, v, w, scalars, AMSGRAD: tl.constexpr):
-    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size = scalars
-    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
-    p = p * shrink
-    # As torch's lerp: exact at both ends.
-    m = tl.where(one_less_beta1 < 0.5, tl.fma(g - m, one_less_beta1, m), g - (g - m) * (1.0 - one_less_beta1))
-    v = tl.fma(g * g, one_less_beta2, v * beta2)
-    largest = v
-    if AMSGRAD:
-        largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
-    p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
-    return p, m, v, largest
-
-
-@triton.jit
-def sgd_rule(p, g, m, first, scalars, MOMENTUM: tl.constexpr):
-    lr, momentum, share, decay, nesterov = scalars
-    g = tl.where(decay != 0, tl.fma(p, decay, g), g)
-    if MOMENTUM:
-        m = tl.where(first, g, tl.fma(g, share, m * momentum))
-        g = tl.where(nesterov, tl.fma(m, momentum, g), m)
-    return tl.fma(g, -lr, p), m

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +125,9 @@ def _training(op: Training, shape: tuple[int, ...], dtype: torch.dtype, randn: C
                 record = OPTIMIZERS[name]
                 given = {key: value.clone() for key, value in inputs.items()}
                 params = [given[key].requires_grad_() for key in op.trained]
-                make = record.function() if own else partial(record.torch, foreach=False)
+                make = (
+                    partial(record.function(), stacked=True) if own else partial(record.torch, foreach=False)
+                )
                 optimizer = make(params, **record.options(dtype))
                 results[f"{name} losses"] = function(**given, optimizer=optimizer, steps=STEPS)
                 results |= {f"{name} {key}": given[key].detach() for key in op.trained}
@@ -137,11 +140,16 @@ def _training(op: Training, shape: tuple[int, ...], dtype: torch.dtype, randn: C
         results = {}
         for name in op.optimizers:
             record = OPTIMIZERS[name]
-            losses, params, _ = op.reference.fit(
-                **arrays, step=record.reference.step, steps=STEPS, **record.options(dtype)
-            )
-            results[f"{name} losses"] = losses
-            results |= {f"{name} {key}": value for key, value in zip(op.trained, params, strict=True)}
+            models = [
+                op.reference.fit(
+                    **{key: array[b] for key, array in arrays.items()},
+                    **{"step": record.reference.step, "steps": STEPS, **record.options(dtype)},
+                )
+                for b in range(shape[0])
+            ]
+            results[f"{name} losses"] = np.stack([losses for losses, _, _ in models], 1)
+            for place, key in enumerate(op.trained):
+                results[f"{name} {key}"] = np.stack([params[place] for _, params, _ in models])
         return results
 
     return Case(op.name, shape, dtype, runner(op.function(), True), runner(op.torch, False), in_float64)

@@ -47,7 +47,7 @@ TINY = {
     "mse": [(1,), (1000,)],
     "linear_mse_models": [(3, 7, 3, 1), (2, 5, 4, 3)],
     "linear_mse": [(63, 3, 1), (10, 4, 3)],
-    "linear_mse_fit": [(7, 3, 1), (5, 4, 2)],
+    "linear_mse_fit": [(1, 7, 3, 1), (2, 5, 4, 2)],
     "sgd": [(3, 65)],
     "adam": [(3, 65)],
     "training": [("regression", 4, 2), ("mlp", 9), ("block", 4, 1)],

@@ -63,9 +63,9 @@ PLANS = [
     ("linear_mse", (8192, 512, 16), BF16, H100, "dot", "chunks", "more than CHUNKS_MAX_OUTPUTS = 8 outputs"),
     ("linear_mse", (8192, 512, 1000), BF16, H100, "tiles", "dot", "more than 64 outputs"),
     ("linear_mse", (8192, 4096, 8), FP32, H100, "tiles", "chunks", "do not fit registers"),
-    ("linear_mse_fit", (100, 8, 1), FP32, H100, "one launch", None, None),
-    ("linear_mse_fit", (100, 65, 9), FP32, H100, "loop", "one launch", "2048 weights, padded"),
-    ("linear_mse_fit", (100000, 8, 1), FP32, H100, "loop", "one launch", "a round reads 3600000 bytes"),
+    ("linear_mse_fit", (1000, 100, 8, 1), FP32, H100, "one launch", None, None),
+    ("linear_mse_fit", (1, 100, 65, 9), FP32, H100, "loop", "one launch", "2048 weights, padded"),
+    ("linear_mse_fit", (1, 100000, 8, 1), FP32, H100, "loop", "one launch", "a round reads 3600000 bytes"),
     ("linear_mse_models", (1000, 100, 8, 1), FP32, H100, "chunks", None, None),
     (
         "linear_mse_models",

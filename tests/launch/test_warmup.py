@@ -56,7 +56,7 @@ def test_under_the_interpreter_it_runs():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("lu", [(2, 3)]), "unknown op 'lu'; expected one of 'matmul', 'mse', 'linear_mse', "),
+        (("lu", [(2, 3)]), "unknown op 'lu'; expected one of 'matmul', 'mse', 'linear_mse_models', "),
         (("matmul", [(2, 3)]), r"matmul takes 2 or 3 shapes, got 1: \[\(2, 3\)\]"),
         (("mse", [(2, 3)]), "mse takes 2 shapes, got 1"),
     ],

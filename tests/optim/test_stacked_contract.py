@@ -90,6 +90,15 @@ def test_parameters_that_are_no_stack_are_refused(
     ours.step()
 
 
+def test_rates_of_models_beside_one_momentum() -> None:
+    """The rates of a group are checked together: nesterov asks for the momentum that all models share."""
+    (param,) = stacks((B, 2))
+    ours = FusedSGD([param], lr=VECTOR, momentum=0.9, nesterov=True, stacked=True)
+    set_gradients(ours, [torch.ones(B, 2)])
+    ours.step()
+    assert torch.allclose(param, 1 - 1.9 * VECTOR[:, None])
+
+
 def test_differentiable_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"differentiable=True: parameter 0 of group 0, shape \(5, 2\)"):
         ours_for(name)(stacks((B, 2)), stacked=True, differentiable=True)
