@@ -1,5 +1,6 @@
 """Checks of arguments, with exceptions of torch's types that name the argument and show what came; shared dtypes."""
 
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,9 +19,15 @@ def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
-def loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of a loss of ``tensor``: its own, or at least float32 under autocast."""
-    return acc_dtype(tensor) if autocast_enabled(tensor) else tensor.dtype
+def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
+    if autocast_enabled(tensor):
+        return acc_dtype(tensor, *others)
+    dtype = tensor.dtype
+    for other in others:
+        if other is not None and other.dtype is not dtype:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
@@ -36,6 +43,12 @@ def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> Non
         raise ValueError(f"{op}: {value!r} is not a valid value for reduction; expected one of {expected}")
 
 
+def no_dim_for_none(op: str, dim: int | Sequence[int] | None, reduction: str) -> None:
+    """ValueError for a ``dim`` with the reduction that sums nothing."""
+    if dim is not None and reduction == "none":
+        raise ValueError(f"{op}: reduction 'none' sums over no dimension, got dim={dim!r}")
+
+
 def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | None]) -> list[bool]:
     """Which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
@@ -46,10 +59,13 @@ def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | No
     return [name in names and tensor is not None for name, tensor in arguments.items()]
 
 
-def tensors(op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...]) -> None:
+def tensors(
+    op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...], one_dtype: bool = True
+) -> None:
     """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
 
-    Only the ``optional`` ones may be None. Under autocast dtypes may differ: the op casts, as torch's does.
+    Only the ``optional`` ones may be None. Dtypes may differ without ``one_dtype``, and under autocast: the op casts,
+    as torch's does.
     """
     first_name, first = "", None
     for name, tensor in arguments.items():
@@ -73,7 +89,7 @@ def tensors(op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str
         if tensor.dtype is not dtype:
             if tensor.dtype not in DTYPES:
                 raise TypeError(_not_served(op, name, tensor))
-            if not autocast_enabled(first):
+            if one_dtype and not autocast_enabled(first):
                 raise TypeError(
                     f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
                 )
@@ -91,6 +107,35 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given
             f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} for {beside} "
             f"(nothing is broadcast)"
         )
+
+
+def broadcasts(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    """ValueError unless ``tensor`` broadcasts to input's shape."""
+    shape, sizes = tensor.shape, input.shape
+    if shape == sizes:
+        return
+    pairs = zip(reversed(shape), reversed(sizes), strict=False)
+    if len(shape) > len(sizes) or any(size not in (1, expected) for size, expected in pairs):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(shape)}, which does not broadcast to input's shape {tuple(sizes)}"
+        )
+
+
+def dims(op: str, dim: int | Sequence[int], ndim: int) -> list[int]:
+    """The dimensions that ``dim`` names, counted from the first; none of them means all. Errors as of torch.sum."""
+    found: list[int] = []
+    for value in dim if isinstance(dim, (tuple, list)) else (dim,):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: dim must be an int or a sequence of ints, got {dim!r}")
+        index, most = operator.index(value), max(ndim, 1)
+        if not -most <= index < most:
+            raise IndexError(
+                f"{op}: Dimension out of range (expected to be in range of [{-most}, {most - 1}], but got {index})"
+            )
+        if index % most in found:
+            raise RuntimeError(f"{op}: dim {index % most} appears multiple times in the list of dims {dim!r}")
+        found.append(index % most)
+    return found or list(range(ndim))
 
 
 def same_shape(op: str, input: Tensor, **others: Tensor | None) -> None:

@@ -9,6 +9,7 @@ are all C's Hessian times a vector. Hence three registered operators: ``mse``, `
 fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,12 @@ SMALL = 1 << 23
 
 
 def mse_loss(
-    input: Tensor, target: Tensor, *, weight: Tensor | None = None, reduction: str = "mean"
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    dim: int | Sequence[int] | None = None,
 ) -> Tensor:
     """Squared error of ``input`` against ``target``, averaged, summed or per element.
 
@@ -36,25 +42,34 @@ def mse_loss(
 
         mean: sum(l) / n, or sum(l) / sum(w) where weights are given;  sum: sum(l);  none: l
 
+    The sums run over ``dim``. As the weights' sum divides a mean, a weight per sample does nothing to a mean per
+    sample: it belongs outside, ``(mse_loss(p, t, dim=(1, 2, 3)) * w).mean()``.
+
     Differentiable to any order in all three tensors, in reverse and forward mode.
 
     Shapes:
-        input, target, weight: one shape ``(*)``; nothing is broadcast. Loss: ``()``, or ``(*)`` for none.
+        input, target: one shape ``(*)``; neither is broadcast. weight: any that broadcasts to it, ``(B, 1, 1, 1)``
+        or ``()``; it is read as it is, and so is its gradient's shape. Loss: ``()``, or input's dimensions without
+        ``dim``, or ``(*)`` for none.
 
     Args:
         input: predictions; float64, float32, float16 or bfloat16, any strides.
-        target: of the same dtype and device.
-        weight: of the same dtype and device.
+        target: of any of these dtypes, on the same device.
+        weight: of any of these dtypes, on the same device.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        dim: the dimensions to average or sum over; None, or none of them, for all.
 
     Returns:
-        The loss in the inputs' dtype (float32 under autocast), accumulated in float32 (float64 for float64).
-        The mean of no elements is nan, their sum 0.
+        The loss, accumulated in float32 (float64 where an operand is), in the dtype that all operands promote to;
+        under autocast float16 and bfloat16 count as float32. Each gradient has its own operand's dtype. The mean of
+        no elements is nan, their sum 0; the mean under weights whose sum is 0 is nan.
 
     Raises:
-        ValueError: shapes differ, or ``reduction`` is not one of the three.
-        TypeError: dtypes differ or are not served.
-        RuntimeError: devices differ.
+        ValueError: the shapes of input and target differ, weight does not broadcast to theirs, ``reduction`` is not
+            one of the three, or ``dim`` is given with ``"none"``.
+        IndexError: ``dim`` is out of range.
+        TypeError: a dtype that is not served, or a ``dim`` that is no integer.
+        RuntimeError: devices differ, or ``dim`` names a dimension twice.
 
     Example:
         >>> mse_loss(torch.tensor([6.0]), torch.tensor([5.0]))
@@ -62,6 +77,7 @@ def mse_loss(
     """
     if (
         weight is None
+        and dim is None
         and reduction in checks.REDUCTIONS
         and use_torch_fast_path(input, target)
         and input.shape == target.shape
@@ -69,10 +85,26 @@ def mse_loss(
     ):
         return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
     _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
+    checks.no_dim_for_none("mse_loss", dim, reduction)
+    dtype = checks.loss_dtype(input, target, weight)
+    weight = _of_rank(weight, input)
+    kept = 0
+    if dim is not None:
+        summed = checks.dims("mse_loss", dim, input.dim())
+        order = [d for d in range(input.dim()) if d not in summed]
+        kept = len(order)
+        order += sorted(summed)
+        if kept and order != list(range(input.dim())):
+            input, target = input.permute(order), target.permute(order)
+            weight = None if weight is None else weight.permute(order)
     if weight is None or reduction != "mean":
-        return mse(input, target, weight, reduction, 0, input.dtype)
-    total, weights = _weighted_sums(input, target, weight)
-    return (total / weights).to(checks.loss_dtype(input))
+        return mse(input, target, weight, reduction, kept, dtype)
+    acc = acc_dtype(input, target, weight)
+    if (
+        weight.shape != input.shape
+    ):  # its gradient is a difference of two, which are not to be rounded to 16 bits
+        weight = weight.to(acc)
+    return (mse(input, target, weight, "sum", kept, acc) / _divisor(weight, target, acc, kept)).to(dtype)
 
 
 def mse_loss_and_grad(
@@ -91,22 +123,25 @@ def mse_loss_and_grad(
     Moves 3 elements per element without weights: reads input and target, writes grad_input.
 
     Shapes:
-        input, target, weight and each gradient: one shape ``(*)``; loss ``()``.
+        input, target and their gradients: one shape ``(*)``. weight: any that broadcasts to it; its gradient, the
+        sum over what it was broadcast to, has its shape. Loss ``()``.
 
     Args:
         input: predictions; float64, float32, float16 or bfloat16, any strides.
-        target: of the same dtype and device.
-        weight: of the same dtype and device.
+        target: of any of these dtypes, on the same device.
+        weight: of any of these dtypes, on the same device.
         reduction: ``"mean"`` or ``"sum"``.
         wrt: which gradients are wanted: any of ``"input"``, ``"target"``, ``"weight"``. ``requires_grad`` plays
             no part.
 
     Returns:
-        ``(loss, (grad_input, grad_target, grad_weight))`` with None for what is not in ``wrt`` or was not given.
+        ``(loss, (grad_input, grad_target, grad_weight))`` with None for what is not in ``wrt`` or was not given;
+        dtypes as of ``mse_loss``.
 
     Raises:
-        ValueError: shapes differ, ``reduction`` is ``"none"`` or unknown, or ``wrt`` has an unknown name.
-        TypeError: dtypes differ or are not served.
+        ValueError: the shapes of input and target differ, weight does not broadcast to theirs, ``reduction`` is
+            ``"none"`` or unknown, or ``wrt`` has an unknown name.
+        TypeError: a dtype that is not served.
         RuntimeError: devices differ.
 
     Example:
@@ -117,46 +152,77 @@ def mse_loss_and_grad(
     op = "mse_loss_and_grad"
     _check(op, input, target, weight, reduction, ("mean", "sum"))
     output_mask = checks.output_mask(op, wrt, {"input": input, "target": target, "weight": weight})
-    dtype = checks.loss_dtype(input)
-    if weight is not None and reduction == "mean":
+    dtype = checks.loss_dtype(input, target, weight)
+    ranked = _of_rank(weight, input)
+    if ranked is not None and reduction == "mean":
         with torch.no_grad():
-            return _weighted_mean_and_grad(input, target, weight, output_mask, dtype)
-    outputs = mse_forward_backward.without_autograd(input, target, weight, reduction, output_mask, dtype)
-    loss, grad_input, grad_target, grad_weight = in_places(outputs, output_mask)
+            loss, gradients = _weighted_mean_and_grad(input, target, ranked, output_mask, dtype)
+    else:
+        outputs = mse_forward_backward.without_autograd(input, target, ranked, reduction, output_mask, dtype)
+        loss, *gradients = in_places(outputs, output_mask)
+    grad_input, grad_target, grad_weight = gradients
+    if grad_weight is not None and weight is not None:
+        grad_weight = grad_weight.view(weight.shape)
     return loss, (grad_input, grad_target, grad_weight)
 
 
 def _weighted_mean_and_grad(
     input: Tensor, target: Tensor, weight: Tensor, output_mask: list[bool], dtype: torch.dtype
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    total, weights = _weighted_sums(input, target, weight)
-    loss = total / weights
-    grad_input, grad_target, grad_weight = mse_backward.masked(
-        1 / weights, input, target, weight, "sum", 0, output_mask
-    )
-    if grad_weight is not None:
-        grad_weight -= loss / weights
-    return loss.to(dtype), (grad_input, grad_target, grad_weight)
+) -> tuple[Tensor, list[Tensor | None]]:
+    acc = acc_dtype(input, target, weight)
+    given = weight.dtype
+    if weight.shape != input.shape:
+        weight = weight.to(acc)
+    total, divisor = mse(input, target, weight, "sum", 0, acc), _divisor(weight, target, acc)
+    loss = total / divisor
+    gradients = mse_backward.masked(1 / divisor, input, target, weight, "sum", 0, output_mask)
+    if gradients[2] is not None:
+        gradients[2] = gradients[2].sub_(loss / divisor * _repeats(weight, target)).to(given)
+    return loss.to(dtype), gradients
 
 
-def _weighted_sums(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum(w e^2)`` and ``sum(w)`` in float32 at least: in float16 they would overflow where their ratio does not."""
-    dtype = acc_dtype(input, target, weight)
-    return mse(input, target, weight, "sum", 0, dtype), total_weight(weight, target, dtype)
+def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
+    """``sum(w)`` over target's elements, as the loss of errors that are all 1: differentiable like any other loss.
+
+    weight has target's shape but for dimensions of size 1; of the first ``batch_dims`` these are left so.
+    """
+    ones, zeros = (weight.new_full((), value, dtype=dtype).expand(weight.shape) for value in (1, 0))
+    total = mse(ones, zeros, weight, "sum", batch_dims, dtype)
+    repeats = _repeats(weight, target, batch_dims)
+    return total if repeats == 1 else total * repeats
 
 
-def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sum(w)`` over target's elements, as the loss of errors that are all 1: differentiable like any other loss."""
-    ones, zeros = (weight.new_full((), value).expand(target.shape) for value in (1, 0))
-    return mse(ones, zeros, weight, "sum", 0, dtype)
+def _divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
+    """What a weighted mean divides by: ``total_weight``, nan where it is 0."""
+    total = total_weight(weight, target, dtype, batch_dims)
+    return torch.where(total == 0, math.nan, total)
+
+
+def _repeats(weight: Tensor, target: Tensor, batch_dims: int = 0) -> int:
+    """Of how many elements a weight is that of, along the dimensions after the first ``batch_dims``."""
+    repeats = 1
+    for own, size in zip(weight.shape[batch_dims:], target.shape[batch_dims:], strict=True):
+        if own != size:
+            repeats *= size
+    return repeats
+
+
+def _of_rank(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """``weight`` with as many dimensions as input, the new ones first and of size 1."""
+    if weight is None or weight.dim() == input.dim():
+        return weight
+    return weight[(None,) * (input.dim() - weight.dim())]
 
 
 def _check(
     op: str, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, allowed: tuple[str, ...]
 ) -> None:
     checks.reduction(op, reduction, allowed)
-    checks.tensors(op, {"input": input, "target": target, "weight": weight}, ("weight",))
-    checks.same_shape(op, input, target=target, weight=weight)
+    arguments = {"input": input, "target": target, "weight": weight}
+    checks.tensors(op, arguments, ("weight",), one_dtype=False)
+    checks.same_shape(op, input, target=target)
+    if weight is not None:
+        checks.broadcasts(op, "weight", weight, input)
 
 
 class MseFunction(torch.autograd.Function):
@@ -280,6 +346,15 @@ def _launch_forward(
     return launcher(input, target, _broadcast(weight, input), *options)
 
 
+def _launch_forward_backward(
+    launcher: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> list[Tensor]:
+    results = launcher(input, target, _broadcast(weight, input), *options)
+    if options[1][2] and weight is not None and weight.shape != results[-1].shape:
+        results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
+    return results
+
+
 def _launch_gradients(
     launcher: Any,
     grad_output: Tensor | None,
@@ -363,4 +438,5 @@ mse_forward_backward = Operator(
     fake=_forward_backward_fake,
     vmap=_forward_backward_vmap,
     derivative=_forward_backward_formula,
+    launch=_launch_forward_backward,
 )

@@ -1,5 +1,7 @@
 """``torch.nn`` twins of the ops: same constructor arguments, same parameter names."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,26 +33,29 @@ class MSELoss(torch.nn.Module):
 
     Args:
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        dim: the dimensions to average or sum over; None for all.
 
     Raises:
-        ValueError: ``reduction`` is none of the three.
+        ValueError: ``reduction`` is none of the three, or ``"none"`` with a ``dim``.
 
     Example:
         >>> MSELoss()(torch.tensor([6.0]), torch.tensor([5.0]))
         tensor(1.)
     """
 
-    def __init__(self, reduction: str = "mean") -> None:
+    def __init__(self, reduction: str = "mean", *, dim: int | Sequence[int] | None = None) -> None:
         super().__init__()
         checks.reduction("MSELoss", reduction)
+        checks.no_dim_for_none("MSELoss", dim, reduction)
         self.reduction = reduction
+        self.dim = dim
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of ``input`` against ``target``, as ``gradkernels.mse_loss``."""
-        return mse_loss(input, target, reduction=self.reduction)
+        return mse_loss(input, target, reduction=self.reduction, dim=self.dim)
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return f"reduction={self.reduction!r}" + ("" if self.dim is None else f", dim={self.dim!r}")
 
 
 class LinearMSELoss(torch.nn.Linear):

@@ -11,7 +11,7 @@ imported when they are asked for, so that ``import gradkernels`` needs neither T
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +182,27 @@ def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return functional.linear(input, weight, bias) if weight.dim() > 1 else torch_matmul(input, weight, bias)
 
 
+def torch_mse_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    dim: int | Sequence[int] | None = None,
+) -> Tensor:
+    """``mse_loss`` in plain torch, whose own neither broadcasts a weight nor has ``dim``."""
+    if weight is None and dim is None:
+        return functional.mse_loss(input, target, reduction=reduction)
+    losses = functional.mse_loss(input, target, reduction="none")
+    weight = None if weight is None else weight.to(losses.dtype).expand_as(losses)  # to: for autocast
+    losses = losses if weight is None else losses * weight
+    if reduction == "none":
+        return losses
+    dims = tuple(range(losses.dim())) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    if weight is None:
+        return losses.mean(dims) if reduction == "mean" else losses.sum(dims)
+    return losses.sum(dims) / weight.sum(dims) if reduction == "mean" else losses.sum(dims)
+
+
 def torch_linear_mse_loss(
     input: Tensor,
     weight: Tensor,
@@ -264,7 +285,11 @@ _RECORDS: tuple[Op, ...] = (
     Function(
         "mse",
         public={
-            "mse_loss": Public(functional.mse_loss, "all of one shape, nothing is broadcast", "`F.mse_loss`"),
+            "mse_loss": Public(
+                torch_mse_loss,
+                "input and target of one shape, to which weight broadcasts",
+                "`F.mse_loss`, over `dim`",
+            ),
             "mse_loss_and_grad": Public(None, "the same", "loss and gradients in one pass, without autograd"),
         },
         axes="",

@@ -28,7 +28,7 @@ ARGUMENTS = {
     name: tuple(
         argument
         for argument in inspect.signature(op.function(name)).parameters
-        if argument not in ("offsets", "reduction")
+        if argument not in ("dim", "offsets", "reduction")
     )
     for name, op in OPS.items()
 }
@@ -121,6 +121,14 @@ LINEAR = [_linear((2, 2, 3), (2, 3), (2,)), _linear((3, 2), (2,), (1,)), _linear
 MSE = [
     *_losses("mse_loss", input=(3, 2), target=(3, 2)),
     *_losses("mse_loss", input=(2, 2), target=(2, 2), weight=(2, 2)),
+    *_losses("mse_loss", input=(2, 3, 2), target=(2, 3, 2), weight=(3, 1)),
+    Case("mse_loss", {"input": (2, 3, 2), "target": (2, 3, 2)}, {"dim": (1, 2)}),
+    Case("mse_loss", {"input": (3, 2), "target": (3, 2)}, {"reduction": "sum", "dim": 0}),
+    Case(
+        "mse_loss",
+        {"input": (2, 3, 2), "target": (2, 3, 2), "weight": (2, 1, 2)},
+        {"reduction": "mean", "dim": (0, -1)},
+    ),
 ]
 LINEAR_MSE = [
     *_losses("linear_mse_loss", input=(4, 2), weight=(2,), target=(4,), bias=(1,)),

@@ -1,5 +1,7 @@
 """Mean squared error in plain torch."""
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,49 +45,157 @@ def _broadcast(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> 
     return grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
 
 
-def _blocks(wide: torch.dtype, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Tensors of one shape a block at a time; all at once where they are small, strided, or on another device.
+def _empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
+    input = tensors[0]
+    assert input is not None
+    return [
+        None
+        if tensor is None or not need
+        else torch.empty_like(tensor)
+        if tensor.shape == input.shape
+        else tensor.new_empty(tensor.shape)
+        for tensor, need in zip(tensors, output_mask, strict=True)
+    ]
+
+
+def _blocks(wide: torch.dtype, input: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Tensors that broadcast to input's shape, a block of input's memory at a time; all at once where they are few.
 
     Before them scratch memory for a block, the same for all: what is freed may go back to the system each time.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    numel = given[0].numel()
-    if numel <= _FEW * _BLOCK or not all(tensor.is_cpu and tensor.is_contiguous() for tensor in given):
-        yield None, *tensors
+    tensors: list[Any] = [input, *others]
+    if all(x is None or (x.shape == input.shape and x.is_contiguous()) for x in tensors):
+        tensors = [None if x is None else x.view(-1) for x in tensors]
+    else:
+        strides = input.stride()
+        order = sorted(range(input.dim()), key=lambda d: -strides[d])
+        tensors = [None if x is None else x.permute(order) for x in tensors]
+    shape = tensors[0].shape
+    if input.numel() <= _FEW * _BLOCK or not input.is_cpu:
+        yield input.new_empty(shape, dtype=wide), *tensors
         return
-    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    scratch = given[0].new_empty(_BLOCK, dtype=wide)
-    for start in range(0, numel, _BLOCK):
-        end = min(start + _BLOCK, numel)
-        yield scratch[: end - start], *(None if tensor is None else tensor[start:end] for tensor in flat)
+    steps, inner = list(shape), 1
+    for d in reversed(range(len(shape))):
+        steps[d] = min(shape[d], max(1, _BLOCK // inner))
+        inner = inner * shape[d] if steps[d] == shape[d] else _BLOCK + 1
+    scratch = input.new_empty(math.prod(steps), dtype=wide)
+    parts = (
+        [slice(i, i + step) for i in range(0, size, step)] for size, step in zip(shape, steps, strict=True)
+    )
+    for index in itertools.product(*parts):
+        block = tensors[0][index].shape
+        yield (
+            scratch[: math.prod(block)].view(block),
+            *(None if x is None else x[index] if x.shape == shape else x[_own(index, x)] for x in tensors),
+        )
+
+
+def _own(index: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
+    """The index of a block in a tensor that broadcasts."""
+    return tuple(slice(None) if size == 1 else part for part, size in zip(index, tensor.shape, strict=True))
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether ``_sum_of_squares`` serves them."""
+    """Whether ``_distances`` serves them."""
     return all(
         tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
         for tensor in tensors
     )
 
 
-def _total(totals: list[Tensor], input: Tensor, reduction: str) -> Tensor:
-    total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-    return total.div_(input.numel()) if reduction == "mean" else total
-
-
-def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
-    """The sum of squared errors of contiguous tensors, as squared distances between rows.
+def _distances(x: Tensor, y: Tensor, length: int) -> Tensor:
+    """The squared distances between the rows of this length of two contiguous tensors.
 
     These take one pass and one parallel region, where torch's own loss writes all squares and then reads them.
     """
-    rows = input.numel() // _ROW
+    pairs = x.view(-1, 1, length), y.view(-1, 1, length)
+    return torch.ops.aten._cdist_forward(*pairs, 2.0, 2).square_()  # the last 2: not by way of products
+
+
+def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
+    """The sum of squared errors of contiguous tensors."""
     x, y = input.view(-1), target.view(-1)
-    split = rows * _ROW
-    pairs = (x[:split].view(rows, 1, _ROW), y[:split].view(rows, 1, _ROW))
-    distances = torch.ops.aten._cdist_forward(*pairs, 2.0, 2)  # the last 2: not by way of products
-    total = distances.square_().sum()
+    split = input.numel() // _ROW * _ROW
+    total = _distances(x[:split], y[:split], _ROW).sum()
     rest = torch.nn.functional.mse_loss(x[split:], y[split:], reduction="sum")
     return total.add_(rest)
+
+
+@functools.lru_cache
+def _row_length(n: int) -> int:
+    """The length of rows that ``n`` elements are cut into for ``_distances``; 0 if there is no suitable one."""
+    return next((length for length in range(2 * _ROW, _ROW // 8, -1) if n % length == 0), 0)
+
+
+def _row_sums(x: Tensor, y: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """The squared errors added up to ``shape``, by ``_distances`` if these serve: over the last dimensions."""
+    kept = next((d for d in range(len(shape), 0, -1) if shape[d - 1] == x.shape[d - 1] != 1), 0)
+    length = _row_length(math.prod(x.shape[kept:]))
+    if not length or x.dtype != y.dtype or not _are_plain(x, y):
+        return None
+    sums = _distances(x, y, length).view(*x.shape[:kept], -1).sum(-1)
+    return sums.view(*x.shape[:kept], *(1,) * (x.dim() - kept)).sum_to_size(shape)
+
+
+def _mean(total: Tensor, input: Tensor, reduction: str, batch_dims: int = 0) -> Tensor:
+    """``total``, divided by how many elements are in it if that is wanted."""
+    count = math.prod(input.shape[batch_dims:])
+    return total if reduction != "mean" else total.div_(count) if count else total.fill_(math.nan)
+
+
+def _error(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    return torch.sub(x, y, out=out) if x.dtype == out.dtype else out.copy_(x).sub_(y)
+
+
+def _common(*tensors: Tensor | None) -> torch.Size:
+    """The shape that tensors broadcast to."""
+    return torch.broadcast_shapes(*(tensor.shape for tensor in tensors if tensor is not None))
+
+
+class _Sums:
+    """Sums over dimensions of what comes in blocks, in the blocks' order.
+
+    Attributes:
+        parts: where to add, a tensor that broadcasts to ``input``; in float64 where many blocks meet in one of few.
+    """
+
+    def __init__(self, input: Tensor, shape: Sequence[int], wide: torch.dtype) -> None:
+        few = math.prod(shape) <= input.numel() // 64 and input.is_cpu
+        self.parts = input.new_zeros(shape, dtype=torch.float64 if few else wide)
+        self._dtype = wide
+        self._alone: list[Tensor] = []
+
+    def add(self, part: Tensor, values: Tensor) -> None:
+        """Add ``values`` up to ``part``, a block of ``parts``."""
+        values = values.sum_to_size(part.shape)
+        if self.parts.numel() == 1:
+            self._alone.append(values)
+        else:
+            part += values
+
+    def result(self) -> Tensor:
+        if self._alone:
+            total = self._alone[0] if len(self._alone) == 1 else torch.stack(self._alone).sum()
+            return total.view(self.parts.shape)
+        return self.parts.to(self._dtype)
+
+
+def _sums_of_squares(
+    input: Tensor, target: Tensor, weight: Tensor | None, batch_dims: int, wide: torch.dtype
+) -> Tensor:
+    """The sums of ``w e^2`` over all but the first ``batch_dims`` dimensions."""
+    kept = input.shape[:batch_dims]
+    shape = (*kept, *(1,) * (input.dim() - batch_dims))
+    if weight is None and input.numel() and (plain := _row_sums(input, target, shape)) is not None:
+        return plain.view(kept)
+    sums = _Sums(input, shape, wide)
+    for scratch, x, y, w, part in _blocks(wide, input, target, weight, sums.parts):
+        inner = _common(part, w)
+        squares = _row_sums(scratch.copy_(x), y, inner) if x.dtype != wide == y.dtype else None
+        if squares is None:
+            squares = _error(x, y, scratch).square_()
+        sums.add(part, squares if w is None else squares.sum_to_size(inner).mul_(w))
+    return sums.result().view(kept)
 
 
 def mse_forward(
@@ -95,21 +205,59 @@ def mse_forward(
     numel = input.numel()
     if weight is None and input.dtype == target.dtype == dtype and (reduction == "none" or batch_dims == 0):
         if reduction != "none" and numel >= _MANY and _are_plain(input, target):
-            return _total([_sum_of_squares(input, target)], input, reduction)
+            return _mean(_sum_of_squares(input, target), input, reduction)
         if reduction == "none" or numel <= _FEW * _BLOCK:
             loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
             return _like(loss, input) if reduction == "none" else loss
     wide = acc_dtype(input, target, weight)
+    if reduction != "none":
+        sums = _sums_of_squares(input, target, weight, batch_dims, wide)
+        return _mean(sums, input, reduction, batch_dims).to(dtype)
+    loss = torch.empty_like(input, dtype=dtype)
+    for scratch, x, y, w, out in _blocks(wide, input, target, weight, loss):
+        squares = _error(x, y, scratch).square_()
+        out.copy_(squares if w is None else squares.mul_(w))
+    return loss
 
-    def losses(out: Tensor | None, x: Tensor, y: Tensor, w: Tensor | None) -> Tensor:
-        squares = torch.sub(x.to(wide), y.to(wide), out=out).square_()
-        return squares if w is None else squares.mul_(w)
 
-    if reduction == "none" or batch_dims:
-        loss = _reduce(losses(None, input, target, weight), reduction, batch_dims).to(dtype)
-        return _like(loss, input.to(dtype)) if reduction == "none" else loss
-    totals = [losses(*block).sum() for block in _blocks(wide, input, target, weight)]
-    return _total(totals, input, reduction).to(dtype)
+def _gradients(
+    grad: Tensor, tensors: Sequence[Any], output_mask: Sequence[bool], wide: torch.dtype, total: _Sums | None
+) -> list[Tensor]:
+    """The needed ones of ``2 g w e``, its negative and ``g e^2``; adds ``w e^2`` up to a ``total`` on the way.
+
+    ``grad`` and the weight may have dimensions of size 1 where input's are larger.
+    """
+    input, _, weight = tensors
+    results = _empty_gradients(tensors, output_mask)
+    sums: _Sums | None = None
+    if results[2] is not None and weight.shape != input.shape:
+        sums = _Sums(input, weight.shape, wide)
+    added = None if sums is None else sums.parts
+    for scratch, x, y, w, g, grad_x, grad_y, grad_w, part in _blocks(
+        wide, *tensors, grad, *results[:2], results[2] if sums is None else None, added
+    ):
+        in_place = grad_x is not None and grad_x.dtype == wide
+        error = _error(x, y, grad_x if in_place else scratch)
+        if total is not None or grad_w is not None or part is not None:
+            squares = torch.mul(error, error, out=scratch if in_place else None)
+            if grad_w is not None:
+                torch.mul(squares, g, out=grad_w)
+            if sums is not None:
+                sums.add(part, squares.sum_to_size(_common(part, g)) * g)
+            if total is not None:
+                total.add(total.parts, squares if w is None else squares.sum_to_size(w.shape).mul_(w))
+        if grad_x is None and grad_y is None:
+            continue
+        slope = error.mul_(2 * g)
+        if w is not None:
+            slope.mul_(w)
+        if grad_y is not None:
+            torch.mul(slope, -1, out=grad_y)
+        if grad_x is not None and not in_place:
+            grad_x.copy_(slope)
+    if sums is not None and results[2] is not None:
+        results[2].copy_(sums.result())
+    return [result for result in results if result is not None]
 
 
 def mse_backward(
@@ -132,22 +280,10 @@ def mse_backward(
         grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
         return [_like(grad, first), *([_like(-grad, target)] if all(output_mask[:2]) else [])]
     wide = acc_dtype(grad_output, input, target, weight)
-    grad = _broadcast(grad_output.to(wide), input, reduction, batch_dims) * _scale(
-        input, reduction, batch_dims
-    )
-    error = input.to(wide) - target.to(wide)
-    results = []
-    if output_mask[0] or output_mask[1]:
-        slope = error * (2 * grad)
-        if weight is not None:
-            slope *= weight
-        if output_mask[0]:
-            results.append(_like(slope, input))
-        if output_mask[1]:
-            results.append(_like(-slope, target))
-    if output_mask[2] and weight is not None:
-        results.append(_like(error.square_().mul_(grad), weight))
-    return results
+    grad = grad_output.to(wide) * _scale(input, reduction, batch_dims)
+    if reduction != "none":
+        grad = grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
+    return _gradients(grad, (input, target, weight), output_mask, wide, None)
 
 
 def mse_hvp(
@@ -172,7 +308,11 @@ def mse_hvp(
         d_loss = d_loss.to(dtype)
         results.append(_like(d_loss, input.to(dtype)) if reduction == "none" else d_loss)
     pairs = zip(gradients, (input, target, weight), strict=True)
-    return results + [_like(value, like) for value, like in pairs if value is not None and like is not None]
+    return results + [
+        _like(value, like) if like.shape == input.shape else value.sum_to_size(like.shape).to(like.dtype)
+        for value, like in pairs
+        if value is not None and like is not None
+    ]
 
 
 def hessian_vector_product(
@@ -226,25 +366,8 @@ def mse_forward_backward(
         loss = mse_forward(input, target, None, reduction, 0, dtype)
         return [loss, *mse_backward(one, input, target, None, reduction, 0, output_mask)]
     wide = acc_dtype(input, target, weight)
-    scale = _scale(input, reduction, 0)
-    tensors = (input, target, weight)
-    results = [
-        torch.empty_like(tensor) if need and tensor is not None else None
-        for tensor, need in zip(tensors, output_mask, strict=True)
-    ]
-    totals = []
-    for scratch, x, y, w, grad_x, grad_y, grad_w in _blocks(wide, *tensors, *results):
-        in_place = grad_x is not None and grad_x.dtype == wide
-        error = torch.sub(x.to(wide), y.to(wide), out=grad_x if in_place else None)
-        squares = torch.mul(error, error, out=scratch)
-        if grad_w is not None:
-            torch.mul(squares, scale, out=grad_w)
-        totals.append((squares if w is None else squares.mul_(w)).sum())
-        slope = error.mul_(2 * scale)
-        if w is not None:
-            slope.mul_(w)
-        if grad_y is not None:
-            torch.mul(slope, -1, out=grad_y)
-        if grad_x is not None and not in_place:
-            grad_x.copy_(slope)
-    return [_total(totals, input, reduction).to(dtype), *(grad for grad in results if grad is not None)]
+    ones = (1,) * input.dim()
+    grad = input.new_full(ones, _scale(input, reduction, 0), dtype=wide)
+    total = _Sums(input, ones, wide)
+    gradients = _gradients(grad, (input, target, weight), output_mask, wide, total)
+    return [_mean(total.result().view(()), input, reduction).to(dtype), *gradients]

@@ -102,11 +102,14 @@ def mse_hvp(
 ) -> list[Tensor]:
     """The gradient's derivative along the direction by the five-point stencil, exact for its cubic polynomial."""
     shape = tuple(input.shape)
+    shapes = shape, shape, shape, shape if weight is None else tuple(weight.shape)
 
     def point(tensors: Sequence[Tensor | None]) -> list[Array]:
         grad, *rest = _arrays(*tensors)
         values = [_per_element(grad, shape, reduction, batch_dims), *rest]
-        return [np.zeros(shape) if value is None else value for value in values]
+        return [
+            np.zeros(sizes) if value is None else value for value, sizes in zip(values, shapes, strict=True)
+        ]
 
     at = point((grad_output, input, target, weight))
     along = point((d_grad, d_input, d_target, d_weight))

@@ -1,39 +1,51 @@
 """The squared error and its gradients, in NumPy float64.
 
-With ``e = input - target``, ``w = weight`` (ones if there is none) and ``W`` the sum of ``w``:
+With ``e = input - target``, ``w = weight`` (ones if there is none) broadcast to input's shape, and sums over ``dim``
+(all dimensions by default), ``W`` the sum of ``w``:
 
     none:  loss_i = w_i e_i^2
     sum:   loss   = sum_i w_i e_i^2
-    mean:  loss   = sum_i w_i e_i^2 / W
+    mean:  loss   = sum_i w_i e_i^2 / W;  NaN where W is 0
 
-input, target and weight have one shape: nothing is broadcast. The mean of nothing is NaN, and non-finite
-numbers travel on without a warning, as in torch.
+input and target have one shape: neither is broadcast. The mean of nothing is NaN, and non-finite numbers travel on
+without a warning, as in torch.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .precision import Array, wide
 
+Dim = int | Sequence[int] | None
+
 
 @np.errstate(all="ignore")
 def forward(
-    input: ArrayLike, target: ArrayLike, weight: ArrayLike | None = None, reduction: str = "mean"
+    input: ArrayLike,
+    target: ArrayLike,
+    weight: ArrayLike | None = None,
+    reduction: str = "mean",
+    dim: Dim = None,
 ) -> Array:
     """The (weighted) squared error.
 
-    Shapes: input's for ``"none"``, otherwise ``()``.
+    Shapes: input's for ``"none"``, otherwise input's without ``dim``.
 
     Raises:
-        ValueError: the shapes differ, or ``reduction`` is none of the three.
+        ValueError: the shapes differ, ``reduction`` is none of the three, or ``dim`` is given with ``"none"``.
 
     Example:
         >>> forward([1, 2], [3, 2])
         array(2.)
     """
-    error, weight, share = _parts(input, target, weight, reduction)
+    error, weight, axes = _parts(input, target, weight, reduction, dim)
     loss = weight * error**2
-    return np.asarray(loss if reduction == "none" else loss.sum() * share)
+    if reduction == "none":
+        return np.asarray(loss)
+    total = loss.sum(axis=axes)
+    return np.asarray(total / _counts(weight, axes).squeeze(axes) if reduction == "mean" else total)
 
 
 @np.errstate(all="ignore")
@@ -43,40 +55,61 @@ def backward(
     target: ArrayLike,
     weight: ArrayLike | None = None,
     reduction: str = "mean",
+    dim: Dim = None,
 ) -> tuple[Array, Array, Array | None]:
-    """The gradients of ``sum(grad_output * forward(input, target, weight, reduction))``.
+    """The gradients of ``sum(grad_output * forward(input, target, weight, reduction, dim))``.
 
     With ``g = grad_output`` and ``c`` = ``1 / W`` for the mean, otherwise 1:
 
         grad_input  =  2 c g w e
         grad_target = -2 c g w e
-        grad_weight =    c g e^2                  (mean: c g (e^2 - loss), as W depends on the weights)
+        grad_weight =    c g e^2, added up over what the weight was broadcast to
+                                                  (mean: c g (e^2 - loss), as W depends on the weights)
 
-    Shapes: grad_output has the loss's; each result has input's.
+    Shapes: grad_output has the loss's; each result has its operand's.
 
     Returns:
         ``(grad_input, grad_target, grad_weight)``, the last None where there is no weight.
     """
-    weighted = weight is not None
-    error, weight, share = _parts(input, target, weight, reduction)
-    grad_loss = share * wide(grad_output)
+    given = None if weight is None else np.shape(weight)
+    error, weight, axes = _parts(input, target, weight, reduction, dim)
+    grad_loss, loss = wide(grad_output), np.zeros(())
+    if reduction != "none":
+        grad_loss = np.expand_dims(grad_loss, axes)
+    if reduction == "mean":
+        counts = _counts(weight, axes)
+        grad_loss = grad_loss / counts
+        loss = (weight * error**2).sum(axis=axes, keepdims=True) / counts
     grad_input = 2 * grad_loss * weight * error
-    grad_weight = None
-    if weighted:
-        loss = forward(input, target, weight) if reduction == "mean" else 0.0
-        grad_weight = np.asarray(grad_loss * (error**2 - loss))
+    grad_weight = None if given is None else _sum_to(grad_loss * (error**2 - loss), given)
     return np.asarray(grad_input), np.asarray(-grad_input), grad_weight
 
 
 def _parts(
-    input: ArrayLike, target: ArrayLike, weight: ArrayLike | None, reduction: str
-) -> tuple[Array, Array, float]:
-    """The errors, the weights, and what one weighted squared error counts in the loss."""
+    input: ArrayLike, target: ArrayLike, weight: ArrayLike | None, reduction: str, dim: Dim
+) -> tuple[Array, Array, tuple[int, ...]]:
+    """The errors, the weights of each, and the axes that are added up."""
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    if reduction == "none" and dim is not None:
+        raise ValueError(f"reduction 'none' has no dim, got {dim}")
     input, target = wide(input), wide(target)
-    weight = np.ones_like(input) if weight is None else wide(weight)
-    for name, array in (("target", target), ("weight", weight)):
-        if array.shape != input.shape:
-            raise ValueError(f"{name} must have input's shape {input.shape}, got {array.shape}")
-    return input - target, weight, 1.0 / weight.sum() if reduction == "mean" else 1.0
+    if target.shape != input.shape:
+        raise ValueError(f"target must have input's shape {input.shape}, got {target.shape}")
+    weight = np.broadcast_to(wide(1.0) if weight is None else wide(weight), input.shape)
+    given = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    axes = tuple(axis % max(input.ndim, 1) for axis in given) if input.ndim else ()
+    return input - target, weight, axes or tuple(range(input.ndim))
+
+
+def _counts(weight: Array, axes: tuple[int, ...]) -> Array:
+    """The weights' sums over ``axes``, which are kept with size 1; NaN where one is 0."""
+    total = weight.sum(axis=axes, keepdims=True)
+    return np.where(total == 0, np.nan, total)
+
+
+def _sum_to(values: Array, shape: tuple[int, ...]) -> Array:
+    """``values`` added up to a shape that broadcasts to theirs."""
+    values = values.sum(axis=tuple(range(values.ndim - len(shape))))
+    repeated = tuple(axis for axis, size in enumerate(shape) if size != values.shape[axis])
+    return np.asarray(values.sum(axis=repeated, keepdims=True))

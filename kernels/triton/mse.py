@@ -19,7 +19,7 @@ from ..checks import acc_dtype
 from . import config
 from .dims import Operand, Walk, coalesce_dims
 from .launch import cdiv, launch
-from .shared import DTYPES, ordered_sum
+from .shared import DTYPES, convert, ordered_sum
 
 
 @triton.jit
@@ -71,11 +71,11 @@ def _load(x, at, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr):
     """The tile ``at`` (row, cols, mask) of an Operand or RowOperand, in ACC; 0 outside the mask."""
     row, cols, mask = at
     if len(x) == 2:  # a RowOperand
-        value = tl.load(x.ptr + _row_offset(row, sizes, x.strides, 1)).to(ACC)
+        value = convert(tl.load(x.ptr + _row_offset(row, sizes, x.strides, 1)), ACC)
         value = tl.where(mask, tl.broadcast_to(value, mask.shape), 0.0)
     else:
         offsets = _row_offset(row, sizes, x.strides, ALIGN) + cols * x.column
-        value = tl.load(x.ptr + offsets, mask=mask, other=0.0).to(ACC)
+        value = convert(tl.load(x.ptr + offsets, mask=mask, other=0.0), ACC)
     return value
 
 
@@ -84,7 +84,7 @@ def _store(ptr, at, n, value, ALIGN: tl.constexpr):
     """Write the tile ``at`` of a dense (rows, n) result; nothing for a ptr of None."""
     if ptr is not None:
         row, cols, mask = at
-        tl.store(ptr + row * (n // ALIGN * ALIGN) + cols, value.to(ptr.dtype.element_ty), mask=mask)
+        tl.store(ptr + row * (n // ALIGN * ALIGN) + cols, convert(value, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _store_sum(ptr, total, divisor):
     """Write the sum of program (r, p) of (R, P) to ptr (P, R), divided already if P is 1: no second stage follows."""
     total = total / tl.where(tl.num_programs(1) == 1, divisor, 1)
     out = ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out, total.to(ptr.dtype.element_ty))
+    tl.store(out, convert(total, ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _mse_sum_kernel(
     """
     cols = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = ordered_sum(partials_ptr, P, R, cols, cols < R, BLOCK_P, ACC)
-    tl.store(loss_ptr + cols, (total / divisor).to(loss_ptr.dtype.element_ty), mask=cols < R)
+    tl.store(loss_ptr + cols, convert(total / divisor, loss_ptr.dtype.element_ty), mask=cols < R)
 
 
 @triton.jit

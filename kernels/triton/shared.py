@@ -13,6 +13,14 @@ DTYPES = {
 
 
 @triton.jit
+def convert(value, dtype: tl.constexpr):
+    """``value.to(dtype)``; between bfloat16 and float64 by way of float32, since the interpreter has no other."""
+    if (value.dtype == tl.bfloat16) | (dtype == tl.bfloat16):
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
 def tile_of(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     """Row and column of the ``tile``-th tile: GROUP_M rows run side by side, sharing columns in the cache."""
     group = tile // (GROUP_M * n_tiles)

@@ -1,5 +1,6 @@
 """mse_loss and mse_loss_and_grad: sizes, dtypes, weights, errors. Derivatives and layouts have files of their own."""
 
+import re
 import sys
 from itertools import product
 
@@ -82,7 +83,7 @@ def test_the_fallback_in_blocks(
     monkeypatch.setattr(launchers, "_FEW", 1)
     x = torch.empty(33, 7, dtype=dtype)
     assert len(list(launchers._blocks(x.dtype, x, x))) == 5
-    assert len(list(launchers._blocks(x.dtype, x.mT, x.mT))) == 1
+    assert len(list(launchers._blocks(x.dtype, x.mT, x.mT))) == 5  # of seven rows each
     test_loss_and_grad("fallback", x.device, reduction, weighted, dtype)
     names = NAMES if weighted else NAMES[:2]
     check(Case("mse_loss", dict.fromkeys(names, x.shape), {"reduction": reduction}), dtype, x.device)
@@ -123,16 +124,19 @@ def test_errors(op: type) -> None:
         op(x, torch.randn(3))
     with pytest.raises(ValueError, match=r"target has shape \(1, 1\)"):
         op(x, torch.randn(1, 1))
-    with pytest.raises(ValueError, match=r"weight has shape \(1,\)"):
-        op(x, x, weight=torch.randn(1))
+    for shape in ((2,), (2, 1), (3, 2), (1, 3, 1)):
+        match = re.escape(
+            f"{name}: weight has shape {shape}, which does not broadcast to input's shape (3, 1)"
+        )
+        with pytest.raises(ValueError, match=match):
+            op(x, x, weight=torch.ones(shape))
     with pytest.raises(ValueError, match=f"{name}: 'max' is not a valid value for reduction"):
         op(x, x, reduction="max")
-    with pytest.raises(
-        TypeError, match=f"{name}: input has dtype torch.float32 but target has dtype torch.float16"
-    ):
-        op(x, x.half())
-    with pytest.raises(TypeError, match=r"weight has dtype torch.float64"):
-        op(x, x, weight=x.double())
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=rf"{name}: target has dtype {dtype}; float64, float32, float16"):
+            op(x, x.to(dtype))
+        with pytest.raises(TypeError, match=rf"{name}: weight has dtype {dtype}; float64, float32, float16"):
+            op(x, x, weight=x.to(dtype))
     with pytest.raises(TypeError, match=r"input has dtype torch.complex64"):
         op(x.to(torch.complex64), x.to(torch.complex64))
     with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got float"):
