@@ -1,4 +1,4 @@
-"""The same bits on different chips: how a sum is cut depends on shapes and dtypes, never on the number of SMs."""
+"""The same bits on different chips, and right ones: how a sum is cut depends on shapes and dtypes, not on the SMs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from gradkernels.triton import matmul as matmul_module
 from gradkernels.triton.config import Target
 
 from ..conftest import GPU
+from ..helpers import assert_matches, to_numpy
 
 pytestmark = pytest.mark.skipif(GPU, reason="plays several chips, under the interpreter")
 
@@ -74,7 +75,11 @@ def results(call: Callable[[], Any], target: Target, num_sms: int, monkeypatch: 
     monkeypatch.setattr(config, "target_of", lambda device: target)
     monkeypatch.setattr(config, "num_sms", lambda device: num_sms)
     monkeypatch.setattr(matmul_module, "_plans", {})
-    with gradkernels.use_backend("triton"):
+    return on("triton", call)
+
+
+def on(backend: str, call: Callable[[], Any]) -> list[Tensor]:
+    with gradkernels.use_backend(backend):
         found = torch.utils._pytree.tree_leaves(call())
     return [item.detach() for item in found if isinstance(item, Tensor)]
 
@@ -85,6 +90,10 @@ def test_the_number_of_sms_changes_nothing(name, monkeypatch):
     first, second = (results(call, Target("cuda", 90), count, monkeypatch) for count in (3, 132))
     assert len(first) == len(second) > 0
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    chosen = {prepared.plan.name for prepared in matmul_module._plans.values()}
+    assert ("gemm_tma" in chosen) == (name == "large product")
+    for ours, theirs, exact in zip(first, on("fallback", call), on("reference", call), strict=True):
+        assert_matches(ours, theirs, to_numpy(exact), name)
 
 
 @pytest.mark.parametrize("name", PLAIN)

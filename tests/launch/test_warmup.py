@@ -43,14 +43,37 @@ def test_nothing_is_left_to_compile(op, tmp_path):
     assert after == before
 
 
-def test_elsewhere_there_is_nothing_to_do():
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [("matmul", [(2**40, 8), (8, 2**40)]), ("mse", [(2**50,), (2**50,)]), ("adam", [(2**50,)])],
+)
+def test_elsewhere_there_is_nothing_to_do(op, shapes):
+    """No machine has the memory for these, nor the time."""
     with gradkernels.use_backend("fallback"):
-        gradkernels.warmup("matmul", [(2, 3), (3, 4)], torch.float32, "cpu")
+        gradkernels.warmup(op, shapes, torch.float32, "cpu")
 
 
-def test_under_the_interpreter_it_runs():
+def test_it_launches_what_the_calls_launch(monkeypatch):
+    """Without gradients and with their backward; under the interpreter there is nothing to compile, but all runs."""
+    from gradkernels.triton import mse
+
+    launched: list[str] = []
+    real = mse.launch
+
+    def launch(kernel, *args, **options):
+        launched.append(kernel.__name__)
+        real(kernel, *args, **options)
+
+    monkeypatch.setattr(mse, "launch", launch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with gradkernels.use_backend("triton"):
-        gradkernels.warmup("mse", [(5,), (5,)], torch.float64, "cuda" if torch.cuda.is_available() else "cpu")
+        gradkernels.warmup("mse", [(5000,), (5000,)], torch.float64, device)
+        ahead = list(launched)
+        input, target = (torch.ones(5000, dtype=torch.float64, device=device) for _ in range(2))
+        gradkernels.mse_loss(input, target)
+        gradkernels.mse_loss(input.requires_grad_(), target).backward()
+    assert ahead == launched[len(ahead) :]
+    assert {"_mse_forward_kernel", "_mse_backward_kernel"} <= set(ahead)
 
 
 @pytest.mark.parametrize(
