@@ -19,6 +19,7 @@ from .linear_mse_models import autocast, models_forward, models_loss, models_los
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, total_weight
 from .operator import Operator, in_places, use_torch_fast_path
+from .repeat import repeatable
 from .torch_private import torch_mse_loss
 
 # Bytes of input or target up to which torch's own ops and autograd serve on the fallback: a second pass over what
@@ -26,6 +27,7 @@ from .torch_private import torch_mse_loss
 SMALL = 1 << 25
 
 
+@repeatable
 def linear_mse_loss(
     input: Tensor,
     weight: Tensor,

@@ -18,8 +18,10 @@ from torch.nn.functional import linear as torch_linear
 
 from . import checks
 from .operator import Operator, autocast_cast, use_torch_fast_path
+from .repeat import repeatable
 
 
+@repeatable
 def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
     """Matrix product, with a bias added before the result is stored.
 
@@ -79,6 +81,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
+@repeatable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The affine map of ``torch.nn.functional.linear``.
 
@@ -168,6 +171,8 @@ def _result_shape(input: Tensor, other: Tensor, sum_dims: Sequence[int]) -> list
 
 def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
     """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
+    if input.dim() == other.dim() == like.dim() == 2:
+        return product(input, other, dtype=like.dtype)
     batch = _batch_shape(input, other)
     target = [1] * (len(batch) - (like.dim() - 2)) + list(like.shape[:-2])
     sum_dims = [

@@ -21,6 +21,7 @@ from .checks import acc_dtype
 from .fallback.mse import hessian_vector_product
 from .matmul import sum_to
 from .operator import Operator, in_places, use_torch_fast_path
+from .repeat import repeatable
 from .torch_private import torch_mse_loss
 
 # Bytes up to which torch's own ops and autograd serve on the fallback. The operators registered here go through the
@@ -28,6 +29,7 @@ from .torch_private import torch_mse_loss
 SMALL = 1 << 23
 
 
+@repeatable
 def mse_loss(
     input: Tensor,
     target: Tensor,

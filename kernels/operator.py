@@ -3,10 +3,13 @@
 The routes of a call, the shortest first. ``mse_loss`` and the other public functions check their arguments once,
 bring them to the launchers' form, and take the first route that serves::
 
+    0  repeatable              a call like earlier ones on Triton's backend, before any check: see repeat.py
+         no gradient needed      -> replay: allocations and launches
+         else                    -> Function.apply -> replay
     1  torch's own op          use_torch_fast_path: the fallback would call it anyway, and torch's autograd will do
-    2  Operator.__call__       fast_path: nothing but plain reverse-mode autograd is active
-         no gradient needed      -> launcher
-         else                    -> Function.apply -> launcher; its backward calls other Operators
+    2  Operator.__call__       nothing but plain reverse-mode autograd is active
+         no gradient needed      -> replay, or launcher
+         else                    -> Function.apply -> the same; its backward calls other Operators
     3  the dispatcher          for all else; each key sees the call at its own level:
          Autocast                -> the same operator, with cast arguments and autocast off
          functorch, Autograd     -> Function.apply -> the same operator below autograd
@@ -25,6 +28,7 @@ be traced with one.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,12 +37,12 @@ from torch import Tensor
 from . import backends
 from . import torch_private as private
 from .checks import DEVICE_TYPES, DTYPES
+from .repeat import TENSORS, key_function, note, watched
 from .torch_private import any_autocast, below_autograd, is_wrapped, is_zerotensor, needs_dispatcher
 
 _NAMESPACE = __name__.partition(".")[0]
 _DEVICE_KEYS = tuple(device_type.upper() for device_type in DEVICE_TYPES)
 _AUTOCAST_KEYS = private.autocast_keys(_DEVICE_KEYS)
-_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _OPTIONS = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 _STRIDED = torch.strided
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
@@ -90,6 +94,8 @@ class Operator:
         types = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensor_count = sum("Tensor" in type for type in types)
         self._no_gradients = (None,) * (len(types) - self._tensor_count)
+        self._replays: dict[Any, Any] = {}
+        self._key = key_function({f"a{index}": type for index, type in enumerate(types)})
         self.launch = self._launch_by_name(types.index("Tensor"), launch)
         for key in _DEVICE_KEYS:
             _library.impl(self.name, self.launch, key)
@@ -100,7 +106,7 @@ class Operator:
         self._derivative = self._plain_derivative = derivative
         if isinstance(derivative, type):
             self._derivative = private.apply_function(self._bind(derivative, self.below))
-            self._plain_derivative = private.apply_function(self._bind(derivative, self.launch))
+            self._plain_derivative = private.apply_function(self._bind_plainly(derivative))
         _library.impl(self.name, self._autograd, "Autograd")
         if autocast is not None:
             for key in _DEVICE_KEYS:
@@ -108,11 +114,21 @@ class Operator:
         OPERATORS.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        if fast_path(args):  # what the dispatcher would do, without its 20 us
-            return self._differentiated(args, plainly=True) if requires_grad(args) else self.launch(*args)
+        if not needs_dispatcher():  # what the dispatcher would do, without its 20 us
+            replay = self._replay(args)
+            if replay or has_values(args):
+                differentiated = requires_grad(args)
+                outputs = self.differentiated(args) if differentiated else (replay or self.launch)(*args)
+                if watched:
+                    note(self, args, replay, differentiated, outputs)
+                return outputs
         if private.single_level is None and private.transforms_active():
             return self._autograd(*args)
         return self.overload(*args)
+
+    def differentiated(self, args: tuple[Any, ...]) -> Any:
+        """The outputs of a plain call that reverse mode differentiates."""
+        return self._differentiated(args, plainly=True)
 
     def masked(self, *args: Any) -> list[Any]:
         """Call an operator whose last argument is ``output_mask``; None stands for the outputs it leaves out."""
@@ -136,13 +152,29 @@ class Operator:
         with _outer_levels(), below_autograd():
             return self.overload(*args)
 
+    def _replay(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What repeats earlier calls like this one; see repeat.py."""
+        if not self._replays:
+            return None
+        try:
+            return self._replays.get(self._key(*args))
+        except RuntimeError:  # no address: saved inside a transform that has ended
+            return None
+
     def _launch_by_name(self, place: int, adapt: Callable[..., Any] | None) -> Callable[..., Any]:
         """What runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
         op, name = self.op, self.launcher
 
         def launch(*args: Any) -> Any:
-            launcher = getattr(backends.module(backends.backend_for(args[place]), op), name)
-            return launcher(*args) if adapt is None else adapt(launcher, *args)
+            if replay := self._replay(args):
+                return replay(*args)
+            backend = backends.backend_for(args[place])
+            launcher = getattr(backends.module(backend, op), name)
+            if adapt is not None:
+                launcher = partial(adapt, launcher)
+            if backend == "triton":
+                return backends.module("triton", "replay").run(self._replays, self._key, launcher, args)
+            return launcher(*args)
 
         return launch
 
@@ -170,11 +202,45 @@ class Operator:
             return [outputs[place] for place in asked]
         return list(outputs) if isinstance(outputs, tuple) else outputs
 
+    def _backward_of(self, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+        """``function``'s backward, under the forward's backend."""
+        no_gradients = self._no_gradients
+
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+            if grad_outputs[0] is None and all(grad is None for grad in grad_outputs):
+                return (None,) * len(ctx.needs_input_grad)
+            if ctx.backend == backends.current() and not any_autocast():
+                return (*function.backward(ctx, *grad_outputs), *no_gradients)
+            with backends.use_backend(ctx.backend), without_autocast():
+                return (*function.backward(ctx, *grad_outputs), *no_gradients)
+
+        return backward
+
+    def _bind_plainly(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+        """``function`` for reverse mode alone: torch takes less time over a forward that has the context itself."""
+        launch = self.launch
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            outputs = launch(*args)
+            if isinstance(outputs, list):
+                outputs = tuple(outputs)
+            ctx.backend = backends.current()
+            ctx.set_materialize_grads(False)
+            function.setup_context(ctx, args, outputs)
+            return outputs
+
+        # torch looks at the class for a setup_context of its own.
+        base = torch.autograd.Function
+        methods = {"forward": forward, "backward": self._backward_of(function)}
+        return type(
+            function.__name__, (base,), {name: staticmethod(method) for name, method in methods.items()}
+        )
+
     def _bind(
         self, function: type[torch.autograd.Function], run: Callable[..., Any]
     ) -> type[torch.autograd.Function]:
         """``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
-        tensor_count, no_gradients = self._tensor_count, self._no_gradients
+        tensor_count = self._tensor_count
 
         def forward(*args: Any) -> Any:
             outputs = run(*args)
@@ -184,14 +250,6 @@ class Operator:
             ctx.backend = backends.current()
             ctx.set_materialize_grads(False)
             function.setup_context(ctx, inputs, output)
-
-        def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
-            if all(grad is None for grad in grad_outputs):
-                return (None,) * len(ctx.needs_input_grad)
-            if ctx.backend == backends.current() and not any_autocast():
-                return (*function.backward(ctx, *grad_outputs), *no_gradients)
-            with backends.use_backend(ctx.backend), without_autocast():
-                return (*function.backward(ctx, *grad_outputs), *no_gradients)
 
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             # Function.apply does this by itself.
@@ -203,7 +261,12 @@ class Operator:
             outputs, dims = self._batched(info, in_dims, *args)
             return (tuple(outputs), tuple(dims)) if isinstance(outputs, list) else (outputs, dims)
 
-        methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+        methods = {
+            "forward": forward,
+            "setup_context": setup_context,
+            "backward": self._backward_of(function),
+            "jvp": jvp,
+        }
         if private.single_level is None:
             methods["vmap"] = vmap
         return type(
@@ -230,17 +293,20 @@ class Operator:
 
 
 def fast_path(args: Sequence[Any]) -> bool:
-    """True if the dispatcher can be skipped for a call with these arguments.
+    """True if the dispatcher can be skipped for a call with these arguments."""
+    return not needs_dispatcher() and has_values(args)
 
-    Their types are looked at as well: subclasses of Tensor have their own way, a tensor saved inside a transform
-    stays wrapped after it ends, and some hold no values of their own.
+
+def has_values(args: Sequence[Any]) -> bool:
+    """True if the tensors are torch's own and hold their values.
+
+    Subclasses of Tensor have their own way, a tensor saved inside a transform stays wrapped after it ends, and some
+    hold no values of their own.
     """
-    if needs_dispatcher():
-        return False
     tensor = None
     for arg in args:
         kind = type(arg)
-        if kind in _TENSORS:
+        if kind in TENSORS:
             if is_wrapped(arg) or is_zerotensor(arg) or arg.is_neg():
                 return False
             tensor = arg
@@ -256,12 +322,12 @@ def use_torch_fast_path(first: Tensor, *others: Tensor, optional: Tensor | None 
     object then), unless something is active that torch's ops do not serve: the mse_loss of torch has no forward
     derivative of its backward, for one. There the registered operators take over.
     """
-    if needs_dispatcher() or type(first) not in _TENSORS:
+    if needs_dispatcher() or type(first) not in TENSORS:
         return False
     dtype, on_cpu = first.dtype, first.is_cpu
     for tensor in others if optional is None else (*others, optional):
         if (
-            type(tensor) not in _TENSORS
+            type(tensor) not in TENSORS
             or tensor.dtype is not dtype
             or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
             or tensor.layout is not _STRIDED

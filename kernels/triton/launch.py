@@ -9,11 +9,14 @@ The cache holds each compiled kernel for good: unloading one is not allowed whil
 
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import JITFunction, driver
@@ -21,10 +24,34 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # For whoever hooks Triton's own launches: every kernel is launched by kernel[grid].
 PLAIN = os.environ.get("GRADKERNELS_PLAIN_LAUNCH") == "1"
+# Whether ``launch`` hands compiled kernels to the driver itself; neither so nor under Triton's interpreter.
+DIRECT = not PLAIN and isinstance(triton.language.sum, JITFunction)
 
 _keys: dict[tuple[Any, ...], Callable[..., tuple[Any, ...]]] = {}
 _numbers = itertools.count()
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+_recorders: dict[int, Any] = {}  # by thread
+
+
+@contextmanager
+def recorded_by(recorder: Any) -> Iterator[None]:
+    """Report this thread's launches inside to a ``replay.Recorder``."""
+    thread = threading.get_ident()
+    _recorders[thread] = recorder
+    try:
+        yield
+    finally:
+        del _recorders[thread]
+
+
+def recording() -> Any:
+    """The recorder of this thread's launches, or None."""
+    return _recorders.get(threading.get_ident()) if _recorders else None
+
+
+def guard(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which ``device`` is the current one."""
+    return getattr(torch, device.type).device(device)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **options: Any) -> None:
@@ -47,7 +74,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     if device.index is None or device.index == driver.active.get_current_device():
         _launch(kernel, grid, args, device, options)
     else:
-        with getattr(torch, device.type).device(device):
+        with guard(device):
             _launch(kernel, grid, args, device, options)
 
 
@@ -78,6 +105,8 @@ def _launch(
     run = compiled.run  # loads the module, before which `function` is None
     loaded = (compiled.function, compiled.packed_metadata)
     run(x, y, z, stream, *loaded, metadata, enter, leave, *args, *constants)
+    if _recorders and (recorder := recording()) is not None:
+        recorder.launched(compiled, constants, grid, args, device)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,14 +8,16 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import gradkernels
 import torch
 import triton
 import triton.language as tl
 from gradkernels import use_backend
+from gradkernels.operator import OPERATORS
 from gradkernels.ops import FUNCTIONS
-from gradkernels.triton import multi_tensor
+from gradkernels.triton import multi_tensor, replay
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,7 +26,7 @@ from bench.reports.aot import AOT_CASES
 
 from ..cases import CASES, Case
 from .launches import Record, Recorder
-from .standin import StandIn
+from .standin import Launch, StandIn
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("contiguous", "misaligned", "transposed", "strided")
@@ -130,6 +132,56 @@ class Calls:
             torch.autograd.grad(curved, [*tensors, upstream], directions, allow_unused=True)
 
         return self._twice(run)
+
+    def repeated(self, number: int, dtype: str) -> list[Any]:
+        """Calls of a case that are replays launch what they would launch otherwise, whatever came between.
+
+        Forward alone, and forward and backward, of each layout in turn. An address is compared by the tensor it lies
+        in; of temporary memory, by where it came up first.
+        """
+        case = ALL_CASES[number]
+        calls = {}
+        for layout in LAYOUTS:
+            torch.manual_seed(number)
+            arguments = case.arguments(getattr(torch, dtype), self._device)
+            tensors = [lay_out(tensor, layout).requires_grad_() for tensor in arguments]
+            upstream = torch.randn_like(case.ours(*tensors).detach())
+
+            def forward(tensors: list[Tensor] = tensors) -> list[Tensor]:
+                with torch.no_grad():
+                    return [*tensors, case.ours(*tensors)]
+
+            def both(tensors: list[Tensor] = tensors, upstream: Tensor = upstream) -> list[Tensor]:
+                result = case.ours(*tensors)
+                return [*tensors, upstream, result, *torch.autograd.grad(result, tensors, upstream)]
+
+            calls[f"{layout}, forward"], calls[f"{layout}, backward"] = forward, both
+
+        def launched(call: Callable[[], list[Tensor]]) -> tuple[Record, list[Any]]:
+            with use_backend("triton"), self._recorder.recording() as record:
+                tensors = call()
+            return record, [seen(launch, tensors, others) for others in [[]] for launch in record.launches]
+
+        forget()
+        with mock.patch.object(replay, "run", lambda replays, key_of, call, args: call(*args)):
+            ordinary = {name: launched(call)[1] for name, call in calls.items()}
+        for _ in range(4):
+            rounds = {name: launched(call) for name, call in calls.items()}
+        for name, (_, launches) in rounds.items():
+            assert launches == ordinary[name], f"{name}: {launches} for {ordinary[name]}"
+        return [record.replayed for record, _ in rounds.values()]
+
+    def many_shapes(self, count: int) -> list[int]:
+        """What is kept after calls of so many different shapes, each made three times."""
+        kept = []
+        for size in range(1, count):
+            x = torch.empty(size, device=self._device)
+            with use_backend("triton"), torch.no_grad():
+                for _ in range(3):
+                    gradkernels.mse_loss(x, x.clone())
+            kept.append(sum(len(operator._replays) for operator in OPERATORS))
+            kept.append(len(gradkernels.mse_loss.shortcuts))
+        return [max(kept), *kept[-2:]]
 
     def aot_case(self, number: int, dtype: str) -> list[Any]:
         """A call of the compile report."""
@@ -277,6 +329,33 @@ def _summary(record: Record) -> list[Any]:
         [launch.kernel, launch.grid, launch.threads, launch.shared, launch.device]
         for launch in record.launches
     ]
+
+
+def forget() -> None:
+    """No call has been made before."""
+    for operator in OPERATORS:
+        operator._replays.clear()
+    for op in FUNCTIONS.values():
+        for name in op.public:
+            getattr(op.function(name), "shortcuts", {}).clear()
+
+
+def seen(launch: Launch, tensors: Sequence[Tensor], others: list[int]) -> list[Any]:
+    """A launch with each address as a place in one of the tensors, or among ``others``."""
+
+    def place(param: bytes) -> Any:
+        value = int.from_bytes(param, "little")
+        for number, tensor in enumerate(tensors):
+            if 0 <= value - tensor.data_ptr() < tensor.untyped_storage().nbytes():
+                return f"{number} + {value - tensor.data_ptr()}"
+        if len(param) < 8 or value < 2**40:
+            return param.hex()
+        if value not in others:
+            others.append(value)
+        return f"other {others.index(value)}"
+
+    values = [place(param) if len(param) <= 8 else "a tensor map" for param in launch.params]
+    return [launch.function, launch.device, launch.stream, launch.grid, launch.threads, launch.shared, values]
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:

@@ -70,6 +70,23 @@ def test_an_op_and_its_derivatives(worker: Worker, number: int, dtype: str, layo
 @pytest.mark.parametrize(
     ("number", "dtype"),
     sampled(
+        product(range(len(ALL_CASES)), DTYPES),
+        lambda number, dtype: [ALL_CASES[number].op, dtype],
+        lambda number, dtype: f"{ALL_CASES[number]} {dtype}",
+    ),
+)
+def test_a_repeated_call(worker: Worker, number: int, dtype: str) -> None:
+    """Replays launch what the launchers would, with the tensors of the call at hand, in every layout in turn."""
+    assert sum(worker.call("repeated", number, dtype))
+
+
+def test_what_is_kept_of_many_shapes_is_bounded(worker: Worker) -> None:
+    assert max(worker.call("many_shapes", 1200)) <= 512 + 20
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    sampled(
         every_case(),
         lambda number, dtype: [number, (AOT_CASES[number].op, dtype)],
         lambda number, dtype: f"{AOT_CASES[number].op} {AOT_CASES[number].shapes} {dtype}",

@@ -14,6 +14,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 LAYERS = (
     ("checks.py", "torch_private.py", "optim/bucket.py", "optim/__init__.py"),
     ("backends.py",),
+    ("repeat.py",),
     ("triton/", "fallback/", "reference/"),
     ("operator.py", "optim/plan.py", "optim/stacked.py", "optim/compiled.py", "optim/step.py"),
     ("matmul.py", "mse.py", "linear_mse.py", "sgd.py", "adam.py"),
