@@ -60,8 +60,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     Args:
         kernel: a ``@triton.jit`` function whose constexpr parameters come last.
         grid: up to three program counts; nothing is launched if one of them is 0.
-        args: run-time arguments in the kernel's order. A record (a NamedTuple, whose class fixes the types of
-            its fields) counts as its fields; the integers of a plain tuple, of any length, are not specialised.
+        args: run-time arguments in the kernel's order. A record (a NamedTuple) counts as its fields; the integers
+            of a plain tuple, of any length, are not specialised.
         device: where the tensors live; it need not be the current device.
         options: constexpr arguments by name, ``num_warps``, ``num_stages``.
     """
@@ -89,7 +89,7 @@ def _launch(
         kernel[grid](*args, enable_fp_fusion=True, **options)
         return
     # By identity, since the hash of a kernel is computed from its source.
-    types = (id(kernel), *map(type, args))
+    types = (id(kernel), *_types(args))
     key_of = _keys.get(types)
     if key_of is None:
         key_of = _keys[types] = _key_function(kernel, args)
@@ -166,6 +166,11 @@ def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., t
     # The kernel is in the scope to be kept alive: the cache knows it by its identity.
     scope = {"widths": _widths, "kernel": kernel}
     return eval(f"lambda {names}: ({''.join(term + ', ' for term in terms)})", scope)
+
+
+def _types(values: tuple[Any, ...]) -> list[Any]:
+    """The types of arguments; of a record, those of its fields too, of which one may be None."""
+    return [(type(value), *_types(value)) if _is_record(value) else type(value) for value in values]
 
 
 def _is_record(value: Any) -> bool:

@@ -96,6 +96,18 @@ def test_arguments_that_are_none_are_told_apart(tmp_path):
     """A call with a bias alone and one with a weight alone have as many tensors, of the same dtype and alignment."""
     kernels = run(
         """
+        from typing import NamedTuple
+        class Pair(NamedTuple):
+            first: object
+            second: object
+        @triton.jit
+        def optional_fields(pair, out_ptr):
+            x = 1.0
+            if pair.first is not None:
+                x += tl.load(pair.first)
+            if pair.second is not None:
+                x *= tl.load(pair.second)
+            tl.store(out_ptr, x)
         @triton.jit
         def optional(bias_ptr, weight_ptr, out_ptr):
             x = 1.0
@@ -108,12 +120,15 @@ def test_arguments_that_are_none_are_told_apart(tmp_path):
         for _ in range(2):
             for given in ((x, None), (None, x), (None, None), (x, x)):
                 launch(optional, (1,), *given, x, device=CPU)
+        for _ in range(2):
+            for given in ((x, None), (None, x), (None, None), (x, x)):
+                launch(optional_fields, (1,), Pair(*given), x, device=CPU)
         hashes = [key for key, _ in calls]
-        print(json.dumps([len(set(hashes)), hashes[:4] == hashes[4:]]))
+        print(json.dumps([[len(set(of)), of[:4] == of[4:]] for of in (hashes[:8], hashes[8:])]))
         """,
         tmp_path,
     )
-    assert kernels == [4, True]
+    assert kernels == [[4, True]] * 2
 
 
 def test_a_record_counts_as_its_fields(tmp_path):
