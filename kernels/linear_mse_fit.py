@@ -6,9 +6,10 @@ round and a model fits a program; else the loop as anyone would write it, of thi
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,9 @@ from .linear_mse import _check as check_one
 from .linear_mse import linear_mse_loss
 from .linear_mse_models import _normal_form as check_models
 from .linear_mse_models import check_bounds
-from .optim.bucket import Update
+from .optim.bucket import Guard, Models, Update
+from .optim.plan import Entry, Part, measure_gradients, partition, update_parameters
+from .optim.stacked import measure_models, update_models
 from .optim.step import FusedStep
 from .torch_private import needs_dispatcher
 
@@ -219,23 +222,22 @@ class _Fit:
         launcher = getattr(implementation("linear_mse_fit", self.weight), "linear_mse_fit_rounds", None)
         if launcher is None:
             return False
-        # One model is a batch of one.
         rows = self.rows
         N, D = rows.input.shape[-2:]
-        weight = self.weight if self.weight.dim() == 3 else self.weight.view(1, -1, D)
+        weight, *bias = self.stacked_params()
         B, K, _ = weight.shape
         if 0 in (B, N, K, D):
             return False
         samples = rows.sample_weight
-        with _gradients_aside(self.params), torch.no_grad():
+        if samples is not None:
+            samples = samples.reshape(-1, N, samples.shape[-1] if samples.dim() > 1 else 1)
+        with torch.no_grad():
             done: bool = launcher(
                 rows.input.reshape(-1, N, D),
                 weight,
                 rows.target.reshape(-1, N, K),
-                None if self.bias is None else self.bias.view(B, K),
-                None
-                if samples is None
-                else samples.reshape(-1, N, samples.shape[-1] if samples.dim() > 1 else 1),
+                bias[0] if bias else None,
+                samples,
                 rows.offsets,
                 self.batch_size or N,
                 self.losses.view(-1, B),
@@ -246,24 +248,41 @@ class _Fit:
             vars(self.optimizer)["_opt_called"] = True  # for torch's schedulers
         return done
 
+    def stacked_params(self) -> list[Tensor]:
+        """Weight (B, K, D) and bias (B, K): one model is a batch of one."""
+        weight = self.weight.detach()
+        weight = weight if weight.dim() == 3 else weight.view(1, -1, weight.shape[-1])
+        return [weight] if self.bias is None else [weight, self.bias.detach().view(weight.shape[:2])]
+
     def update(self) -> Update:
-        """What the launcher does with the gradients, by itself or by ``Update.step``."""
+        """What the launcher does with the gradients, by itself or by ``Update.stepper``."""
         optimizer, params = self.optimizer, self.params
-
-        def step(grads: list[Tensor]) -> None:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad.view_as(param)
-            optimizer._step()
-
         groups = [
             next(group for group in optimizer.param_groups if any(param is held for held in group["params"]))
             for param in params
         ]
-        states = [optimizer._state_of(group, param) for group, param in zip(groups, params, strict=True)]
+        states = [
+            {
+                key: value if key == "step" else value.view(stacked.shape)
+                for key, value in optimizer._state_of(group, param).items()
+            }
+            for group, param, stacked in zip(groups, params, self.stacked_params(), strict=True)
+        ]
         guard = optimizer._guard_of_rounds(params[0].device)
         options = [optimizer._options(group) for group in groups]
         models = optimizer._models_of_step() if optimizer.stacked else None
-        return Update(optimizer._operator, options, states, guard, step, models)
+
+        def stepper(
+            params: list[Tensor], grads: list[Tensor], states: Sequence[dict[str, Tensor]]
+        ) -> Callable[[], None]:
+            entries = zip(params, grads, states, strict=True)
+            count = None if models is None else models.B
+            parts = partition([Entry(i, i, *entry, None) for i, entry in enumerate(entries)], count)
+            for part in parts:
+                part.bucket.grads = [grads[slot] for slot in part.slots]
+            return partial(_step, optimizer._operator, parts, options, guard, models)
+
+        return Update(optimizer._operator, options, states, guard, stepper, models)
 
     def loop(self) -> None:
         """The rounds one after the other, through autograd and ``step``."""
@@ -284,6 +303,23 @@ class _Fit:
                 self.losses[t] = loss.detach()
                 loss.sum().backward(inputs=trained)
                 self.optimizer.step()
+
+
+def _step(
+    operator: str, parts: list[Part], options: Sequence[Any], guard: Guard, models: Models | None
+) -> None:
+    """One round of an optimizer: measure, guard, clip, update."""
+    if guard.norms is not None:
+        device = guard.norms.device
+        if models is None:
+            norms = measure_gradients(parts, None, device, [], None)
+        else:
+            norms = measure_models(parts, None, models, device)
+        guard.norms.copy_(norms.sum(0, keepdim=True))
+    if models is None:
+        update_parameters(operator, parts, options, guard)
+    else:
+        update_models(operator, parts, options, guard, models)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def linear_mse_fit_rounds(
     losses: Tensor,
     update: Update,
 ) -> bool:
-    """``len(losses)`` rounds of errors, losses, gradients and ``step``.
+    """``len(losses)`` rounds of errors, losses, gradients and updates.
 
     The data are transposed once, so that the small products of a round run along contiguous rows of N numbers, and
     have a feature of ones, whose weight is the bias.
@@ -31,29 +31,39 @@ def linear_mse_fit_rounds(
         offsets: (B + 1,), where the rows of each model begin among all N, or None.
         batch_size: rows of a round, unless there are offsets.
         losses: (steps, B), written.
-        update: its ``step`` takes the gradients of weight and bias, in memory that the next round uses again.
+        update: what the optimizer does with the gradients.
 
     Returns:
         False, with nothing done, for 16-bit models and ragged rows.
     """
     if weight.dtype.itemsize == 2 or offsets is not None:
         return False
-    B, K, D = weight.shape
+    B, K, _ = weight.shape
     N = input.shape[1]
     x = input.mT if bias is None else torch.cat([input.mT, input.new_ones(len(input), 1, N)], 1)
     x, minus_y = x.contiguous(), target.mT.neg().contiguous()
     s = None if sample_weight is None else sample_weight.mT.contiguous()
-    w = weight.new_empty(B, K, x.shape[1])
+    params = [weight] if bias is None else [weight, bias]
+    w, sums = (weight.new_empty(B, K, x.shape[1]) for _ in range(2))
+    # The steps of small models cost what their calls cost: what is treated alike is one parameter.
+    joined = update.one_rule()
+    if joined:
+        _join(params, w)
+        state = {key: torch.empty_like(w) for key in update.states[0] if key != "step"}
+        for key, value in state.items():
+            _join([parts[key] for parts in update.states], value)
+        if "step" in update.states[0]:
+            state["step"] = update.states[0]["step"].clone()
+        step = update.stepper([w], [sums], [state])
+    else:
+        grads = [torch.empty_like(param, memory_format=torch.contiguous_format) for param in params]
+        step = update.stepper(params, grads, update.states)
     error, weighted, square = (weight.new_empty(B, K, batch_size) for _ in range(3))
-    sums, grads = torch.empty_like(w), [torch.empty_like(weight, memory_format=torch.contiguous_format)]
-    if bias is not None:
-        grads.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
     for t, loss in enumerate(losses):
         first = t * batch_size % N
         xs, ys = (cyclic(tensor, first, batch_size, 2) for tensor in (x, minus_y))
-        w[..., :D] = weight
-        if bias is not None:
-            w[..., D] = bias
+        if not joined:
+            _join(params, w)
         _predict(w, xs, ys, error)
         share: float | Tensor = 1.0 / (batch_size * K)
         es = error
@@ -64,13 +74,35 @@ def linear_mse_fit_rounds(
         torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
         loss.mul_(share)
         _contract(es, xs, sums)
-        twice = 2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1)
-        sums.mul_(twice)
-        grads[0].copy_(sums[..., :D])
-        if bias is not None:
-            grads[1].copy_(sums[..., D])
-        update.step(grads)
+        sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
+        if not joined:
+            _split(sums, grads)
+        step()
+    if joined:
+        _split(w, params)
+        for key, value in state.items():
+            parts = [parts[key] for parts in update.states]
+            if key == "step":
+                torch._foreach_copy_(parts, [value] * len(parts))
+            else:
+                _split(value, parts)
     return True
+
+
+def _join(parts: list[Tensor], whole: Tensor) -> None:
+    """Write weights and, where there is one, the bias behind them."""
+    for place, part in zip(_places(whole, parts), parts, strict=True):
+        place.copy_(part)
+
+
+def _split(whole: Tensor, parts: list[Tensor]) -> None:
+    """The way back."""
+    for place, part in zip(_places(whole, parts), parts, strict=True):
+        part.copy_(place)
+
+
+def _places(whole: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    return [whole] if len(parts) == 1 else [whole[..., :-1], whole[..., -1]]
 
 
 def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:

@@ -107,7 +107,8 @@ class Update(NamedTuple):
         operator: ``"sgd"`` or ``"adam"``.
         options: of each parameter; ``states``: likewise its state tensors by torch's key, as in Bucket.
         guard: clipping and skipping; its ``norms`` are written.
-        step: one round of the optimizer, given the gradients.
+        stepper: takes parameters, gradients and states, those of weight and bias or what a backend joined them to;
+            gives what updates them in place, by the gradients that are there at the time.
         models: the batch that each option, state and guard is of; None where there is one of each.
     """
 
@@ -115,8 +116,21 @@ class Update(NamedTuple):
     options: Sequence[SGDOptions | AdamOptions]
     states: Sequence[dict[str, Tensor]]
     guard: Guard
-    step: Callable[[list[Tensor]], None]
+    stepper: Callable[[list[Tensor], list[Tensor], Sequence[dict[str, Tensor]]], Callable[[], None]]
     models: Models | None = None
+
+    def one_rule(self) -> bool:
+        """Whether weight and bias have the same options and have made as many steps; looks at values on a CPU alone."""
+        options, state = self.options[0], self.states[0]
+        for others, another in zip(self.options[1:], self.states[1:], strict=True):
+            for a, b in zip(options, others, strict=True):
+                if a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+                    return False
+            if state.keys() != another.keys():
+                return False
+            if "step" in state and not (state["step"].is_cpu and torch.equal(state["step"], another["step"])):
+                return False
+        return True
 
     def table(self, device: torch.device) -> Tensor:
         """(parameters, options + 1, models or 1) float64 on the device: the options, then max_norm or -1."""

@@ -199,7 +199,9 @@ def linear_mse_fit_rounds(
     x, y, s = _arrays(input, target, sample_weight)
     if s is not None:
         s = np.broadcast_to(s, (*s.shape[:2], y.shape[2]))
-    grads = [torch.empty_like(param) for param in (weight, bias) if param is not None]
+    params = [param for param in (weight, bias) if param is not None]
+    grads = [torch.empty_like(param) for param in params]
+    step = update.stepper(params, grads, update.states)
     for t in range(len(losses)):
         w, b = _arrays(weight, bias)
         for i in range(len(w)):
@@ -213,7 +215,7 @@ def linear_mse_fit_rounds(
             for out, grad in zip(grads, (grad_weight, grad_bias), strict=False):
                 # The mean of no elements is nan, and changes with nothing.
                 out[i] = _tensor(np.asarray(grad), out) if len(rows) else 0
-        update.step(grads)
+        step()
     return True
 
 

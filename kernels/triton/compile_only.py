@@ -123,4 +123,6 @@ def update_of(
         skipped = torch.empty(B, dtype=torch.int64, device=device)
         guard = Guard(norms=norms, max_norm=1.0, skip_nonfinite=True, skipped=skipped)
         active = torch.empty(B, dtype=torch.bool, device=device)
-    return Update(operator, [options] * len(params), states, guard, lambda grads: None, Models(B, active))
+    return Update(
+        operator, [options] * len(params), states, guard, lambda *_: lambda: None, Models(B, active)
+    )

@@ -312,6 +312,19 @@ def test_two_groups_have_options_of_their_own(on: str, launched: list[bool]) -> 
     assert launched == [True]
 
 
+def test_a_bias_that_has_made_fewer_steps(on: str) -> None:
+    x, w, y, b, _ = drawn()
+    v, c = copies(w, b)
+    ours, theirs = FusedAdam([w, b], lr=0.1), FusedAdam([v, c], lr=0.1)
+    for param, optimizer in ((w, ours), (v, theirs)):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    losses = fit(x, w, y, b, optimizer=ours, steps=4)
+    expected = by_rounds(x, v, y, c, None, theirs, 4, len(x))
+    assert_same(everything(ours) | {"": losses}, everything(theirs) | {"": expected}, torch.float32)
+    assert [ours.state[param]["step"].item() for param in (w, b)] == [5, 4]
+
+
 def test_options_in_tensors(on: str) -> None:
     x, w, y, b, _ = drawn()
     v, c = copies(w, b)
