@@ -169,14 +169,13 @@ def linear_mse_loss_and_grad(
             total = total_weight(sample_weight, target, dtype)
     outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, dtype)
     loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
-    upstream = loss.new_ones(())
     if total is not None:
-        upstream = upstream / total
-        loss = (loss * upstream).to(checks.loss_dtype(target))
-        grad_weight, grad_bias = (None if g is None else g * upstream for g in (grad_weight, grad_bias))
+        loss = (loss / total).to(checks.loss_dtype(target))
+        grad_weight, grad_bias = (None if g is None else g / total for g in (grad_weight, grad_bias))
     grad_input = grad_target = None
     if error is not None:
         with torch.no_grad():
+            upstream = loss.new_ones(()) if total is None else 1 / total
             options = _slope(target.numel(), reduction), (want_input, want_target)
             grad_input, grad_target = _linear_mse_backward.masked(upstream, error, matrices[1], *options)
     grads = grad_input, grad_weight, grad_target, grad_bias
@@ -453,8 +452,7 @@ def _vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: An
     """A batch of models."""
     *tensors, reduction, output_mask, dtype = args
     input, weight, target, bias, sample_weight = (
-        tensor if tensor is None or dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims[:5], strict=True)
+        tensor.movedim(dim, 0) if dim else tensor for tensor, dim in zip(tensors, in_dims[:5], strict=True)
     )
     weight = weight.expand(batch_size, *weight.shape[-2:])
     bias = None if bias is None else bias.expand(batch_size, bias.shape[-1])

@@ -534,7 +534,8 @@ def _launch(launcher: Any, *args: Any) -> list[Tensor]:
     if bounds is not None and bounds.is_cpu:
         check_bounds(bounds, len(input))
     samples = None if samples is None else samples.expand(shape)
-    return launcher(input, weight, target.expand(shape), bias, samples, bounds, *options)
+    target = target if target.shape == shape else target.expand(shape)
+    return launcher(input, weight, target, bias, samples, bounds, *options)
 
 
 def _launch_rows(launcher: Any, left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:

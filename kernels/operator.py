@@ -101,7 +101,7 @@ class Operator:
             _library.impl(self.name, self.launch, key)
         qualified = f"{_NAMESPACE}::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_vmap(qualified, self._batched, lib=_library)
+        _library.impl(self.name, self._batched_by_vmap, "FuncTorchBatched")
         _library.impl(self.name, self._batched_by_older_vmap, "Batched")
         self._derivative = self._plain_derivative = derivative
         if isinstance(derivative, type):
@@ -276,6 +276,22 @@ class Operator:
     def _batched(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         outputs = self._vmap(self, info.batch_size, in_dims, *args)
         return outputs, [0] * len(outputs) if isinstance(outputs, list) else 0
+
+    def _batched_by_vmap(self, *args: Any) -> Any:
+        """The vmap rule on tensors that have a hidden dimension at the current level."""
+        interpreter = private.vmap_interpreter()
+        level = interpreter.level()
+        pairs = [
+            private.unwrap_batched(arg, level) if isinstance(arg, Tensor) else (arg, None) for arg in args
+        ]
+        in_dims = [dim for _, dim in pairs]
+        with private.below_vmap():
+            if not any(dim is not None for dim in in_dims):
+                return self.overload(*args)
+            outputs = self._vmap(self, interpreter.batch_size(), in_dims, *(value for value, _ in pairs))
+        if isinstance(outputs, list):
+            return [private.wrap_batched(output, 0, level) for output in outputs]
+        return private.wrap_batched(outputs, 0, level)
 
     def _batched_by_older_vmap(self, *args: Any) -> Any:
         """The vmap rule on tensors that have a hidden dimension."""

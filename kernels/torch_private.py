@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 # Allows ``apply_function`` at a functorch level. Without it Function.apply serves, which handles all levels itself
@@ -114,6 +115,26 @@ def enable_forward_grad() -> AbstractContextManager[None]:
 def has_tangent(tensor: Tensor) -> bool:
     """True if forward mode carries a tangent; ``forward_ad.unpack_dual`` asks for a level that traced code has not."""
     return torch._VF._unpack_dual(tensor, level=0)[1] is not None
+
+
+# The level of vmap in whose name the dispatch key ``FuncTorchBatched`` is called, its tensors without and with their
+# hidden dimension, and what is below it. Public: torch.library.register_vmap, at 200 us a call (it flattens trees).
+vmap_interpreter: Callable[[], Any] = retrieve_current_functorch_interpreter
+unwrap_batched: Callable[[Tensor, int], tuple[Tensor, int | None]] = torch._C._functorch._unwrap_batched
+wrap_batched: Callable[[Tensor, int, int], Tensor] = torch._C._functorch._add_batch_dim
+_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+_OF_TRANSFORMS = _BATCHED
+for _name in ("DynamicLayerFrontMode", "DynamicLayerBackMode", "BatchedDecomposition", "GradWrapper", "VmapMode"):
+    _OF_TRANSFORMS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"FuncTorch{_name}"))
+
+
+def below_vmap() -> AbstractContextManager[None]:
+    """What FuncTorchBatched of a level calls the next level in; below the only one there is nothing of torch.func."""
+    if _transforms() > 1:
+        return exclude_keys(_BATCHED)
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(include - _OF_TRANSFORMS, exclude - _OF_TRANSFORMS)
 
 
 def older_vmap_level() -> int:

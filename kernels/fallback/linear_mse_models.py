@@ -18,25 +18,34 @@ class Tiles(NamedTuple):
 
     Attributes:
         model: of each tile.
-        row: of each place in a tile ``(tiles, T)``; -1 where there is none.
-        place: of each row among the tiles' places; -1 for a row of no model.
+        row: of each place in a tile ``(tiles, T)``; 0 where there is none.
+        unused: the places where there is none ``(tiles, T, 1)``.
+        start, end: of each model's rows ``(B,)``.
         offsets: ``(B + 1,)``: model b has the tiles offsets[b], ..., offsets[b + 1] - 1.
     """
 
     model: Tensor
     row: Tensor
-    place: Tensor
+    unused: Tensor
+    start: Tensor
+    end: Tensor
     offsets: Tensor
 
     def cut(self, rows: Tensor) -> Tensor:
         """``(R, K)`` as ``(tiles, T, K)``."""
-        values = rows.index_select(0, self.row.clamp(min=0).flatten()).unflatten(0, self.row.shape)
-        return values.masked_fill_((self.row < 0).unsqueeze(-1), 0)
+        values = rows.index_select(0, self.row.flatten()).unflatten(0, self.row.shape)
+        return values.masked_fill_(self.unused, 0)
 
-    def join(self, tiles: Tensor) -> Tensor:
+    def join(self, tiles: Tensor, rows: int) -> Tensor:
         """``(tiles, T, K)`` as ``(R, K)``, with 0 in rows of no model."""
-        values = tiles.flatten(0, 1).index_select(0, self.place.clamp(min=0))
-        return values.masked_fill_((self.place < 0).unsqueeze(-1), 0)
+        each = torch.arange(rows, device=tiles.device)
+        # The last model that starts here or before, as an empty one may start where the next does.
+        last = torch.searchsorted(self.start, each, right=True) - 1
+        owner = last.clamp(min=0)
+        place = self.offsets[owner] * self.row.shape[1] + each - self.start[owner]
+        place.clamp_(0, self.row.numel() - 1)
+        values = tiles.flatten(0, 1).index_select(0, place)
+        return values.masked_fill_(((last < 0) | (each >= self.end[owner])).unsqueeze(-1), 0)
 
     def sums(self, tiles: Tensor) -> Tensor:
         """``(tiles, ...)`` summed over the tiles of each model, in order."""
@@ -51,7 +60,7 @@ def tiles_of(bounds: Tensor, rows: int) -> Tiles:
     models = len(bounds)
     T = max(1, -(-rows // max(1, 2 * models)))
     bounds = bounds.to(torch.int64).clamp(0, rows)
-    start, end = bounds.unbind(1)
+    start, end = (side.contiguous() for side in bounds.unbind(1))
     ends = ((end - start).clamp(min=0) + T - 1).div(T, rounding_mode="floor").cumsum(0)
     offsets = torch.nn.functional.pad(ends, (1, 0))
     # On a device the number of tiles is not waited for: no more can be there.
@@ -60,15 +69,8 @@ def tiles_of(bounds: Tensor, rows: int) -> Tiles:
     model = torch.searchsorted(ends, tile, right=True).clamp_(max=models - 1)
     first = start[model] + (tile - offsets[model]) * T
     row = first[:, None] + torch.arange(T, device=bounds.device)
-    row.masked_fill_(row >= end[model][:, None], -1)
-    each = torch.arange(rows, device=bounds.device)
-    # The last model that starts here or before, as an empty one may start where the next does.
-    last = torch.searchsorted(start.contiguous(), each, right=True) - 1
-    owner = last.clamp(min=0)
-    place = offsets[owner] * T + each - start[owner]
-    place.clamp_(max=count * T - 1)  # where offsets decrease
-    place.masked_fill_((last < 0) | (each >= end[owner]), -1)
-    return Tiles(model, row, place, offsets)
+    unused = row >= end[model][:, None]
+    return Tiles(model, row.masked_fill_(unused, 0), unused.unsqueeze(-1), start, end, offsets)
 
 
 def linear_mse_models_forward(
@@ -99,27 +101,35 @@ def linear_mse_models_forward(
         sample_weight = None if sample_weight is None else tiles.cut(sample_weight)
         weight = weight[tiles.model]
         bias = None if bias is None else bias[tiles.model]
-    wide = torch.promote_types(input.dtype, dtype)
-    # All models at once, where they share the rows.
-    residual = matmul_forward(weight, input.mT, None, [], wide).mT
+    # (B, K, N): one product of all weights, where the models share the rows.
+    if input.dtype == dtype:
+        residual = torch.bmm(weight, input.mT) if input.dim() == 3 else torch.matmul(weight, input.mT)
+    else:
+        wide = torch.promote_types(input.dtype, dtype)
+        residual = matmul_forward(weight, input.mT, None, [], wide)
+    residual = residual.mT
     if bias is not None:
         residual = residual.add_(bias.unsqueeze(1))
     residual = residual.to(acc).sub_(target)
     if tiles is not None and bias is not None:
-        residual.masked_fill_((tiles.row < 0).unsqueeze(-1), 0)
+        residual.masked_fill_(tiles.unused, 0)
     error = residual if sample_weight is None else residual * sample_weight
     loss = (error * residual).sum((1, 2))
-    operand = acc if input.dtype == torch.float16 else input.dtype
-    grad_weight = error.to(operand).mT @ input.to(operand) if output_mask[1] else None
+    grad_weight = None
+    if output_mask[1]:
+        # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
+        operand = acc if input.dtype == torch.float16 else input.dtype
+        left, right = error.to(operand).mT, input.to(operand)
+        grad_weight = torch.bmm(left, right) if right.dim() == 3 else torch.matmul(left, right)
     grad_bias = error.sum(1) if output_mask[2] else None
     if tiles is not None:
         loss = tiles.sums(loss)
         grad_weight = None if grad_weight is None else tiles.sums(grad_weight.to(acc))
         grad_bias = None if grad_bias is None else tiles.sums(grad_bias)
-        error = tiles.join(error) if output_mask[0] else error
+        error = tiles.join(error, rows) if output_mask[0] else error
     factor: Tensor | float = 2.0
     if reduction == "mean":
-        loss = loss / count
+        loss = loss.div_(count)
         factor = 2.0 / max(1, count) if isinstance(count, int) else (2 / count.clamp(min=1).to(acc))[:, None]
     results = [loss.to(dtype)]
     if output_mask[0]:
@@ -157,7 +167,8 @@ def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtyp
     if len(rows) == 0 or len(bounds) == 0:
         return rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
     tiles = tiles_of(bounds, len(rows))
-    return tiles.join(matmul_forward(tiles.cut(rows), models[tiles.model].mT, None, [], dtype))
+    products = matmul_forward(tiles.cut(rows), models[tiles.model].mT, None, [], dtype)
+    return tiles.join(products, len(rows))
 
 
 def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
