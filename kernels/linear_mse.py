@@ -53,6 +53,11 @@ def linear_mse_loss(
         input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
         bias ``(K,)``, or one element; sample_weight ``(*)``, one per sample, or target's shape.
         Loss: ``()``, or target's shape for none.
+        B models: weight ``(B, K, D)``; input ``(B, N, D)``, or ``(N, D)`` shared by all; target ``(B, N, K)`` or
+        ``(N, K)``; bias ``(B, K)``; sample_weight ``(B, N)`` wherever that fits, ``(B, N, K)``, ``(N,)`` or
+        ``(N, K)``. Loss: ``(B,)``, each model's own, or ``(B, N, K)`` for none.
+        Ragged rows: offsets ``(B + 1,)``; input ``(R, D)``; target ``(R, K)``; sample_weight ``(R,)`` or ``(R, K)``;
+        model b has the rows ``offsets[b]:offsets[b + 1]``. Loss: ``(B,)``, or ``(R, K)`` for none.
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
@@ -60,14 +65,18 @@ def linear_mse_loss(
         target: of the same dtype and device.
         bias: of the same dtype and device.
         sample_weight: of the same dtype and device.
-        reduction: ``"mean"`` (over all elements of target), ``"sum"`` or ``"none"``.
+        offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has the
+            mean nan, the sum 0 and gradients 0, a row of no model loss and gradients 0. On a device bad offsets are
+            clamped, not found out.
+        reduction: ``"mean"`` (over all elements of target, of each model's), ``"sum"`` or ``"none"``.
 
     Returns:
         The loss in the tensors' dtype, accumulated in float32 (float64 for float64). Under autocast input, weight
         and bias are taken in the autocast dtype; target, predictions and loss are float32.
 
     Raises:
-        ValueError: ``target``, ``bias`` or ``sample_weight`` has the wrong shape, or ``reduction`` is unknown.
+        ValueError: ``target``, ``bias``, ``sample_weight`` or ``offsets`` has the wrong shape, ``reduction`` is
+            unknown, input and a batch of models do not fit, or on the CPU an offset decreases or is out of range.
         TypeError: dtypes differ or are not served.
         RuntimeError: devices differ, or input and weight do not fit.
 
@@ -120,18 +129,21 @@ def linear_mse_loss_and_grad(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
     """The loss and its gradients in one pass over the data, without autograd.
 
-        E = input @ weight^T + bias - target,  c = 2 / (N K) for mean, 2 for sum
+        E = s (input @ weight^T + bias - target),  c = 2 / (N K), or 2 / sum(s), for mean, 2 for sum
         grad_weight = c E^T @ input,  grad_bias = c sum_n E,  grad_input = c E @ weight,  grad_target = -c E
 
     Shapes:
         input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
-        bias ``(K,)``, or one element. Loss ``()``, each gradient as its argument.
+        bias ``(K,)``, or one element. Loss ``()``, each gradient as its argument. sample_weight, offsets and a batch of
+        models as for ``linear_mse_loss``: loss ``(B,)``, and the gradients of its sum.
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
         weight: of the same dtype and device.
         target: of the same dtype and device.
         bias: of the same dtype and device.
+        sample_weight: of the same dtype and device; no gradient is taken for it.
+        offsets: as for ``linear_mse_loss``.
         reduction: ``"mean"`` or ``"sum"``.
         wrt: which gradients are wanted: any of ``"input"``, ``"weight"``, ``"target"``, ``"bias"``.
             ``requires_grad`` plays no part.
@@ -141,8 +153,7 @@ def linear_mse_loss_and_grad(
         not given.
 
     Raises:
-        ValueError: ``target`` or ``bias`` has the wrong shape, ``reduction`` is ``"none"`` or unknown, or ``wrt``
-            has an unknown name.
+        ValueError: as ``linear_mse_loss``, ``reduction`` is ``"none"``, or ``wrt`` has an unknown name.
         TypeError: dtypes differ or are not served.
         RuntimeError: devices differ, or input and weight do not fit.
 

@@ -1,5 +1,6 @@
 """``torch.nn`` twins of the ops: same constructor arguments, same parameter names."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,25 +8,81 @@ from torch import Tensor
 
 from . import checks
 from .linear_mse import linear_mse_loss
-from .matmul import linear
+from .matmul import linear, matmul
 from .mse import mse_loss
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` whose forward is ``gradkernels.linear``.
+    """``torch.nn.Linear`` whose forward is ``gradkernels.linear``, or a batch of such models.
+
+    Args:
+        in_features: D.
+        out_features: K.
+        bias: whether there is one.
+        device: of the parameters.
+        dtype: of the parameters.
+        models: how many independent models; None for one without a dimension of its own.
 
     Shapes:
         input ``(*, in_features)``; weight ``(out_features, in_features)``; bias ``(out_features,)``; result
-        ``(*, out_features)``.
+        ``(*, out_features)``. With ``models``: input ``(models, N, in_features)``, or ``(N, in_features)`` for all;
+        weight ``(models, out_features, in_features)``; bias ``(models, out_features)``; result
+        ``(models, N, out_features)``.
+
+    Raises:
+        ValueError: with ``models``, input has the wrong shape.
 
     Example:
         >>> Linear(3, 2)(torch.randn(5, 3)).shape
         torch.Size([5, 2])
+        >>> Linear(3, 2, models=1000)(torch.randn(5, 3)).shape
+        torch.Size([1000, 5, 2])
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        models: int | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.models = models
+        if models is None:
+            return
+        for name, parameter in list(self.named_parameters()):
+            self.register_parameter(name, torch.nn.Parameter(parameter.new_empty((models, *parameter.shape))))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each model as ``torch.nn.Linear`` initialises one."""
+        if self.weight.dim() == 2:
+            super().reset_parameters()
+            return
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        for parameter in self.parameters():
+            torch.nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
         """The affine map of ``input``, as ``gradkernels.linear``."""
-        return linear(input, self.weight, self.bias)
+        return self._predictions(input)
+
+    def _predictions(self, input: Tensor) -> Tensor:
+        if self.models is None:
+            return linear(input, self.weight, self.bias)
+        if input.shape[:-2] not in ((), (self.models,)) or input.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: input has shape {tuple(input.shape)}, expected (N, D) or (B, N, D) for weight "
+                f"of shape {tuple(self.weight.shape)}"
+            )
+        predictions = matmul(input, self.weight.mT)
+        return predictions if self.bias is None else predictions + self.bias.unsqueeze(1)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.models is None else f", models={self.models}")
 
 
 class MSELoss(torch.nn.Module):
@@ -58,8 +115,8 @@ class MSELoss(torch.nn.Module):
         return f"reduction={self.reduction!r}" + ("" if self.dim is None else f", dim={self.dim!r}")
 
 
-class LinearMSELoss(torch.nn.Linear):
-    """A linear model that owns its weight and bias and returns its mean squared error.
+class LinearMSELoss(Linear):
+    """A linear model that owns its weight and bias and returns its mean squared error, or a batch of such models.
 
     The parameters are the module's own, so DDP, FSDP and hooks see every use of them.
 
@@ -70,9 +127,11 @@ class LinearMSELoss(torch.nn.Linear):
         device: of the parameters.
         dtype: of the parameters.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        models: how many independent models; None for one without a dimension of its own.
 
     Shapes:
-        input ``(*, in_features)``; target ``(*, out_features)``; loss ``()``, or target's shape for none.
+        input ``(*, in_features)``; target ``(*, out_features)``; loss ``()``, or target's shape for none. With
+        ``models`` as ``gradkernels.linear_mse_loss`` of a batch of models: loss ``(models,)``.
 
     Raises:
         ValueError: ``reduction`` is none of the three.
@@ -94,20 +153,33 @@ class LinearMSELoss(torch.nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         reduction: str = "mean",
+        models: int | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__(in_features, out_features, bias, device, dtype, models=models)
         checks.reduction("LinearMSELoss", reduction)
         self.reduction = reduction
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
         """The loss of the predictions against ``target``, as ``gradkernels.linear_mse_loss``."""
         return linear_mse_loss(
-            input, self.weight, target, self.bias, sample_weight=sample_weight, reduction=self.reduction
+            input,
+            self.weight,
+            target,
+            self.bias,
+            sample_weight=sample_weight,
+            offsets=offsets,
+            reduction=self.reduction,
         )
 
     def predict(self, input: Tensor) -> Tensor:
         """The predictions ``(*, out_features)`` for ``input``, as ``gradkernels.linear``."""
-        return linear(input, self.weight, self.bias)
+        return self._predictions(input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction!r}"

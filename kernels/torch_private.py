@@ -125,7 +125,13 @@ wrap_batched: Callable[[Tensor, int, int], Tensor] = torch._C._functorch._add_ba
 _BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 _transforms = torch._C._functorch.get_dynamic_layer_stack_depth
 _OF_TRANSFORMS = _BATCHED
-for _name in ("DynamicLayerFrontMode", "DynamicLayerBackMode", "BatchedDecomposition", "GradWrapper", "VmapMode"):
+for _name in (
+    "DynamicLayerFrontMode",
+    "DynamicLayerBackMode",
+    "BatchedDecomposition",
+    "GradWrapper",
+    "VmapMode",
+):
     _OF_TRANSFORMS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"FuncTorch{_name}"))
 
 

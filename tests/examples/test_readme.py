@@ -66,6 +66,7 @@ print(type(optimizer).__name__, *torch.cat([param.detach().reshape(-1) for param
 """
 ENDINGS = {
     "linear_mse_loss": (0, "[2.0, -1.0, 0.5, 3.0]"),
+    "stacked=True": (0, "tensor(True)"),
     "FusedAdamW": (0, "tensor("),
     "verify.gradcheck": (0, "the gradient is 1/2"),
     "verify.memory_check": (1, "out-of-bounds store in double: program (3, 0, 0) stores to y_ptr"),

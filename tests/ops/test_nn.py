@@ -92,3 +92,31 @@ def test_dtype_and_device_arguments() -> None:
     model = nn.LinearMSELoss(3, 2, dtype=torch.float64, device="meta")
     assert model.weight.dtype == model.bias.dtype == torch.float64
     assert model.weight.is_meta
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_batch_of_models(backend: str, device: torch.device, bias: bool) -> None:
+    models = nn.LinearMSELoss(4, 2, bias, device, models=3)
+    assert models.weight.shape == (3, 2, 4)
+    bound = 0.5  # of torch.nn.Linear with 4 features
+    for parameter in models.parameters():
+        assert parameter.abs().max() <= bound
+        assert parameter.unique().numel() == parameter.numel()
+    one = [torch.nn.Linear(4, 2, bias, device) for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state(one)
+    models.load_state_dict(stacked)
+    layer = nn.Linear(4, 2, bias, device, models=3)
+    layer.load_state_dict(stacked)
+    for rows in ((3, 5), (5,)):
+        x, y = torch.randn(*rows, 4, device=device), torch.randn(3, 5, 2, device=device)
+        each = x if x.dim() == 3 else [x] * 3
+        expected = torch.stack([model(part) for model, part in zip(one, each, strict=True)])
+        torch.testing.assert_close(models.predict(x), expected)
+        torch.testing.assert_close(layer(x), expected)
+        torch.testing.assert_close(models(x, y), (expected - y).square().mean((1, 2)))
+    cut = torch.tensor([0, 2, 2, 5], device=device)
+    ragged = models(x, y[0], torch.ones(5, device=device), cut)
+    assert ragged.isnan().tolist() == [False, True, False]
+    assert repr(layer).endswith(f"bias={bias}, models=3)")
+    with pytest.raises(ValueError, match=r"input has shape \(2, 5, 4\), .* \(3, 2, 4\)"):
+        models.predict(torch.randn(2, 5, 4, device=device))
