@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from .interpreted import converter, dot, functions
+
 CUDA = torch.device("cuda", 0)
 _NAMES = re.compile(r"cuda(:\d+)?")
 _OWN = tuple(
@@ -218,6 +220,21 @@ class _Driver:
     def clear_cache(self, cache: Any) -> None: ...
 
 
+class _Warmed:
+    """What ``kernel.warmup`` gives while kernels are interpreted: the numbers of a small kernel, and the launch."""
+
+    n_regs, n_spills, n_max_threads = 32, 0, 1024
+    metadata = SimpleNamespace(shared=1024, num_warps=4)
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def _init_handles(self) -> None: ...
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.kernel[grid]
+
+
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
     """Inside the block "cuda" is this CPU, and Triton, where it is installed, has a driver that does nothing."""
@@ -256,12 +273,23 @@ def cuda_on_cpu() -> Iterator[None]:
         _autocast(put)
         if importlib.util.find_spec("triton") is not None:
             import triton
+            import triton.language.extra.libdevice
+            import triton.runtime.interpreter as interpreter
 
             put(triton.runtime.driver, "_active", _Driver())
-            put(triton.testing, "do_bench", _once)
-            put(triton.testing, "do_bench_cudagraph", _once)
+            put(interpreter.InterpretedFunction, "warmup", _warmed)
+            put(interpreter, "_implicit_cvt", converter(interpreter._implicit_cvt))
+            put(interpreter.InterpreterBuilder, "create_dot", dot(interpreter.InterpreterBuilder.create_dot))
+            for name, function in functions():
+                put(triton.language.extra.libdevice, name, function)
+            for name in ("do_bench", "do_bench_cudagraph"):
+                put(triton.testing, name, _once)
             put(triton.testing.Mark, "run", _giving(None))
         yield
+
+
+def _warmed(kernel: Any, *args: Any, **kwargs: Any) -> _Warmed:
+    return _Warmed(kernel)
 
 
 def _generator(original: type) -> type:

@@ -18,7 +18,7 @@ from . import gradcheck as check_gradient
 from .device import cuda_on_cpu
 from .memory.check import memory_check as check_memory
 from .memory.interpreter import interpreted
-from .memory.report import MemoryFaultError, MemoryReport, Traffic
+from .memory.report import MemoryFaultError, MemoryReport, Traffic, harmful
 
 SECTION = "memory faults"
 UNWATCHED = "unwatched"
@@ -155,7 +155,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         result = yield
     finally:
         watch.stop()
-        if not (report := watch.report):
+        report = watch.report
+        report.faults = harmful(report)
+        if not report:
             item.add_report_section("call", SECTION, "\n".join(map(str, report.faults)))
     if not report:
         raise MemoryFaultError(report)

@@ -76,6 +76,7 @@ def main() -> None:
     orders = json.loads(sys.argv[1])
     report = _Report(orders["pipe"])
     os.dup2(2, 1)  # what the file prints is not the answer
+    report.send(started=True)
     began = time.monotonic()
     path = Path(orders["file"])
     if orders["interpreted"]:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ..gradient.function import is_real
+from ..memory.report import harmful
 from ..tolerance import DRAWS
 from . import trials
 from . import verdict as v
 from .load import NotJudgedError, Problem, Target, seed_all
-from .points import Point, derived, reshaped, reshuffled
+from .points import Point, derived, reshaped, reshuffled, smaller
 from .subject import Outcome, Reference, Subject, Truth, leaves_of, watched
 from .verdict import Case, Finding
 
 ELEMENTS = 24  # that are differenced per input
+DECISIVE = (v.NOT_JUDGED, v.UNSAFE, v.REUSED)  # what happens elsewhere says nothing new
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class _Examination:
     ) -> None:
         self.target, self.options, self.file = target, options, file
         self.shape, self.dtype = shape, dtype
+        self.values: list[Any] = []
         self.configurations, self.count, self.stochastic, self.named = 1, 0, False, False
 
     def run(self) -> Iterator[Case]:
+        """Yield the case of the given inputs, then those of the derived ones."""
         try:
             self._prepare()
         except BaseException as error:
@@ -65,11 +69,25 @@ class _Examination:
             return
         base = Point("", self.values, "given")
         began = time.monotonic()
-        given = self._judge(base)
+        small = smaller(self.values, self.arguments, self.reference is not None)
+        given = self._judge(base, full=small is None)
         assert given is not None
         yield given
-        if given.verdict in (v.NOT_JUDGED, v.UNSAFE, v.REUSED):  # what it does elsewhere says nothing new
+        if given.verdict in DECISIVE:
             return
+        if small is not None:
+            self.values = small.values
+            began = time.monotonic()
+            case = self._judge(small, full=True)
+            if case is not None:
+                yield case
+            if case is None or case.refusal:  # it has to be the large ones
+                self.values = base.values
+                case = self._judge(base, full=True)
+                assert case is not None
+                yield case
+            if case.verdict in DECISIVE:
+                return
         each = time.monotonic() - began
         huge = False
         for point in derived(self.values, self.arguments, self.reference is not None):
@@ -127,8 +145,8 @@ class _Examination:
         )
         return fresh if moved and alike else reshuffled(self.values, self.arguments, draw)
 
-    def _judge(self, point: Point) -> Case | None:
-        """Judge one point; None where it makes no sense for the reference."""
+    def _judge(self, point: Point, full: bool = False) -> Case | None:
+        """Judge one point, with every experiment or with some; None where it makes no sense for the reference."""
         truth = None
         given = point.kind == "given"
         if self.reference is not None:
@@ -142,7 +160,7 @@ class _Examination:
             if point.kind in ("scale", "zeros") and not truth.finite:
                 return None
         try:
-            findings = list(self._findings(point, truth))
+            findings = list(self._findings(point, truth, full))
         except _RefusedError as refused:
             return self._failed("", refused.error, point)
         return self._verdict(point, findings)
@@ -153,11 +171,11 @@ class _Examination:
             return self._case(point, v.VERIFIED, "")
         chosen = [finding for finding in findings if finding.verdict == worst]
         texts = dict.fromkeys(finding.message for finding in chosen)
-        where = next((finding.where for finding in chosen if finding.where), self.target.where)
+        home = self.target.backward if worst == v.WRONG_GRADIENT else self.target.where
+        where = next((finding.where for finding in chosen if finding.where), home)
         return self._case(point, worst, "; ".join(texts), where)
 
-    def _findings(self, point: Point, truth: Truth | None) -> Iterator[Finding]:
-        given = point.kind == "given"
+    def _findings(self, point: Point, truth: Truth | None, full: bool) -> Iterator[Finding]:
         wanted = self.wanted
         if truth is not None:
             wanted = [i for i in wanted if truth.native.gradients.get(i) is not None]
@@ -169,7 +187,7 @@ class _Examination:
                 seed_all(self.options.seed)
             outcome, error = watched(self.subject, leaves_of(values, wanted), wanted, configuration, zeroed)
             if error is not None:
-                raise _FaultyError(outcome) if outcome.memory.faults else _RefusedError(error)
+                raise _FaultyError(outcome) if harmful(outcome.memory) else _RefusedError(error)
             return outcome
 
         try:
@@ -177,12 +195,14 @@ class _Examination:
             yield from (unsafe := list(trials.memory(first)))
             if unsafe:
                 return
+            if not first.outputs:
+                raise _RefusedError(TypeError("it returned no tensor"))
             if first.mutated and (truth is None or not truth.native.mutated):
                 yield Finding(v.MUTATED, first.mutated)
             if not self.stochastic:
                 yield from trials.repetition(first, once(zeroed=True), once)
-            if given:
-                yield from self._only_given(point, first, truth, wanted, once)
+            if full:
+                yield from self._fully(point, first, truth, wanted, once)
             if truth is None:
                 return
             outcomes, truths = self._draws(point, first, truth, once)
@@ -193,7 +213,7 @@ class _Examination:
             wrong = list(compare(outcomes, truths))
             fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
             named = []
-            if wanted and first.attached and fits and (given or (wrong and not self.named)):
+            if wanted and first.attached and fits and (full or (wrong and not self.named)):
                 self.named = bool(wrong)
                 named = self._diagnosis(point, wanted, ELEMENTS)
             yield from named or wrong
@@ -208,9 +228,8 @@ class _Examination:
         if min((t.numel() for t in first.tensors if t.numel()), default=DRAWS) >= DRAWS or self.stochastic:
             return outcomes, truths
         for draw in range(1, DRAWS):
-            values = (
-                self._drawn(draw) if point.kind == "given" else reshuffled(point.values, self.arguments, draw)
-            )
+            own = point.values is self.values
+            values = self._drawn(draw) if own else reshuffled(point.values, self.arguments, draw)
             truths.append(self._truth(values))
             outcomes.append(once(values=values))
         return outcomes, truths
@@ -221,7 +240,7 @@ class _Examination:
             seed_all(self.options.seed)
         return self.reference(values, self.wanted)
 
-    def _only_given(
+    def _fully(
         self,
         point: Point,
         first: Outcome,
@@ -229,7 +248,7 @@ class _Examination:
         wanted: list[int],
         once: Callable[..., Outcome],
     ) -> Iterator[Finding]:
-        """The experiments that one point is enough for."""
+        """Make the experiments that one point is enough for."""
         if not self.stochastic:
             yield from trials.reuse(self.subject, point.values, self._drawn(DRAWS), wanted, self._right)
         yield from trials.idleness(self.subject, point.values, wanted, first)

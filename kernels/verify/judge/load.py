@@ -42,12 +42,13 @@ class Target:
 
     Attributes:
         name: the function, class or ``ModelNew``.
-        where: file and line of its definition.
+        where, backward: file and line of its definition, and of its backward where it has one.
         make: builds its problem; another seed gives other values where the file draws them at random.
     """
 
     name: str
     where: str
+    backward: str
     make: Callable[[int], Problem]
 
 
@@ -74,7 +75,8 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
     """Return what the file offers to judge, or the one of that name."""
     found = [_checked(module, check) for check in vars(module) if check.startswith(CHECK)]
     if hasattr(module, "Model") and hasattr(module, "ModelNew") and hasattr(module, "get_inputs"):
-        found.insert(0, Target("ModelNew", where(module.ModelNew), lambda seed: _models(module, seed)))
+        place = where(module.ModelNew)
+        found.insert(0, Target("ModelNew", place, place, lambda seed: _models(module, seed)))
     if not found:
         raise NotJudgedError(
             "there is nothing to judge: expected Model, ModelNew and get_inputs, or a check_<name>() that returns "
@@ -91,9 +93,11 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
 
 def _checked(module: types.ModuleType, check: str) -> Target:
     name = check.removeprefix(CHECK)
-    return Target(
-        name, where(getattr(module, name, getattr(module, check))), lambda seed: _check(module, check, seed)
-    )
+    thing = getattr(module, name, getattr(module, check))
+    backward = vars(thing).get("backward") if isinstance(thing, type) else None
+    place = where(thing)
+    at = place if backward is None else where(getattr(backward, "__func__", backward))
+    return Target(name, place, at, lambda seed: _check(module, check, seed))
 
 
 def _check(module: types.ModuleType, check: str, seed: int) -> Problem:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..gradient.function import is_real
 
 LARGEST = 1 << 20  # elements of a derived input
+LARGE = 1 << 16  # elements of all inputs, above which the interpreter takes its time
+REDUCED = 40
 HUGE = {torch.float16: (2.0**6, 2.0**3)}
 TINY = {torch.float16: 2.0**-6}
 
@@ -30,6 +32,25 @@ class Point:
     kind: str
 
 
+def smaller(values: Sequence[Any], arguments: int, reference: bool) -> Point | None:
+    """Return a smaller point for the experiments that take many calls, if the given one is large."""
+    if sum(v.numel() for v in values if isinstance(v, Tensor)) <= LARGE or _tied(
+        values, arguments, reference
+    ):
+        return None
+    sizes = {size for v in values[:arguments] if isinstance(v, Tensor) for size in v.shape if size > REDUCED}
+    changed = resized(values, arguments, dict.fromkeys(sizes, REDUCED))
+    return Point(f"sizes above {REDUCED} reduced to it", changed, "shape") if sizes else None
+
+
+def _tied(values: Sequence[Any], arguments: int, reference: bool) -> bool:
+    """Return whether a number among the inputs goes with the sizes: it would have to change, in a way unknown here."""
+    given = [v for v in values[:arguments] if isinstance(v, Tensor)]
+    known = {size for v in given for size in v.shape if size > 1} | {v.numel() for v in given}
+    fixed = {v for v in values[:arguments] if isinstance(v, int) and not isinstance(v, bool)}
+    return bool(fixed & known) or bool(fixed and not reference)
+
+
 def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[Point]:
     """Yield the points derived from given ones.
 
@@ -47,9 +68,8 @@ def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
     """Sizes that are equal in the given inputs are taken for one size, and change together."""
     given = [v for v in values[:arguments] if isinstance(v, Tensor)]
     sizes = list(dict.fromkeys(size for v in given for size in v.shape if size > 1))
-    fixed = {v for v in values[:arguments] if isinstance(v, int) and not isinstance(v, bool)}
-    if fixed & ({*sizes} | {v.numel() for v in given}) or (fixed and not reference):
-        return  # a number that goes with the sizes: it would have to change as well, in a way unknown here
+    if _tied(values, arguments, reference):
+        return
     around = {size: 2 ** math.ceil(math.log2(size)) for size in sizes}
     every: list[tuple[str, dict[int, int]]] = [
         ("sizes 1", dict.fromkeys(sizes, 1)),

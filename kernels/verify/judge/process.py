@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from .verdict import Case
 
 MEMORY = 8 << 30
 THREADS = 2
+STARTUP = 120.0
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -46,20 +46,22 @@ def judge(
         "threads": THREADS,
     }
     command = [sys.executable, "-m", f"{PACKAGE}.verify.judge.child", json.dumps(orders)]
-    began = time.monotonic()
     child = subprocess.Popen(
         command,
         env=_environment(interpreted),
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),
+        stdout=2,  # where the file's own prints go
         pass_fds=[writer],
         start_new_session=True,
     )
     os.close(writer)
     lines: list[bytes] = []
-    listener = threading.Thread(target=lambda: lines.extend(_lines(reader)), daemon=True)
+    started = threading.Event()
+    listener = threading.Thread(target=_listen, args=(reader, lines, started), daemon=True)
     listener.start()
     try:
+        # The time that torch takes to load is not the file's.
+        started.wait(STARTUP)
         child.wait(timeout)
         ended = f"the process ended by {_how(child.returncode)}, without a report"
     except subprocess.TimeoutExpired:
@@ -68,10 +70,7 @@ def judge(
     listener.join(5)
     cases, current, complete = _read(lines, path.stem)
     if complete is None:
-        return [
-            *cases,
-            Case(current, v.NOT_JUDGED, message=f"{ended} (after {time.monotonic() - began:.0f} s)"),
-        ]
+        return [*cases, Case(current, v.NOT_JUDGED, message=ended)]
     if complete:
         message = f"it tried what code under judgement may not: {', '.join(dict.fromkeys(complete))}"
         return [*cases, Case(current, v.NOT_JUDGED, message=message)]
@@ -94,9 +93,13 @@ def _environment(interpreted: bool) -> dict[str, str]:
     }
 
 
-def _lines(pipe: int) -> Iterator[bytes]:
+def _listen(pipe: int, lines: list[bytes], started: threading.Event) -> None:
+    """Collect the lines of the report; the first says that the process has started."""
     with os.fdopen(pipe, "rb") as stream:
-        yield from stream
+        for line in stream:
+            started.set()
+            lines.append(line)
+    started.set()
 
 
 def _end(child: subprocess.Popen[Any]) -> bool:

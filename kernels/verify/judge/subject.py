@@ -1,9 +1,11 @@
 """Calls of the code under judgement, and of its reference in float64."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -213,14 +215,14 @@ class Truth:
 
     Attributes:
         native: outputs and gradients in the dtypes of the inputs.
-        exact: the same on float64 copies; where that is impossible, or the inputs are float64 themselves, the same as
-            ``native`` at inputs that are moved by one rounding of theirs (``moved``).
-        moved: whether ``native`` and ``exact`` differ by moved inputs.
+        exact: the same on float64 copies; ``native`` itself where that is impossible or the inputs are float64.
+        shaken: gives the same as ``native`` with each input moved by one rounding of its own. The error of one call of
+            torch's may be small by luck; what one rounding of the inputs changes, no algorithm can avoid.
     """
 
     native: Outcome
     exact: Outcome
-    moved: bool
+    shaken: Callable[[], Outcome]
 
     @property
     def finite(self) -> bool:
@@ -239,25 +241,32 @@ class Reference:
 
     def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
         """Return the truth at dense copies of the values; raises what the reference raises."""
+        native = call(self.subject, _dense(values, wanted), wanted)
+        exact = native
+        if not any(v.dtype == torch.float64 for v in values if is_real(v)):
+            # It may hold tensors, or ask for dtypes, of its own.
+            with contextlib.suppress(Exception):
+                wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
+                if all(o.dtype == torch.float64 for o in wide.outputs if is_real(o)):
+                    exact = wide
 
-        def leaves(values: Sequence[Any]) -> list[Any]:
-            copies = [v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
-                      for v in values]  # fmt: skip
-            return leaves_of(copies, wanted)
+        @cache
+        def shaken() -> Outcome:
+            return call(self.subject, _dense(_moved(values), wanted), wanted, native.live)
 
-        native = call(self.subject, leaves(values), wanted)
-        try:
-            exact = call(self.wide, leaves(cast(values, torch.float64)), wanted, native.live)
-            wider = all(o.dtype == torch.float64 for o in exact.outputs if is_real(o))
-        except Exception:  # it holds tensors or asks for dtypes of its own
-            wider = False
-        if wider and not any(v.dtype == torch.float64 for v in values if is_real(v)):
-            return Truth(native, exact, False)
-        return Truth(call(self.subject, leaves(_moved(values)), wanted, native.live), native, True)
+        return Truth(native, exact, shaken)
+
+
+def _dense(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    copied = [
+        v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
+        for v in values
+    ]
+    return leaves_of(copied, wanted)
 
 
 def _moved(values: Sequence[Any]) -> list[Any]:
-    """Move each number by one rounding, up or down: what comes of that, no algorithm can avoid."""
+    """Move each number by one rounding, up or down."""
     generator = torch.Generator().manual_seed(5)
 
     def moved(value: Any) -> Any:

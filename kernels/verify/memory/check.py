@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage
 
 from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
 from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
-from .report import Fault, MemoryFaultError, MemoryReport, Traffic
+from .report import UNWRITTEN, Fault, MemoryFaultError, MemoryReport, Traffic
 from .shadow import LAUNCHES, Access, Cells, Clock
 
 
@@ -369,7 +369,7 @@ class _Checker:
             first = tuple(int(c) for c in np.argwhere(left)[0])
             self.kernel = kernel or "no kernel"
             self._fault(
-                "unwritten output",
+                UNWRITTEN,
                 argument or given,
                 f"of {argument or given} (shape {tuple(tensor.shape)}) nothing has written {int(left.sum())} of "
                 f"{left.size} elements, the first at {list(first)}: a mask that cuts too much, or too few programs",
