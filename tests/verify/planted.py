@@ -46,6 +46,7 @@ PLANTS = (
     Plant("square", "Square.apply, (x,),", "lambda x: Square.apply(x.detach()), (x,),", GRADIENT, "no gradient reaches input 0"),
     Plant("square", "Square.apply, (x,),", "lambda x: x * x, (x,),", NO_KERNEL, "torch did the work"),
     Plant("square", "        return y\n\n", "        x.mul_(1.5)\n        return y\n\n", MUTATED, "input 0"),
+    Plant("square", "Square.apply, (x,),", "lambda x: Square.apply(x.mul_(1.5)), (x,),", MUTATED, "input 0"),
     Plant("square", "        return grad_x\n", "        grad.mul_(2)\n        return grad_x\n", MUTATED, "grad_output"),
     Plant("square", "        return y\n\n", "        return y + 0.01 * torch.rand_like(y)\n\n", RANDOM),
     Plant("square", "        return y\n\n", "        KEPT.setdefault(x.data_ptr(), y)\n        return KEPT[x.data_ptr()].clone()\n\n", REUSED),

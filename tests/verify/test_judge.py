@@ -114,19 +114,21 @@ def test_json_and_sarif_of_a_fault() -> None:
     assert result["ruleId"] in {rule["id"] for rule in run["tool"]["driver"]["rules"]}
 
 
-def test_the_command_on_a_fault(tmp_path: Path) -> None:
-    file = tmp_path / "half.py"
-    text = (SPECIMENS / "square.py").read_text().replace("2 * x * grad", "x * grad")
-    file.write_text("import os\nprint('hello')\nos.system\nos.write(1, b'from below')\n" + text)
-    sarif = tmp_path / "report.sarif"
+def test_the_command_on_a_fault_as_documented(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    file, sarif = tmp_path / "half.py", tmp_path / "report.sarif"
+    file.write_text(f"import os\nprint('hello')\nos.write(1, b'from below')\n{program}")
     status, out, err = command(file, "--json", "--github", "--sarif", str(sarif))
     report = json.loads(out)
-    assert (status, report["verdict"]) == (1, "wrong gradient")
-    assert "1/2" in report["cases"][0]["message"]
-    assert report["cases"][0]["shape"] == [6, 20]
+    first = report["cases"][0]
+    assert (status, report["verdict"], first["shape"]) == (1, "wrong gradient", [10, 30])
+    assert f"Square: wrong gradient: {first['message']}" in page
+    line = 1 + file.read_text().splitlines().index("    def backward(ctx, grad):")
+    assert first["where"] in (f"half.py:{line}", f"half.py:{line - 1}")
     assert "hello" in err
     assert "from below" in err
-    assert "::error file=" in err
+    assert f"::error file={file},line=" in err
     assert json.loads(sarif.read_text())["runs"][0]["results"]
 
 

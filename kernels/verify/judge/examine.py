@@ -157,13 +157,22 @@ class _Examination:
                     truth = self._truth(point.values)
             except Exception as error:
                 return self._failed("the reference", error, point) if given else None
-            if point.kind in ("scale", "zeros") and not truth.finite:
+            if point.kind in ("scale", "zeros", "empty") and not truth.finite:
                 return None
         try:
             findings = list(self._findings(point, truth, full))
         except _RefusedError as refused:
-            return self._failed("", refused.error, point)
+            findings = list(self._without_gradients(point, truth)) if given else []
+            if not findings:
+                return self._failed("", refused.error, point)
         return self._verdict(point, findings)
+
+    def _without_gradients(self, point: Point, truth: Truth | None) -> Iterator[Finding]:
+        """Look for what autograd may have refused: a leaf that requires a gradient cannot be written in place."""
+        outcome, _ = watched(self.subject, leaves_of(point.values, ()), ())
+        yield from trials.memory(outcome)
+        if outcome.mutated and (truth is None or not truth.native.mutated):
+            yield Finding(v.MUTATED, outcome.mutated)
 
     def _verdict(self, point: Point, findings: Sequence[Finding]) -> Case:
         worst = v.first([finding.verdict for finding in findings])

@@ -24,7 +24,7 @@ class Point:
     Attributes:
         label: what distinguishes them; empty for the given ones.
         values: the inputs, the parameters after them.
-        kind: "given", "shape", "layout", "scale" or "zeros".
+        kind: "given", "shape", "empty", "layout", "scale" or "zeros".
     """
 
     label: str
@@ -85,7 +85,7 @@ def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
         if (shapes := _shape_of(changed)) not in seen:
             seen.add(shapes)
             if all(v.numel() <= LARGEST for v in changed if isinstance(v, Tensor)):
-                yield Point(label, changed, "shape")
+                yield Point(label, changed, "empty" if 0 in mapping.values() else "shape")
 
 
 def _shape_of(values: Sequence[Any]) -> tuple[Any, ...]:
