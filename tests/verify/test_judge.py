@@ -123,7 +123,8 @@ def test_the_command_on_a_fault_as_documented(tmp_path: Path) -> None:
     report = json.loads(out)
     first = report["cases"][0]
     assert (status, report["verdict"], first["shape"]) == (1, "wrong gradient", [10, 30])
-    assert f"Square: wrong gradient: {first['message']}" in page
+    likeliest = first["message"].partition(" | ")[0]
+    assert f"Square: wrong gradient: {likeliest}" in page
     line = 1 + file.read_text().splitlines().index("    def backward(ctx, grad):")
     assert first["where"] in (f"half.py:{line}", f"half.py:{line - 1}")
     assert "hello" in err
