@@ -39,6 +39,9 @@ LARGE_TILES = SMS // 2
 # Elements of a program that writes simple results: 8 to 16 a thread, enough loads in flight to hide their latency.
 BLOCK = 1024
 
+# Tiles of 256 columns are used where there are so many: with fewer, SMs idle that narrower tiles would keep busy.
+WIDE_TILES = SMS * 85 // 100
+
 # Registers per thread that leave room for three programs of 128 threads on an NVIDIA SM (65536 registers).
 THREE_PROGRAMS = 168
 ALL_REGISTERS = 255
@@ -208,6 +211,16 @@ def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> Matmul
     return MatmulConfig(block_m, block_n, block_k, 4, stages)
 
 
+def _tma_block_n(M: int, N: int, itemsize: int) -> int:
+    """Columns of a tile that the chip copies: 256 where that takes no longer than 128, by the waves of tiles on SMS.
+
+    A wide tile takes as long as two; side by side, two narrow ones read a tenth more.
+    """
+    narrow, wide = (triton.cdiv(M, 128) * triton.cdiv(N, block) for block in (128, 256))
+    waves, wide_waves = triton.cdiv(narrow, SMS), 2 * triton.cdiv(wide, SMS)
+    return 256 if itemsize == 2 and wide >= WIDE_TILES and 9 * wide_waves <= 10 * waves else 128
+
+
 def _large_block_n(dtype: torch.dtype, target: Target) -> int:
     """Columns of a large tile: half where the parts of a split float32 operand are all held in registers."""
     ampere = target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 90
@@ -275,7 +288,7 @@ def matmul_plan(
         (batches != 1 or sums != 1, "it serves single matrices"),
     )
     if not refused["gemm_tma"]:
-        block_n = 256 if dtype.itemsize == 2 else 128
+        block_n = _tma_block_n(M, N, dtype.itemsize)
         del refused["gemm_tma"]
         return MatmulPlan("gemm_tma", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3), refused)
     if double:
@@ -405,7 +418,8 @@ CHUNKS_MAX_OUTPUTS = 8
 CHUNKS_SHORT_ROW = 2048
 # The same of a program of eight warps, which share the rows that are longer.
 CHUNKS_LONG_ROW = 8 * CHUNKS_SHORT_ROW
-# With half as many, two programs of eight warps run on an SM, with 128 registers a thread.
+# With half as many, two programs of eight warps run on an SM, with 128 registers a thread; four of four warps with one
+# output's.
 CHUNKS_HALF = CHUNKS_LONG_ROW // 2
 # Bytes of a tile of rows up to which three of them in flight fit shared memory.
 CHUNKS_STAGED_BYTES = 32768
@@ -423,6 +437,9 @@ GRAD_INPUT_MAX_COLS = 1024
 # Programs of a one-pass plan each read the weights and write partial sums. Those bytes are at most 1 / PARTIALS_PART
 # of X's, or else a program has at least ROWS_PER_PROGRAM rows of X.
 PARTIALS_PART = 16
+# Columns of a row of which one output's errors and gradients take so few registers that four programs share an SM, each
+# with bytes in flight of its own.
+SHORT_ROW = 512
 ROWS_PER_PROGRAM = 48
 
 
@@ -466,7 +483,7 @@ def linear_mse_chunks(
     def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
         chunks = triton.cdiv(max(D, 1), chunk)
         stages = most if rows * D * itemsize <= CHUNKS_STAGED_BYTES else min(most, 2)
-        half = num_warps == 8 and rows * K * words * chunk * chunks <= CHUNKS_HALF
+        half = K == 1 if num_warps == 4 else rows * K * words * chunk * chunks <= CHUNKS_HALF
         compiled = {"num_warps": num_warps, **registers(128 if half else ALL_REGISTERS, target)}
         return LinearMseChunks(rows, chunk, chunks, stages, compiled)
 
@@ -525,8 +542,7 @@ def linear_mse_product(
     """
     tile = matmul(operand, M, N, K, target)
     if tile.BLOCK_M == 128 and descriptors and has_tma(target):
-        wide = operand.itemsize == 2 and N > 128 and not loads
-        return tile._replace(BLOCK_N=256 if wide else tile.BLOCK_N), True
+        return tile if loads else tile._replace(BLOCK_N=_tma_block_n(M, N, operand.itemsize)), True
     # Narrower where registers are short: without alignment each element has an address of its own, and float32
     # operands are split into several.
     if not aligned or operand == torch.float32:
@@ -534,14 +550,16 @@ def linear_mse_product(
     return tile, False
 
 
-def linear_mse_programs(N: int, K: int, itemsize: int, acc: torch.dtype) -> int:
+def linear_mse_programs(N: int, D: int, K: int, itemsize: int, acc: torch.dtype) -> int:
     """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
 
-    At most two per SM; while X is small, so few that the partial sums (written and read) and the weights are less
-    than 1 / PARTIALS_PART of X, but not fewer than one per SM with ROWS_PER_PROGRAM rows.
+    At most two per SM, or four where the registers of a short row leave room for them; while X is small, so few
+    that the partial sums (written and read) and the weights are less than 1 / PARTIALS_PART of X, but not fewer
+    than one per SM with ROWS_PER_PROGRAM rows.
     """
     light = N * itemsize // (PARTIALS_PART * K * (2 * acc.itemsize + itemsize))
-    return max(1, min(FULL_GRID, max(light, min(SMS, N // ROWS_PER_PROGRAM))))
+    most = 2 * FULL_GRID if K == 1 and D <= SHORT_ROW else FULL_GRID
+    return max(1, min(most, max(light, min(SMS, N // ROWS_PER_PROGRAM))))
 
 
 def linear_mse_grad_input(K: int, D: int) -> tuple[int, int] | None:

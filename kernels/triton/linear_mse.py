@@ -77,9 +77,18 @@ def _linear_mse_chunks_kernel(
             biases = biases + (tl.load(b_ptr + k).to(ACC),)
         bias_grads = bias_grads + (tl.zeros((ROWS,), ACC),)
     losses = tl.zeros((ROWS,), ACC)
+    # Asynchronous copies are of 4 bytes at least: a narrower target is loaded one tile ahead, into registers.
+    AHEAD: tl.constexpr = y.ptr.dtype.element_ty.primitive_bitwidth < 32
+    if AHEAD:
+        ahead = _targets(y, tl.cast(program, tl.int64) * ROWS + tl.arange(0, ROWS), N, K)
     for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = rows < N
+        if AHEAD:
+            targets = ahead
+            ahead = _targets(y, rows + tl.num_programs(0).to(tl.int64) * ROWS, N, K)
+        else:
+            targets = _targets(y, rows, N, K)
         base = x.ptr + (rows * (x.row // ALIGN * ALIGN))[:, None]
         xs = ()
         for j in tl.static_range(CHUNKS):
@@ -101,8 +110,7 @@ def _linear_mse_chunks_kernel(
             if b_ptr is not None:
                 error += biases[k]
             col = tl.full((), k, tl.int64)
-            error -= tl.load(y.ptr + rows * y.row + col * y.col, mask=inside, other=0.0).to(ACC)
-            error = tl.where(inside, error, 0.0)
+            error = tl.where(inside, error - targets[k].to(ACC), 0.0)
             weighted = error
             if s is not None:
                 scale = tl.load(s.ptr + rows * s.row + col * s.col, mask=inside, other=0.0)
@@ -128,6 +136,16 @@ def _linear_mse_chunks_kernel(
     for k in tl.static_range(K):
         tl.store(sums_ptr + program * (K + 1) + k, tl.sum(bias_grads[k], axis=0))
     tl.store(sums_ptr + program * (K + 1) + K, tl.sum(losses, axis=0))
+
+
+@triton.jit
+def _targets(y, rows, N, K: tl.constexpr):
+    """Column k of Y at ``rows``, for each k."""
+    targets = ()
+    for k in tl.static_range(K):
+        col = tl.full((), k, tl.int64)
+        targets = targets + (tl.load(y.ptr + rows * y.row + col * y.col, mask=rows < N, other=0.0),)
+    return targets
 
 
 @triton.jit
@@ -489,7 +507,7 @@ def _one_pass(call: _Call, kernel: Any, weight: Any, sizes: tuple[int, ...], opt
     """One read of X, by rows or tiles of rows."""
     N, D = call.input.shape
     K = call.weight.shape[0]
-    P = config.linear_mse_programs(N, K, call.input.element_size(), call.acc)
+    P = config.linear_mse_programs(N, D, K, call.input.element_size(), call.acc)
     grads = None if call.grad_weight is None else call.partials(P, K, D)
     sums = call.partials(P, K + 1)
     launch(

@@ -65,6 +65,37 @@ def test_tiles_are_legal_everywhere():
                 assert tile.BLOCK_K == 1
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_large_products_keep_the_chip_busy(dtype):
+    """Whatever has a tile of 128 by 128 for each of 132 SMs launches 112 programs at least."""
+    sizes = (*range(128, 4097, 128), 8192, 16384, 65536)
+    fewest = 132
+    for M, N in itertools.product(sizes, repeat=2):
+        if M // 128 * (N // 128) >= 132:
+            tile = matmul_plan(dtype, (M, N, 512), 1, 1, ALIGNED, H100).tile
+            product, _ = config.linear_mse_product(dtype, M, N, 512, False, True, True, H100)
+            for chosen in (tile, product):
+                programs = -(-M // chosen.BLOCK_M) * -(-N // chosen.BLOCK_N)
+                fewest = min(fewest, programs)
+    assert fewest >= 112
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block_n"),
+    [
+        ((8192, 8192, 8192), 256),
+        ((4096, 4096, 4096), 256),
+        ((3072, 3072, 3072), 128),  # 288 wide tiles are three waves, the last of 24
+        ((4096, 512, 512), 128),
+        ((2048, 1024, 1024), 128),
+        ((8192, 256, 4096), 128),
+        ((1024, 2048, 4096), 128),
+    ],
+)
+def test_columns_of_a_large_tile(sizes, block_n):
+    assert block_n == matmul_plan(BF16, sizes, 1, 1, ALIGNED, H100).tile.BLOCK_N
+
+
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_a_step_loads_16_bytes_a_thread(itemsize):
     """Elements, and with them random numbers and sums, lie the same on every chip; registers are NVIDIA's option."""

@@ -140,7 +140,7 @@ def test_the_command_compiles_what_a_call_launches():
     acc = torch.float32
     assert found["plan"] == "chunks"
     assert first["kernel"] == "_linear_mse_chunks_kernel"
-    assert first["programs"] == config.linear_mse_programs(8192, 1, 2, acc) == 132
+    assert first["programs"] == config.linear_mse_programs(8192, 512, 1, 2, acc) == 132
     assert first["constants"]["CHUNK"] == str(found["config"]["CHUNK"])
     assert 32 < first["registers"] <= 255
     assert first["spills"] == 0

@@ -327,10 +327,10 @@ def test_the_choice_is_bounded(linear_mse, target):
 
 def test_programs_come_from_the_shape(linear_mse):
     """No question to the chip, and partial sums that cost little: 1/16 of X, or one program on each processor."""
-    for N, K in itertools.product((1, 47, 48, 1000, 8192, 65536, 10**7), (1, 2, 8)):
+    for N, D, K in itertools.product((1, 47, 48, 1000, 8192, 65536, 10**7), (512, 513), (1, 2, 8)):
         for itemsize, acc in ((2, torch.float32), (4, torch.float32), (8, torch.float64)):
-            P = linear_mse.config.linear_mse_programs(N, K, itemsize, acc)
-            assert 1 <= P <= 264
+            P = linear_mse.config.linear_mse_programs(N, D, K, itemsize, acc)
+            assert 1 <= P <= (528 if K == 1 and D == 512 else 264)
             assert max(1, N // 48) >= P
             moved = 1 + P * K * (2 * acc.itemsize + itemsize) / (N * itemsize)
             if N >= 8192:
