@@ -174,20 +174,25 @@ HOST_CALLS: tuple[HostCall, ...] = ()
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """The losses with the gradients of weights: rows are read once, however many models there are."""
-    b, n, d = 100, 1000, 8
+    """The losses with the gradients of weights: rows are read once, however many models there are.
+
+    Where the models share them, a program reads them for 128 models at once; each reads the weights.
+    """
+    b, n, d = 20, 512, 8
     weight, target = randn(b, 1, d), randn(b * n, 1)
     bounds = torch.sort(torch.randint(0, b * n + 1, (b + 1,), generator=torch.Generator().manual_seed(0)))[0]
     bounds[0], bounds[-1] = 0, b * n
     for layout, rows, y, offsets, launches in (
         ("own", randn(b, n, d), target.view(b, n, 1), None, 2),
         ("ragged", randn(b * n, d), target, bounds, 2),
+        ("shared", randn(n, d), target.view(b, n, 1), None, 2),
     ):
+        own = rows if layout == "shared" else rows.view(b, n, d)
         yield Job(
             f"linear_mse_models, losses and gradients of weights, {layout}, {b}x{n}x{d} {dtype_name(y.dtype)}",
             partial(_ours, rows, weight, y, offsets),
-            partial(_bmm, rows.view(b, n, d), weight, y.view(b, n, 1), None),
-            4 * (b * n * d + b * n + 2 * b * d + b),
+            partial(_bmm, own, weight, y.view(b, n, 1), None),
+            4 * (rows.numel() + b * n + 2 * b * d + b),
             1.10,
             1.10,
             launches,

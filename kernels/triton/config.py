@@ -575,6 +575,7 @@ def linear_mse_grad_input(K: int, D: int) -> tuple[int, int] | None:
 # In order of preference.
 LINEAR_MSE_MODELS_PLANS = {
     "chunks": "X is read once, a piece of a model's rows at a time, as by the plan of this name for one model",
+    "shared": "all models have the same rows: X is read once, each tile of rows used in two products for many models",
     "tiles": "X is read twice: products that end in the errors, then E^T X as further products",
 }
 
@@ -582,6 +583,9 @@ LINEAR_MSE_MODELS_PLANS = {
 MODELS_PROGRAMS = 8 * SMS
 # The tile (models, partial sums, columns) in which a program adds partial sums.
 MODELS_SUM_BLOCK = (8, 16, 16)
+# D times the outputs of a program that reads shared rows, both rounded up to powers of two: the weights and gradients
+# that its registers hold.
+MODELS_SHARED_AREA = 2048
 # Elements of a tile of rows up to which one warp holds it: small models have few rows, and many programs hide latency.
 MODELS_ONE_WARP = 2048
 
@@ -609,6 +613,24 @@ def models_span(rows: int, step: int, K: int, itemsize: int, acc: torch.dtype) -
     """
     least = PARTIALS_PART * K * (2 * acc.itemsize + itemsize) // itemsize
     return triton.cdiv(max(least, triton.cdiv(rows, MODELS_PROGRAMS)), step) * step
+
+
+@functools.cache
+def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) -> LinearMseDot | str:
+    """The ``shared`` config for so many outputs of all models, of D inputs multiplied as ``operand``, or why not so."""
+    cols = max(16, triton.next_power_of_2(D))
+    area = MODELS_SHARED_AREA // max(1, operand.itemsize // 4)
+    if cols * 16 > area or (operand == torch.float64 and target == ("cuda", 100)):
+        return f"products of {cols} inputs do not fit registers ({area})"
+    OUTPUTS = min(128, area // cols, max(16, triton.next_power_of_2(outputs)))
+    stages = 1 if target.backend == "hip" else 2
+    return LinearMseDot(32 if operand.itemsize > 2 else DOT_ROWS, cols, OUTPUTS, stages, 4)
+
+
+def models_shared_span(rows: int, tiles: int, D: int, step: int, itemsize: int, acc: torch.dtype) -> int:
+    """The rows of a program of ``shared``: FULL_GRID programs, unless partial sums were too many, as models_span."""
+    least = 2 * PARTIALS_PART * (D + 2) * acc.itemsize // itemsize
+    return triton.cdiv(max(least, triton.cdiv(rows * tiles, FULL_GRID)), step) * step
 
 
 def models_tile(operand: torch.dtype, M: int, N: int, K: int, loads: bool, target: Target) -> MatmulConfig:

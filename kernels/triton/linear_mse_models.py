@@ -280,6 +280,73 @@ def _linear_mse_models_tiles_kernel(
 
 
 @triton.jit
+def _linear_mse_models_shared_kernel(
+    x, w, y, b_ptr, s, bounds, error_ptr, partials_ptr, N, D, K, cols, span,
+    GRAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr,
+    STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A span of the rows that all models share, for OUTPUTS of their ``cols`` = B * K outputs: each tile of rows
+    is read once and used in two products, X W^T and X^T E.
+
+    COLS: D or the next power of 2. bounds: None. partials_ptr: (spans, B, G + 2K), G = K * D or without GRAD 0: of a
+    model X^T E, sum_n E and the sums of s e^2, for each output.
+    Bytes: X once for each tile of outputs (from cache where tiles share it), Y and s once, E once, and for each span
+    W once and its partial sums.
+    """
+    col_tiles = tl.cdiv(cols, OUTPUTS)
+    part = tl.program_id(0) // col_tiles
+    columns = (tl.program_id(0) % col_tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
+    inside_n = columns < cols
+    models = columns // K
+    ks = columns % K
+    inside_d = D // ALIGN * ALIGN
+    ds = tl.arange(0, COLS)
+    w_at = w.ptr + (models * (w.model // ALIGN * ALIGN) + ks * (w.row // ALIGN * ALIGN))[None, :]
+    w_at += ds.to(tl.int64)[:, None] * w.col
+    weights = tl.load(w_at, mask=(ds < inside_d)[:, None] & inside_n[None, :], other=0.0).to(OPERAND)
+    y_at = y.ptr + (models * y.model + ks * y.col)[None, :]
+    if s is not None:
+        s_at = s.ptr + (models * s.model + ks * s.col)[None, :]
+    biases = tl.zeros((OUTPUTS,), ACC)
+    if b_ptr is not None:
+        biases += tl.load(b_ptr + columns, mask=inside_n, other=0.0).to(ACC)
+    grads = tl.zeros((COLS, OUTPUTS), ACC)
+    bias_grads = tl.zeros((OUTPUTS,), ACC)
+    losses = tl.zeros((OUTPUTS,), ACC)
+    begin = part.to(tl.int64) * span
+    end = tl.minimum(begin + span, N)
+    for tile in tl.range(0, tl.cdiv(end - begin, ROWS), num_stages=STAGES):
+        rows = begin + tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        x_at = x.ptr + rows[:, None] * (x.row // ALIGN * ALIGN) + ds.to(tl.int64)[None, :] * x.col
+        values = tl.load(x_at, mask=(rows < end)[:, None] & (ds < inside_d)[None, :], other=0.0).to(OPERAND)
+        error = tl.dot(values, weights, input_precision=PRECISION, out_dtype=ACC) + biases[None, :]
+        inside = (rows < end)[:, None] & inside_n[None, :]
+        target = tl.load(y_at + (rows * y.row)[:, None], mask=inside, other=0.0).to(ACC)
+        error = tl.where(inside, error - target, 0.0)
+        weighted = error
+        if s is not None:
+            weighted = error * tl.load(s_at + (rows * s.row)[:, None], mask=inside, other=0.0).to(ACC)
+        losses += tl.sum(error * weighted, axis=0)
+        bias_grads += tl.sum(weighted, axis=0)
+        if error_ptr is not None:
+            place = (models * N * K + ks)[None, :] + rows[:, None] * K
+            tl.store(error_ptr + place, weighted.to(error_ptr.dtype.element_ty), mask=inside)
+        if GRAD:
+            right = weighted.to(OPERAND)
+            grads = tl.dot(tl.trans(values), right, grads, input_precision=PRECISION, out_dtype=ACC)
+    size = 0
+    if GRAD:
+        size = K * inside_d
+    width = size + 2 * K
+    sums = partials_ptr + part.to(tl.int64) * (cols // K) * width + models * width + ks
+    if GRAD:
+        at = sums[None, :] + (ks * (inside_d - 1))[None, :] + ds[:, None]
+        tl.store(at, grads, mask=(ds < inside_d)[:, None] & inside_n[None, :])
+    tl.store(sums + size, bias_grads, mask=inside_n)
+    tl.store(sums + size + K, losses, mask=inside_n)
+
+
+@triton.jit
 def _linear_mse_models_outer_kernel(
     left, right, bounds, out_ptr, partials_ptr, B, N, K, D, span, factor,
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -497,6 +564,43 @@ def _by_chunks(call: _Call, chosen: config.LinearMseChunks) -> None:
         _add_up(pieces, partials, results, sizes, K, call.mean, every=False)
 
 
+def _by_shared(call: _Call, chosen: config.LinearMseDot) -> None:
+    """One read of the rows that all models share."""
+    B, K, D = call.weight.shape
+    target = config.target_of(call.input.device)
+    operand = _multiplied(torch.promote_types(call.input.dtype, call.weight.dtype), call.acc, target)
+    tiles = cdiv(B * K, chosen.OUTPUTS)
+    span = config.models_shared_span(call.rows, tiles, D, chosen.ROWS, call.input.element_size(), call.acc)
+    pieces = _Pieces(None, 1, call.rows, span)
+    size = 0 if call.grad_weight is None else K * D
+    partials = call.partials(pieces.parts, B * (size + 2 * K))
+    x, w = _rows(call.input), _rows(call.weight)
+    assert x is not None
+    assert w is not None
+    launch(
+        _linear_mse_models_shared_kernel, (pieces.parts * tiles,), x, w, *call.elementwise, call.error, partials,
+        call.rows, D, K, B * K, span,
+        device=call.input.device, GRAD=call.grad_weight is not None,
+        ALIGN=_alignment((call.input, call.weight), D, x.row, w.model, w.row), OPERAND=DTYPES[operand],
+        PRECISION=config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision),
+        ACC=DTYPES[call.acc], **chosen._asdict(),
+    )  # fmt: skip
+    _add_up_outputs(call, pieces, partials, call.grad_weight, shared=True)
+
+
+def _add_up_outputs(
+    call: _Call, pieces: _Pieces, partials: Tensor, grad: Tensor | None, shared: bool
+) -> None:
+    """Second stage of partial sums that have a loss for each output."""
+    B, K, D = call.weight.shape
+    losses = call.loss.unsqueeze(1) if K == 1 else call.partials(B, K)
+    sizes = (0 if grad is None else K * D, K, K)
+    results = grad, call.grad_bias, losses
+    _add_up(pieces, partials, results, sizes, K, call.mean, every=True, shared=shared)
+    if K > 1:
+        call.loss.copy_(losses.sum(1))
+
+
 def _tiles(
     rows: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype, loads: bool
 ) -> tuple[_Pieces, dict[str, Any]]:
@@ -545,10 +649,7 @@ def _by_tiles(call: _Call) -> None:
         )
     partials = call.partials(pieces.slots, 2 * K * (B if shared else 1))
     _launch_tiles(call.input, call.weight, call.elementwise, error, partials, pieces, options)
-    losses = call.partials(B, K)
-    results = None, call.grad_bias, losses
-    _add_up(pieces, partials, results, (0, K, K), K, call.mean, every=True, shared=shared)
-    torch.sum(losses, 1, out=call.loss) if call.loss.dtype == call.acc else call.loss.copy_(losses.sum(1))
+    _add_up_outputs(call, pieces, partials, None, shared)
     if call.grad_weight is None:
         return
     assert error is not None
@@ -607,6 +708,8 @@ def linear_mse_models_forward(
     chosen = plan(input, weight, bounds, acc)
     if isinstance(chosen, config.LinearMseChunks):
         _by_chunks(call, chosen)
+    elif isinstance(chosen, config.LinearMseDot):
+        _by_shared(call, chosen)
     else:
         _by_tiles(call)
     return results
@@ -614,11 +717,13 @@ def linear_mse_models_forward(
 
 def plan(
     input: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype
-) -> config.LinearMseChunks | str:
-    """How the fused losses of these operands are computed: the config of ``chunks``, or why it does not serve."""
+) -> config.LinearMseChunks | config.LinearMseDot | str:
+    """How the fused losses of these operands are computed: the config of ``chunks`` or ``shared``, or why not so."""
     B, K, D = weight.shape
     if bounds is None and input.dim() == 2:
-        return "the models share their rows: their weights are one matrix"
+        target = config.target_of(input.device)
+        operand = _multiplied(torch.promote_types(input.dtype, weight.dtype), acc, target)
+        return config.models_shared(B * K, D, operand, target)
     rows = input.shape[-2] if bounds is None else cdiv(len(input), max(B, 1))
     return config.models_chunks(K, D, input.element_size(), acc, rows, config.target_of(input.device))
 
