@@ -283,6 +283,56 @@ def test_copies_go_on_alone_with_everything(name: str, clone: Callable[[Any], An
     assert_equal_bits(ours, twin)
 
 
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_step_has_the_dtype_that_torch_gives_it(name: str, default: torch.dtype, fused: bool | None) -> None:
+    """The default dtype where that is wider than float32, whatever the parameter's; float32 with ``fused``."""
+    steps = []
+    for cls in (ours_for(name), theirs_for(name)):
+        optimizer = cls(make_params(((5,),)), fused=fused)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            run(optimizer, [[torch.ones(5, dtype=torch.float32)]] * 3)
+        finally:
+            torch.set_default_dtype(before)
+        steps.append(optimizer.state[parameters(optimizer)[0]]["step"])
+    assert steps[0] == steps[1] == 3
+    assert steps[0].dtype == steps[1].dtype
+
+
+@cases_on_both_backends("amsgrad", [(False,), (True,)], lambda amsgrad: amsgrad)
+def test_moments_that_a_hook_makes_in_another_dtype(name: str, amsgrad: bool, device: torch.device) -> None:
+    """They keep it: bfloat16 beside float32 parameters, say, to save memory. SGD's buffer likewise."""
+    options = {"lr": 0.004, **({"momentum": 0.9} if name == "SGD" else {"amsgrad": amsgrad})}
+    ours, theirs = make_pair(name, device, shapes=SMALL, **options)
+    run(theirs, some_gradients(theirs, 1))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+
+    def narrow(optimizer: Optimizer, *_: Any) -> None:
+        for state in optimizer.state.values():
+            state.update({key: value.bfloat16() for key, value in state.items() if key != "step"})
+
+    handle = ours.register_step_pre_hook(narrow)
+    with torch.no_grad():
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            mine.copy_(other)
+    for step, each in enumerate(some_gradients(theirs, 4)):
+        for optimizer in (ours, theirs):
+            set_gradients(optimizer, each)
+            for state in theirs.state.values():
+                for key in state.keys() - {"step"}:
+                    state[key].copy_(state[key].bfloat16())
+            optimizer.step()
+        if step == 0:
+            handle.remove()
+        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+            torch.testing.assert_close(mine.cpu(), other)
+            for key, value in ours.state[mine].items():
+                assert value.dtype == (torch.float32 if key == "step" else torch.bfloat16), key
+
+
 # Calls around the step.
 
 
@@ -554,6 +604,14 @@ def test_options_given_as_tensors_are_read_at_each_step(name: str, device: torch
 
 
 # Layouts.
+
+
+@cases_on_both_backends("dims", [(1,), (2,)], lambda dims: dims == 1)
+def test_a_rate_of_one_element_may_have_dimensions(name: str, dims: int, device: torch.device) -> None:
+    rate = torch.full([1] * dims, 2.0**-8)
+    ours, theirs = make_pair(name, device, shapes=SMALL, **{**FULL_OPTIONS[name], "lr": rate})
+    assert_same_run(ours, theirs)
+    assert ours.param_groups[0]["lr"].shape == rate.shape
 
 
 def transposed(grad: Tensor) -> Tensor:
@@ -940,25 +998,26 @@ def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
 
 
 def test_differentiable(name: str) -> None:
-    """The step itself is differentiated, with respect to the gradient and the learning rate."""
+    """The steps themselves are differentiated: by the gradient and by every rate that may be a tensor."""
     results = []
     grad = spread((5,), 4.0).requires_grad_()
     start = spread((5,), 0.03)
     for cls in (ours_for(name), theirs_for(name)):
-        lr = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
-        param = start.clone().requires_grad_()
-        moved = param.clone()
-        optimizer = cls([moved.detach().requires_grad_()], lr=lr, differentiable=True)
-        leaf = parameters(optimizer)[0]
-        leaf = leaf.clone()
+        lr, decay, *betas = (
+            torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.01, 0.3, 0.8, 0.9)
+        )
+        options = {} if name == "SGD" else {"betas": tuple(betas)}
+        leaf = start.clone().requires_grad_().clone()
+        optimizer = cls([start.clone()], lr=lr, weight_decay=decay, differentiable=True, **options)
         optimizer.param_groups[0]["params"] = [leaf]
-        leaf.grad = grad
-        optimizer.step()
-        results.append(torch.autograd.grad((leaf * torch.arange(5.0)).sum(), [grad, lr]))
+        for each in (grad, grad.square() - 1):
+            leaf.grad = each.clone()
+            optimizer.step()
+        rates = [lr, decay, *options.get("betas", ())]
+        results.append(torch.autograd.grad((leaf * torch.arange(5.0)).sum(), [grad, *rates]))
     for mine, other in zip(*results, strict=True):
         assert torch.equal(mine, other)
-    assert int(results[0][0].count_nonzero()) > 0
-    assert results[0][1].item() != 0
+        assert int(mine.count_nonzero()) > 0
 
 
 def test_differentiable_through_the_clip(name: str) -> None:
@@ -1102,6 +1161,29 @@ def test_fused_true_refuses_what_torch_s_refuses(name: str, what: str) -> None:
             optimizer.step()
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
+
+
+def test_fused_true_refuses_parameters_on_the_meta_device(name: str) -> None:
+    texts = []
+    for cls in (ours_for(name), theirs_for(name)):
+        optimizer = cls(torch.nn.Linear(2, 3, device="meta").parameters(), lr=0.1, fused=True)
+        for param in parameters(optimizer):
+            param.grad = torch.ones_like(param)
+        with pytest.raises(RuntimeError, match="requires all the params to be floating point") as caught:
+            optimizer.step()
+        assert not any(optimizer.state.values()), "a refused step leaves no state behind"
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
+
+
+def test_a_group_that_is_listed_twice_is_saved_twice(name: str) -> None:
+    states = []
+    for optimizer in make_pair(name, shapes=SMALL):
+        run(optimizer, some_gradients(optimizer, 1))
+        optimizer.param_groups.extend(optimizer.param_groups)
+        states.append(optimizer.state_dict())
+        assert states[-1]["param_groups"][0] == states[-1]["param_groups"][1]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,25 @@ def test_either_half_of_the_protocol_works_alone(
         assert_same_state(ours, theirs, reference, f"at step {step}")
 
 
+@pytest.mark.parametrize("overflow", [False, True])
+@on_both_backends
+def test_scale_and_overflow_may_have_a_dimension(name: str, overflow: bool, device: torch.device) -> None:
+    """As gathered over devices, (1,): the state keeps its shapes."""
+    ours, plain = (make_pair(name, device, shapes=SMALL, **OPTIONS[name])[0] for _ in range(2))
+    for mine, other in zip(parameters(ours), parameters(plain), strict=True):
+        mine.data.copy_(other.detach())
+    for gradients in (Feed(parameters(plain))(step) for step in range(3)):
+        for optimizer, shape in ((ours, (1,)), (plain, ())):
+            set_gradients(optimizer, gradients)
+            optimizer.grad_scale = torch.full(shape, SCALE, device=device)
+            optimizer.found_inf = torch.full(shape, float(overflow), device=device)
+            optimizer.step()
+    assert_same_bits(bits(plain), bits(ours))
+    assert [[value.shape for value in state.values()] for state in ours.state.values()] == [
+        [value.shape for value in state.values()] for state in plain.state.values()
+    ]
+
+
 CLONES: dict[str, Any] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
