@@ -227,6 +227,20 @@ MUTANTS = (
     Mutant("entry.seed, entry.shards, again)", "entry.seed, again)", "distributed"),
     Mutant(" if not place.is_replicate()", "", "distributed"),
     Mutant('return local.wait() if hasattr(local, "wait") else local', "return local", "distributed"),
+    Mutant('if self.defaults["fused"]:', "if True:", "training"),
+    Mutant("            or self.inference != torch.is_inference_mode_enabled()\n", "", "optim"),
+    Mutant("with torch.inference_mode(False):  # state", "with torch.no_grad():  # state", "optim"),
+    Mutant("if _valueless(params) and", "if False and", "optim"),
+    Mutant("return operations_are_traced() or any(", "return any(", "optim"),
+    Mutant("not capturing and not operations_are_traced()", "not capturing", "optim"),
+    Mutant("        _Adam.__init__(", "        torch.optim.Adam.__init__(", "optim"),
+    Mutant("if any(map(overlaps, (param, *moving))):", "if overlaps(param):", "optim"),
+    Mutant('plain = plain and len(own) == len(group["params"])', "pass", "training"),
+    Mutant(
+        "return tl.where(unwritten, master, p.to(ACC))", "return master.to(ACC)", "training", "triton/multi"
+    ),
+    Mutant("if self._loading is not None:\n", "if False:\n", "training"),
+    Mutant("self._hooked_step(*args, **kwargs)", "self._hooked_step(*args, *kwargs.values())", "optim"),
     # The fallback.
     Mutant("clip = 1.0 if ratio > 1.0 else ratio", "clip = ratio", "optim"),
     Mutant(

@@ -110,6 +110,20 @@ def test_the_step_is_one_operator_in_one_graph(label: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_parameter_given_twice_stays_outside_the_graph(name: str) -> None:
+    """An operator may not write to one tensor twice; the step does, one mention after the other."""
+
+    def twice() -> tuple[nn.Module, Any]:
+        model, optimizer = make(name)
+        optimizer.param_groups[0]["params"].append(model[0].weight)
+        return model, optimizer
+
+    recorder = EagerAndRecordGraphs()
+    assert_same_run(twice(), twice(), list(batches(3)), torch.compile(train, backend=recorder))
+    assert not any(step_calls(recorder))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_two_groups_are_two_operators_in_one_graph(name: str) -> None:
     """Each with its own options; nothing else of the step is left in the graph."""
 
