@@ -35,6 +35,7 @@ TESTS = {
     "config": "tests/launch/test_config.py tests/launch/test_same_bits.py tests/ops/test_matmul_kernels.py",
     "optim": "tests/optim/test_contract.py tests/optim/test_batches.py tests/optim/test_adam.py",
     "distributed": "tests/optim/test_distributed.py",
+    "sgd": "tests/optim/test_sgd.py",
     "training": "tests/optim/test_training.py tests/optim/test_contract.py tests/optim/test_compile.py",
     "gradient": "tests/verify/test_gradient.py tests/verify/test_diagnosis.py",
     "memory": "tests/verify/test_memory.py",
@@ -60,8 +61,16 @@ class Mutant(NamedTuple):
 MUTANTS = (
     # The way of a call.
     Mutant("if is_wrapped(arg) or is_zerotensor(arg) or arg.is_neg():", "if is_wrapped(arg):", "corners"),
-    Mutant("if all(grad is None for grad in grad_outputs):", "if False:", "derivatives"),
-    Mutant("ctx.backend = backends.current()", 'ctx.backend = "auto"', "corners"),
+    Mutant(
+        "if grad_outputs[0] is None and all(grad is None for grad in grad_outputs):",
+        "if False:",
+        "derivatives",
+    ),
+    Mutant(
+        "outputs = tuple(outputs)\n            ctx.backend = backends.current()",
+        'outputs = tuple(outputs)\n            ctx.backend = "auto"',
+        "corners",
+    ),
     Mutant("first = len(outputs) - sum(output_mask)", "first = 0", "derivatives", "operator.py"),
     Mutant("_open_blocks.set(blocks[:i] + blocks[i + 1 :])", "_open_blocks.set(blocks[:i])", "corners"),
     Mutant(
@@ -72,8 +81,8 @@ MUTANTS = (
     ),
     Mutant("if tensor.device != device:", "if False:", "corners"),
     Mutant(
-        "return acc_dtype(tensor) if autocast_enabled(tensor) else tensor.dtype",
-        "return tensor.dtype",
+        "if autocast_enabled(tensor):\n        return acc_dtype",
+        "if False:\n        return acc_dtype",
         "autocast",
     ),
     Mutant("if tensor is None or tensor.dtype == torch.float64:", "if tensor is None:", "autocast"),
@@ -161,6 +170,7 @@ MUTANTS = (
         "losses = tl.fma(error, weighted, losses)",
         "losses = tl.fma(weighted, weighted, losses)",
         "linear_mse",
+        "triton/linear_mse.py",
     ),
     Mutant(
         "if TRANSPOSED:\n                right = b.load([tile_n * BLOCK_N, k])",
@@ -198,13 +208,18 @@ MUTANTS = (
         "optim",
         survives="all programs write one sum",
     ),
-    Mutant("t_new = step.to(tl.int64) + 1", "t_new = step.to(tl.int64)", "optim"),
+    Mutant("t_new = step.to(tl.int64) + 1", "t_new = step.to(tl.int64)", "optim", "triton/adam"),
     Mutant("p = p * shrink", "p = p", "optim", "triton/adam"),
-    Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim", "triton/adam"),
+    Mutant("w = tl.where((v > w) | (v != v), v, w)", "w = v", "optim"),
     # The optimizers on the host.
     Mutant("or kinds != self.kinds\n", "", "optim training"),
     Mutant("or _forms(self.stepped) != self.forms\n", "", "optim training"),
-    Mutant("guard = guard._replace(skipped=None)  # the first part counts for all", "pass", "training"),
+    Mutant(
+        "guard = guard._replace(skipped=None)  # the first part counts for all",
+        "pass",
+        "training",
+        "optim/plan.py",
+    ),
     Mutant(
         "memory = (param.device, param.data_ptr())\n            again = met[memory]",
         "memory = (param.device, param.data_ptr())",
@@ -259,6 +274,8 @@ MUTANTS = (
         "yield torch.linalg.vector_norm(flat[rows * ROW + 1 :]",
         "optim",
     ),
+    Mutant("p = torch.where(master.to(param.dtype) == param, master, p)", "p = master", "sgd"),
+    Mutant('buffer = torch.where(state["step"] == 0, g, buffer)', "pass", "sgd"),
     # verify.
     Mutant("self.upstream = Upstream.of(function, self.native, self.cotangents)", "pass", "gradient"),
     Mutant(

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import FusedSGD
+from gradkernels.fallback import sgd as fallback
+from gradkernels.fallback.multi_tensor import decide_by_tensors
+from gradkernels.optim.bucket import Bucket, Guard, SGDOptions
 from gradkernels.reference import sgd as reference
 from torch import Tensor
 from torch.optim import SGD
 
 from ..helpers import DTYPES, assert_matches, to_numpy
-from .test_adam import leaves
+from .test_adam import OnDevice, leaves
 
 RULES = [
     {},
@@ -217,3 +220,49 @@ def test_capture_without_capturable_is_refused() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="capturable is False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", RULES[2:], ids=str)
+def test_first_steps_that_only_a_device_knows_of(
+    rule: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Triton does not serve a device, nothing is decided on the host: the numbers are those of the CPU.
+
+    With masters beside 16-bit parameters, overflow at the first step, a scale, a clip, and a written parameter.
+    """
+    options = [SGDOptions(**{"lr": 0.01, "momentum": 0, "dampening": 0, "weight_decay": 0.0, "nesterov": False,
+                             "maximize": False, **rule})]  # fmt: skip
+    start = [torch.randn(shape).to(dtype) for shape in ((65,), (3, 5))]
+    buckets = []
+    for device_step in (False, True):
+        params = [value.clone() for value in start]
+        steps = [torch.zeros(()) for _ in params]
+        states = {
+            "momentum_buffer": [torch.zeros(value.shape) for value in start],
+            "step": [step.as_subclass(OnDevice) for step in steps] if device_step else steps,
+            **({} if dtype == torch.float32 else {"master_param": [value.float() for value in start]}),
+        }
+        buckets.append(Bucket(params, [], states, [0, 0], [0, 1]))
+    scale, norms = torch.tensor(4.0), torch.tensor([[9.0, 0.0]], dtype=torch.float64)
+    for step in range(4):
+        guard = Guard(scale, torch.tensor(float(step == 0)), norms, max_norm=1.0)
+        grads = [torch.randn(value.shape).to(dtype) for value in start]
+        for bucket, decided in zip(buckets, (fallback.decide, decide_by_tensors), strict=True):
+            bucket.grads = [grad.clone() for grad in grads]
+            bucket.params[0][step] = 0.5  # by hand, past the master
+            with monkeypatch.context() as patch:
+                patch.setattr(fallback, "decide", decided)
+                fallback.sgd_step(bucket, options, guard)
+        host, device = buckets
+        assert (
+            [int(s) for s in device.states["step"]] == [int(s) for s in host.states["step"]] == [step, step]
+        )
+        if step == 0:
+            assert all(not bool(buffer.any()) for buffer in device.states["momentum_buffer"])
+            assert torch.equal(device.params[1], start[1])
+            continue
+        for mine, other in ((device.params, host.params), (device.grads, host.grads)):
+            torch.testing.assert_close(mine, other)
+        for key in host.states.keys() - {"step"}:
+            torch.testing.assert_close(device.states[key], host.states[key])
