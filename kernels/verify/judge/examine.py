@@ -162,17 +162,19 @@ class _Examination:
         try:
             findings = list(self._findings(point, truth, full))
         except _RefusedError as refused:
-            findings = list(self._without_gradients(point, truth)) if given else []
+            findings = list(self._explained(refused.error, point, truth)) if given else []
             if not findings:
                 return self._failed("", refused.error, point)
         return self._verdict(point, findings)
 
-    def _without_gradients(self, point: Point, truth: Truth | None) -> Iterator[Finding]:
-        """Look for what autograd may have refused: a leaf that requires a gradient cannot be written in place."""
-        outcome, _ = watched(self.subject, leaves_of(point.values, ()), ())
+    def _explained(self, error: Exception, point: Point, truth: Truth | None) -> Iterator[Finding]:
+        """Find the fault that autograd has refused: a leaf written in place, a gradient of another shape."""
+        outcome, failure = watched(self.subject, leaves_of(point.values, ()), ())
         yield from trials.memory(outcome)
         if outcome.mutated and (truth is None or not truth.native.mutated):
             yield Finding(v.MUTATED, outcome.mutated)
+        if failure is None and any(text in str(error) for text in trials.REFUSED):
+            yield from trials.diagnosis(self.subject, self.reference, point.values, self.wanted, ELEMENTS)
 
     def _verdict(self, point: Point, findings: Sequence[Finding]) -> Case:
         worst = v.first([finding.verdict for finding in findings])
@@ -208,6 +210,13 @@ class _Examination:
                 raise _RefusedError(TypeError("it returned no tensor"))
             if first.mutated and (truth is None or not truth.native.mutated):
                 yield Finding(v.MUTATED, first.mutated)
+            if full and not self.stochastic:
+                others = self._drawn(DRAWS)
+                yield from (
+                    old := list(trials.reuse(self.subject, point.values, others, wanted, self._right))
+                )
+                if old:  # its further calls would be answered from there
+                    return
             if not self.stochastic:
                 yield from trials.repetition(first, once(zeroed=True), once)
             if full:
@@ -258,8 +267,6 @@ class _Examination:
         once: Callable[..., Outcome],
     ) -> Iterator[Finding]:
         """Make the experiments that one point is enough for."""
-        if not self.stochastic:
-            yield from trials.reuse(self.subject, point.values, self._drawn(DRAWS), wanted, self._right)
         yield from trials.idleness(self.subject, point.values, wanted, first)
         self.configurations = first.memory.configurations
         for configuration in range(1, self.configurations):

@@ -20,6 +20,10 @@ from . import verdict as v
 from .subject import Outcome, Reference, Subject, Truth, call, close, leaves_of, same, watched
 from .verdict import Finding
 
+REFUSED = (
+    "invalid gradient at index",
+    "modified by an inplace operation",
+)  # autograd's words for a wrong backward
 HARMLESS = {"dtype noise", "difference step too large", "non-differentiable", "no signal"}
 
 
@@ -242,6 +246,19 @@ def reuse(
         wanted: the places of the inputs that get gradients.
         right: whether an outcome is right at some values, as far as can be told.
     """
+    for places in ([], wanted) if wanted else ([],):  # an old result has no graph left to go back through
+        if found := list(_reuse(subject, values, others, places, right)):
+            yield from found
+            return
+
+
+def _reuse(
+    subject: Subject,
+    values: Sequence[Any],
+    others: Sequence[Any],
+    wanted: Sequence[int],
+    right: Callable[[Outcome, Sequence[Any]], bool],
+) -> Iterator[Finding]:
     leaves = leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in values], wanted)
     first, failed = watched(subject, leaves, wanted)
     if failed is not None:
