@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..checks import cyclic
 from ..optim.bucket import Update
+from .threads import is_small, one_thread
 
 
 def linear_mse_fit_rounds(
@@ -59,25 +60,26 @@ def linear_mse_fit_rounds(
         grads = [torch.empty_like(param, memory_format=torch.contiguous_format) for param in params]
         step = update.stepper(params, grads, update.states)
     error, weighted, square = (weight.new_empty(B, K, batch_size) for _ in range(3))
-    for t, loss in enumerate(losses):
-        first = t * batch_size % N
-        xs, ys = (cyclic(tensor, first, batch_size, 2) for tensor in (x, minus_y))
-        if not joined:
-            _join(params, w)
-        _predict(w, xs, ys, error)
-        share: float | Tensor = 1.0 / (batch_size * K)
-        es = error
-        if s is not None:
-            ss = cyclic(s, first, batch_size, 2)
-            share = 1.0 / (ss.sum((1, 2)) * (K // ss.shape[1]))
-            es = torch.mul(error, ss, out=weighted)
-        torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
-        loss.mul_(share)
-        _contract(es, xs, sums)
-        sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
-        if not joined:
-            _split(sums, grads)
-        step()
+    with one_thread(is_small(error)):
+        for t, loss in enumerate(losses):
+            first = t * batch_size % N
+            xs, ys = (cyclic(tensor, first, batch_size, 2) for tensor in (x, minus_y))
+            if not joined:
+                _join(params, w)
+            _predict(w, xs, ys, error)
+            share: float | Tensor = 1.0 / (batch_size * K)
+            es = error
+            if s is not None:
+                ss = cyclic(s, first, batch_size, 2)
+                share = 1.0 / (ss.sum((1, 2)) * (K // ss.shape[1]))
+                es = torch.mul(error, ss, out=weighted)
+            torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
+            loss.mul_(share)
+            _contract(es, xs, sums)
+            sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
+            if not joined:
+                _split(sums, grads)
+            step()
     if joined:
         _split(w, params)
         for key, value in state.items():
