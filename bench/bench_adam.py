@@ -14,7 +14,7 @@ import torch
 from gradkernels.reference import adam as reference
 
 from .reports.cases import BFLOAT16, FLOAT16, FLOAT64, AotCase, Call, HostCall, Job
-from .reports.optimizer import bucket, guard, step_job
+from .reports.optimizer import bucket, guard, models, stacked_bucket, stacked_guard, stacked_job, step_job
 from .throughput.case import OURS, Case
 from .throughput.optimizer import (
     MAX_NORM,
@@ -62,6 +62,26 @@ def _launch(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
     return call
 
 
+def _stacked(width: int, guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.optim.bucket import AdamOptions, Guard
+
+        options = AdamOptions(torch.ones(16), 0.9, torch.ones(16), 1e-8, 0.1, True, False)
+        states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+        tensors = stacked_bucket(dtype, *states, width=width, **kept)
+        return module.stacked_adam_step(tensors, [options], stacked_guard() if guarded else Guard(), models())
+
+    return call
+
+
+def _stacked_norm(width: int) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        out = torch.empty(2, 16, dtype=FLOAT64)
+        return module.stacked_grad_norm(stacked_bucket(dtype, width=width), None, models(), out)
+
+    return call
+
+
 def _grad_norm(module: Any, dtype: torch.dtype) -> object:
     return module.grad_norm(bucket(dtype), None, torch.empty(1, 2, dtype=FLOAT64))
 
@@ -72,6 +92,23 @@ AOT_CASES = (
     AotCase("adam", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
     AotCase("adam", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
     AotCase("multi_tensor", "aligned or not", _grad_norm, stores=False),
+    AotCase("stacked", "AdamW, long models", _stacked(8192)),
+    AotCase("stacked", "AdamW, models of 1", _stacked(1), loads=False, stores=False),
+    AotCase("stacked", "AdamW, models of 3", _stacked(3), loads=False, stores=False),
+    AotCase(
+        "stacked", "amsgrad, guarded, models of 8", _stacked(8, guarded=True, amsgrad=True), False, False
+    ),
+    AotCase(
+        "stacked",
+        "master weights, models of 16",
+        _stacked(16, master=True),
+        False,
+        False,
+        (FLOAT16, BFLOAT16),
+    ),
+    AotCase("stacked", "stochastic rounding, models of 64", _stacked(64, seed=0), False, False, (BFLOAT16,)),
+    AotCase("stacked", "norm, models of 3", _stacked_norm(3), loads=False, stores=False),
+    AotCase("stacked", "norm, long models", _stacked_norm(1 << 16), stores=False),
 )
 HOST_CALLS: tuple[HostCall, ...] = ()
 
@@ -81,3 +118,9 @@ def traffic_jobs() -> Iterator[Job]:
     yield step_job("adam", gradkernels.FusedAdam, torch.optim.Adam, {}, 28, 1)
     clipped = {"max_norm": 1.0}
     yield step_job("adamw, clipped", gradkernels.FusedAdamW, torch.optim.AdamW, clipped, 32, 2)
+    # Of each model the step is read and written and the rate read; clipped, also the norm written and read.
+    ours, theirs = gradkernels.FusedAdam, torch.optim.Adam
+    yield stacked_job("stacked adam step", ours, theirs, (2000, 3), 28, 12, 1)
+    yield stacked_job("stacked adam step", ours, theirs, (500, 8), 28, 12, 1)
+    yield stacked_job("stacked adam step", ours, theirs, (3, 10000), 28, 12, 1)
+    yield stacked_job("stacked adam, clipped", ours, theirs, (500, 8), 32, 36, 2, max_norm=1.0)

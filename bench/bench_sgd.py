@@ -14,7 +14,15 @@ import torch
 from gradkernels.reference import sgd as reference
 
 from .reports.cases import BFLOAT16, FLOAT16, AotCase, Call, HostCall, Job
-from .reports.optimizer import bucket, guard, step_job
+from .reports.optimizer import (
+    bucket,
+    guard,
+    models,
+    stacked_bucket,
+    stacked_guard,
+    stacked_job,
+    step_job,
+)
 from .throughput.case import OURS, Case
 from .throughput.optimizer import apex, compiled_stepper, declare, step_case, stepper, torch_steppers
 
@@ -49,11 +57,24 @@ def _launch(guarded: bool = False, **kept: Any) -> Call:
     return call
 
 
+def _stacked(width: int, guarded: bool = False, **kept: Any) -> Call:
+    def call(module: Any, dtype: torch.dtype) -> object:
+        from gradkernels.optim.bucket import Guard, SGDOptions
+
+        options = SGDOptions(torch.ones(16), torch.ones(16), 0, 0.1, True, False)
+        tensors = stacked_bucket(dtype, "momentum_buffer", width=width, **kept)
+        return module.stacked_sgd_step(tensors, [options], stacked_guard() if guarded else Guard(), models())
+
+    return call
+
+
 AOT_CASES = (
     AotCase("sgd", "momentum, aligned or not", _launch()),
     AotCase("sgd", "guarded", _launch(guarded=True)),
     AotCase("sgd", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
     AotCase("sgd", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("stacked", "SGD, long models", _stacked(8192)),
+    AotCase("stacked", "SGD, guarded, models of 3", _stacked(3, guarded=True), loads=False, stores=False),
 )
 HOST_CALLS: tuple[HostCall, ...] = ()
 
@@ -63,3 +84,4 @@ def traffic_jobs() -> Iterator[Job]:
     sgd = gradkernels.FusedSGD, torch.optim.SGD
     yield step_job("sgd", *sgd, {"lr": 0.1}, 12, 1)
     yield step_job("sgd, momentum", *sgd, {"lr": 0.1, "momentum": 0.9}, 20, 1)
+    yield stacked_job("stacked sgd, momentum", *sgd, (2000, 3), 20, 12, 1, momentum=0.9)

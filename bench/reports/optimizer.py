@@ -21,6 +21,34 @@ def bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | N
     return Bucket(tensors(dtype), tensors(dtype), state, [0, 0], [0, 1], seed)
 
 
+def stacked_bucket(
+    dtype: torch.dtype, *states: str, width: int, master: bool = False, seed: int | None = None
+) -> Any:
+    """Make the bucket of a batch of 16 models: one tensor with ``width`` elements of each, and one with one."""
+    from gradkernels.optim.bucket import Bucket
+
+    def tensors(of: torch.dtype) -> list[Tensor]:
+        return [torch.empty(shape, dtype=of) for shape in ((16, width), (16,))]
+
+    state = {key: tensors(FLOAT32 if master else dtype) for key in states}
+    state |= {"master_param": tensors(FLOAT32)} if master else {}
+    state["step"] = [torch.zeros(16) for _ in range(2)]
+    return Bucket(tensors(dtype), tensors(dtype), state, [0, 0], [0, 1], seed)
+
+
+def models() -> Any:
+    """Make the models of a stacked step, with everything: a mask, and factors of the rates."""
+    from gradkernels.optim.bucket import Models
+
+    return Models(16, torch.ones(16, dtype=torch.bool), torch.ones(16))
+
+
+def stacked_guard() -> Any:
+    """Make a guard with everything, per model."""
+    norms, skipped = torch.empty(2, 2, 16, dtype=FLOAT64), torch.zeros(16, dtype=torch.int64)
+    return guard()._replace(norms=norms, skipped=skipped)
+
+
 def guard() -> Any:
     """Make a guard with everything: a scaled gradient, clipping, and a step that may be skipped."""
     from gradkernels.optim.bucket import Guard
@@ -54,6 +82,40 @@ def step_job(
             steps.append(optimizer.step)
     job = f"{name} step, {len(shapes)} tensors, {count} float32 parameters"
     return Job(job, *steps, per_element * count, 1.02, 1.02, launches)
+
+
+def stacked_job(
+    name: str,
+    ours: Callable[..., torch.optim.Optimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
+    shape: tuple[int, ...],
+    per_element: int,
+    per_model: int,
+    launches: int,
+    **shared: Any,
+) -> Job:
+    """A step of a batch of models, each at its own rate; beside it the plain step of the stack at one rate.
+
+    Args:
+        shape: of the stack; its first dimension counts the models.
+        per_element, per_model: bytes that must move for each number, and once for each model.
+    """
+    plain = {key: value for key, value in shared.items() if key != "max_norm"}
+    rates = torch.full(shape[:1], 0.1)
+    steps = []
+    for build, options in (
+        (ours, {"stacked": True, "lr": rates, **shared}),
+        (theirs, {"foreach": False, **plain}),
+    ):
+        param = randn(*shape).requires_grad_()
+        param.grad = randn(*shape)
+        optimizer = build([param], **options)
+        optimizer.step()  # the first step makes the state
+        clips = build is theirs and "max_norm" in shared
+        steps.append(_clipped([param], shared["max_norm"], optimizer) if clips else optimizer.step)
+    minimum = per_element * torch.Size(shape).numel() + per_model * shape[0]
+    job = f"{name}, {shape[0]} models x {torch.Size(shape[1:]).numel()} float32"
+    return Job(job, *steps, minimum, 1.1, 1.1, launches)
 
 
 def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -6,22 +6,23 @@ and rows that may not be written, are worked on in copies.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from ..optim.bucket import AdamOptions, Bucket, Guard, Models, SGDOptions
-from .multi_tensor import batch_size, draw_words, stochastic_bfloat16, tensor_key
+from ..optim.bucket import UNGUARDED, AdamOptions, Bucket, Guard, Models, SGDOptions
+from .multi_tensor import batch_size, draw_words, is_native, stochastic_bfloat16, tensor_key
 from .threads import is_small, one_thread
 
-# Of a batch a dozen tensors are in the cache at once.
-SHARE = 8
-
-# torch's loops over a matrix and a column are slow where rows are shorter: the column is then spread first.
+# torch's loops over a matrix and a column are slow where rows are shorter: the column of a large block is spread first.
 SHORT = 64
+LARGE = 1 << 14
+
+# Below it 1 - exp(x) is 1, and float32's exp(x) would become denormal, which takes ten times as long.
+LEAST = -40.0
 
 Value = float | Tensor  # a number, or one per model
 
@@ -40,25 +41,51 @@ class Decision(NamedTuple):
     clip: Tensor | None
 
 
-class Block(NamedTuple):
-    """Rows and columns of the matrices of a batch."""
+GO = Decision(None, None, None)
 
-    rows: slice
-    columns: slice
+
+class Block:
+    """Rows and columns of the matrices, and memory for temporaries of that size.
+
+    The memory is kept from step to step: fresh pages would cost more than the arithmetic.
+    """
+
+    def __init__(self, rows: slice, columns: slice, memory: list[Tensor]) -> None:
+        self.rows, self.columns, self._memory = rows, columns, memory
+        self.shape = (rows.stop - rows.start, columns.stop - columns.start)
+        self._spreads = self.shape[1] < SHORT and self.shape[0] * self.shape[1] >= LARGE
+        self._used = 0
 
     def of(self, matrix: Tensor) -> Tensor:
         return matrix[self.rows, self.columns]
 
-    def column(self, value: Value) -> Value:
-        """A number as it is; of one value per model those of the rows, to stand beside the matrices."""
-        if isinstance(value, float) or value.dim() == 0:
-            return value
-        column = value[self.rows].unsqueeze(1)
-        width = self.columns.stop - self.columns.start
-        return column.expand(-1, width).contiguous() if column.is_cpu and width < SHORT else column
+    def empty(self, like: Tensor) -> Tensor:
+        """A temporary of the block's shape, whose memory the next block uses again."""
+        size = self.shape[0] * self.shape[1]
+        if self._used == len(self._memory):
+            self._memory.append(torch.empty(size, dtype=like.dtype, device=like.device))
+        self._used += 1
+        return self._memory[self._used - 1][:size].view(self.shape)
+
+    def begin(self) -> None:
+        """Let all temporaries go."""
+        self._used = 0
+
+    def row(self, value: Any) -> Any:
+        """A number as it is; of one value per model those of the block's models."""
+        return value if isinstance(value, float) or value.dim() == 0 else value[self.rows]
+
+    def column(self, values: Any) -> Any:
+        """What ``row`` gave, or was made of it, to stand beside the block."""
+        if isinstance(values, float) or values.dim() == 0:
+            return values
+        column = values.unsqueeze(1)
+        if not self._spreads or not column.is_cpu:
+            return column
+        return self.empty(values).copy_(column.expand(self.shape))
 
 
-Rule = Callable[[Tensor, Tensor, dict[str, Tensor], Callable[[Value], Any]], None]
+Rule = Callable[[Tensor, Tensor, dict[str, Tensor], Block], None]
 
 
 def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models, out: Tensor) -> None:
@@ -71,11 +98,11 @@ def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models,
         out: (2, B), overwritten.
     """
     out.zero_()
-    for grad in bucket.grads:
+    for i, grad in enumerate(bucket.grads):
         with one_thread(is_small(grad)):
             matrix = _matrix(grad, models.B)
             bad = torch.zeros(models.B, dtype=torch.bool, device=out.device)
-            for block in _blocks(matrix, out.dtype):
+            for block in _blocks(bucket, i, models.B):
                 wide = block.of(matrix).to(out.dtype)
                 if grad_scale is not None:
                     wide = wide / grad_scale
@@ -116,11 +143,16 @@ def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Gua
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        _update(bucket, i, decision, models, _adam_rule(bucket, i, options[group], models))
+        if decision is GO and _takes_fused(bucket, options[group]):
+            _fused_adam(bucket, i, options[group], models)
+        else:
+            _update(bucket, i, decision, models, _adam_rule(bucket, i, options[group], models))
 
 
 def _decide(guard: Guard, models: Models) -> Decision | None:
     """Read the guard, and count the skipped steps; None if no model makes the step, where that costs no wait."""
+    if guard is UNGUARDED and models.active is None:
+        return GO
     skip, clip, keep = None, None, models.active
     if guard.found_inf is not None:
         skip = (guard.found_inf != 0).expand(models.B)
@@ -151,16 +183,23 @@ def _matrix(tensor: Tensor, models: int) -> Tensor:
     return tensor.as_strided((models, width), (width, 1))
 
 
-def _blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[Block]:
-    rows, columns = matrix.shape
-    if matrix.numel() == 0:
-        return
-    most = batch_size(matrix.device, dtype) // SHARE
-    wide = min(columns, most)
-    high = max(1, most // columns)
-    for top in range(0, rows, high):
-        for left in range(0, columns, wide):
-            yield Block(slice(top, min(top + high, rows)), slice(left, min(left + wide, columns)))
+def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
+    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size."""
+    param = bucket.params[i] if bucket.params else bucket.grads[i]
+    known: list[Block] | None = bucket.memory.get(f"blocks {i}")
+    if known is None:
+        columns = param.numel() // max(1, models)
+        most = batch_size(param.device, acc_dtype(param))
+        wide = max(1, min(columns, most))
+        high = max(1, most // wide)
+        shape = min(high, models), min(wide, columns)
+        memory = bucket.memory.setdefault("temporaries", {}).setdefault(shape[0] * shape[1], [])
+        known = bucket.memory[f"blocks {i}"] = [
+            Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory)
+            for top in range(0, models, high)
+            for left in range(0, columns, wide)
+        ]
+    return known
 
 
 def _update(bucket: Bucket, i: int, decision: Decision, models: Models, rule: Rule) -> None:
@@ -170,7 +209,8 @@ def _update(bucket: Bucket, i: int, decision: Decision, models: Models, rule: Ru
         matrices = {"param": _matrix(param, models.B), **matrices}
         grad = _matrix(bucket.grads[i], models.B)
         step = bucket.states["step"][i] if "step" in bucket.states else None
-        for block in _blocks(grad, acc_dtype(param)):
+        for block in _blocks(bucket, i, models.B):
+            block.begin()
             _update_block(bucket, i, decision, rule, block, grad, matrices, step)
         if step is not None:
             step += 1 if decision.keep is None else decision.keep
@@ -195,7 +235,7 @@ def _update_block(
         g = g / decision.scale
         place.copy_(g if keep is None else torch.where(keep, g.to(place.dtype), place))
     if decision.clip is not None:
-        g = g * block.column(decision.clip.to(dtype))
+        g = g * block.column(block.row(decision.clip).to(dtype))
 
     # Whatever may not be written as it comes is computed in a copy.
     work = {key: value.to(dtype, copy=keep is not None) for key, value in narrow.items()}
@@ -203,7 +243,7 @@ def _update_block(
     if "master_param" in work:
         followed = narrow["master_param"].to(narrow["param"].dtype) == narrow["param"]
         p = torch.where(followed, work.pop("master_param"), p)
-    rule(p, g, work, block.column)
+    rule(p, g, work, block)
 
     results = {"param": p, **work}
     if "master_param" in narrow:
@@ -222,9 +262,76 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
     """The random bits of the block's elements, by their places in memory and the updates that their model has made."""
     assert step is not None
     assert bucket.seed is not None
-    rows, columns = (torch.arange(s.start, s.stop, device=grad.device) for s in block)
+    rows, columns = (torch.arange(s.start, s.stop, device=grad.device) for s in (block.rows, block.columns))
     place = rows.unsqueeze(1) * grad.shape[1] + columns
     return draw_words(place, tensor_key(bucket.seed, bucket.indices[i], step[block.rows].unsqueeze(1)))
+
+
+def _takes_fused(bucket: Bucket, options: AdamOptions) -> bool:
+    """Whether torch's fused kernel, given equal steps, can do all but multiply by the models' rates."""
+    for value in (options.beta1, options.beta2, options.weight_decay):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return False
+    if not is_native(bucket) or not bucket.params[0].is_cpu:
+        return False
+    return options.decoupled or float(options.weight_decay) == 0
+
+
+def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> None:
+    """Adam whose options but the rate are numbers: torch's fused kernel finds the step of a block at rate 1.
+
+    It does so from a parameter of zeros, if the block's models have made equally many steps; the rates multiply it.
+    """
+    param, step = bucket.params[i], bucket.states["step"][i]
+    known = bucket.memory.get(f"fused {i}")
+    if known is None:
+        blocks = _blocks(bucket, i, models.B)
+        matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
+        views = [{key: block.of(matrix) for key, matrix in matrices.items()} for block in blocks]
+        starts = [block.of(_matrix(param, models.B)) for block in blocks]
+        known = bucket.memory[f"fused {i}"] = list(zip(blocks, starts, views, strict=True)), torch.zeros(())
+    parts, count = known
+    grad = _matrix(bucket.grads[i], models.B)
+    rate = _rate(options.lr, models, param.dtype)
+    decay = float(options.weight_decay)
+    rule = None
+    with one_thread(is_small(param)):
+        for block, p, states in parts:
+            block.begin()
+            g, steps = (grad, step) if len(parts) == 1 else (block.of(grad), step[block.rows])
+            low, high = steps.aminmax()
+            before = low.item()
+            if before != high.item():
+                rule = rule or _adam_rule(bucket, i, options, models)
+                rule(p, g, states, block)
+                continue
+            move = block.empty(p).zero_()
+            largest = [states["max_exp_avg_sq"]] if "max_exp_avg_sq" in states else []
+            torch._fused_adam_(
+                [move],
+                [g],
+                [states["exp_avg"]],
+                [states["exp_avg_sq"]],
+                largest,
+                [count.fill_(before + 1)],
+                amsgrad=bool(largest),
+                lr=1.0,
+                beta1=float(options.beta1),
+                beta2=float(options.beta2),
+                weight_decay=0.0,
+                eps=options.eps,
+                maximize=options.maximize,
+                grad_scale=None,
+                found_inf=None,
+            )
+            column = block.column(block.row(rate))
+            if decay != 0:
+                p.mul_(1 - column * decay)
+            if isinstance(column, float):
+                p.add_(move, alpha=column)
+            else:
+                p.addcmul_(move, column)
+        step += 1
 
 
 def _number(value: Any, dtype: torch.dtype) -> Value:
@@ -241,11 +348,11 @@ def _rate(lr: Any, models: Models, dtype: torch.dtype) -> Value:
     return rate if models.lr_scale is None else models.lr_scale.to(dtype) * rate
 
 
-def _add_scaled(tensor: Tensor, other: Tensor, factor: Any) -> Tensor:
-    """``tensor + factor * other``, anew."""
+def _add_scaled(block: Block, tensor: Tensor, other: Tensor, factor: Any) -> Tensor:
+    """``tensor + factor * other``, in another tensor unless the factor is 0."""
     if isinstance(factor, float):
-        return torch.add(tensor, other, alpha=factor) if factor != 0 else tensor
-    return torch.addcmul(tensor, other, factor)
+        return torch.add(tensor, other, alpha=factor, out=block.empty(tensor)) if factor != 0 else tensor
+    return torch.addcmul(tensor, other, factor, out=block.empty(tensor))
 
 
 def _sgd_rule(bucket: Bucket, i: int, options: SGDOptions, models: Models) -> Rule:
@@ -255,22 +362,22 @@ def _sgd_rule(bucket: Bucket, i: int, options: SGDOptions, models: Models) -> Ru
     share = 1 - float(options.dampening)
     fresh = bucket.states["step"][i] == 0 if "momentum_buffer" in bucket.states and share != 1 else None
 
-    def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], column: Callable[[Value], Any]) -> None:
-        g = -g if options.maximize else g
-        g = _add_scaled(g, p, column(decay))
+    def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], block: Block) -> None:
+        g = torch.neg(g, out=block.empty(g)) if options.maximize else g
+        g = _add_scaled(block, g, p, block.column(block.row(decay)))
         if "momentum_buffer" in states:
-            buffer, mu = states["momentum_buffer"], column(momentum)
-            new = (buffer * mu).add_(g, alpha=share)
+            buffer, mu = states["momentum_buffer"], block.column(block.row(momentum))
+            new = torch.mul(buffer, mu, out=block.empty(g)).add_(g, alpha=share)
             if fresh is not None:
-                new = torch.where(column(fresh), g, new)
-            ahead = _add_scaled(g, new, mu) if options.nesterov else new
+                new = torch.where(fresh[block.rows].unsqueeze(1), g, new)
+            ahead = _add_scaled(block, g, new, mu) if options.nesterov else new
             if isinstance(mu, Tensor):  # a model without momentum leaves its buffer as it is
                 buffer.copy_(torch.where(mu == 0, buffer, new))
                 g = torch.where(mu == 0, g, ahead)
             else:
                 buffer.copy_(new)
                 g = ahead
-        rate = column(lr)
+        rate = block.column(block.row(lr))
         if isinstance(rate, float):
             p.add_(g, alpha=-rate)
         else:
@@ -283,46 +390,46 @@ def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> 
     dtype = acc_dtype(bucket.params[i])
     lr = _rate(options.lr, models, dtype)
     decay, beta1, beta2 = (_number(x, dtype) for x in (options.weight_decay, options.beta1, options.beta2))
-    step = bucket.states["step"][i].to(dtype) + 1
-    correction1, correction2 = _correction(beta1, step), _correction(beta2, step)
-    step_size = lr / correction1
-    root = correction2.sqrt() if isinstance(correction2, Tensor) else math.sqrt(correction2)
-    shrink = 1 - lr * decay if options.decoupled else 1.0
-    less1, less2 = 1 - beta1, 1 - beta2
+    step = bucket.states["step"][i]
 
-    def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], column: Callable[[Value], Any]) -> None:
+    def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], block: Block) -> None:
         m, v = states["exp_avg"], states["exp_avg_sq"]
-        g = -g if options.maximize else g
+        rate, shrink, b1, b2 = map(block.row, (lr, decay, beta1, beta2))
+        steps = block.row(step).to(dtype) + 1
+        if steps.is_cpu and len(steps) > 0:
+            low, high = steps.aminmax()
+            steps = low if low == high else steps
+        correction1, correction2 = _correction(b1, steps), _correction(b2, steps)
+        g = torch.neg(g, out=block.empty(g)) if options.maximize else g
         if not options.decoupled:
-            g = _add_scaled(g, p, column(decay))
-        elif not isinstance(shrink, float) or shrink != 1:
-            p.mul_(column(shrink))
-        m.lerp_(g, column(less1))
-        fresh = column(less2)
+            g = _add_scaled(block, g, p, block.column(shrink))
+        elif not isinstance(shrink, float) or shrink != 0:
+            p.mul_(block.column(1 - rate * shrink))
+        m.lerp_(g, block.column(1 - b1))
+        fresh = block.column(1 - b2)
         if isinstance(fresh, float):
-            v.mul_(column(beta2)).addcmul_(g, g, value=fresh)
+            v.mul_(b2).addcmul_(g, g, value=fresh)
         else:
-            v.mul_(column(beta2)).addcmul_(g * g, fresh)
+            v.mul_(block.column(b2)).addcmul_(torch.mul(g, g, out=block.empty(g)), fresh)
         largest = v
         if "max_exp_avg_sq" in states:
             largest = torch.maximum(states["max_exp_avg_sq"], v, out=states["max_exp_avg_sq"])
-        denominator = largest.sqrt().div_(column(root)).add_(options.eps)
-        size = column(step_size)
+        root = correction2.rsqrt() if isinstance(correction2, Tensor) else correction2**-0.5
+        move = torch.sqrt(largest, out=block.empty(v)).mul_(block.column(root)).add_(options.eps)
+        torch.div(m, move, out=move)
+        size = block.column(rate / correction1)
         if isinstance(size, float):
-            p.addcdiv_(m, denominator, value=-size)
+            p.add_(move, alpha=-size)
         else:
-            p.addcmul_(torch.div(m, denominator, out=denominator), size, value=-1)
+            p.addcmul_(move, size, value=-1)
 
     return rule
 
 
-def _correction(beta: Value, step: Tensor) -> Value:
-    """``1 - beta^step``; a number where the step of all models is known to be one."""
-    if isinstance(beta, float):
-        if step.is_cpu and len(step) > 0:
-            low, high = step.aminmax()
-            if low == high:
-                return 1 - beta ** float(low)
-        power = math.log1p(beta - 1) if beta > 0 else -math.inf
-        return -torch.expm1(step * power)
-    return -torch.expm1(step * torch.log1p(beta - 1))
+def _correction(beta: Value, steps: Tensor) -> Value:
+    """``1 - beta^steps``, a number if both are."""
+    if isinstance(beta, Tensor):
+        return -torch.expm1((steps * torch.log1p(beta - 1)).clamp_(min=LEAST))
+    if steps.dim() == 0 and steps.is_cpu:
+        return 1 - beta ** int(steps)
+    return torch.expm1((steps * (math.log1p(beta - 1) if beta > 0 else -math.inf)).clamp_(min=LEAST)).neg_()

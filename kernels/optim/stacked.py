@@ -7,6 +7,7 @@ waits for the device after construction, save where ``on_nonfinite="raise"`` mus
 """
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +35,7 @@ class StackedStep:
     _models: int | None = None  # how many; None without ``stacked=True``
     _active: Tensor | None = None
     _lr_scale: Tensor | None = None
+    _checked: list[Any] | None = None  # the options that the last step has checked
 
     def _take_rates(self, shared: Any, **options: Any) -> dict[str, Any]:
         """The options for torch's constructor, which checks them: of each (B,) tensor the worst element stands for it.
@@ -199,9 +201,16 @@ class StackedStep:
 
     def _models_of_step(self) -> Models:
         """What all launches of a step are given; refuses what has changed since construction."""
-        self._check_active(self._active)
-        self._check_lr_scale(self._lr_scale)
-        self._refuse_overwritten()
+        given = [self._active, self._lr_scale]
+        for group in self.param_groups:
+            given += [group.get("lr"), group.get("weight_decay"), group.get("momentum"), group.get("betas")]
+            given.append(group.get("max_lr"))
+        known = self._checked
+        if known is None or len(known) != len(given) or not all(map(is_, given, known)):
+            self._check_active(self._active)
+            self._check_lr_scale(self._lr_scale)
+            self._refuse_overwritten()
+            self._checked = given
         assert self._models is not None
         return Models(self._models, self._active, self._lr_scale)
 
@@ -263,7 +272,8 @@ def update_models(
         with part.dense(write_grads=guard.grad_scale is not None):
             launcher(bucket, options, guard, models)
         torch.autograd.graph.increment_version(bucket.params)
-        guard = guard._replace(skipped=None)  # the first part counts for all
+        if guard.skipped is not None:
+            guard = guard._replace(skipped=None)  # the first part counts for all
 
 
 def local_guard(guard: Guard, home: torch.device) -> Guard:

@@ -467,7 +467,9 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         home = self._home()
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
-        guard = local_guard(Guard(scale, found_inf), home)
+        guard = UNGUARDED
+        if scale is not None or found_inf is not None:
+            guard = local_guard(Guard(scale, found_inf), home)
         if self._measures():
             norms = self._norms = measure_models(plan.parts, guard.grad_scale, models, home)
             if self._row is not None:

@@ -708,6 +708,14 @@ def mse_sum(sums: int) -> tuple[int, int]:
 CHUNK = 4096
 NORM_PROGRAMS = 1024  # a power of two
 
+# Models that one program of a stacked step updates at most. Each has a dozen numbers in float64: with 512 models of one
+# bfloat16 element, registers spilt.
+STACKED_MODELS = 256
+
+# Chunks of models' gradients that a program of the stacked norm adds up at least, and programs that share models.
+STACKED_NORM_CHUNKS = 4
+STACKED_NORM_PROGRAMS = 256
+
 STEP_PLANS = {
     "chunks": "one launch for all tensors: a program updates CHUNK elements of one of them, BLOCK at a time"
 }

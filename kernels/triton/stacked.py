@@ -47,10 +47,6 @@ from .multi_tensor import (
 ALIGNED = tl.constexpr(10)
 COUNTER = tl.constexpr(11)  # the first of the tensor's counters, one per tile of models
 
-# The pieces of models that a program of the norm adds up at least, and how many programs share a tile at most.
-NORM_PIECES = 4
-NORM_SPLITS = 256
-
 SGD_LR, SGD_MOMENTUM, SGD_DAMPENING, SGD_DECAY, SGD_NESTEROV, SGD_MAXIMIZE, _, _ = option_columns(
     SGDOptions, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "max_norm"
 )
@@ -69,7 +65,7 @@ class StackedTables(Tables):
         widths = [param.numel() // max(1, models) for param in bucket.params]
         # A tile has as many columns as the longest row asks for: of that tensor at least half of the lanes work.
         self.columns = min(block, triton.next_power_of_2(max(1, *widths)))
-        self.tile = block // self.columns
+        self.tile = min(block // self.columns, config.STACKED_MODELS)
         self.tiles = cdiv(models, self.tile)
         self._models = models
         super().__init__(bucket)
@@ -120,7 +116,7 @@ def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models,
         out: (2, B), overwritten.
     """
     tables = _tables_of(bucket, models)
-    splits = min(NORM_SPLITS, cdiv(tables.pieces, NORM_PIECES))
+    splits = min(config.STACKED_NORM_PROGRAMS, cdiv(tables.pieces, config.STACKED_NORM_CHUNKS))
     partials, arrivals = out, tables.arrivals
     if splits > 1:
         known = bucket.memory.get("norm_partials")
