@@ -21,6 +21,8 @@ from .throughput.optimizer import (
     apex,
     compiled_stepper,
     declare,
+    is_stack,
+    stacked_case,
     step_case,
     stepper,
     torch_steppers,
@@ -30,6 +32,19 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    if is_stack(shape):
+        rates = partial(torch.full, shape[:1], 1e-3)
+        yield stacked_case(
+            "adam",
+            shape,
+            dtype,
+            lambda params: gradkernels.FusedAdam(params, stacked=True, lr=rates(device=params[0].device)),
+            torch.optim.Adam,
+            reference.step,
+            STATES,
+            (7, 15),
+        )
+        return
     count, numel = shape
     common = ([(numel,)] * count, f"{count} x {numel}", dtype)
     implementations = [

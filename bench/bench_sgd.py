@@ -24,10 +24,35 @@ from .reports.optimizer import (
     step_job,
 )
 from .throughput.case import OURS, Case
-from .throughput.optimizer import apex, compiled_stepper, declare, step_case, stepper, torch_steppers
+from .throughput.optimizer import (
+    apex,
+    compiled_stepper,
+    declare,
+    is_stack,
+    stacked_case,
+    step_case,
+    stepper,
+    torch_steppers,
+)
 
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
+    if is_stack(shape):
+        options = {"momentum": 0.9, "weight_decay": 0.01}
+        rates = partial(torch.full, shape[:1], 0.01)
+        yield stacked_case(
+            "sgd",
+            shape,
+            dtype,
+            lambda params: gradkernels.FusedSGD(
+                params, stacked=True, lr=rates(device=params[0].device), **options
+            ),
+            partial(torch.optim.SGD, lr=0.01, **options),
+            partial(reference.step, lr=0.01, **options),
+            ("momentum_buffer",),
+            (5, 6),
+        )
+        return
     count, numel = shape
     common = ([(numel,)] * count, f"{count} x {numel}", dtype)
     momentum = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}

@@ -58,14 +58,36 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.
         norm_group: process group over which ``max_norm`` and ``on_nonfinite`` are agreed where each rank holds
             parameters of its own (ZeroRedundancyOptimizer). DTensors bring their mesh and need none.
+        stacked: the parameters stack B models along their first dimension, as torch.func.stack_module_state does, and
+            every model is trained as if it had an optimizer of its own. ``lr``, ``weight_decay`` and each of
+            ``betas`` may then be a tensor (B,) on the parameters' device, read there at each step: the rule above
+            holds for each model b with ``lr[b]`` and so on. ``state["step"]``, clipping by ``max_norm``,
+            ``on_nonfinite``, ``grad_norm`` and ``steps_skipped`` are per model, (B,). ``optimizer.active``, a bool
+            tensor (B,) or None, leaves models out of a step: their parameters, state, step and counts stay, and
+            their ``grad_norm`` is nan. With B rows of one tensor this is a row-selective Adam.
+        lr_scale: with ``stacked``, factors (B,) of the rates, read at each step: the effective rate is
+            ``lr lr_scale[b]``, so that torch's schedulers, which serve one number, drive all models.
+
+    Shapes:
+        parameters: any; with ``stacked`` ``(B, *)``, B the same in all, 0 included.
 
     Raises:
         ValueError, RuntimeError: what torch.optim.Adam raises, in its words; ``max_norm`` below 0, an unknown
             ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``.
+        ValueError: with ``stacked``, for 0-d or complex parameters, unequal B, ``differentiable=True``, an option that
+            is neither a number nor (B,); at the step for sparse gradients, DTensors, and an option that was (B,) and
+            has been overwritten with a number, as OneCycleLR does.
+        RuntimeError: with ``stacked``, for parameters or options on another device than the first parameter.
 
     Example:
         >>> optimizer = FusedAdam(model.parameters(), lr=1e-3, max_norm=1.0, on_nonfinite="skip")
         >>> loss_fn(model(input), target).backward()
+        >>> optimizer.step()
+
+        A thousand rates at once:
+
+        >>> optimizer = FusedAdam([weight], lr=torch.logspace(-5, 0, 1000), stacked=True)  # weight: (1000, K, D)
+        >>> linear_mse_loss(input, weight, target).sum().backward()
         >>> optimizer.step()
     """
 

@@ -43,6 +43,9 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         capturable: whether a CUDA graph may capture the step.
         max_norm, on_nonfinite, master_weights, stochastic_rounding, seed, norm_group: as for FusedAdam; the count
             of updates that random rounding needs is kept in ``state["step"]``.
+        stacked, lr_scale: as for FusedAdam; ``lr``, ``momentum`` and ``weight_decay`` may be tensors (B,). Beside a
+            momentum buffer ``state["step"]`` counts each model's updates, since a first step of momentum is per
+            model. A model whose momentum is 0 moves by its gradient and leaves its buffer as it is.
 
     Raises:
         ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .case import Call, Case, Implementation, Op, Sweep, compiled, draw_inputs, powers
+from .case import OURS, Call, Case, Implementation, Op, Sweep, compiled, draw_inputs, powers
 
 SAMPLED = 1 << 24  # elements; of a longer list evenly spaced ones are checked
 MAX_NORM = 1.0
+SHORT = 64  # numbers; a list of shorter tensors is a batch of models
+MODELS = 2000  # of more, an optimizer or a group for each takes minutes
 
 Build = Callable[[list[Tensor]], torch.optim.Optimizer]
 Reference = Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -140,6 +142,105 @@ def step_case(
     )
 
 
+def is_stack(shape: tuple[int, ...]) -> bool:
+    """Whether a shape stands for a batch of short models and not for a list of tensors."""
+    return shape[0] > 1 and shape[1] < SHORT
+
+
+def stacked_case(
+    op: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    ours: Build,
+    theirs: Callable[..., torch.optim.Optimizer],
+    reference: Reference,
+    states: tuple[str, ...],
+    per_parameter: tuple[int, int],
+) -> Case:
+    """Make the case of one step over a batch of models, each by a rate of its own, beside what torch offers.
+
+    All rates are equal, so that torch's one rate for the whole stack must give the same numbers.
+
+    Args:
+        shape: models and numbers of each.
+        ours: makes the stacked optimizer.
+        theirs: torch's class with its options.
+        reference, states, per_parameter: as for ``step_case``; beside them of each model the step and the rate move.
+    """
+    models, numel = shape
+
+    def models_of(stack: Tensor) -> list[Tensor]:
+        return [row.clone().requires_grad_() for row in stack]
+
+    def groups(stack: Tensor) -> list[torch.optim.Optimizer]:
+        return [theirs([{"params": [model]} for model in models_of(stack)], foreach=True)]
+
+    def loop(stack: Tensor) -> list[torch.optim.Optimizer]:
+        return [theirs([model], foreach=False) for model in models_of(stack)]
+
+    ways: list[tuple[str, Callable[[Tensor], list[torch.optim.Optimizer]], str]] = [
+        (OURS, lambda stack: [ours([stack.clone().requires_grad_()])], ""),
+        ("one rate, loop", lambda stack: [theirs([stack.clone().requires_grad_()], foreach=False)], ""),
+        ("one rate, fused", lambda stack: [theirs([stack.clone().requires_grad_()], fused=True)], ""),
+        ("group per model", groups, f"over {MODELS} models" if models > MODELS else ""),
+        ("optimizer per model", loop, f"over {MODELS} models" if models > MODELS else ""),
+    ]
+
+    def implementation(name: str, make: Callable[[Tensor], list[torch.optim.Optimizer]], absent: str) -> Any:
+        def prepare(stacks: list[Tensor], grads: list[Tensor]) -> Call:
+            optimizers = make(stacks[0])
+            params = [
+                p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+            ]
+            if len(params) == 1:
+                params[0].grad = grads[0]
+            else:
+                for param, grad in zip(params, grads[0], strict=True):
+                    param.grad = grad
+
+            def call() -> Any:
+                for optimizer in optimizers:
+                    optimizer.step()
+                return optimizers
+
+            return call
+
+        return Implementation(name, prepare, absent)
+
+    def pick(optimizers: Any) -> list[Tensor]:
+        found = [
+            (param, *(optimizer.state[param][name] for name in states))
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
+        return [
+            torch.cat([tensor.detach().reshape(-1) for tensor in each]) for each in zip(*found, strict=True)
+        ]
+
+    def expected(stacks: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
+        param, grad = stacks[0].reshape(-1), grads[0].reshape(-1)
+        state: dict[str, np.ndarray] = {}
+        for _ in range(10):
+            param, state = reference(param, grad, state)
+        return [param, *(state[name] for name in states)]
+
+    return Case(
+        op=op,
+        variant="stacked",
+        label=f"{models} models x {numel}",
+        sizes={"tensors": models, "numel": models * numel},
+        dtype=dtype,
+        bytes=per_parameter[0] * models * numel * dtype.itemsize + 12 * models,
+        flops=per_parameter[1] * models * numel,
+        make=draw_inputs(dtype, lambda randn: ([randn(*shape)], [randn(*shape)])),
+        implementations=tuple(implementation(*way) for way in ways),
+        reference=expected,
+        pick=pick,
+        calls=10,
+    )
+
+
 def declare(name: str, build: Callable[[tuple[int, ...], torch.dtype], Iterator[Case]]) -> Op:
     """Declare an optimizer; its axes are the number of tensors and the elements of each."""
     return Op(
@@ -148,6 +249,7 @@ def declare(name: str, build: Callable[[tuple[int, ...], torch.dtype], Iterator[
         build,
         """
         *1x2 1x4096@cpu *1000x1000@cpu 10x1e5@cpu 300x1000@cpu 300x1e5@cuda 3000x1000 *5000x100@cuda
+        *1000x8 *1e6x3 1e7x3@cuda
         *1x2^20 *1x1e7 *1x1e8@cuda 1x1e9@cuda
         """,
         dtypes={
