@@ -150,7 +150,10 @@ def _root(x):
 
 @triton.jit
 def adam_rule(p, g, m, v, w, scalars):
-    """One step of elements: their new p, m, v and w (None without amsgrad); the scalars broadcast against them."""
+    """One step of elements: their new p, m, v and w (v without amsgrad); the scalars broadcast against them.
+
+    A function of triton 3.6 may not return None beside tensors.
+    """
     shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size, _, _ = scalars
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
     p = p * shrink
@@ -159,10 +162,9 @@ def adam_rule(p, g, m, v, w, scalars):
     v = tl.fma(g * g, one_less_beta2, v * beta2)
     largest = v
     if w is not None:
-        w = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
-        largest = w
+        largest = tl.where((v > w) | (v != v), v, w)  # NaN wins, as in torch.maximum
     p = p - step_size * (m / tl.fma(_root(largest), inverse_root, eps))
-    return p, m, v, w
+    return p, m, v, largest
 
 
 @triton.jit

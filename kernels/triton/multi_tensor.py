@@ -8,7 +8,7 @@ serves. ``rows`` (N, 12) int64 describes the tensors, by the column numbers belo
 ``options`` (groups, 2, COLUMNS) float64 has the options of each parameter group, and below each an address: if it
 is not 0, the kernel reads the option there (float32), so that a learning rate in a device tensor stays live.
 
-A table is uploaded only when it has changed, from pinned memory and without a wait.
+A table is uploaded only when it has changed, before the launch that reads it, from pinned memory and without a wait.
 """
 
 from collections.abc import Sequence
@@ -44,45 +44,39 @@ INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
 
 
 class Table:
-    """An array on the host and its copy on the device.
+    """An array on the host and its copy on the device, which ``Tables.upload`` brings up to date.
 
-    Two pinned buffers take turns, so that one is not rewritten while it is still being read. A table made
-    during a graph capture uploads once: the graph reads its pinned buffer at each replay.
+    Attributes:
+        array: set ``stale`` after a change.
+        memory, start, stop: the piece of device memory that has the copy, and the copy's bytes in it.
     """
 
-    def __init__(self, array: np.ndarray, device: torch.device) -> None:
+    def __init__(self, array: np.ndarray, tables: "Tables") -> None:
         self.array = array
-        source = torch.from_numpy(array)
-        # On the CPU, where Triton's interpreter runs, both are one.
-        self.tensor = source if device.type == "cpu" else torch.empty_like(source, device=device)
-        self._turn = 0
-        self._buffers: list[Tensor] = []
-        self._events: list[Any] = [None, None]
-        if device.type in TRITON_DEVICES:
-            self._buffers = [torch.empty_like(source, pin_memory=True) for _ in range(2)]
-            self.upload()
+        self.stale = True
+        self.memory: Tensor | None = None
+        self.start = self.stop = 0
+        self._tables = tables
+        self._tensor: Tensor | None = None
 
-    def upload(self) -> None:
-        """Bring the device's copy up to date, in the order of the current stream."""
-        if not self._buffers:
-            return
-        turn = self._turn = 1 - self._turn
-        if self._events[turn] is not None:
-            self._events[turn].synchronize()
-        self._buffers[turn].numpy()[...] = self.array
-        module = torch.get_device_module(self.tensor.device)
-        with module.device(self.tensor.device):
-            self.tensor.copy_(self._buffers[turn], non_blocking=True)
-            if not (self.tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self._events[turn] = module.Event()
-                self._events[turn].record()
+    @property
+    def tensor(self) -> Tensor:
+        """The copy, up to date in the order of the current stream."""
+        if self.stale:
+            self._tables.upload()
+        assert self._tensor is not None
+        return self._tensor
+
+    @tensor.setter
+    def tensor(self, tensor: Tensor) -> None:
+        self._tensor, self.stale = tensor, False
 
 
 class Tables:
     """The tables of one bucket, kept in its memory from step to step."""
 
     def __init__(self, bucket: Bucket) -> None:
-        device = self.device = bucket.params[0].device
+        self.device = bucket.params[0].device
         states = [bucket.states[key] for key in bucket.states if key not in ("step", "master_param")]
         columns = {
             PARAM.value: bucket.params,
@@ -105,12 +99,17 @@ class Tables:
         owner = np.repeat(np.arange(len(rows)), counts)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.programs = len(owner)
-        self.rows = Table(rows, device)
-        self.chunks = Table(np.stack([owner, place], axis=1).astype(np.int32), device)
-        # How many programs have read a step; the last one of them puts it back to 0.
-        self.arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
+        self.rows = Table(rows, self)
+        self.chunks = Table(np.stack([owner, place], axis=1).astype(np.int32), self)
+        self._arrivals = Table(np.zeros(counters, dtype=np.int32), self)
         self._options: Table | None = None
         self._sources: list[Tensor] = []
+        self._pinned: list[Tensor] = []
+
+    @property
+    def arrivals(self) -> Tensor:
+        """How many programs have read a step; the last one of them puts it back to 0."""
+        return self._arrivals.tensor
 
     def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """How many programs serve each tensor, and how many counters they need."""
@@ -127,7 +126,44 @@ class Tables:
         self._grads = addresses
         self.rows.array[:, GRAD.value] = addresses
         self.rows.array[:, ALIGNED.value] = ((self._addresses | addresses) & 15) == 0
-        self.rows.upload()
+        self.rows.stale = True
+
+    def upload(self) -> None:
+        """Bring the device's copies up to date, in the order of the current stream: by one copy, as a rule.
+
+        Its source is pinned memory of its own, which torch does not use again before the copy is done; so nothing
+        waits. A graph that is being captured reads that memory at each replay: then it is kept.
+        """
+        # Those that may change again are neighbours.
+        tables = (self._arrivals, self.chunks, self.rows, self._options)
+        stale = [table for table in tables if table is not None and table.stale]
+        if self.device.type not in TRITON_DEVICES:
+            for table in stale:  # on the CPU, where Triton's interpreter runs, both are one
+                table.tensor = torch.from_numpy(table.array)
+            return
+        new = [table for table in stale if table.memory is None]
+        size = 0
+        for table in new:
+            table.start, table.stop = size, size + table.array.nbytes
+            size = -(-table.stop // 16) * 16
+        if new:
+            piece = torch.empty(size, dtype=torch.uint8, device=self.device)
+            for table in new:
+                table.memory = piece
+        for memory in {id(table.memory): table.memory for table in stale}.values():
+            assert memory is not None
+            parts = [table for table in stale if table.memory is memory]
+            start, stop = parts[0].start, parts[-1].stop
+            source = torch.empty(stop - start, dtype=torch.uint8, device="cpu", pin_memory=True)
+            for table in parts:
+                array = torch.from_numpy(table.array)
+                part = slice(table.start - start, table.stop - start)
+                source[part].view(array.dtype).view(array.shape).copy_(array)
+                table.tensor = memory[table.start : table.stop].view(array.dtype).view(array.shape)
+            with torch.get_device_module(self.device).device(self.device):
+                memory[start:stop].copy_(source, non_blocking=True)
+                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    self._pinned.append(source)
 
     def options(self, groups: Sequence[tuple[Any, ...]], max_norm: float | None) -> Tensor:
         """(groups, 2, options + 1): numbers, max_norm last or -1; and as float64 bits the addresses to read instead."""
@@ -138,7 +174,7 @@ class Tables:
         for row, group in enumerate(groups):
             for column, value in enumerate(group):
                 if isinstance(value, Tensor) and not value.is_cpu:
-                    sources.append(value.detach().to(self.rows.tensor.device, torch.float32).resolve_neg())
+                    sources.append(value.detach().to(self.device, torch.float32).resolve_neg())
                     addresses[row, 1, column] = sources[-1].data_ptr()
                 else:
                     table[row, 0, column] = float(value)
@@ -148,10 +184,10 @@ class Tables:
         """The device's copy of the table of options; ``sources`` are kept, since the table has their addresses."""
         self._sources = sources
         if self._options is None or self._options.array.shape != table.shape:
-            self._options = Table(table, self.rows.tensor.device)
+            self._options = Table(table, self)
         elif self._options.array.tobytes() != table.tobytes():
             self._options.array[...] = table
-            self._options.upload()
+            self._options.stale = True
         return self._options.tensor
 
 
@@ -182,6 +218,7 @@ def launch_step(
         dtypes: further constexpr parameters of the kernel.
     """
     tables = tables_of(bucket)
+    option_table = tables.options(options, guard.max_norm)  # first, so that all tables go up together
     device = bucket.params[0].device
     operands = [bucket.params, bucket.grads, *(bucket.states[key] for key in bucket.states if key != "step")]
     widest = max(tensors[0].element_size() for tensors in operands)
@@ -191,7 +228,7 @@ def launch_step(
         tables.chunks.tensor,
         tables.rows.tensor,
         tables.arrivals,
-        tables.options(options, guard.max_norm),
+        option_table,
         guard.grad_scale,
         guard.found_inf,
         guard.norms,

@@ -120,14 +120,15 @@ def _sgd_step_kernel(
 
 @triton.jit
 def sgd_rule(p, g, m, first, scalars):
-    """One step of elements: their new p and m (None without momentum); the scalars broadcast against them."""
+    """One step of elements: their new p and m (the gradient without momentum); the scalars broadcast against them."""
     lr, momentum, share, decay, nesterov, _, _ = scalars
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
+    buffer = g
     if m is not None:
-        m = tl.where(first, g, tl.fma(g, share, m * momentum))
-        ahead = tl.where(nesterov, tl.fma(m, momentum, g), m)
+        buffer = tl.where(first, g, tl.fma(g, share, m * momentum))
+        ahead = tl.where(nesterov, tl.fma(buffer, momentum, g), buffer)
         g = tl.where(momentum == 0, g, ahead)  # one of several models may have none
-    return tl.fma(g, -lr, p), m
+    return tl.fma(g, -lr, p), buffer
 
 
 @triton.jit

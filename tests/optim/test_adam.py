@@ -126,7 +126,7 @@ class Launches:
         self.uploads = 0
         monkeypatch.setattr(multi_tensor, "launch", self._counting(multi_tensor.launch, "launches"))
         monkeypatch.setattr(
-            multi_tensor.Table, "upload", self._counting(multi_tensor.Table.upload, "uploads")
+            multi_tensor.Tables, "upload", self._counting(multi_tensor.Tables.upload, "uploads")
         )
 
     def _counting(self, function: Any, name: str) -> Any:
@@ -176,6 +176,8 @@ def test_tables_are_uploaded_only_when_they_change(
     params[1].grad = params[1].grad.clone()  # elsewhere in memory: the rows
     assert uploads() == 1
     optimizer.param_groups[0]["lr"] = 0.05  # the options
+    assert uploads() == 1
+    params[1].grad, optimizer.param_groups[0]["lr"] = params[1].grad.clone(), 0.1  # both, together
     assert uploads() == 1
     assert uploads() == 0
 
