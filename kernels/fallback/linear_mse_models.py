@@ -101,13 +101,13 @@ def linear_mse_models_forward(
         sample_weight = None if sample_weight is None else tiles.cut(sample_weight)
         weight = weight[tiles.model]
         bias = None if bias is None else bias[tiles.model]
-    # (B, K, N): one product of all weights, where the models share the rows.
-    if input.dtype == dtype:
-        residual = torch.bmm(weight, input.mT) if input.dim() == 3 else torch.matmul(weight, input.mT)
+    wide = torch.promote_types(input.dtype, dtype)
+    if input.dim() == 2:  # one product of all weights
+        residual = matmul_forward(weight, input.mT, None, [], wide).mT
+    elif input.dtype == wide:
+        residual = torch.bmm(input, weight.mT)
     else:
-        wide = torch.promote_types(input.dtype, dtype)
-        residual = matmul_forward(weight, input.mT, None, [], wide)
-    residual = residual.mT
+        residual = matmul_forward(input, weight.mT, None, [], wide)
     if bias is not None:
         residual = residual.add_(bias.unsqueeze(1))
     residual = residual.to(acc).sub_(target)

@@ -586,8 +586,8 @@ MODELS_SUM_BLOCK = (8, 16, 16)
 # D times the outputs of a program that reads shared rows, both rounded up to powers of two: the weights and gradients
 # that its registers hold.
 MODELS_SHARED_AREA = 2048
-# Elements of a tile of rows up to which one warp holds it: small models have few rows, and many programs hide latency.
-MODELS_ONE_WARP = 2048
+# Float32 values of a tile of rows for each thread, at least: small models have few rows, and fewer warps a program.
+MODELS_VALUES = 16
 
 
 @functools.cache
@@ -598,10 +598,12 @@ def models_chunks(
     chosen = linear_mse_chunks(K, D, itemsize, acc, target)
     if isinstance(chosen, str):
         return chosen
+    if chosen.compiled["num_warps"] > 4:
+        return chosen
     ROWS = min(chosen.ROWS, triton.next_power_of_2(max(rows, 4)))
-    compiled = dict(chosen.compiled)
-    if compiled["num_warps"] == 4 and ROWS * K * chosen.CHUNK * chosen.CHUNKS <= MODELS_ONE_WARP:
-        compiled["num_warps"] = 1
+    values = ROWS * K * chosen.CHUNK * chosen.CHUNKS * acc.itemsize // 4
+    num_warps = min(4, max(1, values // (MODELS_VALUES * warp_size(target))))
+    compiled = {"num_warps": num_warps, **registers(THREE_PROGRAMS if K == 1 else ALL_REGISTERS, target)}
     return chosen._replace(ROWS=ROWS, compiled=compiled)
 
 

@@ -583,7 +583,7 @@ def _by_shared(call: _Call, chosen: config.LinearMseDot) -> None:
         device=call.input.device, GRAD=call.grad_weight is not None,
         ALIGN=_alignment((call.input, call.weight), D, x.row, w.model, w.row), OPERAND=DTYPES[operand],
         PRECISION=config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision),
-        ACC=DTYPES[call.acc], **chosen._asdict(),
+        ACC=DTYPES[call.acc], **chosen._asdict(), **config.registers(config.ALL_REGISTERS, target),
     )  # fmt: skip
     _add_up_outputs(call, pieces, partials, call.grad_weight, shared=True)
 
@@ -620,7 +620,7 @@ def _tiles(
         "ALIGN": _alignment((rows, weight), D, x.model, x.row, w.model, w.row), "SHARED": shared,
         "OPERAND": DTYPES[multiplied], "ACC": DTYPES[acc],
         "PRECISION": config.dot_precision(multiplied, target, torch.backends.cuda.matmul.fp32_precision),
-        **tile._asdict(),
+        **tile._asdict(), **config.registers(config.ALL_REGISTERS, target),
     }  # fmt: skip
     return _Pieces(bounds, 1 if shared else B, N, tile.BLOCK_M), options
 
@@ -677,7 +677,7 @@ def _by_outer(
         Matrix(right, *right.stride()), _edges(bounds), out, partials, B, rows, K, D, span, factor,
         device=left.device, ALIGN=_alignment((right,), D, right.stride(0)), MEAN=mean, OPERAND=DTYPES[operand],
         PRECISION=config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision),
-        ACC=DTYPES[acc], **tile._asdict(),
+        ACC=DTYPES[acc], **tile._asdict(), **config.registers(config.ALL_REGISTERS, target),
     )  # fmt: skip
     _add_up(pieces, partials, (out, None, None), (K * D, 0, 0), K, mean, every=False, factor=factor)
 
