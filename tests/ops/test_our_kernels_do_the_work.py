@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from gradkernels import use_backend
+from gradkernels import linear_mse_loss, use_backend
 from gradkernels.operator import OPERATORS
 from gradkernels.ops import FUNCTIONS
 
@@ -249,3 +250,22 @@ def test_launches_do_not_grow_with_the_batch(case: Case, function: Any, launches
             vmap(function(case.ours))(*map(torch.stack, samples))
         counts[size] = len(launches)
     assert counts[2] == counts[5] > 0
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 70])
+def test_no_number_of_a_float64_launch_is_rounded(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton passes a Python float as float32, which the interpreter does not do; 2 / 63 is none of those."""
+    rounded: dict[torch.dtype, list[float]] = {torch.float32: [], torch.float64: []}
+
+    def launch(kernel: Any, *args: Any, **options: Any) -> None:
+        rounded[dtype] += [arg for arg in args if isinstance(arg, float) and arg != float(np.float32(arg))]
+
+    for op in FUNCTIONS:
+        monkeypatch.setattr(importlib.import_module(f"gradkernels.triton.{op}"), "launch", launch)
+    shapes = ((63, FEATURES), (outputs, FEATURES), (63, outputs), (outputs,))
+    for dtype in rounded:
+        leaves = [torch.ones(s, dtype=dtype, device=DEVICES["triton"], requires_grad=True) for s in shapes]
+        with use_backend("triton"):
+            linear_mse_loss(*leaves).backward()
+    assert rounded[torch.float32]
+    assert not rounded[torch.float64]
