@@ -14,7 +14,7 @@ from torch.optim.optimizer import (
 from typing_extensions import Unpack  # of torch's own requirements; typing has it from Python 3.11 on
 
 from .optim.bucket import AdamOptions
-from .optim.plan import local_part
+from .optim.plan import is_wrapper, local_part
 from .optim.step import FusedStep, SharedOptions
 
 _Adam = torch.optim.Adam  # a user may put FusedAdam under that name
@@ -139,7 +139,12 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             if self.stacked:
                 state["step"] = param.new_zeros(len(param), dtype=torch.float32)
             else:
-                state["step"] = local_part(param).new_zeros((), dtype=_get_scalar_dtype(group["fused"]))
+                local = local_part(param)
+                dtype = _get_scalar_dtype(group["fused"])
+                if is_wrapper(local):  # whose own new_zeros would make one more of its kind
+                    state["step"] = torch.zeros((), dtype=dtype, device=local.device)
+                else:
+                    state["step"] = local.new_zeros((), dtype=dtype)
             keys = (
                 ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
             )

@@ -30,6 +30,7 @@ TESTS = {
     "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
     "corners": "tests/ops/test_corners.py tests/launch/test_backends.py tests/ops/test_nn.py",
     "layouts": "tests/ops/test_layouts.py tests/ops/test_zero_sizes.py",
+    "work": "tests/ops/test_our_kernels_do_the_work.py",
     "reference": "tests/ops/test_reference.py tests/optim/test_reference.py",
     "launch": "tests/launch tests/host/test_launches.py",
     "config": "tests/launch/test_config.py tests/launch/test_same_bits.py tests/ops/test_matmul_kernels.py",
@@ -254,6 +255,9 @@ MUTANTS = (
     Mutant(
         "return tl.where(unwritten, master, p.to(ACC))", "return master.to(ACC)", "training", "triton/multi"
     ),
+    Mutant("            and not is_wrapper(local_part(param))\n", "", "optim"),
+    Mutant("            and not is_wrapper(grad)\n", "", "optim"),
+    Mutant("if is_wrapper(local):", "if False:", "optim"),
     Mutant("if self._loading is not None:\n", "if False:\n", "training"),
     Mutant("self._hooked_step(*args, **kwargs)", "self._hooked_step(*args, *kwargs.values())", "optim"),
     # The fallback.
@@ -276,7 +280,13 @@ MUTANTS = (
     ),
     Mutant("p = torch.where(master.to(param.dtype) == param, master, p)", "p = master", "sgd"),
     Mutant('buffer = torch.where(state["step"] == 0, g, buffer)', "pass", "sgd"),
+    Mutant("if acc == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
+    Mutant("if output.dtype == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
     # verify.
+    Mutant("(), False, nan, died)", "(), True, nan, died)", "verify"),
+    Mutant("        tensor = unwrapped(tensor)\n", "        break\n", "memory"),
+    Mutant("                storage.copy_(content)\n", "                pass\n", "memory"),
+    Mutant("for config in reversed(configurations):", "for config in configurations[:1]:", "memory"),
     Mutant("self.upstream = Upstream.of(function, self.native, self.cotangents)", "pass", "gradient"),
     Mutant(
         "passed = passed and stale is None and upstream is None",

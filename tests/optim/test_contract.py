@@ -1122,24 +1122,44 @@ def test_make_fx_traces_the_step(name: str, options: dict[str, Any], tracing_mod
     assert_equal_bits(ours, plain)
 
 
-def test_weights_that_a_subclass_keeps_in_other_tensors(name: str) -> None:
-    """Quantized training weights, for one: only torch's own operations know how to write them."""
-    start = [spread((5, 3), 0.03, torch.float32), spread((7,), 0.03, torch.float32)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_a_subclass_keeps_in_other_tensors(name: str, dtype: torch.dtype) -> None:
+    """Quantized training weights, for one: only torch's own operations know how to write them. They have no master."""
+    start = [spread((5, 3), 0.03, dtype), spread((7,), 0.03, torch.float32)]
     options = {**FULL_OPTIONS[name], "lr": 0.01}
-    theirs = theirs_for(name)(
-        [torch.nn.Parameter(value.clone()) for value in start], foreach=False, **options
-    )
-    double = torch.nn.Parameter(TwoTensor(start[0].clone(), 2 * start[0]))
-    ours = ours_for(name)([double, torch.nn.Parameter(start[1].clone())], max_norm=0.7, **options)
+
+    def params() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(TwoTensor(start[0].clone(), 2 * start[0])), *copies(start[1:])]
+
+    theirs = theirs_for(name)(params(), foreach=False, **options)
+    ours = ours_for(name)(params(), max_norm=0.7, master_weights=True, **options)
     for grads in some_gradients(theirs, 5):
         set_gradients(theirs, grads)
         set_gradients(ours, grads)
         torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.7, foreach=False)
         ours.step()
         theirs.step()
-    for mine, other in zip((double.a, parameters(ours)[1]), parameters(theirs), strict=True):
-        torch.testing.assert_close(mine, other.detach())
+    double, plain = parameters(ours)
+    other_double, other_plain = parameters(theirs)
+    for mine, other in ((double.a, other_double.a), (double.b, other_double.b), (plain, other_plain)):
+        torch.testing.assert_close(mine, other)
     assert not torch.equal(double.b, 2 * start[0])
+    state, expected = ours.state[double], theirs.state[other_double]
+    assert {key: type(value) for key, value in state.items()} == {
+        key: type(value) for key, value in expected.items()
+    }
+
+
+def test_gradients_that_a_subclass_keeps_in_other_tensors(name: str) -> None:
+    """Beside ordinary parameters: torch's own operations again, whatever the subclass makes of them."""
+    ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+    for each in some_gradients(theirs, 3):
+        for optimizer in (ours, theirs):
+            for param, grad in zip(parameters(optimizer), each, strict=True):
+                param.grad = TwoTensor(grad.clone(), 3 * grad)
+            optimizer.step()
+    for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("what", ["complex", "sparse", "integer"])
