@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from .interpreted import converter, dot, functions
+from .interpreted import arithmetic, converter, dot, functions, total
 
 CUDA = torch.device("cuda", 0)
 _NAMES = re.compile(r"cuda(:\d+)?")
@@ -279,7 +279,11 @@ def cuda_on_cpu() -> Iterator[None]:
             put(triton.runtime.driver, "_active", _Driver())
             put(interpreter.InterpretedFunction, "warmup", _warmed)
             put(interpreter, "_implicit_cvt", converter(interpreter._implicit_cvt))
-            put(interpreter.InterpreterBuilder, "create_dot", dot(interpreter.InterpreterBuilder.create_dot))
+            builder = interpreter.InterpreterBuilder
+            put(builder, "create_dot", dot(builder.create_dot))
+            for name, operands in {"binary_op": 2, "unary_op": 1}.items():
+                put(builder, name, arithmetic(getattr(builder, name), operands))
+            put(interpreter.ReduceOps, "sum", total(interpreter.ReduceOps.sum))
             for name, function in functions():
                 put(triton.language.extra.libdevice, name, function)
             for name in ("do_bench", "do_bench_cudagraph"):

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks: libdevice, the dot of bfloat16, and float arguments that are float32."""
+"""What Triton's interpreter lacks: libdevice, arithmetic of bfloat16, and float arguments that are float32."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,17 +54,54 @@ def converter(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return convert
 
 
-def dot(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the product of two tiles, for bfloat16 that of the values: the interpreter multiplies their bits."""
+def _widened(tile: Any) -> Any:
+    """Return a tile of bfloat16, which the interpreter keeps as bits, in float32; any other as it is."""
     import triton.language as tl
     from triton.runtime.interpreter import TensorHandle
 
-    def widened(tile: Any) -> Any:
-        if tile.dtype != tl.bfloat16:
-            return tile
-        return TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    if tile.dtype.scalar != tl.bfloat16:
+        return tile
+    return TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original(builder, widened(a), widened(b), *rest)
 
-    return create_dot
+def _bits(values: np.ndarray) -> np.ndarray:
+    """Return float32 values as the bits of bfloat16, rounded to nearest."""
+    return np.asarray(torch.tensor(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16))
+
+
+def _narrowed(tile: Any) -> Any:
+    """Return a tile of float32 in bfloat16; any other, the result of a comparison, as it is."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(_bits(tile.data), tl.bfloat16) if tile.data.dtype == np.float32 else tile
+
+
+def arithmetic(original: Callable[..., Any], operands: int) -> Callable[..., Any]:
+    """Return an operation of the interpreter's builder that takes the values of bfloat16, not their bits."""
+
+    def operate(builder: Any, *args: Any) -> Any:
+        wide = [_widened(arg) for arg in args[:operands]]
+        if all(one is other for one, other in zip(wide, args, strict=False)):
+            return original(builder, *args)
+        return _narrowed(original(builder, *wide, *args[operands:]))
+
+    return operate
+
+
+def dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the product of two tiles, which accumulates in the third."""
+    return lambda builder, a, b, *rest: original(builder, _widened(a), _widened(b), *rest)
+
+
+def total(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the interpreter's sum along an axis, of the values of bfloat16."""
+
+    def add(reduction: Any, tile: Any) -> Any:
+        wide = _widened(tile.handle)
+        if wide is tile.handle:
+            return original(reduction, tile)
+        values = np.asarray(np.sum(wide.data, axis=reduction.axis, keepdims=reduction.keep_dims))
+        return reduction.to_tensor(_bits(values), tile.dtype)
+
+    return add

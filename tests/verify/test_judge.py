@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-from gradkernels.verify.device import cuda_on_cpu
-from gradkernels.verify.judge import verdict as v
-from gradkernels.verify.judge.examine import Options, examine
-from gradkernels.verify.judge.load import load, targets
-from gradkernels.verify.judge.report import as_json, as_sarif
-from gradkernels.verify.judge.verdict import Case
-from gradkernels.verify.memory.interpreter import interpreted
+triton = pytest.importorskip("triton")
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
+from gradkernels.verify.judge import verdict as v  # noqa: E402
+from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
+from gradkernels.verify.judge.load import load, targets  # noqa: E402
+from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
+from gradkernels.verify.judge.verdict import Case  # noqa: E402
+from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
+from triton.language.extra import libdevice  # noqa: E402
 
-from .planted import PLANTS, SPECIMENS, Plant
+from .planted import PLANTS, SPECIMENS, Plant  # noqa: E402
 
 pytestmark = [
     pytest.mark.unwatched,
@@ -131,6 +134,27 @@ def test_the_command_on_a_fault_as_documented(tmp_path: Path) -> None:
     assert "from below" in err
     assert f"::error file={file},line=" in err
     assert json.loads(sarif.read_text())["runs"][0]["results"]
+
+
+@triton.jit
+def gaps_kernel(x_ptr, y_ptr, out_ptr, scale, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    square = offs[:, None] * N + offs[None, :]
+    x, y = tl.load(x_ptr + square), tl.load(y_ptr + square)
+    tl.store(out_ptr, tl.sum(tl.sum(x * x - y, axis=1), axis=0).to(tl.float32))
+    tl.store(out_ptr + 1, tl.sum(tl.sum(tl.dot(x, y), axis=1), axis=0))
+    tl.store(out_ptr + 2, libdevice.tanh(scale.to(tl.float32)))
+
+
+def test_what_the_interpreter_lacks_is_there() -> None:
+    """Arithmetic of bfloat16 on values, not on bits; libdevice; a float argument that is a float32."""
+    x, y = (torch.randn(16, 16).bfloat16() for _ in range(2))
+    out = torch.empty(3)
+    with cuda_on_cpu():
+        gaps_kernel[(1,)](x, y, out, 0.1, N=16)
+    wanted = [(x * x - y).double().sum(), (x.double() @ y.double()).sum(), torch.tensor(0.1).tanh()]
+    scale = torch.tensor([(x * x - y).double().abs().sum() * 0.02, 1e-3, 1e-6])
+    assert ((out - torch.stack([w.float() for w in wanted])).abs() <= scale).all(), (out, wanted)
 
 
 LOOP = """

@@ -61,11 +61,12 @@ def seed_all(seed: int) -> None:
 
 def load(path: Path) -> types.ModuleType:
     """Import the file as a module of its own; its folder is on the path, as for a script."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"{path.stem}_under_judgement" if path.stem in sys.modules else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise NotJudgedError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # inspect, pickle and dataclasses look there
+    sys.modules[name] = module  # inspect, pickle and dataclasses look there
     sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
     return module
