@@ -37,6 +37,7 @@ TESTS = {
     "optim": "tests/optim/test_contract.py tests/optim/test_batches.py tests/optim/test_adam.py",
     "distributed": "tests/optim/test_distributed.py",
     "sgd": "tests/optim/test_sgd.py",
+    "stacked": "tests/optim/test_stacked_contract.py tests/optim/test_stacked.py",
     "training": "tests/optim/test_training.py tests/optim/test_contract.py tests/optim/test_compile.py",
     "gradient": "tests/verify/test_gradient.py tests/verify/test_diagnosis.py",
     "memory": "tests/verify/test_memory.py",
@@ -203,6 +204,36 @@ MUTANTS = (
     ),
     Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
     Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim", "triton/multi_tensor"),
+    # stacked models: another one's step, a skipped one counted, an inactive one's moments, another one's norm
+    Mutant(
+        "steps = tl.load(steps_ptr, mask=inside", "steps = tl.load(steps_ptr - models, mask=inside", "stacked"
+    ),
+    Mutant(
+        "tl.store(steps_ptr, steps + 1, mask=go)", "tl.store(steps_ptr, steps + 1, mask=inside)", "stacked"
+    ),
+    Mutant(
+        "tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)",
+        "tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask | (cols < n)[None, :])",
+        "stacked",
+        "triton/stacked",
+    ),
+    Mutant(
+        "at = norms_ptr + 2 * part * B.to(tl.int64) + models",
+        "at = norms_ptr + 2 * part * B.to(tl.int64) + (B - 1 - models)",
+        "stacked",
+    ),
+    Mutant(
+        "steps = block.row(step).to(dtype) + 1", "steps = block.row(step).flip(0).to(dtype) + 1", "stacked"
+    ),
+    Mutant("step += 1 if decision.keep is None else decision.keep", "step += 1", "stacked"),
+    Mutant(
+        "out.copy_(value if keep is None else torch.where(keep, value, out))", "out.copy_(value)", "stacked"
+    ),
+    Mutant(
+        "(squares.sqrt() + 1e-6)).clamp(max=1.0)  # NaN stays",
+        "(squares.flip(0).sqrt() + 1e-6)).clamp(max=1.0)",
+        "stacked",
+    ),
     Mutant(
         "counts = (tl.program_id(0) == 0) & skip",
         "counts = skip",

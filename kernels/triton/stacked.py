@@ -7,6 +7,8 @@ numbers as well as one model of 1e6.
 
 The tables are those of multi_tensor.py, save that ``options`` (groups, 3, COLUMNS) has below each address the stride
 of the models' values, doubled, plus 1 if they are float64; a number that all models share has the stride 0.
+
+Over 500 lines, since the two steps and the norm share the tile of models, its loads and its guard.
 """
 
 from collections.abc import Sequence
@@ -143,7 +145,7 @@ def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models,
         MODELS=tables.tile,
         COLUMNS=tables.columns,
         VECTOR=16 // min(tables.narrowest, bucket.grads[0].element_size()),
-        num_warps=config.warps(config.target_of(out.device)),
+        **bucket.memory["compiled"],
     )
 
 

@@ -1,4 +1,7 @@
-"""``stacked=True``: what is refused, the guard, copies and checkpoints, schedulers, GradScaler."""
+"""``stacked=True``: what is refused, the guard, copies and checkpoints, schedulers, GradScaler.
+
+Over 500 lines, since it follows the contract clause by clause.
+"""
 
 import copy
 import math
