@@ -242,7 +242,7 @@ MUTANTS = (
     ),
     Mutant("t_new = step.to(tl.int64) + 1", "t_new = step.to(tl.int64)", "optim", "triton/adam"),
     Mutant("p = p * shrink", "p = p", "optim", "triton/adam"),
-    Mutant("w = tl.where((v > w) | (v != v), v, w)", "w = v", "optim"),
+    Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim"),
     # The optimizers on the host.
     Mutant("or kinds != self.kinds\n", "", "optim training"),
     Mutant("or _forms(self.stepped) != self.forms\n", "", "optim training"),
