@@ -50,10 +50,12 @@ class Block:
     The memory is kept from step to step: fresh pages would cost more than the arithmetic.
     """
 
-    def __init__(self, rows: slice, columns: slice, memory: list[Tensor]) -> None:
+    def __init__(self, rows: slice, columns: slice, memory: list[Tensor], models: int) -> None:
         self.rows, self.columns, self._memory = rows, columns, memory
         self.shape = (rows.stop - rows.start, columns.stop - columns.start)
+        self._has_all_models = self.shape[0] == models
         self._spreads = self.shape[1] < SHORT and self.shape[0] * self.shape[1] >= LARGE
+        self._views: list[Tensor] = []
         self._used = 0
 
     def of(self, matrix: Tensor) -> Tensor:
@@ -61,11 +63,14 @@ class Block:
 
     def empty(self, like: Tensor) -> Tensor:
         """A temporary of the block's shape, whose memory the next block uses again."""
-        size = self.shape[0] * self.shape[1]
-        if self._used == len(self._memory):
-            self._memory.append(torch.empty(size, dtype=like.dtype, device=like.device))
+        place = self._used
         self._used += 1
-        return self._memory[self._used - 1][:size].view(self.shape)
+        if place == len(self._views):
+            size = self.shape[0] * self.shape[1]
+            if place == len(self._memory):
+                self._memory.append(torch.empty(size, dtype=like.dtype, device=like.device))
+            self._views.append(self._memory[place][:size].view(self.shape))
+        return self._views[place]
 
     def begin(self) -> None:
         """Let all temporaries go."""
@@ -73,7 +78,9 @@ class Block:
 
     def row(self, value: Any) -> Any:
         """A number as it is; of one value per model those of the block's models."""
-        return value if isinstance(value, float) or value.dim() == 0 else value[self.rows]
+        if isinstance(value, float) or value.dim() == 0 or self._has_all_models:
+            return value
+        return value[self.rows]
 
     def column(self, values: Any) -> Any:
         """What ``row`` gave, or was made of it, to stand beside the block."""
@@ -179,6 +186,8 @@ def _decide(guard: Guard, models: Models) -> Decision | None:
 
 def _matrix(tensor: Tensor, models: int) -> Tensor:
     """The tensor's memory as a row per model; it has no holes, and the models are its outermost dimension."""
+    if tensor.dim() == 2 and tensor.is_contiguous():
+        return tensor
     width = tensor.numel() // max(1, models)
     return tensor.as_strided((models, width), (width, 1))
 
@@ -195,7 +204,7 @@ def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
         shape = min(high, models), min(wide, columns)
         memory = bucket.memory.setdefault("temporaries", {}).setdefault(shape[0] * shape[1], [])
         known = bucket.memory[f"blocks {i}"] = [
-            Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory)
+            Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory, models)
             for top in range(0, models, high)
             for left in range(0, columns, wide)
         ]
@@ -298,8 +307,8 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
     with one_thread(is_small(param)):
         for block, p, states in parts:
             block.begin()
-            g, steps = (grad, step) if len(parts) == 1 else (block.of(grad), step[block.rows])
-            low, high = steps.aminmax()
+            g = grad if len(parts) == 1 else block.of(grad)
+            low, high = block.row(step).aminmax()
             before = low.item()
             if before != high.item():
                 rule = rule or _adam_rule(bucket, i, options, models)

@@ -464,10 +464,12 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
     def _apply_stacked(self, plan: Plan) -> None:
         models = self._models_of_step()
         options = [self._options(group) for group in self.param_groups]
-        home = self._home()
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
-        guard = UNGUARDED
+        if scale is None and found_inf is None and not self._measures():
+            update_models(self._operator, plan.parts, options, UNGUARDED, models)
+            return
+        home, guard = self._home(), Guard()
         if scale is not None or found_inf is not None:
             guard = local_guard(Guard(scale, found_inf), home)
         if self._measures():
