@@ -583,8 +583,8 @@ LINEAR_MSE_MODELS_PLANS = {
 MODELS_PROGRAMS = 8 * SMS
 # The tile (models, partial sums, columns) in which a program adds partial sums.
 MODELS_SUM_BLOCK = (8, 16, 16)
-# D times the outputs of a program that reads shared rows, both rounded up to powers of two: the weights and gradients
-# that its registers hold.
+# D times the outputs of a program that reads shared rows, both rounded up to powers of two: the 16-bit weights and
+# gradients that its registers hold. float32 products are made of three.
 MODELS_SHARED_AREA = 2048
 # Float32 values of a tile of rows for each thread, at least: small models have few rows, and fewer warps a program.
 MODELS_VALUES = 16
@@ -621,7 +621,7 @@ def models_span(rows: int, step: int, K: int, itemsize: int, acc: torch.dtype) -
 def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) -> LinearMseDot | str:
     """The ``shared`` config for so many outputs of all models, of D inputs multiplied as ``operand``, or why not so."""
     cols = max(16, triton.next_power_of_2(D))
-    area = MODELS_SHARED_AREA // max(1, operand.itemsize // 4)
+    area = MODELS_SHARED_AREA * 2 // operand.itemsize
     if cols * 16 > area or (operand == torch.float64 and target == ("cuda", 100)):
         return f"products of {cols} inputs do not fit registers ({area})"
     OUTPUTS = min(128, area // cols, max(16, triton.next_power_of_2(outputs)))
