@@ -19,7 +19,6 @@ from torch import Tensor
 from . import checks
 from .checks import acc_dtype
 from .fallback.mse import hessian_vector_product
-from .matmul import sum_to
 from .operator import Operator, in_places, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
@@ -338,45 +337,6 @@ def _forward_backward_fake(*args: Any) -> list[Tensor]:
     return [_empty_loss(tensors[0], reduction, 0, dtype), *_empty_gradients(tensors, output_mask)]
 
 
-def _broadcast(weight: Tensor | None, input: Tensor) -> Tensor | None:
-    return weight if weight is None or weight.shape == input.shape else weight.expand_as(input)
-
-
-def _launch_forward(
-    launcher: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> Tensor:
-    return launcher(input, target, _broadcast(weight, input), *options)
-
-
-def _launch_forward_backward(
-    launcher: Any, input: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> list[Tensor]:
-    results = launcher(input, target, _broadcast(weight, input), *options)
-    if options[1][2] and weight is not None and weight.shape != results[-1].shape:
-        results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
-    return results
-
-
-def _launch_gradients(
-    launcher: Any,
-    grad_output: Tensor | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *args: Any,
-) -> list[Tensor]:
-    """Of mse_backward, and of mse_hvp, which takes four tangents before the options."""
-    *tangents, reduction, batch_dims, output_mask = args
-    if tangents:
-        tangents[-1] = _broadcast(tangents[-1], input)
-    results = launcher(
-        grad_output, input, target, _broadcast(weight, input), *tangents, reduction, batch_dims, output_mask
-    )
-    if output_mask[-1] and weight is not None and weight.shape != results[-1].shape:
-        results[-1] = sum_to(torch.atleast_2d(results[-1]), weight.shape)
-    return results
-
-
 def _mapped_first(
     batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
 ) -> list[Any]:
@@ -417,7 +377,6 @@ mse = Operator(
     fake=_fake,
     vmap=_vmap,
     derivative=MseFunction,
-    launch=_launch_forward,
     autocast=_autocast,
 )
 # Its gradients for (input, target, weight), as ``output_mask`` says.
@@ -427,12 +386,9 @@ mse_backward = Operator(
     fake=_backward_fake,
     vmap=_vmap,
     derivative=MseBackwardFunction,
-    launch=_launch_gradients,
 )
 # The Hessian of C at (grad_output, input, target, weight) times the next four, likewise.
-mse_hvp = Operator(
-    "mse", "hvp", fake=_hvp_fake, vmap=_vmap, derivative=_hvp_formula, launch=_launch_gradients
-)
+mse_hvp = Operator("mse", "hvp", fake=_hvp_fake, vmap=_vmap, derivative=_hvp_formula)
 # The loss and its gradients for an upstream gradient of one.
 mse_forward_backward = Operator(
     "mse",
@@ -440,5 +396,4 @@ mse_forward_backward = Operator(
     fake=_forward_backward_fake,
     vmap=_forward_backward_vmap,
     derivative=_forward_backward_formula,
-    launch=_launch_forward_backward,
 )

@@ -1,6 +1,5 @@
 """Mean squared error in plain torch."""
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -96,45 +95,26 @@ def _own(index: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether ``_distances`` serves them."""
+    """Whether ``_sum_of_squares`` serves them."""
     return all(
         tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
         for tensor in tensors
     )
 
 
-def _distances(x: Tensor, y: Tensor, length: int) -> Tensor:
-    """The squared distances between the rows of this length of two contiguous tensors.
+def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
+    """The sum of squared errors of contiguous tensors, as squared distances between rows.
 
     These take one pass and one parallel region, where torch's own loss writes all squares and then reads them.
     """
-    pairs = x.view(-1, 1, length), y.view(-1, 1, length)
-    return torch.ops.aten._cdist_forward(*pairs, 2.0, 2).square_()  # the last 2: not by way of products
-
-
-def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
-    """The sum of squared errors of contiguous tensors."""
+    rows = input.numel() // _ROW
     x, y = input.view(-1), target.view(-1)
-    split = input.numel() // _ROW * _ROW
-    total = _distances(x[:split], y[:split], _ROW).sum()
+    split = rows * _ROW
+    pairs = (x[:split].view(rows, 1, _ROW), y[:split].view(rows, 1, _ROW))
+    distances = torch.ops.aten._cdist_forward(*pairs, 2.0, 2)  # the last 2: not by way of products
+    total = distances.square_().sum()
     rest = torch.nn.functional.mse_loss(x[split:], y[split:], reduction="sum")
     return total.add_(rest)
-
-
-@functools.lru_cache
-def _row_length(n: int) -> int:
-    """The length of rows that ``n`` elements are cut into for ``_distances``; 0 if there is no suitable one."""
-    return next((length for length in range(2 * _ROW, _ROW // 8, -1) if n % length == 0), 0)
-
-
-def _row_sums(x: Tensor, y: Tensor, shape: Sequence[int]) -> Tensor | None:
-    """The squared errors added up to ``shape``, by ``_distances`` if these serve: over the last dimensions."""
-    kept = next((d for d in range(len(shape), 0, -1) if shape[d - 1] == x.shape[d - 1] != 1), 0)
-    length = _row_length(math.prod(x.shape[kept:]))
-    if not length or x.dtype != y.dtype or not _are_plain(x, y):
-        return None
-    sums = _distances(x, y, length).view(*x.shape[:kept], -1).sum(-1)
-    return sums.view(*x.shape[:kept], *(1,) * (x.dim() - kept)).sum_to_size(shape)
 
 
 def _mean(total: Tensor, input: Tensor, reduction: str, batch_dims: int = 0) -> Tensor:
@@ -186,15 +166,10 @@ def _sums_of_squares(
     """The sums of ``w e^2`` over all but the first ``batch_dims`` dimensions."""
     kept = input.shape[:batch_dims]
     shape = (*kept, *(1,) * (input.dim() - batch_dims))
-    if weight is None and input.numel() and (plain := _row_sums(input, target, shape)) is not None:
-        return plain.view(kept)
     sums = _Sums(input, shape, wide)
     for scratch, x, y, w, part in _blocks(wide, input, target, weight, sums.parts):
-        inner = _common(part, w)
-        squares = _row_sums(scratch.copy_(x), y, inner) if x.dtype != wide == y.dtype else None
-        if squares is None:
-            squares = _error(x, y, scratch).square_()
-        sums.add(part, squares if w is None else squares.sum_to_size(inner).mul_(w))
+        squares = _error(x, y, scratch).square_()
+        sums.add(part, squares if w is None else squares.sum_to_size(_common(part, w)).mul_(w))
     return sums.result().view(kept)
 
 

@@ -649,6 +649,10 @@ MSE_BLOCK = 2048
 MSE_HVP_BLOCK = 1024
 # Programs of a reduction, at most.
 MSE_PROGRAMS = 8 * SMS
+# Columns of a tile each of which has a sum, 256 bytes of bfloat16; and its tiles at least, so that the partial sums,
+# written and read, are a hundredth of what is added up.
+MSE_KEPT_COLUMNS = 128
+MSE_KEPT_TILES = 8
 # The most programs that a grid's second dimension may have.
 MAX_GRID_Y = 65535
 # Elements of a tile of partial sums; with many sums, 32 neighbours of them are read together.
@@ -662,39 +666,58 @@ class MseTile(NamedTuple):
         ROWS, COLS: its size.
         ALIGN: divides the columns and strides, so that 16 bytes are loaded at a time.
         FLAT: the operands are one row; the last n % 16 elements are left to one program.
+        KEEP: what of a tile has sums of its own: ``"nothing"``, ``"rows"`` or ``"columns"``.
     """
 
     ROWS: int
     COLS: int
     ALIGN: int
     FLAT: bool
+    KEEP: str
 
     @property
     def plan(self) -> str:
         """A key of MSE_PLANS."""
-        return "flat" if self.FLAT else "rows"
+        return "flat" if self.FLAT else "rows" if self.KEEP == "nothing" else f"{self.KEEP} kept"
 
 
 MSE_PLANS = {
     "flat": "all operands are one row: tiles of 16 bytes a thread at a time, the last n % 16 elements apart",
     "rows": "operands of different strides: tiles of rows and columns",
+    "rows kept": "sums shorter than a tile: one for each row of a tile",
+    "columns kept": "sums over all but the fastest dimension: one for each column of a tile",
 }
 
 
-def mse_tile(batch: int, rows: int, n: int, align: int, block: int, batched: bool) -> MseTile:
+def mse_tile(
+    batch: int, rows: int, n: int, align: int, block: int, sums: bool = False, columns_kept: bool = False
+) -> MseTile:
     """The tile of ``block`` elements for ``batch`` times ``rows`` rows of ``n`` columns.
 
-    ``batched``: a tile may not span elements of the batch, whose sums are apart.
+    ``sums``: each element of the batch has one, or each of its columns if ``columns_kept``.
     """
-    if batch * rows == 1:
-        return MseTile(1, block, 16, True)
+    if batch * rows == 1 and not (sums and columns_kept):
+        return MseTile(1, block, 16, True, "nothing")
     cols = min(block, max(16, triton.next_power_of_2(n)))
-    return MseTile(1 if batched and rows == 1 else block // cols, cols, align, False)
+    if sums and columns_kept:
+        cols = min(cols, MSE_KEPT_COLUMNS)
+        return MseTile(block // cols, cols, align, False, "columns")
+    if sums and batch > 1 and rows * n < block:
+        cols = triton.next_power_of_2(n)
+        return MseTile(block // cols, cols, align, False, "rows")
+    return MseTile(1 if sums and batch > 1 and rows == 1 else block // cols, cols, align, False, "nothing")
 
 
-def mse_programs(tiles: int, batch: int, elementwise: bool) -> int:
-    """Programs for each element of the batch, from the shape alone: every GPU adds in the same order."""
-    return min(tiles, MAX_GRID_Y if elementwise else max(1, MSE_PROGRAMS // batch))
+def mse_grid(tile: MseTile, batch: int, rows: int, n: int, elementwise: bool) -> tuple[int, int]:
+    """Programs (R, P), P for each sum or row of sums, from the shape alone: every GPU adds in the same order."""
+    col_tiles = triton.cdiv(n, tile.COLS)
+    if tile.KEEP == "rows":  # a sum is shorter than a tile
+        return triton.cdiv(batch, tile.ROWS), 1
+    if tile.KEEP == "columns":
+        programs, tiles = batch * col_tiles, triton.cdiv(rows, tile.ROWS * MSE_KEPT_TILES)
+    else:
+        programs, tiles = batch, triton.cdiv(rows, tile.ROWS) * col_tiles
+    return programs, min(tiles, MAX_GRID_Y if elementwise else max(1, MSE_PROGRAMS // programs))
 
 
 def mse_sum(sums: int) -> tuple[int, int]:

@@ -60,10 +60,11 @@ class Walk(NamedTuple):
     """The index space of elementwise operands: ``batch`` times ``rows`` rows of ``n`` columns.
 
     Attributes:
-        batch: the product of the batch dimensions' sizes.
+        batch: the product of the kept dimensions' sizes, but for those that are columns.
         rows: of one element of the batch.
         n: columns of a row.
-        order: the permutation of the tensors' dimensions under which the walk is row-major.
+        kept: the kept dimensions in memory order.
+        columns_kept: the columns are kept dimensions, not summed ones.
         sizes: the dimensions that a row's number counts, batch included; the last one varies slowest.
         operands: in the order of the tensors; None for a tensor that is None.
     """
@@ -71,45 +72,57 @@ class Walk(NamedTuple):
     batch: int
     rows: int
     n: int
-    order: list[int]
+    kept: list[int]
+    columns_kept: bool
     sizes: tuple[int, ...]
     operands: list[Operand | RowOperand | None]
 
 
-def memory_order(batch_dims: int, input: Tensor) -> list[int]:
-    """The first ``batch_dims`` dimensions, then the others from the slowest varying in memory to the fastest."""
+def memory_order(input: Tensor) -> list[int]:
+    """The dimensions from the slowest varying in memory to the fastest."""
     # torch gives a tensor like input dense strides in the same order, even where input has gaps.
     dense = torch.empty_like(input, device="meta").stride()
-    return [*range(batch_dims), *sorted(range(batch_dims, input.dim()), key=lambda d: -dense[d])]
+    return sorted(range(input.dim()), key=lambda d: -dense[d])
 
 
-def coalesce_dims(batch_dims: int, input: Tensor, *others: Tensor | None) -> Walk:
-    """The walk over tensors of one shape in input's memory order; the first ``batch_dims`` dimensions are the batch.
+def coalesce_dims(
+    kept: Sequence[int], input: Tensor, *others: Tensor | None, results: Sequence[Tensor | None] = ()
+) -> Walk:
+    """The walk over tensors of one shape in input's memory order; the ``kept`` dimensions are not summed over.
 
-    Without a batch, tensors of the same dense strides, permuted or not, become one row.
+    If none are kept, tensors of the same dense strides, permuted or not, become one row. The ``results``, dense
+    tensors of the same shape, are the last of the operands.
     """
-    tensors = [input, *others]
-    if batch_dims == 0 and all(tensor is None or _is_flat(tensor) for tensor in tensors):
+    tensors = [input, *others, *results]
+    if not kept and all(tensor is None or _is_flat(tensor) for tensor in tensors):
         flat: list[Operand | RowOperand | None] = [
             None if t is None else Operand(t, (), 1) if t.is_contiguous() else RowOperand(t, ())
             for t in tensors
         ]
-        return Walk(1, 1, input.numel(), list(range(input.dim())), (), flat)
-    order = memory_order(batch_dims, input)
+        return Walk(1, 1, input.numel(), [], False, (), flat)
+    order = memory_order(input)
     strides = [(0,) * input.dim() if tensor is None else tensor.stride() for tensor in tensors]
     dims = [(input.shape[d], *(stride[d] for stride in strides)) for d in order]
-    inner = _coalesced(dims[batch_dims:])
-    n, *columns = inner.pop() if inner else (1, *(0 for _ in tensors))
-    outer = _coalesced([*dims[:batch_dims], *inner])[::-1]
-    batch = math.prod(input.shape[:batch_dims])
+    outer = _coalesced([dim for d, dim in zip(order, dims, strict=True) if d in kept])
+    inner = _coalesced([dim for d, dim in zip(order, dims, strict=True) if d not in kept])
+    fastest = next((d for d in reversed(order) if input.shape[d] != 1), None)
+    columns_kept = fastest in kept
+    n, *columns = (
+        (outer if columns_kept else inner).pop() if fastest is not None else (1, *(0 for _ in tensors))
+    )
+    batch, rows = (math.prod(dim[0] for dim in half) for half in (outer, inner))
+    counted = _coalesced([*outer, *inner])[::-1]
     operands: list[Operand | RowOperand | None] = []
     for i, (tensor, column) in enumerate(zip(tensors, columns, strict=True), 1):
-        rows = tuple(dim[i] for dim in outer)
+        along = tuple(dim[i] for dim in counted)
         if tensor is None:
             operands.append(None)
+        elif column or i > len(tensors) - len(results):
+            operands.append(Operand(tensor, along, column or 1))
         else:
-            operands.append(Operand(tensor, rows, column) if column else RowOperand(tensor, rows))
-    return Walk(batch, input.numel() // (batch * n), n, order, tuple(dim[0] for dim in outer), operands)
+            operands.append(RowOperand(tensor, along))
+    sizes = tuple(dim[0] for dim in counted)
+    return Walk(batch, rows, n, [d for d in order if d in kept], columns_kept, sizes, operands)
 
 
 def _is_flat(tensor: Tensor) -> bool:

@@ -124,7 +124,7 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         return _explanation(what, name, config.LINEAR_MSE_MODELS_PLANS, refused, found)
     if op == "mse":
         x, y = _operands(op, sizes, dtype)
-        tile = mse.plan(coalesce_dims(0, x, y), config.MSE_BLOCK, batched=False)
+        tile = mse.plan(coalesce_dims((), x, y), config.MSE_BLOCK)
         return _explanation(what, tile.plan, config.MSE_PLANS, {}, tile._asdict())
     if op == "linear_mse_fit":
         _, N, D, K = sizes

@@ -8,6 +8,7 @@ that are expanded, strided or permuted are read in place.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,9 +25,14 @@ from .shared import DTYPES, convert, ordered_sum
 
 @triton.jit
 def _tile(
-    tile, first_row, rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr
-):
+    first, tile, batch, rows, n,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
     """Row numbers (ROWS, 1), column numbers (1, COLS) and mask of a tile, 64-bit so that offsets may be.
+
+    KEEP "nothing": the ``tile``-th tile of batch element ``first``. "rows": rows of ROWS batch elements, the
+    ``first``-th such group; ``tile`` counts what they add up. "columns": of batch element and column tile ``first``,
+    the ``tile``-th rows.
 
     ``ALIGN`` divides n unless FLAT, where the rest is left to _tail: n rounded down shows the compiler a mask
     that is constant over 16 bytes, hence 128-bit loads. Rows past the end are moved back to the last one.
@@ -36,13 +42,37 @@ def _tile(
         col_tile = tile
     else:
         col_tiles = tl.cdiv(n, COLS)
-        row_tile = tile // col_tiles
-        col_tile = tile % col_tiles
-    row = row_tile * ROWS + tl.arange(0, ROWS)
+        if KEEP == "columns":
+            row_tile = tile
+            col_tile = first % col_tiles
+        else:
+            row_tile = tile // col_tiles
+            col_tile = tile % col_tiles
     cols = (tl.zeros((), tl.int64) + col_tile) * COLS + tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
-    row = first_row + tl.minimum(row, rows - 1).to(tl.int64)
+    if KEEP == "rows":
+        element = first.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (element < batch)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
+        row = tl.minimum(element, batch - 1) * rows + row_tile
+    else:
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
+        element = first.to(tl.int64)
+        if KEEP == "columns":
+            element = element // tl.cdiv(n, COLS)
+        row = element * rows + tl.minimum(row, rows - 1).to(tl.int64)
     return row[:, None], cols[None, :], mask
+
+
+@triton.jit
+def _tiles(rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, KEEP: tl.constexpr):
+    """How many tiles are added up to a sum, or to a tile's row or column of sums."""
+    if KEEP == "columns":
+        tiles = tl.cdiv(rows, ROWS)
+    elif KEEP == "rows":
+        tiles = rows * tl.cdiv(n, COLS)
+    else:
+        tiles = tl.cdiv(rows, ROWS) * tl.cdiv(n, COLS)
+    return tiles
 
 
 @triton.jit
@@ -80,72 +110,86 @@ def _load(x, at, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _store(ptr, at, n, value, ALIGN: tl.constexpr):
-    """Write the tile ``at`` of a dense (rows, n) result; nothing for a ptr of None."""
-    if ptr is not None:
+def _store(out, at, sizes, value, ALIGN: tl.constexpr):
+    """Write the tile ``at`` of a result, an Operand; nothing for None."""
+    if out is not None:
         row, cols, mask = at
-        tl.store(ptr + row * (n // ALIGN * ALIGN) + cols, convert(value, ptr.dtype.element_ty), mask=mask)
+        offsets = _row_offset(row, sizes, out.strides, ALIGN) + cols * out.column
+        tl.store(out.ptr + offsets, convert(value, out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _store_sum(ptr, total, divisor):
-    """Write the sum of program (r, p) of (R, P) to ptr (P, R), divided already if P is 1: no second stage follows."""
-    total = total / tl.where(tl.num_programs(1) == 1, divisor, 1)
-    out = ptr + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out, convert(total, ptr.dtype.element_ty))
+def _store_sums(
+    ptr, sums, rest, batch, n, divisor, ROWS: tl.constexpr, COLS: tl.constexpr, KEEP: tl.constexpr
+):
+    """Write what program (r, p) of (R, P) added up to row p of ptr (P, sums); ``rest`` belongs to a tile's one sum.
+
+    Divided already if P is 1: no second stage follows.
+    """
+    divisor = tl.where(tl.num_programs(1) == 1, divisor, 1)
+    program = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64)
+    if KEEP == "rows":
+        out = first * ROWS + tl.arange(0, ROWS)
+        total = convert(tl.sum(sums, axis=1) / divisor, ptr.dtype.element_ty)
+        tl.store(ptr + program * batch + out, total, mask=out < batch)
+    elif KEEP == "columns":
+        col_tiles = tl.cdiv(n, COLS)
+        cols = first % col_tiles * COLS + tl.arange(0, COLS)
+        total = convert(tl.sum(sums, axis=0) / divisor, ptr.dtype.element_ty)
+        out = program * (tl.num_programs(0) // col_tiles) + first // col_tiles
+        tl.store(ptr + out * n + cols, total, mask=cols < n)
+    else:
+        total = (tl.sum(tl.sum(sums, axis=1), axis=0) + rest) / divisor
+        tl.store(ptr + program * tl.num_programs(0) + first, convert(total, ptr.dtype.element_ty))
 
 
 @triton.jit
 def _forward_tile(
-    at, x, t, w, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale, sizes,
-    ELEMENTWISE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """w e^2 of one tile; writes the gradients and, if ELEMENTWISE, the losses."""
+    at, x, t, w, loss, grad_x, grad_t, grad_w, scale, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr
+):
+    """w e^2 of one tile; writes the losses and gradients that are wanted."""
     error = _load(x, at, sizes, ALIGN, ACC) - _load(t, at, sizes, ALIGN, ACC)
     weighted = error
     if w is not None:
         weighted = error * _load(w, at, sizes, ALIGN, ACC)
-    _store(grad_x_ptr, at, n, weighted * (2 * scale), ALIGN)
-    _store(grad_t_ptr, at, n, weighted * (-2 * scale), ALIGN)
-    _store(grad_w_ptr, at, n, error * error * scale, ALIGN)
+    _store(grad_x, at, sizes, weighted * (2 * scale), ALIGN)
+    _store(grad_t, at, sizes, weighted * (-2 * scale), ALIGN)
+    _store(grad_w, at, sizes, error * error * scale, ALIGN)
     square = weighted * error
-    if ELEMENTWISE:
-        _store(loss_ptr, at, n, square, ALIGN)
+    _store(loss, at, sizes, square, ALIGN)
     return square
 
 
 @triton.jit
 def _mse_forward_kernel(
-    x, t, w, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, rows, n, divisor, sizes,
-    ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
-    FLAT: tl.constexpr, ACC: tl.constexpr,
+    x, t, w, loss, grad_x, grad_t, grad_w, sums_ptr, batch, rows, n, divisor, sizes,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, p) of (R, P): the tiles p, p + P, ... of batch element r, which is ``rows`` rows of n columns.
+    """Program (r, p) of (R, P): tiles p, p + P, ... of the r-th sum, or row or column of sums.
 
-    x, t, w     (R * rows, n), any strides; w may be None
-    loss_ptr    ELEMENTWISE: (R * rows, n); else (P, R): each program's sum, / ``divisor`` if P is 1
-    grad_*_ptr  (R * rows, n) or None: d(sum / divisor) / d(x, t, w)
-    Bytes: each operand once, each result once, and R * P partial sums.
+    x, t, w    (batch * rows, n), any strides; w may be None
+    loss       (batch * rows, n) or None: the elements' losses
+    grad_*     (batch * rows, n), each or None: d(sum / divisor) / d(x, t, w)
+    sums_ptr   (P, sums) or None: each program's, / ``divisor`` if P is 1; sums is batch, times n if columns are kept
+    Bytes: each operand once, each result once, and the partial sums.
     """
-    first = tl.program_id(0).to(tl.int64) * rows
+    first = tl.program_id(0)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     scale = tl.full((), 1, ACC) / divisor
     sums = tl.zeros((ROWS, COLS), ACC)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS) * tl.cdiv(n, COLS), programs):
-        at = _tile(tile, first, rows, n, ROWS, COLS, ALIGN, FLAT)
-        sums += _forward_tile(
-            at, x, t, w, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale, sizes, ELEMENTWISE, ALIGN, ACC
-        )  # fmt: skip
-    total = tl.sum(tl.sum(sums, axis=1), axis=0)
+    for tile in tl.range(program, _tiles(rows, n, ROWS, COLS, KEEP), programs):
+        at = _tile(first, tile, batch, rows, n, ROWS, COLS, ALIGN, FLAT, KEEP)
+        sums += _forward_tile(at, x, t, w, loss, grad_x, grad_t, grad_w, scale, sizes, ALIGN, ACC)
+    total = tl.zeros((), ACC)
     if FLAT:
         if program == programs - 1:
-            rest = _forward_tile(
-                _tail(n), x, t, w, loss_ptr, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale, sizes, ELEMENTWISE, 1, ACC
-            )  # fmt: skip
+            rest = _forward_tile(_tail(n), x, t, w, loss, grad_x, grad_t, grad_w, scale, sizes, 1, ACC)
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
-    if not ELEMENTWISE:
-        _store_sum(loss_ptr, total, divisor)
+    if sums_ptr is not None:
+        _store_sums(sums_ptr, sums, total, batch, n, divisor, ROWS, COLS, KEEP)
 
 
 @triton.jit
@@ -164,59 +208,68 @@ def _mse_sum_kernel(
 
 @triton.jit
 def _backward_tile(
-    at,
-    x,
-    t,
-    w,
-    g,
-    grad_x_ptr,
-    grad_t_ptr,
-    grad_w_ptr,
-    n,
-    scale,
-    sizes,
-    ALIGN: tl.constexpr,
-    ACC: tl.constexpr,
+    at, x, t, w, g, grad_x, grad_t, grad_w, scale, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr
 ):
-    """Write the gradients of one tile."""
+    """Write the gradients of one tile that are wanted; returns g e^2."""
     g = _load(g, at, sizes, ALIGN, ACC) * scale
     error = _load(x, at, sizes, ALIGN, ACC) - _load(t, at, sizes, ALIGN, ACC)
-    _store(grad_w_ptr, at, n, g * error * error, ALIGN)
-    if (grad_x_ptr is not None) or (grad_t_ptr is not None):
+    square = g * error * error
+    _store(grad_w, at, sizes, square, ALIGN)
+    if (grad_x is not None) or (grad_t is not None):
         grad = 2 * g * error
         if w is not None:
             grad *= _load(w, at, sizes, ALIGN, ACC)
-        _store(grad_x_ptr, at, n, grad, ALIGN)
-        _store(grad_t_ptr, at, n, -grad, ALIGN)
+        _store(grad_x, at, sizes, grad, ALIGN)
+        _store(grad_t, at, sizes, -grad, ALIGN)
+    return square
 
 
 @triton.jit
 def _mse_backward_kernel(
-    x, t, w, g, grad_x_ptr, grad_t_ptr, grad_w_ptr, rows, n, divisor, sizes,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr,
+    x, t, w, g, grad_x, grad_t, grad_w, sums_ptr, batch, rows, n, divisor, sizes,
+    ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Program p: tile p of the gradients 2c g w e, -2c g w e and c g e^2, with c = 1 / ``divisor``.
 
-    x, t, w     (rows, n), any strides; w may be None
-    g           (rows, n), any strides: read here, so that the host never waits for its value
-    grad_*_ptr  (rows, n), each or None
-    Bytes: each operand once, each result once.
+    If there are sums: program (r, p) of (R, P), tiles p, p + P, ... of the r-th sum, or row or column of sums.
+
+    x, t, w   (batch * rows, n), any strides; w may be None
+    g         (batch * rows, n), any strides: read here, so that the host never waits for its value
+    grad_*    (batch * rows, n), each or None
+    sums_ptr  (P, sums) or None: each program's sums of c g e^2, the gradient of a weight that is broadcast
+    Bytes: each operand once, each result once, and the partial sums.
     """
-    program = tl.program_id(0)
     scale = tl.full((), 1, ACC) / divisor
-    at = _tile(program, 0, rows, n, ROWS, COLS, ALIGN, FLAT)
-    _backward_tile(at, x, t, w, g, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale, sizes, ALIGN, ACC)
-    if FLAT:
-        if program == tl.num_programs(0) - 1:
-            _backward_tile(_tail(n), x, t, w, g, grad_x_ptr, grad_t_ptr, grad_w_ptr, n, scale, sizes, 1, ACC)
+    if sums_ptr is None:  # a tile for each program, of which a grid has the most along its first dimension
+        program = tl.program_id(0)
+        at = _tile(tl.program_id(1), program, batch, rows, n, ROWS, COLS, ALIGN, FLAT, KEEP)
+        _backward_tile(at, x, t, w, g, grad_x, grad_t, grad_w, scale, sizes, ALIGN, ACC)
+        if FLAT:
+            if program == tl.num_programs(0) - 1:
+                _backward_tile(_tail(n), x, t, w, g, grad_x, grad_t, grad_w, scale, sizes, 1, ACC)
+    else:
+        first = tl.program_id(0)
+        program = tl.program_id(1)
+        programs = tl.num_programs(1)
+        sums = tl.zeros((ROWS, COLS), ACC)
+        for tile in tl.range(program, _tiles(rows, n, ROWS, COLS, KEEP), programs):
+            at = _tile(first, tile, batch, rows, n, ROWS, COLS, ALIGN, FLAT, KEEP)
+            sums += _backward_tile(at, x, t, w, g, grad_x, grad_t, grad_w, scale, sizes, ALIGN, ACC)
+        total = tl.zeros((), ACC)
+        if FLAT:
+            if program == programs - 1:
+                rest = _backward_tile(_tail(n), x, t, w, g, grad_x, grad_t, grad_w, scale, sizes, 1, ACC)
+                total += tl.sum(tl.sum(rest, axis=1), axis=0)
+        _store_sums(sums_ptr, sums, total, batch, n, 1, ROWS, COLS, KEEP)
 
 
 @triton.jit
 def _hvp_tile(
-    at, x, t, w, g, dx, dt, dw, dg, out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale, sizes,
-    ELEMENTWISE: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    at, x, t, w, g, dx, dt, dw, dg, out_g, out_x, out_t, out_w, scale, sizes,
+    OF_WEIGHT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """d(w e^2) = dw e^2 + 2 w e de of one tile; writes the elementwise results."""
+    """d(w e^2) = dw e^2 + 2 w e de of one tile, or c d(g e^2) if OF_WEIGHT; writes the elementwise results."""
     zero = tl.zeros(at[2].shape, ACC)
     error = _load(x, at, sizes, ALIGN, ACC) - _load(t, at, sizes, ALIGN, ACC)
     d_error = zero
@@ -247,63 +300,86 @@ def _hvp_tile(
         d_gwe += d_grad * weighted
         d_gee_by_e += d_grad * error
     d_gwe *= 2 * scale
-    _store(out_x_ptr, at, n, d_gwe, ALIGN)
-    _store(out_t_ptr, at, n, -d_gwe, ALIGN)
-    _store(out_w_ptr, at, n, error * d_gee_by_e * scale, ALIGN)
+    _store(out_x, at, sizes, d_gwe, ALIGN)
+    _store(out_t, at, sizes, -d_gwe, ALIGN)
+    d_gee = error * d_gee_by_e * scale
+    _store(out_w, at, sizes, d_gee, ALIGN)
     d_wee = error * d_wee_by_e
-    if ELEMENTWISE:
-        _store(out_g_ptr, at, n, d_wee, ALIGN)
-    return d_wee
+    _store(out_g, at, sizes, d_wee, ALIGN)
+    if OF_WEIGHT:
+        summed = d_gee
+    else:
+        summed = d_wee
+    return summed
 
 
 @triton.jit
 def _mse_hvp_kernel(
-    x, t, w, g, dx, dt, dw, dg, out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, rows, n, divisor, sizes,
-    ELEMENTWISE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
-    FLAT: tl.constexpr, ACC: tl.constexpr,
+    x, t, w, g, dx, dt, dw, dg, out_g, out_x, out_t, out_w, sums_ptr, batch, rows, n, divisor, sizes,
+    OF_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
+    FLAT: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, p) of (R, P): tiles p, p + P, ... of batch element r of the Hessian-vector product.
+    """Program (r, p) of (R, P): tiles p, p + P, ... of the Hessian-vector product.
 
     With e = x - t, de = dx - dt and c = 1 / ``divisor``:
-        out_g = c * sum(dw e^2 + 2 w e de)        out_x = 2c (dg w e + g dw e + g w de)
+        out_g = dw e^2 + 2 w e de                 out_x = 2c (dg w e + g dw e + g w de)
         out_w = c (dg e^2 + 2 g e de)             out_t = -out_x
 
-    x, t, w, g, dx, dt, dw, dg  (R * rows, n), any strides; a batch element is ``rows`` rows of n columns
-    out_x, out_t, out_w         (R * rows, n), dense
-    out_g                       ELEMENTWISE: (R * rows, n); else (P, R): each program's sum, / ``divisor`` if P is 1
+    x, t, w, g, dx, dt, dw, dg  (batch * rows, n), any strides
+    out_g, out_x, out_t, out_w  (batch * rows, n), each or None
+    sums_ptr                    (P, sums) or None: each program's sums of out_g, / ``divisor`` if P is 1; or, if
+                                OF_WEIGHT, of out_w, where a weight is broadcast
     All but x and t may be None: a missing direction is 0, a missing weight 1, a missing g 0.
-    Bytes: each operand once, each result once, and R * P partial sums.
+    Bytes: each operand once, each result once, and the partial sums.
     """
-    first = tl.program_id(0).to(tl.int64) * rows
+    first = tl.program_id(0)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
     scale = tl.full((), 1, ACC) / divisor
     sums = tl.zeros((ROWS, COLS), ACC)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS) * tl.cdiv(n, COLS), programs):
-        at = _tile(tile, first, rows, n, ROWS, COLS, ALIGN, FLAT)
+    for tile in tl.range(program, _tiles(rows, n, ROWS, COLS, KEEP), programs):
+        at = _tile(first, tile, batch, rows, n, ROWS, COLS, ALIGN, FLAT, KEEP)
         sums += _hvp_tile(
-            at, x, t, w, g, dx, dt, dw, dg, out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale, sizes,
-            ELEMENTWISE, ALIGN, ACC,
-        )  # fmt: skip
-    total = tl.sum(tl.sum(sums, axis=1), axis=0)
+            at, x, t, w, g, dx, dt, dw, dg, out_g, out_x, out_t, out_w, scale, sizes, OF_WEIGHT, ALIGN, ACC
+        )
+    total = tl.zeros((), ACC)
     if FLAT:
         if program == programs - 1:
             rest = _hvp_tile(
-                _tail(n), x, t, w, g, dx, dt, dw, dg, out_g_ptr, out_x_ptr, out_t_ptr, out_w_ptr, n, scale, sizes,
-                ELEMENTWISE, 1, ACC,
-            )  # fmt: skip
+                _tail(n),
+                x,
+                t,
+                w,
+                g,
+                dx,
+                dt,
+                dw,
+                dg,
+                out_g,
+                out_x,
+                out_t,
+                out_w,
+                scale,
+                sizes,
+                OF_WEIGHT,
+                1,
+                ACC,
+            )
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
-    if (not ELEMENTWISE) and (out_g_ptr is not None):
-        _store_sum(out_g_ptr, total, divisor)
+    if sums_ptr is not None:
+        if OF_WEIGHT:
+            _store_sums(sums_ptr, sums, total, batch, n, 1, ROWS, COLS, KEEP)
+        else:
+            _store_sums(sums_ptr, sums, total, batch, n, divisor, ROWS, COLS, KEEP)
 
 
-def plan(walk: Walk, block: int, batched: bool) -> config.MseTile:
-    """The tile of ``block`` elements for a walk; ``batched``: see config.mse_tile."""
+def plan(walk: Walk, block: int, sums: bool = False) -> config.MseTile:
+    """The tile of ``block`` elements for a walk; ``sums``: over all but the kept dimensions."""
     align = 16
-    if walk.sizes:
+    if walk.sizes or walk.columns_kept:  # not flat
         strides = [s for x in walk.operands if isinstance(x, Operand) for s in x.strides]
         align = math.gcd(16, walk.n, *strides)
-    return config.mse_tile(walk.batch, walk.rows, walk.n, align, block, batched)
+    return config.mse_tile(walk.batch, walk.rows, walk.n, align, block, sums, walk.columns_kept)
 
 
 def _broadcast(grad: Tensor | None, input: Tensor) -> Tensor | None:
@@ -313,13 +389,32 @@ def _broadcast(grad: Tensor | None, input: Tensor) -> Tensor | None:
     return grad[(..., *(None,) * (input.dim() - grad.dim()))].expand(input.shape)
 
 
+def _expanded(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight, or its tangent, as a view of input's shape."""
+    return weight if weight is None or weight.shape == input.shape else weight.expand(input.shape)
+
+
+def _own_dims(weight: Tensor, input: Tensor) -> list[int]:
+    """The dimensions along which a weight is not broadcast."""
+    sizes = zip(weight.shape, input.shape, strict=True)
+    return [d for d, (own, size) in enumerate(sizes) if own == size != 1]
+
+
 def _divisor(reduction: str, shape: torch.Size, batch_dims: int) -> int:
     return math.prod(shape[batch_dims:]) if reduction == "mean" else 1
 
 
-def _empty_likes(tensors: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
+def _empty_gradients(tensors: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
+    input = tensors[0]
+    assert input is not None
     return [
-        torch.empty_like(tensor) if need and tensor is not None else None
+        None
+        if tensor is None or not need
+        else torch.empty_like(tensor)
+        if tensor.shape == input.shape
+        else tensor.new_zeros(tensor.shape)
+        if input.numel() == 0
+        else tensor.new_empty(tensor.shape)
         for tensor, need in zip(tensors, output_mask, strict=True)
     ]
 
@@ -333,49 +428,49 @@ def _empty_sums(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dty
     return input.new_full(input.shape[:batch_dims], math.nan if reduction == "mean" else 0.0, dtype=dtype)
 
 
-def _in_order(result: Tensor, order: list[int]) -> Tensor:
-    """``result`` if its memory order is the walk's, else a new tensor in that order."""
-    if result.permute(order).is_contiguous():
-        return result
-    return torch.empty_permuted(result.shape, order, dtype=result.dtype, device=result.device)
+def _elementwise(results: list[Tensor | None], input: Tensor) -> list[Tensor | None]:
+    """Those of input's shape: a kernel writes them as it goes; the others are sums."""
+    return [result if result is not None and result.shape == input.shape else None for result in results]
 
 
-def _all_in_order(results: list[Tensor | None], order: list[int]) -> list[Tensor | None]:
-    return [None if result is None else _in_order(result, order) for result in results]
-
-
-def _delivered(results: list[Tensor | None], buffers: list[Tensor | None]) -> list[Tensor]:
-    """The results that are not None, each copied from its buffer if that is another tensor."""
-    for result, buffer in zip(results, buffers, strict=True):
-        if result is not None and buffer is not None and result is not buffer:
-            result.copy_(buffer)
+def _given(results: list[Tensor | None]) -> list[Tensor]:
     return [result for result in results if result is not None]
 
 
 def _launch_reduction(
-    kernel: Any, walk: Walk, sums: Tensor | None, results: list[Tensor | None], divisor: int, acc: torch.dtype,
-    elementwise: bool, block: int, device: torch.device, **compiled: int,
+    kernel: Any, kept: Sequence[int], tensors: Sequence[Tensor | None], results: Sequence[Tensor | None],
+    sums: Tensor | None, divisor: int, sums_divisor: int, acc: torch.dtype, block: int, **compiled: Any,
 ) -> None:  # fmt: skip
-    """Run a kernel that writes ``results`` and sums over each batch element, or ``elementwise`` terms, to ``sums``.
+    """Run a kernel that writes the ``results`` and adds up ``sums`` over all but the ``kept`` dimensions.
 
     Where several programs share a sum, a second kernel adds their partial sums.
     """
-    tile = plan(walk, block, batched=walk.batch > 1)
-    tiles = cdiv(walk.rows, tile.ROWS) * cdiv(walk.n, tile.COLS)
-    P, R = config.mse_programs(tiles, walk.batch, elementwise), walk.batch
-    partials = sums
-    if sums is not None and not elementwise and P > 1:
-        partials = sums.new_empty((P, R), dtype=acc)
+    input, *others = tensors
+    assert input is not None
+    device, summing = input.device, sums is not None
+    walk = coalesce_dims(kept, input, *others, results=results)
+    tile = plan(walk, block, summing)
+    R, P = config.mse_grid(tile, walk.batch, walk.rows, walk.n, not summing)
+    buffer = partials = None
+    if sums is not None:
+        target = sums.view([input.shape[d] for d in kept]).permute([kept.index(d) for d in walk.kept])
+        buffer = target if target.is_contiguous() else target.new_empty(target.shape)
+        partials = buffer if P == 1 else sums.new_empty((P, sums.numel()), dtype=acc)
     launch(
-        kernel, (R, P), *walk.operands, partials, *results, walk.rows, walk.n, divisor, walk.sizes,
-        device=device, ELEMENTWISE=elementwise, ACC=DTYPES[acc], **tile._asdict(), **compiled,
+        kernel, (R, P), *walk.operands, partials, walk.batch, walk.rows, walk.n, divisor, walk.sizes,
+        device=device, ACC=DTYPES[acc], **tile._asdict(), **compiled,
     )  # fmt: skip
-    if sums is not None and partials is not sums:
-        block_p, block_r = config.mse_sum(R)
+    if sums is None or buffer is None:
+        return
+    if P > 1:
+        S = sums.numel()
+        block_p, block_r = config.mse_sum(S)
         launch(
-            _mse_sum_kernel, (cdiv(R, block_r),), partials, sums, P, R, divisor,
+            _mse_sum_kernel, (cdiv(S, block_r),), partials, buffer, P, S, sums_divisor,
             device=device, BLOCK_P=block_p, BLOCK_R=block_r, ACC=DTYPES[acc],
         )  # fmt: skip
+    if buffer is not target:
+        target.copy_(buffer)
 
 
 def _forward(
@@ -383,21 +478,29 @@ def _forward(
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The loss and, for grad_output = 1, the needed gradients."""
-    tensors = (input, target, weight)
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     loss = _empty_sums(input, reduction, batch_dims, dtype)
-    grads = _empty_likes(tensors, output_mask)
+    gradients = _empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0:
-        return [loss, *(grad for grad in grads if grad is not None)]
-    walk = coalesce_dims(batch_dims, *tensors)
-    loss_buffer = _in_order(loss, walk.order) if elementwise else loss
-    buffers = _all_in_order(grads, walk.order)
+        return [loss, *_given(gradients)]
+    acc = acc_dtype(input, target, weight)
+    divisor = _divisor(reduction, input.shape, batch_dims)
+    tensors = input, target, _expanded(weight, input)
+    if weight is not None and gradients[2] is not None and weight.shape != input.shape:
+        squares = weight.new_empty(weight.shape, dtype=acc)
+        one = input.new_ones((), dtype=acc).expand(input.shape)
+        _launch_reduction(
+            _mse_backward_kernel, _own_dims(weight, input), (*tensors, one), [*gradients[:2], None], squares,
+            divisor, 1, acc, config.MSE_BLOCK,
+        )  # fmt: skip
+        gradients[2].copy_(squares)
+        return [(squares * weight).sum().to(dtype), *_given(gradients)]
     _launch_reduction(
-        _mse_forward_kernel, walk, loss_buffer, buffers, _divisor(reduction, input.shape, batch_dims),
-        acc_dtype(*tensors), elementwise, config.MSE_BLOCK, input.device,
+        _mse_forward_kernel, range(batch_dims), tensors, [loss if elementwise else None, *gradients],
+        None if elementwise else loss, divisor, divisor, acc, config.MSE_BLOCK,
     )  # fmt: skip
-    return _delivered([loss, *grads], [loss_buffer, *buffers])
+    return [loss, *_given(gradients)]
 
 
 def mse_forward(
@@ -420,22 +523,26 @@ def mse_backward(
     output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients by input, target and weight: 2c g w e, -2c g w e and c g e^2."""
-    tensors = (input, target, weight)
-    results = _empty_likes(tensors, output_mask)
+    results = _empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0 or not any(output_mask):
-        return [result for result in results if result is not None]
-    batch_dims = 0 if reduction == "none" else batch_dims
-    walk = coalesce_dims(batch_dims, *tensors, _broadcast(grad_output, input))
-    rows = walk.batch * walk.rows
-    tile = plan(walk, config.MSE_BLOCK, batched=False)
-    tiles = cdiv(rows, tile.ROWS) * cdiv(walk.n, tile.COLS)
-    buffers = _all_in_order(results, walk.order)
+        return _given(results)
+    acc = acc_dtype(grad_output, input, target, weight)
+    divisor = _divisor(reduction, input.shape, 0 if reduction == "none" else batch_dims)
+    tensors = input, target, _expanded(weight, input), _broadcast(grad_output, input)
+    elementwise = _elementwise(results, input)
+    if weight is not None and elementwise[2] is not results[2]:
+        _launch_reduction(
+            _mse_backward_kernel, _own_dims(weight, input), tensors, elementwise, results[2],
+            divisor, 1, acc, config.MSE_BLOCK,
+        )  # fmt: skip
+        return _given(results)
+    walk = coalesce_dims((), *tensors, results=elementwise)
+    tile = plan(walk, config.MSE_BLOCK)
     launch(
-        _mse_backward_kernel, (tiles,), *walk.operands, *buffers,
-        rows, walk.n, _divisor(reduction, input.shape, batch_dims), walk.sizes,
-        device=input.device, ACC=DTYPES[acc_dtype(grad_output, *tensors)], **tile._asdict(),
+        _mse_backward_kernel, (cdiv(walk.rows, tile.ROWS) * cdiv(walk.n, tile.COLS),), *walk.operands, None,
+        walk.batch, walk.rows, walk.n, divisor, walk.sizes, device=input.device, ACC=DTYPES[acc], **tile._asdict(),
     )  # fmt: skip
-    return _delivered(results, buffers)
+    return _given(results)
 
 
 def mse_hvp(
@@ -447,18 +554,34 @@ def mse_hvp(
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     dtype = (input if grad_output is None else grad_output).dtype
-    sums = _empty_sums(input, reduction, batch_dims, dtype) if output_mask[0] else None
-    results = _empty_likes((input, target, weight), output_mask[1:])
+    loss = _empty_sums(input, reduction, batch_dims, dtype) if output_mask[0] else None
+    gradients = _empty_gradients((input, target, weight), output_mask[1:])
     if input.numel() == 0 or not any(output_mask):
-        return [result for result in (sums, *results) if result is not None]
-    g, dg = (_broadcast(grad, input) for grad in (grad_output, d_grad))
-    tensors = (input, target, weight, g, d_input, d_target, d_weight, dg)
-    walk = coalesce_dims(batch_dims, *tensors)
-    sums_buffer = _in_order(sums, walk.order) if sums is not None and elementwise else sums
-    buffers = _all_in_order(results, walk.order)
-    _launch_reduction(
-        _mse_hvp_kernel, walk, sums_buffer, buffers, _divisor(reduction, input.shape, batch_dims),
-        acc_dtype(*tensors), elementwise, config.MSE_HVP_BLOCK, input.device,
-        num_warps=config.warps(config.target_of(input.device)),
+        return _given([loss, *gradients])
+    tensors = (
+        input, target, _expanded(weight, input), _broadcast(grad_output, input),
+        d_input, d_target, _expanded(d_weight, input), _broadcast(d_grad, input),
     )  # fmt: skip
-    return _delivered([sums, *results], [sums_buffer, *buffers])
+    divisor = _divisor(reduction, input.shape, batch_dims)
+    written = [loss if elementwise else None, *_elementwise(gradients, input)]
+    acc = acc_dtype(*tensors)
+    options = {"num_warps": config.warps(config.target_of(input.device))}
+    # At most one kind of sum for each pass.
+    of_weight = weight is not None and gradients[2] is not written[3]
+    if loss is not None and not elementwise:
+        _launch_reduction(
+            _mse_hvp_kernel, range(batch_dims), tensors, written, loss, divisor, divisor, acc,
+            config.MSE_HVP_BLOCK, OF_WEIGHT=False, **options,
+        )  # fmt: skip
+        written = [None] * 4
+    if of_weight and weight is not None:
+        _launch_reduction(
+            _mse_hvp_kernel, _own_dims(weight, input), tensors, written, gradients[2], divisor, 1, acc,
+            config.MSE_HVP_BLOCK, OF_WEIGHT=True, **options,
+        )  # fmt: skip
+    elif any(result is not None for result in written):
+        _launch_reduction(
+            _mse_hvp_kernel, (), tensors, written, None, divisor, 1, acc,
+            config.MSE_HVP_BLOCK, OF_WEIGHT=False, **options,
+        )  # fmt: skip
+    return _given([loss, *gradients])

@@ -156,6 +156,51 @@ def test_every_tile_and_program_counts(mse, monkeypatch, size, reduction):
         check_hvp(mse, tensors, reduction, kept, [True] * 8, f"{shape} {layout}")
 
 
+# Sizes in memory, the dimensions' order, how many of them are kept, the plan of the sums.
+KEPT = [
+    ((40, 33), (1, 0), 1, "columns kept"),
+    ((3, 20, 18), (0, 2, 1), 2, "columns kept"),
+    ((4, 3, 5, 6), (3, 1, 0, 2), 2, "columns kept"),  # kept dimensions in another order than in memory
+    ((3, 16), (0, 1), 2, "columns kept"),  # nothing is summed
+    ((50, 3), (0, 1), 1, "rows kept"),
+    ((3, 5, 2, 4), (1, 0, 2, 3), 1, "rows kept"),
+    ((3, 5, 7, 4), (1, 0, 2, 3), 1, "rows"),
+    ((2, 130), (0, 1), 1, "rows"),
+    ((1, 70), (0, 1), 1, "flat"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "order", "kept", "plan"), KEPT, ids=str)
+def test_kept_dimensions(mse, monkeypatch, sizes, order, kept, plan):
+    """Sums over any dimensions, and of a weight that is broadcast; several tiles and programs for each sum."""
+    monkeypatch.setattr(mse.config, "MSE_BLOCK", 64)
+    monkeypatch.setattr(mse.config, "MSE_HVP_BLOCK", 64)
+    monkeypatch.setattr(mse.config, "MSE_PROGRAMS", 12)
+    monkeypatch.setattr(mse.config, "MSE_KEPT_COLUMNS", 16)
+    monkeypatch.setattr(mse.config, "MSE_KEPT_TILES", 1)
+
+    def draw(shape, order, dtype=torch.float32):
+        return torch.randn(shape).to(DEVICE, dtype).permute(order)
+
+    x, t = draw(sizes, order), draw(sizes, order)
+    found = mse.plan(mse.coalesce_dims(range(kept), x, t), mse.config.MSE_BLOCK, sums=True)
+    assert found.plan == plan
+    g = torch.randn(x.shape[:kept], device=DEVICE)
+    check(mse, [x, t, None], "mean", kept, g, "no weight")
+    per_sum = (*x.shape[:kept], *(1 for _ in x.shape[kept:]))
+    per_term = (*(1 for _ in x.shape[:kept]), *x.shape[kept:])
+    for shape in (per_sum, per_term):
+        tensors = [x, t, torch.randn(shape, device=DEVICE)]
+        check(mse, tensors, "sum", kept, g, f"weight {shape}")
+        check(mse, tensors, "mean", 0, g.sum(), f"weight {shape}, one sum")
+    check_hvp(mse, tensors, "sum", kept, [True] * 8, f"weight {shape}")
+    check_hvp(mse, tensors, "none", kept, [True] * 8, f"weight {shape}, elementwise")
+
+
+def test_every_plan_of_the_sums_is_shown_above(mse):
+    assert {plan for *_, plan in KEPT} == set(mse.config.MSE_PLANS)
+
+
 def check_hvp(mse, tensors, reduction: str, kept: int, given: list[bool], what: str) -> None:
     """The Hessian-vector product against torch's derivative of torch's derivative, in float64.
 
@@ -165,8 +210,9 @@ def check_hvp(mse, tensors, reduction: str, kept: int, given: list[bool], what: 
     shape, dtype = tensors[0].shape, tensors[0].dtype
     grad_shape = shape if reduction == "none" else shape[:kept]
     g, dg = (torch.randn(grad_shape).to(DEVICE, dtype) for _ in range(2))
-    directions = [torch.randn(shape).to(DEVICE, dtype) for _ in range(3)]
     weight = tensors[2] if given[3] else None
+    shapes = (shape, shape, shape if weight is None else weight.shape)
+    directions = [torch.randn(sizes).to(DEVICE, dtype) for sizes in shapes]
     point = [g if given[2] else None, *tensors[:2], weight]
     direction = [dg if given[4] else None]
     direction += [d if have else None for d, have in zip(directions, given[5:], strict=True)]
@@ -294,7 +340,7 @@ for mine, other in zip(mse.mse_backward(g, t, apart, apart, "sum", 0, [True] * 3
 @triton.jit
 def _columns_of_a_tile_kernel(out_ptr, tile, n, COLS: tl.constexpr):
     """out_ptr: (2, COLS), the columns of a tile of one flat row, and whether they lie inside it."""
-    _, cols, mask = _tile(tile, 0, 1, n, 1, COLS, 16, True)
+    _, cols, mask = _tile(tile * 0, tile, 1, 1, n, 1, COLS, 16, True, "nothing")
     out = out_ptr + tl.arange(0, COLS)[None, :]
     tl.store(out, cols)
     tl.store(out + COLS, mask.to(tl.int64))
