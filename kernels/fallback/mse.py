@@ -149,7 +149,7 @@ class _Sums:
         """Add ``values`` up to ``part``, a block of ``parts``."""
         values = values.sum_to_size(part.shape)
         if self.parts.numel() == 1:
-            self._alone.append(values)
+            self._alone.append(values.clone())  # of one element they may be the next block's memory
         else:
             part += values
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import backend_for, mse_loss, mse_loss_and_grad, use_backend
+from gradkernels.fallback import mse as launchers
 from gradkernels.nn import MSELoss
 from gradkernels.ops import torch_mse_loss
 from gradkernels.reference import mse as reference
@@ -110,6 +111,33 @@ def test_dims_and_weights(backend: str, device: torch.device, weight: Any, dim: 
                 continue  # its gradient is a difference of equal numbers: nothing to measure by
             draws.add(name, result, theirs[name], exact[name])
     draws.assert_match()
+
+
+@pytest.mark.parametrize("block", [1, 7, 30])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_fallback_in_blocks(monkeypatch: pytest.MonkeyPatch, reduction: str, block: int) -> None:
+    """As large tensors: blocks that cut each of the dimensions, of memory in any order."""
+    monkeypatch.setattr(launchers, "_BLOCK", block)
+    monkeypatch.setattr(launchers, "_FEW", 0)
+    for weight, dim, order in product(
+        (None, (4,), (3, 1, 1), (3, 1, 4), SHAPE), (None, (1, 2), 0), ((0, 1, 2), (2, 0, 1))
+    ):
+        given = operands((torch.bfloat16, torch.float32, torch.float32), weight, torch.device("cpu"))
+        inverse = [order.index(d) for d in range(3)]
+        given["input"] = given["input"].permute(order).contiguous().permute(inverse)
+        pair = given["input"], given["target"]
+        assert len(list(launchers._blocks(torch.float32, *pair))) >= 60 // block
+        upstream = torch.randn(mse_loss(given["input"], given["target"], dim=dim).shape)
+        with use_backend("fallback"):
+            ours = with_gradients(mse_loss, given, upstream, reduction=reduction, dim=dim)
+            alone = mse_loss_and_grad(**given, reduction=reduction, wrt=NAMES) if dim is None else None
+        exact = in_float64(given, upstream, reduction=reduction, dim=dim)
+        for name, result in ours.items():
+            expected = torch.from_numpy(exact[name])
+            rtol = 2**-7 if result.dtype == torch.bfloat16 else 2e-5
+            torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=2e-5)
+        if alone is not None:
+            torch.testing.assert_close(alone[0], ours["loss"], rtol=1e-5, atol=1e-6)
 
 
 def _cancels(weight: tuple[int, ...] | None, dim: Any) -> bool:
