@@ -13,6 +13,7 @@ import pytest
 triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from gradkernels import __main__ as cli  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
@@ -30,7 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"),
 ]
 RIGHT = sorted(path.stem for path in SPECIMENS.glob("*.py"))
-QUICK = random.Random(17).sample([p for p in PLANTS if p.specimen in ("square", "softmax", "swiglu")], 6)
+QUICK = random.Random(17).sample([p for p in PLANTS if p.specimen in ("square", "softmax", "swiglu")], 4)
 
 
 def judged(file: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> list[Case]:
@@ -200,5 +201,9 @@ def test_what_ends_badly_is_not_judged(body: str, says: str, tmp_path: Path) -> 
     assert any(says in case["message"] for case in report["cases"]), report
 
 
-def test_bad_usage(tmp_path: Path) -> None:
-    assert command(tmp_path / "none.py")[0] == 2
+def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(SPECIMENS / "square.py")
+    for wrong in ([str(tmp_path / "none.py")], [file, "--op=mse"], [file, "--timeout=0"], ["--github"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["verify", *wrong])
+        assert not capsys.readouterr().out
