@@ -6,7 +6,7 @@ pip takes torch from wherever it is set up for; its CPU wheels, which are smalle
 
 import nox
 
-nox.options.default_venv_backend = "venv"
+nox.options.default_venv_backend = "uv|venv"
 nox.options.error_on_missing_interpreters = False
 SAMPLE = ("-m", "not full", "-n", "2", "--durations=15")
 
