@@ -28,6 +28,7 @@ TESTS = {
     "linear_mse": "tests/ops/test_linear_mse_kernels.py tests/ops/test_linear_mse.py",
     "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
     "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
+    "errors": "tests/ops/test_mse.py tests/ops/test_linear_mse.py tests/ops/test_matmul.py -k errors",
     "corners": "tests/ops/test_corners.py tests/launch/test_backends.py tests/ops/test_nn.py",
     "layouts": "tests/ops/test_layouts.py tests/ops/test_zero_sizes.py",
     "work": "tests/ops/test_our_kernels_do_the_work.py",
@@ -81,7 +82,7 @@ MUTANTS = (
         "launch",
         survives="how many programs share the tiles of a TMA product: a matter of time",
     ),
-    Mutant("if tensor.device != device:", "if False:", "corners"),
+    Mutant("if tensor.device != device:", "if False:", "errors"),
     Mutant(
         "if autocast_enabled(tensor):\n        return acc_dtype",
         "if False:\n        return acc_dtype",
