@@ -124,6 +124,13 @@ MUTANTS = (
         "return 0 if -(2**31) <= value < 2**32 else 1",
         "launch",
     ),
+    Mutant("({name}.data_ptr() or -0.5) % 16, {name}.device", "{name}.device", "launch", "repeat.py"),
+    Mutant("{name}.shape, {name}.stride(), {place}", "{name}.shape, {place}", "launch", "repeat.py"),
+    Mutant("MAX_KEYS = 512", "MAX_KEYS = 10**9", "launch", "repeat.py"),
+    Mutant('return f"{name}_ptr + {offset}" if offset else', "return", "launch", "replay.py"),
+    Mutant(
+        "return 256 if itemsize == 2 and wide >= WIDE_TILES and", "return 256 if itemsize == 2 or", "config"
+    ),
     Mutant("terms = [str(next(_numbers))]", 'terms = ["0"]', "launch"),
     Mutant(
         "if device.index is None or device.index == driver", "if True or device.index == driver", "launch"
