@@ -285,7 +285,7 @@ class Operator:
             private.unwrap_batched(arg, level) if isinstance(arg, Tensor) else (arg, None) for arg in args
         ]
         in_dims = [dim for _, dim in pairs]
-        with private.below_vmap():
+        with private.exclude_keys(private.BELOW_VMAP):
             if not any(dim is not None for dim in in_dims):
                 return self.overload(*args)
             outputs = self._vmap(self, interpreter.batch_size(), in_dims, *(value for value, _ in pairs))

@@ -122,25 +122,7 @@ def has_tangent(tensor: Tensor) -> bool:
 vmap_interpreter: Callable[[], Any] = retrieve_current_functorch_interpreter
 unwrap_batched: Callable[[Tensor, int], tuple[Tensor, int | None]] = torch._C._functorch._unwrap_batched
 wrap_batched: Callable[[Tensor, int, int], Tensor] = torch._C._functorch._add_batch_dim
-_BATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
-_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
-_OF_TRANSFORMS = _BATCHED
-for _name in (
-    "DynamicLayerFrontMode",
-    "DynamicLayerBackMode",
-    "BatchedDecomposition",
-    "GradWrapper",
-    "VmapMode",
-):
-    _OF_TRANSFORMS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"FuncTorch{_name}"))
-
-
-def below_vmap() -> AbstractContextManager[None]:
-    """What FuncTorchBatched of a level calls the next level in; below the only one there is nothing of torch.func."""
-    if _transforms() > 1:
-        return exclude_keys(_BATCHED)
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(include - _OF_TRANSFORMS, exclude - _OF_TRANSFORMS)
+BELOW_VMAP = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 
 def older_vmap_level() -> int:
