@@ -710,6 +710,8 @@ def mse_tile(
 
 def mse_grid(tile: MseTile, batch: int, rows: int, n: int, elementwise: bool) -> tuple[int, int]:
     """Programs (R, P), P for each sum or row of sums, from the shape alone: every GPU adds in the same order."""
+    if tile.FLAT:
+        return 1, min(-(-n // tile.COLS), MAX_GRID_Y if elementwise else MSE_PROGRAMS)
     col_tiles = triton.cdiv(n, tile.COLS)
     if tile.KEEP == "rows":  # a sum is shorter than a tile
         return triton.cdiv(batch, tile.ROWS), 1

@@ -453,8 +453,10 @@ def _launch_reduction(
     R, P = config.mse_grid(tile, walk.batch, walk.rows, walk.n, not summing)
     buffer = partials = None
     if sums is not None:
-        target = sums.view([input.shape[d] for d in kept]).permute([kept.index(d) for d in walk.kept])
-        buffer = target if target.is_contiguous() else target.new_empty(target.shape)
+        target = buffer = sums
+        if walk.kept:
+            target = sums.view([input.shape[d] for d in kept]).permute([kept.index(d) for d in walk.kept])
+            buffer = target if target.is_contiguous() else target.new_empty(target.shape)
         partials = buffer if P == 1 else sums.new_empty((P, sums.numel()), dtype=acc)
     launch(
         kernel, (R, P), *walk.operands, partials, walk.batch, walk.rows, walk.n, divisor, walk.sizes,
