@@ -144,6 +144,15 @@ def test_an_epoch_takes_every_row_once_and_in_another_order(regression: ModuleTy
         assert torch.equal(order.sort().values, rows)
 
 
+def test_least_squares_in_blocks_is_that_of_the_whole(
+    regression: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data = load(regression)
+    expected, *_ = np.linalg.lstsq(data.train_x.astype(float), data.train_y.astype(float), rcond=None)
+    monkeypatch.setattr(sys.modules["tabular.report"], "BLOCK", 100)
+    np.testing.assert_allclose(regression.least_squares(data), expected.T, rtol=1e-9)
+
+
 def test_an_epochs_loss_is_the_mean_over_its_rows(regression: ModuleType) -> None:
     """The last mini-batch of 54 rows counts as 54 rows."""
     training = regression.Ours(*load(regression, batch_size=100, lr=0.0))
@@ -477,7 +486,11 @@ def test_predict_gives_the_predictions_of_the_run(
     by_hand += terms["sold (weekday) = Wednesday"] + terms["area"] * 60.5
     assert oslo == pytest.approx(by_hand + terms["town = Oslo"])
     assert rome == pytest.approx(by_hand)
-    assert np.isfinite(hole)
+    fills = {feature["column"]: feature["fill"] for feature in kept["data"]["encoding"]}
+    filled = (
+        rome + terms["area"] * (fills["area"] - 60.5) - terms["garden = True"] * (fills["garden"] != "True")
+    )
+    assert hole == pytest.approx(filled + terms.get(f"town = {fills['town']}", 0.0))
     assert (
         "column 'town' has 1 values that training did not see ('Rome'): taken as 'Bern', the baseline"
         in notes
