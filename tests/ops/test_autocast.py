@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gradkernels import mse_loss_and_grad
 
 from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
 from ..helpers import assert_matches, exactly
@@ -76,3 +77,17 @@ def test_backward_outside_and_compiled(backend: str, device: torch.device, case:
         compiled = torch.compile(case.ours, backend="aot_eager", fullgraph=True)(*tensors)
         assert compiled.dtype == inside.dtype
         assert torch.equal(compiled, inside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_loss_beside_its_gradients_is_float32(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """As the loss alone, and as torch's; the gradients have their operands' dtypes."""
+    input, target = (torch.randn(9, 5, device=device).to(dtype) for _ in range(2))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss, (grad, _, _) = mse_loss_and_grad(input, target)
+        expected = torch.nn.functional.mse_loss(input, target)
+    assert loss.dtype == expected.dtype == torch.float32
+    assert grad.dtype == dtype
+    torch.testing.assert_close(loss, expected)
