@@ -26,6 +26,7 @@ TESTS = {
     "matmul": "tests/ops/test_matmul_kernels.py tests/ops/test_matmul.py",
     "mse": "tests/ops/test_mse_kernels.py tests/ops/test_mse.py",
     "linear_mse": "tests/ops/test_linear_mse_kernels.py tests/ops/test_linear_mse.py",
+    "fit": "tests/ops/test_linear_mse_fit_models.py tests/ops/test_linear_mse_fit.py",
     "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
     "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
     "errors": "tests/ops/test_mse.py tests/ops/test_linear_mse.py tests/ops/test_matmul.py -k errors",
@@ -321,6 +322,48 @@ MUTANTS = (
     Mutant('buffer = torch.where(state["step"] == 0, g, buffer)', "pass", "sgd"),
     Mutant("if acc == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
     Mutant("if output.dtype == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
+    # The training loop in one call.
+    Mutant("first = t * batch_size % N\n", "first = (t * batch_size + 1) % N\n", "fit"),
+    Mutant("first = t * batch_size % self.total", "first = (t * batch_size + 1) % self.total", "fit"),
+    Mutant("begin = (begin + count) % N", "begin = (begin + count + 1) % N", "fit"),
+    Mutant("row = tl.where(row >= N, row - N, row)", "row = tl.minimum(row, N - 1)", "fit"),
+    Mutant("own = model if ALONE else 0", "own = 0", "fit"),
+    Mutant("go = active & (bad == 0)", "go = active", "fit"),
+    Mutant("active = tl.load(active_ptr + model) != 0", "active = True", "fit"),
+    Mutant("v = tl.where(go, v_new, v)", "v = v_new", "fit"),
+    Mutant(
+        "for t, loss in enumerate(losses):", "for t, loss in enumerate([losses[-1], *losses[:-1]]):", "fit"
+    ),
+    Mutant(
+        "losses_ptr + t * tl.num_programs(0)", "losses_ptr + tl.maximum(t - 1, 0) * tl.num_programs(0)", "fit"
+    ),
+    Mutant("whole = (t == 0) | (momentum == 0)", "whole = t == 0", "fit"),
+    Mutant("first_new = first + (1.0 - beta1) * (1.0 - first)", "first_new = first + (1.0 - beta1)", "fit"),
+    Mutant("divisor = tl.sum(tl.sum(total, 1), 0)", "divisor = divisor", "fit"),
+    Mutant("share = tl.where(count > 0, 2.0 / divisor, 0.0)", "share = 2.0 / divisor", "fit"),
+    Mutant(
+        "clip = max_norm / (tl.sqrt(squares.to(tl.float64)) + 1e-6)",
+        "clip = max_norm * squares.to(tl.float64)",
+        "fit",
+    ),
+    Mutant("table[:, 0] *= self.models.lr_scale", "pass", "fit"),
+    Mutant('state["step"].add_(len(losses))', 'state["step"].add_(1)', "fit"),
+    Mutant(
+        "sample_weight = sample_weight.expand(*models, input.shape[-2], self.weight.shape[1])",
+        "sample_weight = sample_weight.squeeze(-1)",
+        "fit",
+    ),
+    Mutant(
+        "if a is not b and (isinstance(a, Tensor)",
+        "if a is not b and False and (isinstance(a, Tensor)",
+        "fit",
+    ),
+    Mutant(
+        'if "step" in state and not (state["step"].is_cpu', 'if False and not (state["step"].is_cpu', "fit"
+    ),
+    Mutant("or optimizer._has_step_hooks()\n", "", "fit"),
+    Mutant("param._backward_hooks or param._post_accumulate_grad_hooks", "param._backward_hooks", "fit"),
+    Mutant("(optimizer.stacked and self.rows.dim == 0)", "(optimizer.stacked and False)", "fit"),
     # verify.
     Mutant("(), False, nan, died)", "(), True, nan, died)", "verify"),
     Mutant("        tensor = unwrapped(tensor)\n", "        break\n", "memory"),
