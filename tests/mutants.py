@@ -337,7 +337,11 @@ MUTANTS = (
     Mutant(
         "losses_ptr + t * tl.num_programs(0)", "losses_ptr + tl.maximum(t - 1, 0) * tl.num_programs(0)", "fit"
     ),
-    Mutant("whole = (t == 0) | (momentum == 0)", "whole = t == 0", "fit"),
+    Mutant(
+        "sgd_rule(p, g * factor, buffer, t == 0, scalars)",
+        "sgd_rule(p, g * factor, buffer, False, scalars)",
+        "fit",
+    ),
     Mutant("first_new = first + (1.0 - beta1) * (1.0 - first)", "first_new = first + (1.0 - beta1)", "fit"),
     Mutant("divisor = tl.sum(tl.sum(total, 1), 0)", "divisor = divisor", "fit"),
     Mutant("share = tl.where(count > 0, 2.0 / divisor, 0.0)", "share = 2.0 / divisor", "fit"),

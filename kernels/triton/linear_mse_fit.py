@@ -388,8 +388,6 @@ def _update(
             u = tl.where(go, u_new, u)
     else:
         lr, momentum, dampening, decay, nesterov, maximize = rule
-        # Taken whole, whatever the dampening: the first gradient, and each one of a model without momentum.
-        whole = (t == 0) | (momentum == 0)
         scalars = (
             lr.to(ACC),
             momentum.to(ACC),
@@ -401,7 +399,7 @@ def _update(
         )
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
         buffer = m if m_ptr is not None else None
-        p_new, m_new = sgd_rule(p, g * factor, buffer, whole, scalars)
+        p_new, m_new = sgd_rule(p, g * factor, buffer, t == 0, scalars)
     if m_ptr is not None:
         m_new = round_to(m_new, 0, m_ptr.dtype.element_ty, False).to(ACC)
         keeps = go if ADAM else go & (rule[1] != 0)  # a model without momentum leaves its buffer as it is
