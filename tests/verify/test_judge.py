@@ -181,7 +181,7 @@ LOOP = """
                 ("fork", "os.fork()", "os.fork"),
                 (
                     "caught fork",
-                    "\n".join(("try: os.fork()", "        except PermissionError: pass")),
+                    "\n".join(("try: os.fork()", "    except PermissionError: pass")),
                     "os.fork",
                 ),
                 ("raise", "raise KeyError('no')", "KeyError"),
