@@ -13,7 +13,7 @@ A weight ``(B, K, D)`` is a batch of models: linear_mse_models.py.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import linear_mse_models, matmul, mse
+from . import matmul, mse
 from .precision import Array
 
 
@@ -39,6 +39,8 @@ def forward(
         array(1.)
     """
     if np.ndim(weight) == 3:
+        from . import linear_mse_models  # which builds on this module
+
         return linear_mse_models.forward(input, weight, target, bias, sample_weight, reduction, offsets)
     prediction = matmul.forward(input, np.transpose(weight), bias)
     return mse.forward(prediction, target, _per_element(sample_weight, weight, prediction), reduction)
@@ -71,6 +73,8 @@ def backward(
         ``(grad_input, grad_weight, grad_target, grad_bias, grad_sample_weight)``, None for what is absent.
     """
     if np.ndim(weight) == 3:
+        from . import linear_mse_models
+
         return linear_mse_models.backward(
             grad_output, input, weight, target, bias, sample_weight, reduction, offsets
         )

@@ -94,6 +94,7 @@ def test_gpu_command_rehearsed(
         "mse": "65",
         "linear_mse": "33x5x1",
         "linear_mse_fit": "2x5x3x1",
+        "linear_mse_models": "2x5x3x1",
         "sgd": "3x17",
         "adam": "3x17",
         "training": "regression,9,4",

@@ -17,7 +17,7 @@ LAYERS = (
     ("repeat.py",),
     ("triton/", "fallback/", "reference/"),
     ("operator.py", "optim/plan.py", "optim/stacked.py", "optim/compiled.py", "optim/step.py"),
-    ("matmul.py", "mse.py", "linear_mse.py", "sgd.py", "adam.py"),
+    ("matmul.py", "mse.py", "linear_mse.py", "linear_mse_models.py", "sgd.py", "adam.py"),
     ("linear_mse_fit.py",),
     ("nn.py", "ops.py"),
     ("warmup.py",),
