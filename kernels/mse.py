@@ -190,6 +190,8 @@ def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims:
     ones, zeros = (weight.new_full((), value, dtype=dtype).expand(weight.shape) for value in (1, 0))
     total = mse(ones, zeros, weight, "sum", batch_dims, dtype)
     repeats = _repeats(weight, target, batch_dims)
+    if repeats == 0:  # a sum of nothing, without gradient: 0 times the nan that reaches it would be nan
+        return torch.zeros_like(total)
     return total if repeats == 1 else total * repeats
 
 
