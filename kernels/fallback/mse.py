@@ -217,7 +217,7 @@ def _gradients(
             squares = torch.mul(error, error, out=scratch if in_place else None)
             if grad_w is not None:
                 torch.mul(squares, g, out=grad_w)
-            if sums is not None:
+            if sums is not None and squares.numel():  # a sum of nothing is 0, whatever g is
                 sums.add(part, squares.sum_to_size(_common(part, g)) * g)
             if total is not None:
                 total.add(total.parts, squares if w is None else squares.sum_to_size(w.shape).mul_(w))

@@ -96,7 +96,11 @@ def _parts(
     input, target = wide(input), wide(target)
     if target.shape != input.shape:
         raise ValueError(f"target must have input's shape {input.shape}, got {target.shape}")
-    weight = np.broadcast_to(wide(1.0) if weight is None else wide(weight), input.shape)
+    weight = wide(1.0) if weight is None else wide(weight)
+    try:
+        weight = np.broadcast_to(weight, input.shape)
+    except ValueError:
+        raise ValueError(f"weight {weight.shape} does not broadcast to input's shape {input.shape}") from None
     given = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
     axes = tuple(axis % max(input.ndim, 1) for axis in given) if input.ndim else ()
     return input - target, weight, axes or tuple(range(input.ndim))

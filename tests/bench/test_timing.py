@@ -99,6 +99,7 @@ def test_gpu_command_rehearsed(
         "adam": "3x17",
         "training": "regression,9,4",
     }
+    monkeypatch.setattr("bench.bench_linear_mse_fit.STEPS", 3)
     for op in cli.declared(()):
         tiny = f"*{shapes[op.name]}"
         smaller = dataclasses.replace(op, shapes=tiny, dtypes={"cpu": (torch.float32,)}, sweeps={"cpu": ()})

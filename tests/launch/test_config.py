@@ -106,9 +106,9 @@ def test_a_step_loads_16_bytes_a_thread(itemsize):
 
 
 def test_registers_of_the_fused_loss():
-    """Two programs of eight warps on a multiprocessor where 32 gradients a thread allow it, else one."""
-    for D, most in ((4096, 128), (8192, 128), (16384, 255), (256, 255)):
-        chunks = config.linear_mse_chunks(1, D, 2, FP32, A100)
+    """Two programs of eight warps, or four of four warps, on an SM where the gradients a thread holds allow it."""
+    for K, D, most in ((1, 4096, 128), (1, 8192, 128), (1, 16384, 255), (1, 256, 128), (4, 1024, 255)):
+        chunks = config.linear_mse_chunks(K, D, 2, FP32, A100)
         assert chunks.compiled["maxnreg"] == most
         assert chunks.compiled["maxnreg"] * chunks.compiled["num_warps"] * 32 <= 65536
     assert "maxnreg" not in config.linear_mse_chunks(1, 4096, 2, FP32, MI300).compiled

@@ -170,6 +170,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# Start and end of the rows of two models.
+BOUNDS = torch.tensor([0, 2, 5]).unfold(0, 2, 1)
+
+
 def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
     """Calls of each operator that between them use every argument."""
     one = random()
@@ -223,6 +227,15 @@ def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
     elif name == "linear_mse_backward":
         yield one, random(5, 2), random(2, 3), 0.5, [True, True]
         yield one, random(5, 2), random(2, 3), 0.5, [False, True]
+    elif name == "linear_mse_models":
+        own = random(2, 5, 3), random(2, 2, 3), random(2, 5, 2)
+        yield *own, random(2, 2), random(2, 5, 1), None, "mean", [True] * 3, torch.float64
+        yield *(random(5, 3), *own[1:]), None, None, None, "sum", [False] * 3, torch.float64
+        yield random(5, 3), own[1], random(5, 2), None, None, BOUNDS, "mean", [True] * 3, torch.float64
+    elif name == "linear_mse_models_product":
+        yield random(5, 3), random(2, 4, 3), BOUNDS, torch.float64
+    elif name == "linear_mse_models_outer":
+        yield random(5, 4), random(5, 3), BOUNDS, torch.float64
 
 
 @pytest.mark.parametrize(
@@ -240,7 +253,11 @@ def test_opcheck(backend: str, device: torch.device, name: str, layout: str) -> 
     assert calls, f"no arguments to check {name} with"
     for call in calls:
         arguments = [
-            LAYOUTS[layout](value.to(device)).requires_grad_() if isinstance(value, Tensor) else value
+            value.to(device)
+            if value is BOUNDS
+            else LAYOUTS[layout](value.to(device)).requires_grad_()
+            if isinstance(value, Tensor)
+            else value
             for value in call
         ]
         results = torch.library.opcheck(overload, tuple(arguments))
