@@ -21,6 +21,10 @@ from torch.utils._device import _device_constructors
 from .interpreted import arithmetic, converter, dot, functions, total
 
 CUDA = torch.device("cuda", 0)
+# By name, and asked at import: torch keeps its first answer, and inside a memory check some of them are replaced.
+_CONSTRUCTORS = tuple(
+    name for name in dir(torch) if callable(made := getattr(torch, name)) and made in _device_constructors()
+)
 _NAMES = re.compile(r"cuda(:\d+)?")
 _OWN = tuple(
     str(Path(found.origin).parent)
@@ -247,10 +251,8 @@ def cuda_on_cpu() -> Iterator[None]:
                 stack.callback(delattr, owner, name)
             setattr(owner, name, value)
 
-        for constructor in _device_constructors():
-            name = constructor.__name__
-            if vars(torch).get(name) is constructor:
-                put(torch, name, _placed(vars(torch)[name]))
+        for name in _CONSTRUCTORS:
+            put(torch, name, _placed(vars(torch)[name]))
         for name in ("empty_permuted", "rand_like", "randn_like", "randint_like", "empty_like", "zeros_like"):
             put(torch, name, _placed(getattr(torch, name)))
         for name in ("ones_like", "full_like", "set_default_device"):

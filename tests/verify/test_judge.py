@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gradkernels import __main__ as cli  # noqa: E402
+from gradkernels.verify import memory_check  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
@@ -202,3 +203,9 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             cli.main(["verify", *wrong])
         assert not capsys.readouterr().out
+
+
+def test_cuda_is_this_cpu_inside_a_memory_check() -> None:
+    """Which replaces torch.empty: the stand-in covers what it finds there."""
+    with memory_check(), cuda_on_cpu():
+        assert torch.empty(3, device="cuda").add_(1).shape == (3,)
