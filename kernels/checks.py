@@ -19,6 +19,25 @@ def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for the gradients that are wanted, in the layout of input, the first tensor, where they have its shape.
+
+    Others broadcast to it: of nothing their gradient is a sum of nothing, which no program writes, so it is 0 here.
+    """
+    input = tensors[0]
+    assert input is not None
+    return [
+        None
+        if tensor is None or not wanted
+        else torch.empty_like(tensor)
+        if tensor.shape == input.shape
+        else tensor.new_zeros(tensor.shape)
+        if input.numel() == 0
+        else tensor.new_empty(tensor.shape)
+        for tensor, wanted in zip(tensors, output_mask, strict=True)
+    ]
+
+
 def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
     if autocast_enabled(tensor):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import REDUCTIONS, acc_dtype
+from ..checks import REDUCTIONS, acc_dtype, empty_gradients
 
 # Elements of a block: what is made of them stays in the cache. For all elements at once torch would need new
 # memory at each call, which the system clears page by page: that takes longer than the sum. A few blocks need none.
@@ -42,19 +42,6 @@ def _broadcast(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> 
     if reduction == "none":
         return grad
     return grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
-
-
-def _empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
-    input = tensors[0]
-    assert input is not None
-    return [
-        None
-        if tensor is None or not need
-        else torch.empty_like(tensor)
-        if tensor.shape == input.shape
-        else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(tensors, output_mask, strict=True)
-    ]
 
 
 def _blocks(wide: torch.dtype, input: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -203,7 +190,9 @@ def _gradients(
     ``grad`` and the weight may have dimensions of size 1 where input's are larger.
     """
     input, _, weight = tensors
-    results = _empty_gradients(tensors, output_mask)
+    results = empty_gradients(tensors, output_mask)
+    if input.numel() == 0:
+        return [result for result in results if result is not None]
     sums: _Sums | None = None
     if results[2] is not None and weight.shape != input.shape:
         sums = _Sums(input, weight.shape, wide)
@@ -217,7 +206,7 @@ def _gradients(
             squares = torch.mul(error, error, out=scratch if in_place else None)
             if grad_w is not None:
                 torch.mul(squares, g, out=grad_w)
-            if sums is not None and squares.numel():  # a sum of nothing is 0, whatever g is
+            if sums is not None:
                 sums.add(part, squares.sum_to_size(_common(part, g)) * g)
             if total is not None:
                 total.add(total.parts, squares if w is None else squares.sum_to_size(w.shape).mul_(w))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..checks import acc_dtype
+from ..checks import acc_dtype, empty_gradients
 from . import config
 from .dims import Operand, Walk, coalesce_dims
 from .launch import cdiv, launch
@@ -404,21 +404,6 @@ def _divisor(reduction: str, shape: torch.Size, batch_dims: int) -> int:
     return math.prod(shape[batch_dims:]) if reduction == "mean" else 1
 
 
-def _empty_gradients(tensors: tuple[Tensor | None, ...], output_mask: list[bool]) -> list[Tensor | None]:
-    input = tensors[0]
-    assert input is not None
-    return [
-        None
-        if tensor is None or not need
-        else torch.empty_like(tensor)
-        if tensor.shape == input.shape
-        else tensor.new_zeros(tensor.shape)
-        if input.numel() == 0
-        else tensor.new_empty(tensor.shape)
-        for tensor, need in zip(tensors, output_mask, strict=True)
-    ]
-
-
 def _empty_sums(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
     """A tensor for the loss, filled already if there are no elements to reduce."""
     if reduction == "none":
@@ -483,7 +468,7 @@ def _forward(
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     loss = _empty_sums(input, reduction, batch_dims, dtype)
-    gradients = _empty_gradients((input, target, weight), output_mask)
+    gradients = empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0:
         return [loss, *_given(gradients)]
     acc = acc_dtype(input, target, weight)
@@ -525,7 +510,7 @@ def mse_backward(
     output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """The needed gradients by input, target and weight: 2c g w e, -2c g w e and c g e^2."""
-    results = _empty_gradients((input, target, weight), output_mask)
+    results = empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0 or not any(output_mask):
         return _given(results)
     acc = acc_dtype(grad_output, input, target, weight)
@@ -557,7 +542,7 @@ def mse_hvp(
     batch_dims = 0 if elementwise else batch_dims
     dtype = (input if grad_output is None else grad_output).dtype
     loss = _empty_sums(input, reduction, batch_dims, dtype) if output_mask[0] else None
-    gradients = _empty_gradients((input, target, weight), output_mask[1:])
+    gradients = empty_gradients((input, target, weight), output_mask[1:])
     if input.numel() == 0 or not any(output_mask):
         return _given([loss, *gradients])
     tensors = (
