@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Where nvidia-smi or rocm-smi answers, torch's ordinary wheels are right; elsewhere the pinned CPU build.
 CONSTRAINTS := $(shell (nvidia-smi || rocm-smi) >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-.PHONY: setup demo test test-full test-processors test-host test-gpu mutants docs lint fuzz bench bench-gpu clean
+.PHONY: setup demo test test-full test-processors test-host test-gpu mutants docs hub lint fuzz bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -43,12 +43,16 @@ test-host: setup
 test-gpu: build/here/gradkernels
 	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m tests.gpu
 
-# The site, in build/site; a warning is an error.
 mutants: setup
 	$(RUN) -m tests.mutants
 
+# The site, in build/site; a warning is an error.
 docs: setup build/here/gradkernels
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# The repository for Hugging Face's kernel hub, in build/hub; needs no package.
+hub:
+	$(PYTHON) hub.py
 
 lint: setup
 	$(VENV)/bin/ruff check .

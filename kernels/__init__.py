@@ -2,6 +2,7 @@
 
 import importlib as _importlib
 
+from . import layers as layers
 from . import nn as nn
 from .adam import FusedAdam as FusedAdam
 from .adam import FusedAdamW as FusedAdamW
@@ -23,6 +24,7 @@ __all__ = [
     "FusedAdamW",
     "FusedSGD",
     "backend_for",
+    "layers",
     "linear",
     "linear_mse_fit",
     "linear_mse_loss",

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -67,7 +66,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     """
     if 0 in grid:
         return
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter, which brings NumPy
+        import numpy as np
+
         with np.errstate(all="ignore"):  # NumPy would warn where a GPU returns inf or NaN
             kernel[grid](*args, **options)
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gradkernels
 import pytest
-from gradkernels import nn, verify
+from gradkernels import layers, nn, verify
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
@@ -42,10 +42,14 @@ def test_every_public_name_has_its_place() -> None:
     """
     directives = re.findall(r"^::: gradkernels\.(\S+)$", "\n".join(PAGES.values()), re.MULTILINE)
     modules = {name for name in gradkernels.__all__ if f"gradkernels.{name}" in sys.modules}
-    public = {f"{name}.{name}" if name in modules else name for name in gradkernels.__all__ if name != "nn"}
+    public = {f"{name}.{name}" if name in modules else name for name in gradkernels.__all__}
+    public -= {"layers.layers", "nn.nn"}
     public |= {f"verify.{name}" for name in verify.__all__}
     public |= {
-        f"nn.{name}" for name, value in vars(nn).items() if getattr(value, "__module__", "") == nn.__name__
+        f"{module.__name__.partition('.')[2]}.{name}"
+        for module in (layers, nn)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__
     }
     assert public <= set(directives), f"no page has {sorted(public - set(directives))}"
     assert len(directives) == len(set(directives))

@@ -19,7 +19,7 @@ LAYERS = (
     ("operator.py", "optim/plan.py", "optim/stacked.py", "optim/compiled.py", "optim/step.py"),
     ("matmul.py", "mse.py", "linear_mse.py", "linear_mse_models.py", "sgd.py", "adam.py"),
     ("linear_mse_fit.py",),
-    ("nn.py", "ops.py"),
+    ("layers.py", "nn.py", "ops.py"),
     ("warmup.py",),
     ("verify/",),
     ("__init__.py",),

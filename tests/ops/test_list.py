@@ -11,7 +11,7 @@ from gradkernels.operator import OPERATORS
 from gradkernels.ops import FUNCTIONS, OPS, OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
-OTHERS = {"backend_for", "nn", "use_backend", "warmup"}
+OTHERS = {"backend_for", "layers", "nn", "use_backend", "warmup"}
 
 
 def test_every_public_callable_is_of_one_op() -> None:
