@@ -2,6 +2,7 @@
 
     python examples/sweep.py                                1,000 models at a time; ten seconds on two cores
     python examples/sweep.py --models 200 --output runs/small
+    torchrun --nproc-per-node 4 examples/sweep.py           the models shared among four processes
 
 1. Learning rates: for each optimizer 1,000 rates, all on the same rows. Gradient descent on a quadratic diverges
    where the rate exceeds 2 / L, with momentum 2 (1 + momentum) / L, with L the largest eigenvalue of the Hessian.
@@ -13,19 +14,26 @@
    of our own ops over all models; torch's ops on a model at a time, each with a parameter group of its own;
    scikit-learn's SGDRegressor, which makes an update for each row. The last two train a twentieth of the models.
 
-Features and target are standardised. Into the output folder go sweep.png and sweep.json.
+Features and target are standardised. Into the output folder go sweep.png, sweep.json, and sweep.npz with the final
+loss of each rate and the coefficients of each resample and group.
+
+The models are independent: processes exchange nothing but the results, in the end. These agree with those of one
+process to rounding, since the CPU's products and elementwise loops round a model by how many are computed with it.
 """
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from gradkernels import FusedAdam, FusedSGD, linear_mse_fit, linear_mse_loss
 from rich.console import Console
 from rich.progress import Progress
@@ -73,6 +81,36 @@ def parameters(models: int, features: int) -> list[Tensor]:
     return [torch.zeros(models, 1, features, requires_grad=True), torch.zeros(models, 1, requires_grad=True)]
 
 
+@contextmanager
+def processes() -> Iterator[int]:
+    """Join the processes that torchrun has started, if it has; the rank of this one."""
+    if "WORLD_SIZE" not in os.environ:
+        yield 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def own_share(models: int) -> slice:
+    """The models of this process, next to each other; none where there are more processes than models."""
+    if not dist.is_initialized():
+        return slice(0, models)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return slice(rank * models // world, (rank + 1) * models // world)
+
+
+def gathered(values: Tensor, dim: int) -> Tensor:
+    """The values of all models along ``dim``, from those of each process's share."""
+    if not dist.is_initialized():
+        return values
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return torch.cat(parts, dim)
+
+
 @dataclass
 class Trainer:
     """Fits with a progress bar."""
@@ -80,16 +118,49 @@ class Trainer:
     progress: Progress
 
     def fit(
-        self, what: str, params: list[Tensor], optimizer: Any, x: Tensor, y: Tensor, steps: int, **rows: Any
-    ) -> Tensor:
-        """Losses ``(steps, models)``; a call goes on from the parameters and the state that the one before left."""
-        task = self.progress.add_task(what, total=steps)
+        self,
+        what: str,
+        models: int,
+        make: Callable[[list[Tensor], slice], Any],
+        x: Tensor,
+        y: Tensor,
+        steps: int,
+        sample_weight: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses ``(steps, models)`` and coefficients ``(models, features)``; each process trains its share.
+
+        ``make`` gives the optimizer of some models' parameters. A call of ``linear_mse_fit`` goes on from the
+        parameters and the state that the one before left.
+        """
+        own = own_share(models)
+        weight, bias = params = parameters(own.stop - own.start, x.shape[1])
+        optimizer = make(params, own)
+        if sample_weight is not None:
+            sample_weight = sample_weight[own]
+        if offsets is not None:
+            offsets = offsets[own.start : own.stop + 1]
+            rows = slice(offsets[0], offsets[-1])
+            x, y, offsets = x[rows], y[rows], offsets - offsets[0]
+            rows = slice(offsets[0], offsets[-1])
+            x, y, offsets = x[rows], y[rows], offsets - offsets[0]
+        task = self.progress.add_task(f"{models} {what}", total=steps)
         losses = []
         for part in torch.arange(steps).tensor_split(CALLS):
-            weight, bias = params
-            losses.append(linear_mse_fit(x, weight, y, bias, optimizer=optimizer, steps=len(part), **rows))
+            losses.append(
+                linear_mse_fit(
+                    x,
+                    weight,
+                    y,
+                    bias,
+                    optimizer=optimizer,
+                    steps=len(part),
+                    sample_weight=sample_weight,
+                    offsets=offsets,
+                )
+            )
             self.progress.advance(task, len(part))
-        return torch.cat(losses)
+        return gathered(torch.cat(losses), 1), gathered(weight.detach()[:, 0], 0)
 
 
 # 1. Learning rates
@@ -114,19 +185,18 @@ class Sweep:
 def sweep_rates(data: Data, trainer: Trainer, models: int, steps: int) -> list[Sweep]:
     L = data.largest_curvature
     rates = torch.logspace(-3, 1, models)
-    ways: list[tuple[str, Callable[[list[Tensor]], Any], float | None]] = [
-        ("SGD", lambda p: FusedSGD(p, lr=rates, stacked=True), 2 / L),
+    ways: list[tuple[str, Callable[[list[Tensor], slice], Any], float | None]] = [
+        ("SGD", lambda p, own: FusedSGD(p, lr=rates[own], stacked=True), 2 / L),
         (
             f"SGD, momentum {MOMENTUM}",
-            lambda p: FusedSGD(p, lr=rates, momentum=MOMENTUM, stacked=True),
+            lambda p, own: FusedSGD(p, lr=rates[own], momentum=MOMENTUM, stacked=True),
             2 * (1 + MOMENTUM) / L,
         ),
-        ("Adam", lambda p: FusedAdam(p, lr=rates, stacked=True), None),
+        ("Adam", lambda p, own: FusedAdam(p, lr=rates[own], stacked=True), None),
     ]
     found = []
     for name, make, theory in ways:
-        params = parameters(models, data.x.shape[1])
-        losses = trainer.fit(f"{models} rates, {name}", params, make(params), data.x, data.y, steps)
+        losses, _ = trainer.fit(f"rates, {name}", models, make, data.x, data.y, steps)
         found.append(Sweep(name, rates, losses[0, 0].item(), losses[-1], theory))
     return found
 
@@ -158,15 +228,17 @@ def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = Non
 
 
 def bootstrap(data: Data, trainer: Trainer, models: int, steps: int) -> Bootstrap:
-    N, D = data.x.shape
+    N = len(data.x)
     draws = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=models)
-    params = parameters(models, D)
-    optimizer = FusedSGD(params, lr=1 / data.largest_curvature, momentum=MOMENTUM)
-    weights = torch.from_numpy(draws).float()
-    trainer.fit(f"{models} resamples", params, optimizer, data.x, data.y, steps, sample_weight=weights)
+    weights = torch.from_numpy(draws).to(data.x.dtype)
+
+    def make(params: list[Tensor], own: slice) -> FusedSGD:
+        return FusedSGD(params, lr=1 / data.largest_curvature, momentum=MOMENTUM)
+
+    _, trained = trainer.fit("resamples", models, make, data.x, data.y, steps, sample_weight=weights)
     x, y = data.x.double().numpy(), data.y[:, 0].double().numpy()
     closed = np.array([least_squares(x, y, draw) for draw in draws])
-    return Bootstrap(params[0].detach()[:, 0].numpy(), closed)
+    return Bootstrap(trained.numpy(), closed)
 
 
 # 3. Groups
@@ -189,15 +261,17 @@ def by_group(data: Data, trainer: Trainer, steps: int) -> list[Group]:
     offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
     columns = [data.names.index(name) for name in GROUP_FEATURES]
     x, y = data.x[order][:, columns].contiguous(), data.y[order]
-    params = parameters(len(counts), len(columns))
-    optimizer = FusedAdam(params, lr=0.02, stacked=True)
-    trainer.fit(f"{len(counts)} groups", params, optimizer, x, y, steps, offsets=offsets)
+
+    def make(params: list[Tensor], own: slice) -> FusedAdam:
+        return FusedAdam(params, lr=0.02, stacked=True)
+
+    _, trained = trainer.fit("groups", len(counts), make, x, y, steps, offsets=offsets)
     found = []
     for g, key in enumerate(np.unique(keys)):
         rows = slice(offsets[g], offsets[g + 1])
         closed = least_squares(x[rows].double().numpy(), y[rows, 0].double().numpy())
         name = f"{key // 2 * 10}s, sex {key % 2 + 1}"
-        found.append(Group(name, int(counts[g]), params[0][g, 0].detach().numpy(), closed))
+        found.append(Group(name, int(counts[g]), trained[g].numpy(), closed))
     return found
 
 
@@ -415,16 +489,25 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--models takes at least 2, --steps at least 1")
     console = Console()
     data = load()
-    with Progress(console=console, transient=True) as progress:
+    with processes() as rank, Progress(console=console, transient=True, disable=rank > 0) as progress:
         trainer = Trainer(progress)
         sweeps = sweep_rates(data, trainer, options.models, options.steps)
         resamples = bootstrap(data, trainer, options.models, options.steps)
         groups = by_group(data, trainer, 2 * options.steps)
+        if rank > 0:
+            return 0
         ways = ways_of_doing_it(data, trainer, options.models, options.steps)
     results = data, sweeps, resamples, groups, ways
     print_report(console, *results)
     options.output.mkdir(parents=True, exist_ok=True)
     plot(options.output / "sweep.png", *results)
+    np.savez(
+        options.output / "sweep.npz",
+        rates=sweeps[0].rates.numpy(),
+        losses=np.stack([sweep.final.numpy() for sweep in sweeps]),
+        resamples=resamples.trained,
+        groups=np.stack([group.trained for group in groups]),
+    )
     record = {
         "largest_curvature": data.largest_curvature,
         "edges": {sweep.name: {"measured": sweep.edge, "theory": sweep.theory} for sweep in sweeps},
@@ -433,7 +516,8 @@ def main(arguments: list[str] | None = None) -> int:
         "ways": {way.name: vars(way) | {"us_per_pass": way.us_per_pass} for way in ways},
     }
     (options.output / "sweep.json").write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"written: {options.output}/sweep.png, {options.output}/sweep.json")
+    written = (f"{options.output}/sweep.{end}" for end in ("png", "json", "npz"))
+    console.print(f"written: {', '.join(written)}")
     return 0
 
 

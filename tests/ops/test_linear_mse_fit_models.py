@@ -308,6 +308,24 @@ def test_ragged_rows_are_checked() -> None:
         fit(x, *copies(w[0]), y, optimizer=optimizer, steps=1, offsets=torch.tensor([0, 7]))
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_share_of_the_models_has_the_same_bits(device: torch.device) -> None:
+    """A program per model: it does not matter how many others there are. (torch's products on a CPU round by that.)"""
+    x, y = torch.randn(5, N, D, device=device), torch.randn(5, N, K, device=device)
+    rates, start = torch.linspace(0.01, 0.5, 5, device=device), torch.randn(5, K, D, device=device)
+
+    def trained(models: slice) -> tuple[Tensor, Tensor]:
+        w = start[models].clone().requires_grad_()
+        optimizer = FusedAdam([w], lr=rates[models], stacked=True, max_norm=1.0)
+        return fit(x[models], w, y[models], optimizer=optimizer, steps=3), w.detach()
+
+    losses, weights = trained(slice(0, 5))
+    for models in (slice(0, 2), slice(2, 5), slice(4, 5)):
+        own, w = trained(models)
+        assert torch.equal(own, losses[:, models])
+        assert torch.equal(w, weights[models])
+
+
 def test_no_models(on: str) -> None:
     w = torch.zeros(0, K, D, requires_grad=True)
     losses = fit(
