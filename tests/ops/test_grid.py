@@ -93,7 +93,7 @@ def test_all_names_what_is_there() -> None:
 
 
 def test_the_wheel_has_every_file(tmp_path: Path) -> None:
-    """And nothing else: each file of kernels/ and bench/ under gradkernels/."""
+    """And nothing else: each file of kernels/ and bench/ under gradkernels/, and the pytest plugin."""
     source = tmp_path / "source"
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -123,4 +123,4 @@ def test_the_wheel_has_every_file(tmp_path: Path) -> None:
         for name in tracked
         if name.startswith(("kernels/", "bench/")) and name.endswith((".py", "py.typed"))
     }
-    assert packed == expected
+    assert packed == expected | {"pytest_gradkernels.py"}

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ import triton.language as tl  # noqa: E402
 from gradkernels import __main__ as cli  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
+from gradkernels.verify.judge import trials  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
 from gradkernels.verify.judge.load import load, targets  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
+from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject  # noqa: E402
 from gradkernels.verify.judge.verdict import Case  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
@@ -72,7 +75,7 @@ def test_a_right_kernel_is_verified(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "plant",
     [
-        pytest.param(p, marks=() if p in QUICK else pytest.mark.full, id=f"{p.specimen}-{i}")
+        pytest.param(p, marks=() if p in QUICK else pytest.mark.full, id=f"{p.specimen}-{i}-{p.verdict}")
         for i, p in enumerate(PLANTS)
     ],
 )
@@ -82,6 +85,36 @@ def test_a_planted_fault_gets_its_verdict(
     cases = judged(plant.write(tmp_path), monkeypatch)
     assert v.of_file(cases) == plant.verdict, [case for case in cases if case.verdict != v.VERIFIED]
     assert any(plant.says in case.message for case in cases if case.verdict == plant.verdict)
+
+
+def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
+    """All samples are drawn before the comparison, and count even where it would pass without them."""
+    calls = []
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.dtype)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    truth = Reference(Subject(norm))([torch.tensor([[0.7], [-1.3], [0.2]])], [0])
+    exact = truth.exact.gradients[0]
+    calls.clear()
+    right = replace(truth.native, gradients={0: exact.float()})
+    assert not list(trials.gradient([right], [truth]))
+    assert len(calls) == 2 * (SAMPLES - 1)
+    own = float((truth.native.gradients[0].double() - exact).abs().max())
+    error = max(own, truth.error("gradients", 0))
+    assert error > own  # terms cancel: at the inputs torch was lucky
+    for factor, passes in ((1.9, True), (2.5, False)):
+        moved = replace(truth.native, gradients={0: (exact + factor * error).float()})
+        assert bool(list(trials.gradient([moved], [truth]))) is not passes
+    assert len(calls) == 2 * (SAMPLES - 1)
+
+
+def test_random_numbers_are_the_same_in_float64() -> None:
+    """Otherwise the difference of two masks would count as torch's error, and anything would pass."""
+    truth = Reference(Subject(lambda x: torch.nn.functional.dropout(x, 0.5)))([torch.randn(64)], [])
+    assert trials.agree(truth.native, replace(truth.exact, outputs=[o.float() for o in truth.exact.outputs]))
+    assert truth.error("outputs", 0) == 0
 
 
 def test_the_order_of_the_verdicts() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).parents[2]
 SUITE = """
 import pytest
 import torch
@@ -72,19 +73,22 @@ def test_gradient(gradcheck):
 """
 
 
+def run(folder: Path, *arguments: str, autoload: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run pytest with the plugin in a folder."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "PYTEST" not in k}
+    environment["PYTHONPATH"] = str(ROOT)
+    if not autoload:
+        environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_gradkernels", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
 def test_a_suite_for_cuda_runs_on_a_cpu(tmp_path: Path) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and "PYTEST" not in k}
-    command = [sys.executable, "-m", "pytest", "-p", "gradkernels.verify.plugin", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "--triton-on-cpu", "-rA"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(tmp_path, "--triton-on-cpu", "-rA")
     ends = {
         line.split("::")[1].split()[0]: line.split()[0]
         for line in done.stdout.splitlines()
@@ -102,8 +106,19 @@ def test_a_suite_for_cuda_runs_on_a_cpu(tmp_path: Path) -> None:
     assert "test_wrong_value" not in section.partition("short test summary")[0]
 
 
+def test_a_run_without_the_option_does_without_torch(tmp_path: Path) -> None:
+    """Every pytest in the environment imports the plugin."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_light.py").write_text(
+        "import sys\n\ndef test_light():\n    assert not {'torch', 'triton', 'numpy', 'gradkernels'} & {*sys.modules}\n"
+    )
+    done = run(tmp_path, autoload=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--triton-on-cpu" in run(tmp_path, "--help", autoload=False).stdout
+
+
 def test_the_entry_point_is_registered_once_beside_dash_p() -> None:
     """pluggy skips an entry point whose name is taken, so it has the name that ``-p`` gives."""
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    module = "gradkernels.verify.plugin"
-    assert f'[project.entry-points.pytest11]\n"{module}" = "{module}"\n' in project
+    project = (ROOT / "pyproject.toml").read_text()
+    module = "pytest_gradkernels"
+    assert f'[project.entry-points.pytest11]\n{module} = "{module}"\n' in project

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..gradient.function import is_real
+from .subject import LARGE
 
 LARGEST = 1 << 20  # elements of a derived input
-LARGE = 1 << 16  # elements of all inputs, above which the interpreter takes its time
 REDUCED = 40
 HUGE = {torch.float16: (2.0**6, 2.0**3)}
 TINY = {torch.float16: 2.0**-6}

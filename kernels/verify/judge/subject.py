@@ -18,6 +18,9 @@ from ..memory.interpreter import interpreted
 from ..memory.regions import CREATORS, METHODS, markable, unwritten
 from ..memory.report import MemoryReport
 
+SAMPLES = 8  # of torch's error, at the inputs and close to them
+LARGE = 1 << 16  # elements of all inputs; above it one sample has luck no more
+
 
 class Subject:
     """A function of a flat list of values: its arguments, then the parameters that it shares with the reference.
@@ -217,13 +220,20 @@ class Truth:
     Attributes:
         native: outputs and gradients in the dtypes of the inputs.
         exact: the same on float64 copies; ``native`` itself where that is impossible or the inputs are float64.
-        shaken: gives the same as ``native`` with each input moved by one rounding of its own. The error of one call of
-            torch's may be small by luck; what one rounding of the inputs changes, no algorithm can avoid.
+        close: gives ``native`` and ``exact`` at inputs close to the given ones, each number moved by one rounding.
     """
 
     native: Outcome
     exact: Outcome
-    shaken: Callable[[], Outcome]
+    close: Callable[[], Sequence[tuple[Outcome, Outcome]]]
+
+    def error(self, part: str, place: int) -> float:
+        """Return torch's largest error in one of its outputs or gradients at inputs close to the given ones.
+
+        Where terms cancel, the error at one point is small by luck as often as not.
+        """
+        pairs = [[getattr(outcome, part)[place] for outcome in pair] for pair in self.close()]
+        return max((_error(native, exact) for native, exact in pairs), default=0.0)
 
     @property
     def finite(self) -> bool:
@@ -242,20 +252,30 @@ class Reference:
 
     def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
         """Return the truth at dense copies of the values; raises what the reference raises."""
+        state = torch.get_rng_state()
+        native, exact = self._both(values, wanted, state)
+
+        @cache
+        def close() -> Sequence[tuple[Outcome, Outcome]]:
+            size = sum(v.numel() for v in values if isinstance(v, Tensor))
+            if exact is native or size > LARGE:
+                return ()
+            return [self._both(_moved(values, draw), wanted, state) for draw in range(1, SAMPLES)]
+
+        return Truth(native, exact, close)
+
+    def _both(self, values: Sequence[Any], wanted: Sequence[int], state: Tensor) -> tuple[Outcome, Outcome]:
+        """Return the results in the dtypes of the inputs and in float64, with the same random numbers."""
+        torch.set_rng_state(state)
         native = call(self.subject, _dense(values, wanted), wanted)
-        exact = native
         if not any(v.dtype == torch.float64 for v in values if is_real(v)):
             # It may hold tensors, or ask for dtypes, of its own.
             with contextlib.suppress(Exception):
+                torch.set_rng_state(state)
                 wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
                 if all(o.dtype == torch.float64 for o in wide.outputs if is_real(o)):
-                    exact = wide
-
-        @cache
-        def shaken() -> Outcome:
-            return call(self.subject, _dense(_moved(values), wanted), wanted, native.live)
-
-        return Truth(native, exact, shaken)
+                    return native, wide
+        return native, native
 
 
 def _dense(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
@@ -266,9 +286,18 @@ def _dense(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
     return leaves_of(copied, wanted)
 
 
-def _moved(values: Sequence[Any]) -> list[Any]:
+def _error(native: Tensor | None, exact: Tensor | None) -> float:
+    """Return the largest difference of the two, where both are finite."""
+    if native is None or exact is None or not is_real(native) or native.shape != exact.shape:
+        return 0.0
+    gaps = (native.double() - exact.double()).abs()
+    gaps = gaps[gaps.isfinite()]
+    return float(gaps.max()) if gaps.numel() else 0.0
+
+
+def _moved(values: Sequence[Any], draw: int) -> list[Any]:
     """Move each number by one rounding, up or down."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(draw)
 
     def moved(value: Any) -> Any:
         if not is_real(value):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, UntypedStorage
 
-from .interpreter import ADDRESS, TAG_SHIFT, check_canary, current_program, source_site, watch
+from .interpreter import ADDRESS, TAG_SHIFT, Observer, check_canary, current_program, source_site, watch
 from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
 from .report import UNWRITTEN, Fault, MemoryFaultError, MemoryReport, Traffic
 from .shadow import LAUNCHES, Access, Cells, Clock
@@ -89,7 +89,7 @@ def _named(tensors: Mapping[str, Tensor] | Iterable[Tensor], kind: str) -> Itera
         yield from ((f"{kind}[{i}]", tensor) for i, tensor in enumerate(tensors))
 
 
-class _Checker:
+class _Checker(Observer):
     """The checker observes launches and accesses for ``memory_check``."""
 
     def __init__(self, report: MemoryReport, registered: dict[str, Tensor]) -> None:
