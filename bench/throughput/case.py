@@ -28,12 +28,17 @@ class Implementation:
             checked. What must not be timed (copies of parameters, an optimizer's construction) happens in it.
         absent: the reason why it cannot run here; empty if it can.
         slow_start: it compiles for seconds; ``--quick`` runs it only where the case asks for it.
+        unit: it does once another job than ours does in many calls, ``"steps"`` say: its column tells how many of them
+            take as long, and it counts for no speedup.
+        reference: of such a job's own results, as of a case's; a thousandth part or so may be lost to rounding.
     """
 
     name: str
     prepare: Callable[..., Call]
     absent: str = ""
     slow_start: bool = False
+    unit: str = ""
+    reference: Callable[..., Sequence[np.ndarray]] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Case:
             others.
         reference: the expected results as NumPy float64 arrays, from the inputs as such arrays.
         pick: the part of the results that ``reference`` gives, where checking all of it would take minutes.
+        beside: bytes that implementations hold beside the inputs.
         calls: how often the job is done before the results are checked (optimizers: several steps).
         compile: ``--quick`` times the implementations that compile for seconds on this case too.
     """
@@ -68,6 +74,7 @@ class Case:
     implementations: tuple[Implementation, ...]
     reference: Callable[..., Sequence[np.ndarray]]
     pick: Callable[[Results], Results] = field(default=lambda results: results)
+    beside: int = 0
     calls: int = 1
     compile: bool = False
 

@@ -10,10 +10,10 @@ from gradkernels.verify.console import Cell, print_line, print_table
 from .case import OURS
 from .results import (
     SHORT,
-    baselines,
     groups,
     is_tie,
     microseconds,
+    others,
     outcome,
     rates,
     ratio,
@@ -63,9 +63,9 @@ def header(machine: dict[str, Any], limits: dict[str, Any]) -> list[str]:
 
 def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     """Return the columns and rows of one variant of an op."""
-    others = baselines(records)
+    rivals = others(records)
     free = any("device" in outcome(record) for record in records)
-    columns = ["shape", "dtype", "us", "GB/s", "TF/s", "cp%", "mm%", *others, "1st s"]
+    columns = ["shape", "dtype", "us", "GB/s", "TF/s", "cp%", "mm%", *rivals, "1st s"]
     if free:
         columns[3:3] = ["free us"]
     unmeasured: dict[str, Cell] = {"left out": ("·", "dim"), "none": ("-", "dim"), "absent": ("-", "dim")}
@@ -82,9 +82,12 @@ def table(records: Sequence[dict[str, Any]], limits: dict[str, Any]) -> tuple[li
             row.append(number(microseconds(ours, "device")))
         row += [number(speed.gb_per_s), number(speed.tflop_per_s)]
         row += [percent(speed.copy_share), percent(speed.matmul_share)]
-        for name in others:
+        for name, unit in rivals.items():
             value, status = ratio(record, name), outcome(record, name)["status"]
-            row.append(unmeasured.get(status, (status.upper(), "bad")) if value is None else times(value))
+            if value is None:
+                row.append(unmeasured.get(status, (status.upper(), "bad")))
+            else:
+                row.append(f"{number(value)} {unit}" if unit else times(value))
         rows.append([*row, (number(ours["first_call_s"]), "dim")])
     return columns, rows
 

@@ -51,8 +51,9 @@ class Rates:
 
 
 def rates(record: dict[str, Any], limits: dict[str, Any], implementation: str = OURS) -> Rates | None:
-    us = best_microseconds(outcome(record, implementation))
-    if us is None:
+    found = outcome(record, implementation)
+    us = best_microseconds(found)
+    if us is None or "unit" in found:
         return None
     moved, done = record["bytes"] / us * 1e6, record["flops"] / us * 1e6
     matmul = limits["matmul"].get(record["dtype"])
@@ -70,14 +71,19 @@ def is_tie(ratio: float) -> bool:
     return abs(ratio - 1) < TIED
 
 
+def others(records: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Return the unit ("" if its job is ours) of each other implementation that ran, in the order of declaration."""
+    return {
+        name: found.get("unit", "")
+        for record in records
+        for name, found in record.get("contenders", {}).items()
+        if name != OURS and found["status"] in ("ok", "wrong", "failed")
+    }
+
+
 def baselines(records: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the names of the other implementations that ran at least once, in the order of declaration."""
-    names: dict[str, None] = {}
-    for record in records:
-        for name, found in record.get("contenders", {}).items():
-            if name != OURS and found["status"] in ("ok", "wrong", "failed"):
-                names[name] = None
-    return list(names)
+    """Return the names of the other implementations of the same job that ran at least once."""
+    return [name for name, unit in others(records).items() if not unit]
 
 
 def groups(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -150,6 +156,11 @@ def remarks(document: dict[str, Any]) -> list[str]:
         if "skipped" in record:
             found[f"{case_name(record)}: skipped, {record['skipped']}"] = None
         for name, result in record.get("contenders", {}).items():
+            if "unit" in result and result["status"] == "ok":
+                found[
+                    f"{record['op']}: {name} does another job, once: its column tells how many {result['unit']} of "
+                    f"{OURS} take as long; a run of more takes longer than it"
+                ] = None
             if result["status"] in ("wrong", "failed"):
                 found[f"{case_name(record)}: {name} {result['status'].upper()}: {result['note']}"] = None
             elif result["status"] == "absent":

@@ -20,7 +20,7 @@ from bench.throughput import case as declaration
 from bench.throughput import machine, results
 from bench.throughput.case import OURS, Case, function
 from bench.throughput.console import Screen
-from bench.throughput.runner import Runner
+from bench.throughput.runner import Runner, free_bytes
 from bench.throughput.timing import ROUNDS
 
 from .fakes import LIMITS, Clock, document, doubling
@@ -114,6 +114,47 @@ def test_failed_and_absent_implementations_are_named() -> None:
     assert "elsewhere is not installed" in said
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_another_job_is_counted_in_steps_and_for_no_speedup(
+    right: bool, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    clock = Clock()
+
+    def halve(values: torch.Tensor) -> list[torch.Tensor]:
+        clock.work(1260)
+        return [values * 0.5 * (1 if right else 1.01)]
+
+    halved = dataclasses.replace(
+        function("solve", halve), unit="steps", reference=lambda values: [values * 0.5]
+    )
+    found = document(doubling(clock, extra=(halved,)), clock=clock)
+    assert results.all_right(found)
+    assert results.baselines(found["cases"]) == ["eager"]
+    assert [summary.baseline for summary in results.summaries(found["cases"])] == ["eager"]
+    Screen().document(found)
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.strip().startswith("1000"))
+    assert len(row) <= 80
+    assert ("12.0 steps" in row) is right
+    assert ("WRONG" in row) is not right
+    assert ("solve does another job, once" in " ".join(shown.split())) is right
+    results.write_csv(found, tmp_path / "bench.csv")
+    with (tmp_path / "bench.csv").open(newline="") as file:
+        line = list(csv.DictReader(file))[-1]
+    assert line["contender"] == "solve"
+    assert bool(line["call_us"]) is right
+    assert line["gb_per_s"] == line["copy_share"] == ""
+
+
+def test_free_memory_counts_what_only_caches_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    monkeypatch.setattr("bench.throughput.runner.MEMINFO", meminfo)
+    cpu = torch.device("cpu")
+    without = free_bytes(cpu)
+    meminfo.write_text("MemTotal:  9 kB\nMemFree:       1 kB\nMemAvailable:       5 kB\n")
+    assert free_bytes(cpu) == 5120 != without > 0
+
+
 def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     case = doubling(clock)
@@ -133,6 +174,8 @@ def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.Monkey
         assert word in results.remarks(found)[0]
     huge = dataclasses.replace(case, bytes=1 << 60)
     assert "GiB" in document(huge, clock=clock)["cases"][0]["skipped"]
+    padded = dataclasses.replace(case, beside=1 << 60)
+    assert "GiB" in document(padded, clock=clock)["cases"][0]["skipped"]
     monkeypatch.setattr("bench.throughput.runner.free_bytes", lambda device: 3 * case.bytes)
     assert document(case, clock=clock)["cases"][0]["in_turns"] is False
 
