@@ -143,7 +143,7 @@ class StackedStep:
     def _refuse_at_step(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         """Refuse what only torch's own loop could update, and what is spread over ranks."""
         what = ""
-        if hasattr(param, "_local_tensor"):
+        if hasattr(param, "_local_tensor") or hasattr(grad, "_local_tensor"):
             what = "DTensors"
         elif grad.layout != torch.strided:
             what = "sparse gradients"

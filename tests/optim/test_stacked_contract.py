@@ -6,13 +6,16 @@ Over 500 lines, since it follows the contract clause by clause.
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import lr_scheduler
 
 from .optimizers import NAMES, Feed, copies, make_params, ours_for, parameters, set_gradients, theirs_for
@@ -112,6 +115,28 @@ def test_sparse_gradients_are_refused_at_the_step(name: str) -> None:
     ours.param_groups[0]["params"][1].grad = torch.ones(B, 2).to_sparse()
     with pytest.raises(ValueError, match=r"sparse gradients: parameter 1 of group 0, shape \(5, 2\)"):
         ours.step()
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["both", "parameter", "gradient"])
+def test_dtensors_are_refused_at_the_step(name: str, kind: str, mesh: DeviceMesh) -> None:
+    first, second = stacks((B,), (B, 2))
+    grad = torch.ones(B, 2)
+    if kind != "gradient":
+        second = nn.Parameter(distribute_tensor(second.detach(), mesh, [Shard(0)]))
+    ours = ours_for(name)([first, second], stacked=True)
+    first.grad = torch.ones(B)
+    second.grad = grad if kind == "parameter" else distribute_tensor(grad, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"serve DTensors: parameter 1 of group 0, shape \(5, 2\)"):
+        ours.step()
+    assert torch.equal(first, torch.ones(B)), "nothing has moved"
 
 
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
@@ -344,25 +369,27 @@ def test_master_weights(name: str, device: torch.device) -> None:
         assert_same(ours, runs, f"at step {step}")
 
 
-def test_stochastic_rounding_depends_on_each_model_s_step(name: str) -> None:
-    """All models are given the same numbers: a model that lags a step draws what another drew before it."""
-    n = 4096
-    ours = ours_for(name)(
-        [nn.Parameter(torch.ones(2, n, dtype=torch.bfloat16))],
-        stacked=True,
-        stochastic_rounding=True,
-        lr=1e-3,
-    )
-    (param,) = parameters(ours)
-    for step in range(4):
-        ours.active = torch.tensor([True, step != 0])
-        param.grad = torch.ones_like(param)
-        before = param.detach().clone()
-        ours.step()
-        moved = (before - param.detach()).float().mean(1)
-        assert moved[0] == pytest.approx(1e-3, rel=0.2)
-        assert torch.equal(param[1], before[1]) == (step == 0)
-    assert ours.state[param]["step"].tolist() == [4, 3]
+@both_backends
+def test_stochastic_rounding_depends_on_each_model_s_step(name: str, device: torch.device) -> None:
+    """A model that lags a step makes its updates with the random numbers that it would have had without the lag."""
+    updates = []
+    for late in (0, 1):
+        param = nn.Parameter(torch.ones(2, 200, dtype=torch.bfloat16, device=device))
+        ours = ours_for(name)([param], stacked=True, stochastic_rounding=True, lr=1e-3)
+        found: list[Tensor] = []
+        for step in range(3 + late):
+            ours.active = torch.tensor([True, step >= late], device=device)
+            param.grad = torch.ones_like(param)
+            ours.step()
+            found.append(param[1].detach().clone())
+        assert ours.state[param]["step"].tolist() == [3 + late, 3]
+        assert torch.equal(found[0], torch.ones_like(found[0])) == bool(late)
+        updates.append(torch.stack(found[late:]))
+    assert torch.equal(*updates)
+    moved = [1 - value.float().mean().item() for value in updates[0]]
+    assert moved == pytest.approx([0.001, 0.002, 0.003], rel=0.5)
+    jumped = updates[0].diff(dim=0) != 0
+    assert not torch.equal(jumped[0], jumped[1]), "each update draws anew"
 
 
 @both_backends
