@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 NAMES = ("auto", "triton", "fallback", "reference")
-TRITON_DEVICES = ("cuda", "xpu")  # ROCm devices are called cuda too
+# Where "auto" takes Triton if its active driver serves the device; ROCm devices are called cuda too. There are drivers
+# for others (Apple's), on which our kernels have never run: those are for who asks for "triton".
+AUTO_DEVICES = ("cuda", "xpu")
 
 
 def _checked(name: str, source: str) -> str:
@@ -32,7 +34,7 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
     """Choose the implementation for the calls inside a ``with`` block.
 
     Args:
-        name: ``"auto"`` (Triton where the device has it, else the fallback), ``"triton"``, ``"fallback"`` or
+        name: ``"auto"`` (Triton on CUDA, ROCm and XPU, else the fallback), ``"triton"``, ``"fallback"`` or
             ``"reference"``.
 
     An op's backward, double backward and jvp run under the choice of its forward, in any thread and after the
@@ -78,26 +80,43 @@ def current() -> str:
 
 
 @functools.cache
+def _triton() -> Any:
+    """The triton package, imported when a call first asks for it; None where it is not installed."""
+    return None if importlib.util.find_spec("triton") is None else importlib.import_module("triton")
+
+
+@functools.lru_cache(maxsize=1)
+def _served_by(driver: Any) -> str:
+    """The device type of a driver of Triton's. Asked once for each: the answer may initialise the device."""
+    return driver.get_active_torch_device().type
+
+
 def _triton_problem(device_type: str) -> str | None:
-    """Why Triton cannot serve tensors of this device type, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    """Why Triton cannot serve tensors of this device type, or None if it can: its active driver decides."""
+    triton = _triton()
+    if triton is None:
         return (
             "the triton package is not installed (pip install triton on Linux, triton-windows on Windows; "
             "torch's CUDA, ROCm and XPU wheels bring their own)"
         )
-    if device_type in TRITON_DEVICES:
+    on_cpu = device_type == "cpu"
+    if on_cpu and not isinstance(triton.language.sum, triton.runtime.JITFunction):
         return None
-    if device_type != "cpu":
-        return f"Triton has no {device_type} support"
-    import triton
-
-    if isinstance(triton.language.sum, triton.runtime.JITFunction):
+    try:
+        served = _served_by(triton.runtime.driver.active)
+    except RuntimeError as error:  # none is active, or more than one
+        reason = str(error)
+    else:
+        if served == device_type:
+            return None
+        reason = f"the active one serves {served}"
+    if on_cpu:
         return (
             "on CPU tensors Triton runs only under its interpreter: set the environment variable "
             "TRITON_INTERPRET=1 before triton is first imported"
             + (" (it is set now, but was not then)" if os.environ.get("TRITON_INTERPRET") == "1" else "")
         )
-    return None
+    return f"no driver of Triton's serves {device_type}: {reason}"
 
 
 def backend_for(tensor: torch.Tensor) -> str:
@@ -112,7 +131,7 @@ def backend_for(tensor: torch.Tensor) -> str:
             return "fallback"
         device_type = tensor.device.type
         return (
-            "triton" if device_type in TRITON_DEVICES and _triton_problem(device_type) is None else "fallback"
+            "triton" if device_type in AUTO_DEVICES and _triton_problem(device_type) is None else "fallback"
         )
     if name == "triton" and (problem := _triton_problem(tensor.device.type)) is not None:
         raise RuntimeError(f"backend 'triton' cannot serve a tensor on {tensor.device}: {problem}")

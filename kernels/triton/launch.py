@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ def recording() -> Any:
 
 def guard(device: torch.device) -> AbstractContextManager[None]:
     """A context in which ``device`` is the current one."""
-    return getattr(torch, device.type).device(device)
+    module = torch.get_device_module(device)
+    return module.device(device) if hasattr(module, "device") else nullcontext()  # MPS has but one
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **options: Any) -> None:

@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backends import TRITON_DEVICES
 from ..optim.bucket import Bucket, Guard, key_of
 from . import config
-from .launch import launch
+from .launch import guard, launch
 from .shared import DTYPES
 
 CHUNK = tl.constexpr(config.CHUNK)
@@ -137,8 +136,8 @@ class Tables:
         # Those that may change again are neighbours.
         tables = (self._arrivals, self.chunks, self.rows, self._options)
         stale = [table for table in tables if table is not None and table.stale]
-        if self.device.type not in TRITON_DEVICES:
-            for table in stale:  # on the CPU, where Triton's interpreter runs, both are one
+        if self.device.type == "cpu":
+            for table in stale:  # both are one
                 table.tensor = torch.from_numpy(table.array)
             return
         new = [table for table in stale if table.memory is None]
@@ -160,7 +159,7 @@ class Tables:
                 part = slice(table.start - start, table.stop - start)
                 source[part].view(array.dtype).view(array.shape).copy_(array)
                 table.tensor = memory[table.start : table.stop].view(array.dtype).view(array.shape)
-            with torch.get_device_module(self.device).device(self.device):
+            with guard(self.device):
                 memory[start:stop].copy_(source, non_blocking=True)
                 if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     self._pinned.append(source)

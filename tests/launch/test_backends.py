@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from types import SimpleNamespace
 
 import gradkernels
 import pytest
@@ -118,10 +119,10 @@ def test_triton_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "was not then" not in never
     late = output(script.format(before="import triton; os.environ['TRITON_INTERPRET'] = '1'"))
     assert "it is set now, but was not then" in late
-    with use_backend("triton"), pytest.raises(RuntimeError, match="Triton has no meta support"):
+    with use_backend("triton"), pytest.raises(RuntimeError, match="no driver of Triton's serves meta: "):
         backend_for(x.to("meta"))
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    backends._triton_problem.cache_clear()
+    backends._triton.cache_clear()
     try:
         with (
             use_backend("triton"),
@@ -129,7 +130,63 @@ def test_triton_refused_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             backend_for(x)
     finally:
-        backends._triton_problem.cache_clear()
+        backends._triton.cache_clear()
+
+
+class Driver:
+    """Of Triton's drivers what tells which device they serve."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def get_active_torch_device(self) -> torch.device:
+        return self.device
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu", "mps", "privateuseone"])
+def test_the_active_driver_decides(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a list of devices; by default only those are Triton's on which its kernels are known to run."""
+    config = pytest.importorskip("triton").runtime.driver
+    there = SimpleNamespace(is_cpu=False, device=torch.device(device))  # torch itself may lack the device
+    by_default = "triton" if device in ("cuda", "xpu") else "fallback"
+
+    monkeypatch.setattr(config, "_active", Driver(device))
+    assert backend_for(there) == by_default
+    with use_backend("triton"):
+        assert backend_for(there) == "triton"
+
+    monkeypatch.setattr(config, "_active", Driver("cuda:1" if device != "cuda" else "mps"))
+    assert backend_for(there) == "fallback"
+    other = "cuda" if device != "cuda" else "mps"
+    message = f"cannot serve a tensor on {device}: no driver of Triton's serves {device}: the active one serves {other}"
+    with use_backend("triton"), pytest.raises(RuntimeError, match=message):
+        backend_for(there)
+
+
+def test_no_active_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: object) -> None:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    config = pytest.importorskip("triton").runtime.driver
+    monkeypatch.setattr(type(config), "active", property(none))
+    there = SimpleNamespace(is_cpu=False, device=torch.device("cuda"))
+    assert backend_for(there) == "fallback"
+    with use_backend("triton"), pytest.raises(RuntimeError, match="serves cuda: 0 active drivers"):
+        backend_for(there)
+
+
+def test_a_driver_for_the_cpu_needs_no_interpreter() -> None:
+    script = """
+        import torch, triton
+        from gradkernels import backend_for, use_backend
+        from gradkernels.triton.compile_only import null_driver
+        triton.runtime.driver.set_active(null_driver("sm_90", []))
+        x = torch.empty(3)
+        print(backend_for(x))
+        with use_backend("triton"):
+            print(backend_for(x))
+    """
+    assert output(script).split() == ["fallback", "triton"]
 
 
 @pytest.fixture

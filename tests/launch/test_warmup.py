@@ -27,7 +27,6 @@ def test_nothing_is_left_to_compile(op, tmp_path):
         f"""
         import gradkernels
         from gradkernels import *
-        gradkernels.backends._triton_problem = lambda device: None  # the driver takes CPU tensors
         with use_backend("triton"):
             gradkernels.warmup({op!r}, {shapes}, torch.float32, "cpu")
             before = len(module._compiled)
