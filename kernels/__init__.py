@@ -18,7 +18,7 @@ from .mse import mse_loss_and_grad as mse_loss_and_grad
 from .sgd import FusedSGD as FusedSGD
 from .warmup import warmup as warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "FusedAdam",
     "FusedAdamW",

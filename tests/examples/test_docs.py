@@ -55,9 +55,16 @@ def test_every_public_name_has_its_place() -> None:
     assert len(directives) == len(set(directives))
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links(name: str) -> None:
-    prose = re.sub(r"```.*?```", "", PAGES[name], flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
-        if "://" not in target:
-            assert ((DOCS / name).parent / target).is_file(), target
+@pytest.mark.parametrize(
+    "page", [*sorted(DOCS.rglob("*.md")), *sorted(DOCS.parent.glob("*.md"))], ids=lambda page: page.name
+)
+def test_links(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)]*)\)", prose):
+        if "://" in target:
+            continue
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if anchor else []
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, f"{target}#{anchor}"
