@@ -18,6 +18,11 @@ if not GPU:
 from gradkernels import use_backend  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
 
+from .interpreter import prepare_once_a_launch  # noqa: E402
+
+if not GPU and importlib.util.find_spec("triton") is not None:
+    prepare_once_a_launch()
+
 DEVICES = {"fallback": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
 
 
