@@ -104,6 +104,8 @@ def linear_mse_models_forward(
     wide = torch.promote_types(input.dtype, dtype)
     if input.dim() == 2:  # one product of all weights
         residual = matmul_forward(weight, input.mT, None, [], wide).mT
+    elif input.dtype == wide and K == 1:  # torch takes 0.6 to 0.9 of the other product's time
+        residual = torch.bmm(weight, input.mT).view(*input.shape[:2], 1)
     elif input.dtype == wide:
         residual = torch.bmm(input, weight.mT)
     else:
