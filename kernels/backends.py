@@ -145,6 +145,11 @@ def module(backend: str, op: str) -> Any:
     return importlib.import_module(name, __package__)
 
 
+def capturing() -> bool:
+    """True while what torch's current stream is given goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def implementation(op: str, tensor: torch.Tensor) -> Any:
     """The module whose launchers (``<op>_<direction>``) serve ``tensor``."""
     return module(backend_for(tensor), op)

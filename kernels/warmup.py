@@ -22,6 +22,9 @@ def warmup(
     contiguous and aligned. Sizes are run-time values: one call covers all shapes that take the same kernels. Where
     Triton does not serve the device there is nothing to do.
 
+    Strided, misaligned or transposed tensors take other variants: make those calls themselves once. Under the capture
+    of a CUDA graph a call whose kernels are not loaded is refused.
+
     Args:
         op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"linear_mse_fit"``, ``"sgd"`` or ``"adam"``.
         shapes: of the tensor arguments that the op takes by position, in their order (``matmul``: input, other,

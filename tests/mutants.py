@@ -288,7 +288,7 @@ MUTANTS = (
     Mutant("with torch.inference_mode(False):  # state", "with torch.no_grad():  # state", "optim"),
     Mutant("if _valueless(params) and", "if False and", "optim"),
     Mutant("return operations_are_traced() or any(", "return any(", "optim"),
-    Mutant("not capturing and not operations_are_traced()", "not capturing", "optim"),
+    Mutant("not is_captured and not operations_are_traced()", "not is_captured", "optim"),
     Mutant("        _Adam.__init__(", "        torch.optim.Adam.__init__(", "optim"),
     Mutant("if any(map(overlaps, (param, *moving))):", "if overlaps(param):", "optim"),
     Mutant('plain = plain and len(own) == len(group["params"])', "pass", "training"),

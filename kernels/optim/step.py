@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from ..backends import capturing
 from ..fallback.multi_tensor import decide_by_tensors
 from ..torch_private import operations_are_traced
 from .bucket import UNGUARDED, Guard
@@ -429,11 +430,11 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         params = list(chain.from_iterable([group["params"] for group in groups]))
         grads = [param.grad for param in params]
         kinds = [self._kind(group) for group in groups]
-        capturing = _capturing()
-        if capturing:
+        is_captured = capturing()
+        if is_captured:
             self._refuse_capture(params)
         local = None
-        if self._plan is not None and not capturing and not operations_are_traced():
+        if self._plan is not None and not is_captured and not operations_are_traced():
             local = self._plan.fit(params, grads, kinds, self.state)
         if local is None:
             if _valueless(params) and self._step_by_operators(compiling=False):
@@ -443,7 +444,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                 entries, delegated = self._sort(params, grads)
                 plan = Plan(params, grads, kinds, entries, delegated, self.state, inference, self._models)
                 local = [entry.grad for entry in entries]
-                if capturing:
+                if is_captured:
                     self._captured.append(plan)  # the graph reads its tables for as long as it lives
                 else:
                     self._plan = plan
@@ -673,7 +674,3 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
 def _valueless(params: list[Tensor]) -> bool:
     """Whether a step over these is traced, or has no values to compute with: fake and meta tensors."""
     return operations_are_traced() or any(param.is_meta or isinstance(param, FakeTensor) for param in params)
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -21,6 +21,8 @@ from triton import knobs
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..backends import capturing
+
 # For whoever hooks Triton's own launches: every kernel is launched by kernel[grid].
 PLAIN = os.environ.get("GRADKERNELS_PLAIN_LAUNCH") == "1"
 # Whether ``launch`` hands compiled kernels to the driver itself; neither so nor under Triton's interpreter.
@@ -98,6 +100,12 @@ def _launch(
     key = (device.index, *key_of(*args), *options, *options.values())
     found = _compiled.get(key)
     if found is None:
+        if capturing():
+            raise RuntimeError(
+                f"a CUDA graph is being captured, and {kernel.__name__} is not loaded for arguments like these: a "
+                "capture cannot load it. Make the same call once before the capture, on tensors of the same dtypes, "
+                "shapes, strides and alignment (gradkernels.warmup does so on contiguous, aligned ones)"
+            )
         found = _compiled[key] = _compile(kernel, args, options)
     compiled, constants = found
     x, y, z = (*grid, 1, 1)[:3]

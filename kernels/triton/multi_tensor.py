@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backends import capturing
 from ..optim.bucket import Bucket, Guard, key_of
 from . import config
 from .launch import guard, launch
@@ -161,7 +162,7 @@ class Tables:
                 table.tensor = memory[table.start : table.stop].view(array.dtype).view(array.shape)
             with guard(self.device):
                 memory[start:stop].copy_(source, non_blocking=True)
-                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                if capturing():
                     self._pinned.append(source)
 
     def options(self, groups: Sequence[tuple[Any, ...]], max_norm: float | None) -> Tensor:

@@ -144,6 +144,21 @@ class CudaCalls(Calls):
         weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
         return self._capture(lambda: gradkernels.linear_mse_loss(x, weight, y, bias).backward())
 
+    def refused_op(self) -> None:
+        """A captured call of a variant that warmup has not loaded.
+
+        Raises:
+            RuntimeError: what it raised.
+        """
+        gradkernels.warmup("mse", [(64,), (64,)], torch.float32, CUDA)
+        x, y = torch.ones(65, device=CUDA)[1:], torch.ones(64, device=CUDA)
+        self._look()
+        try:
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                gradkernels.mse_loss(x, y)
+        finally:
+            assert self._captured(self._accepted()) == []
+
     def scaler_step(self) -> list[str]:
         """A step by GradScaler, which hands the scale to an optimizer made with ``fused=True``."""
         params = _params()

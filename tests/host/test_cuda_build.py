@@ -97,6 +97,12 @@ def test_a_captured_op(worker: Worker, dtype: str) -> None:
     assert sum(event.startswith("launch") for event in captured) >= 2
 
 
+def test_a_captured_op_that_is_not_loaded(worker: Worker) -> None:
+    """Misaligned, which warmup does not load: refused before anything is compiled, loaded or launched."""
+    with pytest.raises(AssertionError, match="RuntimeError: a CUDA graph is being captured, and _mse_forward"):
+        worker.call("refused_op")
+
+
 def test_grad_scaler(worker: Worker) -> None:
     """One launch for the norm and one for the step, and no wait for the device."""
     events = worker.call("scaler_step")

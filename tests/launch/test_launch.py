@@ -333,3 +333,30 @@ def test_a_tensor_on_another_gpu():
     x = torch.randn(33, 17, device="cuda:1")
     assert torch.cuda.current_device() == 0
     torch.testing.assert_close(matmul_forward(x, x.t(), None, [], torch.float32), x @ x.t())
+
+
+def test_a_capture_meets_no_kernel_that_is_not_loaded(tmp_path):
+    """It is refused before anything is compiled, by an error that says what to do; what is loaded is launched."""
+    outcomes = run(
+        """
+        torch.cuda.is_initialized = lambda: True
+        x = torch.zeros(64)
+        def call(x, captured):
+            torch.cuda.is_current_stream_capturing = lambda: captured
+            try:
+                launch(kernel, (4,), x, x, 5, 5, 0.5, (), device=CPU, BLOCK=16)
+            except RuntimeError as error:
+                return str(error)
+            return len(calls)
+        print(json.dumps([
+            call(x, True), len(module._compiled), call(x, False), call(x, True), call(x[1:], True), len(calls),
+            call(x[1:], False), call(x[1:], True),
+        ]))
+        """,
+        tmp_path,
+    )
+    refused, compiled, *launched = outcomes
+    assert "kernel is not loaded for arguments like these" in refused
+    assert "Make the same call once before the capture" in refused
+    assert compiled == 0
+    assert launched == [1, 2, refused, 2, 3, 4]

@@ -225,7 +225,7 @@ def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     # The same conditions as below, with the stream's state pretended; FusedSGD's capturable runs on a CPU.
     def capture(optimizer: torch.optim.Optimizer) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("gradkernels.optim.step._capturing", lambda: True)
+            patch.setattr("gradkernels.optim.step.capturing", lambda: True)
             optimizer.step()
 
     params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
