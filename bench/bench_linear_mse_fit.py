@@ -85,6 +85,7 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         ),
         reference=_expected,
         compile=shape == (1000, 100, 8, 1),
+        passes=STEPS,
     )
 
 

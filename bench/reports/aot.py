@@ -96,6 +96,11 @@ def _amd(compiled: Any, row: Row) -> None:
     row.matrix = dict(Counter(MATRIX.findall(code)))
 
 
+def fill(compiled: Any, row: Row) -> None:
+    """Enter what a kernel compiled to."""
+    (_nvidia if compiled.metadata.target.backend == "cuda" else _amd)(compiled, row)
+
+
 def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
     """Compile and disassemble cases (number, dtype) for one target, the only one of this process."""
     import triton
@@ -118,7 +123,7 @@ def inspect(target: str, which: Sequence[tuple[int, str]]) -> list[Row]:
             metadata = compiled.metadata
             wide = (case.loads and place == 0, case.stores and place == 0)
             row = Row(*head, metadata.name, *wide, shared=metadata.shared, warps=metadata.num_warps)
-            (_nvidia if metadata.target.backend == "cuda" else _amd)(compiled, row)
+            fill(compiled, row)
             rows.append(row)
     return rows
 
@@ -174,7 +179,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="", help="only this dtype, such as bfloat16")
     parser.add_argument("--target", action="append", choices=CHIPS, help="may be repeated; default: all")
     parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument(
+        "--predict",
+        action="store_true",
+        help="instead: what the cases of `python -m bench --quick` would take on an H200, by Little's law",
+    )
+    parser.add_argument(
+        "--shape", action="append", metavar="AxB", help="with --predict and --op: the sizes of the op's axes"
+    )
     options = parser.parse_args(arguments)
+    if options.shape and not (options.predict and options.op):
+        parser.error("--shape goes with --predict and --op")
+    if options.predict:
+        from . import predict
+
+        return predict.main(options.op, options.dtype, options.shape or ())
     rows = []
     for row in report(options.target or list(CHIPS), every_case(options.op, options.dtype)):
         print(_line(row), flush=True)

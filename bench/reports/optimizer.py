@@ -1,6 +1,7 @@
 """What the optimizers declare to the reports in common: buckets for the compiler, steps whose bytes are counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,16 +10,67 @@ from torch import Tensor
 from .cases import FLOAT32, FLOAT64, Job, randn
 
 
-def bucket(dtype: torch.dtype, *states: str, master: bool = False, seed: int | None = None) -> Any:
+def bucket(
+    dtype: torch.dtype,
+    *states: str,
+    sizes: Sequence[int] = (8192, 1000),
+    master: bool = False,
+    seed: int | None = None,
+) -> Any:
     from gradkernels.optim.bucket import Bucket
 
     def tensors(of: torch.dtype) -> list[Tensor]:
-        return [torch.empty(size, dtype=of) for size in (8192, 1000)]
+        return [torch.empty(size, dtype=of) for size in sizes]
 
     state = {key: tensors(FLOAT32 if master else dtype) for key in states}
     state |= {"master_param": tensors(FLOAT32)} if master else {}
-    state["step"] = [torch.zeros(()) for _ in range(2)]
-    return Bucket(tensors(dtype), tensors(dtype), state, [0, 0], [0, 1], seed)
+    state["step"] = [torch.zeros(()) for _ in sizes]
+    return Bucket(tensors(dtype), tensors(dtype), state, [0] * len(sizes), list(range(len(sizes))), seed)
+
+
+def launch_step(
+    op: str, states: Sequence[str], sizes: Sequence[int], dtype: torch.dtype, clip: bool
+) -> list[int]:
+    """Launch a step of an optimizer over tensors of these sizes that hold no values; the bytes of each launch."""
+    from gradkernels.optim.bucket import UNGUARDED, AdamOptions, Guard, SGDOptions
+    from gradkernels.triton.multi_tensor import grad_norm
+
+    tensors, size, guarded, moved = (
+        bucket(dtype, *states, sizes=sizes),
+        sum(sizes) * dtype.itemsize,
+        UNGUARDED,
+        [],
+    )
+    options: Any = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
+    if op == "sgd":
+        options = SGDOptions(0.1, 0.9, 0, 0.1, False, False)
+        del tensors.states["step"]
+    if clip:
+        guarded = Guard(norms=torch.empty(1, 2, dtype=FLOAT64), max_norm=1.0)
+        grad_norm(tensors, None, guarded.norms[0])
+        moved.append(size)
+    getattr(import_module(f"gradkernels.triton.{op}"), f"{op}_step")(tensors, [options], guarded)
+    return [*moved, (3 + 2 * len(states)) * size]
+
+
+def launch_stacked_step(
+    op: str, states: Sequence[str], shape: tuple[int, int], dtype: torch.dtype
+) -> list[int]:
+    """Launch a step of a batch of models, each with a rate of its own; the bytes of the launch."""
+    from gradkernels.optim.bucket import UNGUARDED, AdamOptions, Bucket, Models, SGDOptions
+    from gradkernels.triton import stacked
+
+    rates = torch.empty(shape[0])
+    options: Any = AdamOptions(rates, 0.9, 0.999, 1e-8, 0.1, True, False)
+    if op == "sgd":
+        options = SGDOptions(rates, 0.9, 0, 0.1, False, False)
+    param, grad, *values = (torch.empty(shape, dtype=dtype) for _ in range(2 + len(states)))
+    kept = {key: [value] for key, value in zip(states, values, strict=True)}
+    if op == "adam":
+        kept["step"] = [torch.empty(shape[0])]
+    launcher = getattr(stacked, f"stacked_{op}_step")
+    launcher(Bucket([param], [grad], kept, [0], [0]), [options], UNGUARDED, Models(shape[0]))
+    return [(3 + 2 * len(states)) * param.nbytes + 12 * shape[0]]
 
 
 def stacked_bucket(

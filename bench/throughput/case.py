@@ -61,6 +61,9 @@ class Case:
         beside: bytes that implementations hold beside the inputs.
         calls: how often the job is done before the results are checked (optimizers: several steps).
         compile: ``--quick`` times the implementations that compile for seconds on this case too.
+        launch: launches ours on tensors without values and gives the bytes that each launch moves; None where ours on
+            tensors of torch's meta device does.
+        passes: how often a program goes through its bytes.
     """
 
     op: str
@@ -77,6 +80,8 @@ class Case:
     beside: int = 0
     calls: int = 1
     compile: bool = False
+    launch: Callable[[], Iterable[int]] | None = None
+    passes: int = 1
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reports.optimizer import launch_stacked_step, launch_step
 from .case import OURS, Call, Case, Implementation, Op, Sweep, compiled, draw_inputs, powers
 
 SAMPLED = 1 << 24  # elements; of a longer list evenly spaced ones are checked
@@ -139,6 +140,7 @@ def step_case(
         pick=pick,
         calls=steps,
         compile=list(tensors) == [(10**7,)],
+        launch=partial(launch_step, op, states, list(map(math.prod, tensors)), dtype, clip),
     )
 
 
@@ -149,7 +151,7 @@ def is_stack(shape: tuple[int, ...]) -> bool:
 
 def stacked_case(
     op: str,
-    shape: tuple[int, ...],
+    shape: tuple[int, int],
     dtype: torch.dtype,
     ours: Build,
     theirs: Callable[..., torch.optim.Optimizer],
@@ -238,6 +240,7 @@ def stacked_case(
         reference=expected,
         pick=pick,
         calls=10,
+        launch=partial(launch_stacked_step, op, states, shape, dtype),
     )
 
 

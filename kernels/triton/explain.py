@@ -245,8 +245,13 @@ def _launch(compiled: Any, args: tuple[Any, ...]) -> Launch:
     }
     return Launch(
         compiled.metadata.name, math.prod(args[:3]), compiled.metadata.num_warps, constants,
-        sum(map(_bytes, values)), *usage(compiled), compiled.metadata.shared,
+        moved(values), *usage(compiled), compiled.metadata.shared,
     )  # fmt: skip
+
+
+def moved(args: Sequence[Any]) -> int:
+    """The bytes of the tensors among a kernel's arguments, each of which moves once."""
+    return sum(map(_bytes, args))
 
 
 def _bytes(value: Any) -> int:

@@ -99,7 +99,9 @@ def test_a_captured_op(worker: Worker, dtype: str) -> None:
 
 def test_a_captured_op_that_is_not_loaded(worker: Worker) -> None:
     """Misaligned, which warmup does not load: refused before anything is compiled, loaded or launched."""
-    with pytest.raises(AssertionError, match="RuntimeError: a CUDA graph is being captured, and _mse_forward"):
+    with pytest.raises(
+        AssertionError, match="RuntimeError: a CUDA graph is being captured, and _mse_forward"
+    ):
         worker.call("refused_op")
 
 
