@@ -4,15 +4,16 @@ Tensors that are asked for on "cuda" are made on the CPU, and call themselves "c
 Triton and this package. Questions about the device get the answers of one with compute capability 9.0.
 """
 
+import hashlib
 import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.utils._device import _device_constructors
 from .interpreted import arithmetic, converter, dot, functions, total
 
 CUDA = torch.device("cuda", 0)
+_Source = TypeVar("_Source")
 # By name, and asked at import: torch keeps its first answer, and inside a memory check some of them are replaced.
 _CONSTRUCTORS = tuple(
     name for name in dir(torch) if callable(made := getattr(torch, name)) and made in _device_constructors()
@@ -224,19 +226,82 @@ class _Driver:
     def clear_cache(self, cache: Any) -> None: ...
 
 
-class _Warmed:
-    """What ``kernel.warmup`` gives while kernels are interpreted: the numbers of a small kernel, and the launch."""
+class _Compiled:
+    """What launching and ``kernel.warmup`` give while kernels are interpreted: a small kernel, to launch again.
+
+    Args:
+        kernel: an interpreted kernel.
+        args, kwargs: what it was launched with; the constexprs among them are compiled in.
+    """
 
     n_regs, n_spills, n_max_threads = 32, 0, 1024
     metadata = SimpleNamespace(shared=1024, num_warps=4)
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
         self.kernel = kernel
+        self.run_time = [p.name for p in kernel.params if not p.is_constexpr]
+        self.constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr and p.name in given}
 
     def _init_handles(self) -> None: ...
 
-    def __getitem__(self, grid: Any) -> Any:
-        return self.kernel[grid]
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def launch(*args: Any) -> Any:
+            """Launch with all arguments, or with those that are not compiled in."""
+            if len(args) != len(self.run_time):
+                return self.kernel[grid](*args)
+            return self.kernel[grid](**dict(zip(self.run_time, args, strict=True)), **self.constants)
+
+        return launch
+
+
+def _asked(whom: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
+    return lambda kernel: getattr(whom(kernel), name)
+
+
+def _compiled(put: Callable[[Any, str, Any], None]) -> None:
+    """Give interpreted kernels what code around Triton asks of a compiled one."""
+    import triton
+    import triton.runtime.interpreter as interpreter
+
+    original, function = triton.runtime.jit.JITFunction, interpreter.InterpretedFunction
+
+    class Told(type):
+        def __instancecheck__(cls, thing: Any) -> bool:
+            if cls is not JITFunction:  # a class derived from it, as Gluon's
+                return super().__instancecheck__(thing)
+            return isinstance(thing, original) or (isinstance(thing, function) and not _told_the_truth())
+
+    class JITFunction(original[_Source], metaclass=Told):  # type: ignore[misc,valid-type]
+        pass
+
+    for owner in (triton, triton.runtime, triton.runtime.jit):
+        put(owner, "JITFunction", JITFunction)
+
+    run = function.run
+
+    def launched(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> _Compiled:
+        run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+        return _Compiled(kernel, args, kwargs)
+
+    def warmed(kernel: Any, *args: Any, grid: Any = None, **kwargs: Any) -> _Compiled:
+        return _Compiled(kernel, args, kwargs)
+
+    @cache
+    def jitted(kernel: Any) -> Any:
+        """The kernel as the compiler would have it; nothing is compiled."""
+        return original(kernel.fn, **kernel.kwargs)
+
+    def key(kernel: Any) -> str:
+        return hashlib.sha256(
+            f"interpreted {kernel.fn.__qualname__} {jitted(kernel).src}".encode()
+        ).hexdigest()
+
+    put(function, "run", launched)
+    put(function, "warmup", warmed)
+    put(function, "cache_key", property(key))
+    for name in ("params", "signature", "src"):
+        put(function, name, property(_asked(jitted, name)))
 
 
 @contextmanager
@@ -279,7 +344,7 @@ def cuda_on_cpu() -> Iterator[None]:
             import triton.runtime.interpreter as interpreter
 
             put(triton.runtime.driver, "_active", _Driver())
-            put(interpreter.InterpretedFunction, "warmup", _warmed)
+            _compiled(put)
             put(interpreter, "_implicit_cvt", converter(interpreter._implicit_cvt))
             builder = interpreter.InterpreterBuilder
             put(builder, "create_dot", dot(builder.create_dot))
@@ -292,10 +357,6 @@ def cuda_on_cpu() -> Iterator[None]:
                 put(triton.testing, name, _once)
             put(triton.testing.Mark, "run", _giving(None))
         yield
-
-
-def _warmed(kernel: Any, *args: Any, **kwargs: Any) -> _Warmed:
-    return _Warmed(kernel)
 
 
 def _generator(original: type) -> type:

@@ -17,10 +17,12 @@ import triton.language as tl  # noqa: E402
 from gradkernels import __main__ as cli  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
+from gradkernels.verify.judge import command as judge_command  # noqa: E402
 from gradkernels.verify.judge import trials  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
 from gradkernels.verify.judge.load import load, targets  # noqa: E402
+from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
 from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject  # noqa: E402
 from gradkernels.verify.judge.verdict import Case  # noqa: E402
@@ -192,11 +194,20 @@ def test_what_the_interpreter_lacks_is_there() -> None:
     assert ((out - torch.stack([w.float() for w in wanted])).abs() <= scale).all(), (out, wanted)
 
 
-LOOP = """
-    import os, signal, socket, sys, threading, torch
+BAD = """
+    import atexit, builtins, os, signal, socket, sys, threading
+    import numpy as np
+    import torch
+    FAKE = b'{"case": {"name": "f", "verdict": "verified", "shape": []}}\\n{"end": true, "forbidden": []}\\n'
+    def everywhere(text):
+        for place in range(1, 64):
+            try:
+                os.write(place, text)
+            except OSError:
+                pass
     def f(x):
-        {body}
-        return x
+        HERE
+        return x + 1
     def check_f():
         return f, (torch.randn(3),), lambda x: x
 """
@@ -206,11 +217,26 @@ LOOP = """
     ("body", "says"),
     [
         pytest.param("os.abort()", "SIGABRT", id="abort"),
+        pytest.param("everywhere(FAKE); os._exit(0)", "without a whole report", id="fake report"),
+        pytest.param("np.abs = lambda x: np.zeros(x.shape)", "it replaces", id="numpy"),
         *(
             pytest.param(body, says, id=name, marks=pytest.mark.full)
             for name, body, says in (
-                ("exit", "os._exit(0)", "without a report"),
+                ("fake line", "everywhere(FAKE)", "without a whole report"),
+                ("damaged line", "everywhere(b'{')", "without a whole report"),
+                ("print", "print(FAKE.decode()); os._exit(0)", "without a whole report"),
+                ("exit", "os._exit(0)", "without a whole report"),
                 ("sys.exit", "sys.exit(0)", "SystemExit"),
+                ("close", "os.closerange(3, 64)", "exit status 1, without a report"),
+                ("raise_signal", "signal.raise_signal(9)", "SIGKILL"),
+                ("kill", "os.kill(os.getpid(), 9)", "os.kill"),
+                (
+                    "torch",
+                    "torch.allclose = torch.equal = lambda *a, **k: True",
+                    "torch.allclose, torch.equal",
+                ),
+                ("method", "torch.Tensor.abs = lambda x: x * 0", "it replaces Tensor.abs"),
+                ("builtin", "builtins.any = lambda xs: False", "it replaces builtins.any"),
                 ("loop", "while True: pass", "did not end within 12 s"),
                 ("fork", "os.fork()", "os.fork"),
                 ("raise", "raise KeyError('no')", "KeyError"),
@@ -222,12 +248,51 @@ LOOP = """
     ],
 )
 def test_what_ends_badly_is_not_judged(body: str, says: str, tmp_path: Path) -> None:
+    """A function that launches nothing, and gives a wrong value: what it does besides may end the judging, no more."""
     file = tmp_path / "bad.py"
-    file.write_text(textwrap.dedent(LOOP).format(body=body))
-    status, out, err = command(file, "--json", "--timeout", "12")
-    report = json.loads(out)
-    assert (status, report["verdict"]) == (2, "not judged"), err
-    assert any(says in case["message"] for case in report["cases"]), report
+    file.write_text(textwrap.dedent(BAD).replace("HERE", body))
+    cases = judge(file, timeout=12)
+    assert v.of_file(cases) in (v.NOT_JUDGED, v.NO_KERNEL)
+    assert any(says in case.message for case in cases if case.verdict == v.NOT_JUDGED), cases
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "last", ["lambda: os._exit(0)", "lambda: everywhere(FAKE)", "threading.Event().wait"]
+)
+def test_what_is_left_for_the_end_of_the_process_has_no_say(last: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text(textwrap.dedent(BAD).replace("HERE", "pass") + f"\natexit.register({last})\n")
+    cases = judge(file, timeout=60)
+    assert v.of_file(cases) == v.NO_KERNEL
+    assert v.NOT_JUDGED not in {case.verdict for case in cases if not case.refusal}
+
+
+def test_a_crash_of_the_judge_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def crash(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("in the judge")
+
+    good = {"token": "t", "case": {"name": "f", "verdict": "verified", "shape": []}}
+    end = {"token": "t", "end": True, "forbidden": []}
+    lines = [json.dumps(record).encode() + b"\n" for record in (good, end)]
+    assert _read(lines, "f", "t")[2] == []
+    for damaged in (
+        [lines[0][:-20], lines[1]],  # truncated
+        [lines[0]],
+        [*lines, lines[0]],  # after the end
+        [lines[0].replace(b'"t"', b'"u"'), lines[1]],
+        [b"3\n", *lines],
+        [json.dumps({"token": "t", "case": {"nonsense": 1}}).encode(), lines[1]],
+    ):
+        assert _read(damaged, "f", "t")[2] is None
+
+    monkeypatch.setattr(judge_command, "judge", crash)
+    assert cli.main(["verify", str(SPECIMENS / "gelu.py"), "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "not judged"
+    assert "the judge failed: ZeroDivisionError" in report["cases"][0]["message"]
 
 
 def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

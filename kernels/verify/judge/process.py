@@ -1,7 +1,9 @@
 """The child process under its limits, and what its end says. This is no sandbox: it stops accidents, not malice."""
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -32,8 +34,10 @@ def judge(
 ) -> list[Case]:
     """Judge a file in a child process, and return its cases; however the process ends, there is at least one."""
     reader, writer = os.pipe()
+    token = secrets.token_hex()
     orders = {
         "pipe": writer,
+        "token": token,
         "file": str(path.resolve()),
         "name": name,
         "timeout": timeout,
@@ -45,16 +49,19 @@ def judge(
         "memory": MEMORY,
         "threads": THREADS,
     }
-    command = [sys.executable, "-m", f"{PACKAGE}.verify.judge.child", json.dumps(orders)]
+    command = [sys.executable, "-m", f"{PACKAGE}.verify.judge.child"]
     child = subprocess.Popen(
         command,
         env=_environment(interpreted),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=2,  # where the file's own prints go
         pass_fds=[writer],
         start_new_session=True,
     )
     os.close(writer)
+    assert child.stdin is not None
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # it ended before it read
+        child.stdin.write(json.dumps(orders).encode())
     lines: list[bytes] = []
     started = threading.Event()
     listener = threading.Thread(target=_listen, args=(reader, lines, started), daemon=True)
@@ -63,14 +70,15 @@ def judge(
         # The time that torch takes to load is not the file's.
         started.wait(STARTUP)
         child.wait(timeout)
-        ended = f"the process ended by {_how(child.returncode)}, without a report"
+        ended = f"the process ended by {_how(child.returncode)}, without a report" if child.returncode else ""
     except subprocess.TimeoutExpired:
         ended = f"it did not end within {timeout:g} s"
     left = _end(child)
     listener.join(5)
-    cases, current, complete = _read(lines, path.stem)
-    if complete is None:
-        return [*cases, Case(current, v.NOT_JUDGED, message=ended)]
+    cases, current, complete = _read(lines, path.stem, token)
+    if complete is None or ended:
+        message = ended or "the process ended by exit status 0, without a whole report"
+        return [*cases, Case(current, v.NOT_JUDGED, message=message)]
     if complete:
         message = f"it tried what code under judgement may not: {', '.join(dict.fromkeys(complete))}"
         return [*cases, Case(current, v.NOT_JUDGED, message=message)]
@@ -123,18 +131,24 @@ def _how(status: int) -> str:
         return f"signal {-status}"
 
 
-def _read(lines: Sequence[bytes], stem: str) -> tuple[list[Case], str, list[str] | None]:
-    """Return the cases, the name that was judged last, and what was forbidden; None if the report has no end."""
+def _read(lines: Sequence[bytes], stem: str, token: str) -> tuple[list[Case], str, list[str] | None]:
+    """Return the cases, the name that was judged last, and what was forbidden; None if the report is not whole.
+
+    A line that the judge did not write, or that something broke, takes the end from the report.
+    """
     cases: list[Case] = []
-    current, complete = stem, None
+    current, complete, whole = stem, None, True
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            if record["token"] != token or complete is not None:
+                raise ValueError("not a record of the judge")
+            if "case" in record:
+                cases.append(Case(**{**record["case"], "shape": tuple(record["case"]["shape"])}))
+        except (ValueError, TypeError, KeyError):
+            whole = False
             continue
-        if "case" in record:
-            cases.append(Case(**{**record["case"], "shape": tuple(record["case"]["shape"])}))
         current = record.get("current", current)
         if "end" in record:
             complete = record["forbidden"]
-    return cases, current, complete
+    return cases, current, complete if whole else None

@@ -1,0 +1,55 @@
+"""Where "cuda" is this CPU, an interpreted kernel answers as a compiled one to the code around Triton."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+import torch  # noqa: E402
+import triton.language as tl  # noqa: E402
+from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
+from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
+
+pytestmark = [
+    pytest.mark.unwatched,
+    pytest.mark.skipif(not interpreted(), reason="needs Triton's interpreter (TRITON_INTERPRET=1)"),
+]
+
+
+@triton.jit(do_not_specialize=["n"])
+def increment_kernel(x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, tl.load(x_ptr + offs, mask=offs < n) + 1, mask=offs < n)
+
+
+def test_a_kernel_is_a_jit_function_to_others_only() -> None:
+    """Wrappers such as FlagGems' unwrap a kernel until they meet one; Triton and this package must know the truth."""
+    truth = triton.runtime.JITFunction
+    with cuda_on_cpu():
+        from triton.runtime.jit import JITFunction
+
+        assert isinstance(increment_kernel, (triton.JITFunction, JITFunction))
+        assert not isinstance(7, JITFunction)
+        assert interpreted()
+
+        class Derived(JITFunction[int]): ...
+
+        assert not isinstance(increment_kernel, Derived)
+        assert [p.is_constexpr for p in increment_kernel.params] == [False, False, True]
+        assert [p.do_not_specialize for p in increment_kernel.params] == [False, True, False]
+        assert list(increment_kernel.signature.parameters) == ["x_ptr", "n", "BLOCK"]
+        assert len(increment_kernel.cache_key) == 64
+    assert triton.JITFunction is triton.runtime.JITFunction is truth
+    assert not isinstance(increment_kernel, truth)
+    assert not hasattr(increment_kernel, "params")
+
+
+def test_a_launch_gives_a_kernel_to_launch_again() -> None:
+    """With all arguments, or without those that are compiled in."""
+    with cuda_on_cpu():
+        x = torch.zeros(4, device="cuda")
+        compiled = increment_kernel[(1,)](x, 4, BLOCK=4)
+        compiled[(1, 1, 1)](x, 3)
+        compiled[(1,)](x, 2, 4)
+        warmed = increment_kernel.warmup(x, 4, BLOCK=4, grid=(1,))
+        assert x.tolist() == [3, 3, 2, 1]  # a warmup launches nothing
+        warmed[(1,)](x, 1)
+        assert x.tolist() == [4, 3, 2, 1]
