@@ -21,9 +21,6 @@ from .threads import is_small, one_thread
 SHORT = 64
 LARGE = 1 << 14
 
-# Below it 1 - exp(x) is 1, and float32's exp(x) would become denormal, which takes ten times as long.
-LEAST = -40.0
-
 Value = float | Tensor  # a number, or one per model
 
 
@@ -71,6 +68,10 @@ class Block:
                 self._memory.append(torch.empty(size, dtype=like.dtype, device=like.device))
             self._views.append(self._memory[place][:size].view(self.shape))
         return self._views[place]
+
+    def empty_row(self, like: Tensor) -> Tensor:
+        """A temporary with one value per model."""
+        return self.empty(like).flatten()[: self.shape[0]]
 
     def begin(self) -> None:
         """Let all temporaries go."""
@@ -287,9 +288,10 @@ def _takes_fused(bucket: Bucket, options: AdamOptions) -> bool:
 
 
 def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> None:
-    """Adam whose options but the rate are numbers: torch's fused kernel finds the step of a block at rate 1.
+    """Adam whose options but the rate are numbers, by torch's fused kernel.
 
-    It does so from a parameter of zeros, if the block's models have made equally many steps; the rates multiply it.
+    Where the block's models have made equally many steps, it makes the update; if they have rates of their own, at
+    rate 1 from a parameter of zeros, and the rates multiply the result. Otherwise it updates the moments alone.
     """
     param, step = bucket.params[i], bucket.states["step"][i]
     known = bucket.memory.get(f"fused {i}")
@@ -303,43 +305,46 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
     grad = _matrix(bucket.grads[i], models.B)
     rate = _rate(options.lr, models, param.dtype)
     decay = float(options.weight_decay)
-    rule = None
     with one_thread(is_small(param)):
         for block, p, states in parts:
             block.begin()
             g = grad if len(parts) == 1 else block.of(grad)
             low, high = block.row(step).aminmax()
             before = low.item()
-            if before != high.item():
-                rule = rule or _adam_rule(bucket, i, options, models)
-                rule(p, g, states, block)
-                continue
-            move = block.empty(p).zero_()
+            equal = before == high.item()
+            alone = equal and isinstance(rate, float)
+            moved = p if alone else block.empty(p)
+            m, v = states["exp_avg"], states["exp_avg_sq"]
             largest = [states["max_exp_avg_sq"]] if "max_exp_avg_sq" in states else []
-            torch._fused_adam_(
-                [move],
+            torch._fused_adamw_(
+                [moved if alone or not equal else moved.zero_()],
                 [g],
-                [states["exp_avg"]],
-                [states["exp_avg_sq"]],
+                [m],
+                [v],
                 largest,
                 [count.fill_(before + 1)],
                 amsgrad=bool(largest),
-                lr=1.0,
+                lr=rate if alone else 1.0,
                 beta1=float(options.beta1),
                 beta2=float(options.beta2),
-                weight_decay=0.0,
+                weight_decay=decay if alone else 0.0,
                 eps=options.eps,
                 maximize=options.maximize,
                 grad_scale=None,
                 found_inf=None,
             )
-            column = block.column(block.row(rate))
+            if alone:
+                continue
+            own = block.row(rate)
+            column = block.column(own) if equal or decay != 0 else own
             if decay != 0:
                 p.mul_(1 - column * decay)
-            if isinstance(column, float):
-                p.add_(move, alpha=column)
+            if equal:
+                p.addcmul_(moved, column)
             else:
-                p.addcmul_(move, column)
+                betas = float(options.beta1), float(options.beta2)
+                inverses = _inverse_corrections(block, p, block.row(step), before, *betas)
+                _descend(block, p, m, largest[0] if largest else v, own, *inverses, options.eps)
         step += 1
 
 
@@ -404,11 +409,13 @@ def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> 
     def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], block: Block) -> None:
         m, v = states["exp_avg"], states["exp_avg_sq"]
         rate, shrink, b1, b2 = map(block.row, (lr, decay, beta1, beta2))
-        steps = block.row(step).to(dtype) + 1
+        steps = block.row(step)
+        least = 0.0
         if steps.is_cpu and len(steps) > 0:
             low, high = steps.aminmax()
+            least = low.item()
             steps = low if low == high else steps
-        correction1, correction2 = _correction(b1, steps), _correction(b2, steps)
+        inverses = _inverse_corrections(block, p, steps, least, b1, b2)
         g = torch.neg(g, out=block.empty(g)) if options.maximize else g
         if not options.decoupled:
             g = _add_scaled(block, g, p, block.column(shrink))
@@ -423,22 +430,55 @@ def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> 
         largest = v
         if "max_exp_avg_sq" in states:
             largest = torch.maximum(states["max_exp_avg_sq"], v, out=states["max_exp_avg_sq"])
-        root = correction2.rsqrt() if isinstance(correction2, Tensor) else correction2**-0.5
-        move = torch.sqrt(largest, out=block.empty(v)).mul_(block.column(root)).add_(options.eps)
-        torch.div(m, move, out=move)
-        size = block.column(rate / correction1)
-        if isinstance(size, float):
-            p.add_(move, alpha=-size)
-        else:
-            p.addcmul_(move, size, value=-1)
+        _descend(block, p, m, largest, rate, *inverses, options.eps)
 
     return rule
 
 
-def _correction(beta: Value, steps: Tensor) -> Value:
-    """``1 - beta^steps``, a number if both are."""
-    if isinstance(beta, Tensor):
-        return -torch.expm1((steps * torch.log1p(beta - 1)).clamp_(min=LEAST))
-    if steps.dim() == 0 and steps.is_cpu:
-        return 1 - beta ** int(steps)
-    return torch.expm1((steps * (math.log1p(beta - 1) if beta > 0 else -math.inf)).clamp_(min=LEAST)).neg_()
+def _descend(
+    block: Block, p: Tensor, m: Tensor, v: Tensor, rate: Value, inverse1: Value, inverse2: Value, eps: float
+) -> None:
+    """``p -= rate inverse1 m / (sqrt(v inverse2) + eps)``; per model there are two values, each spread once."""
+    root = inverse2.rsqrt_() if isinstance(inverse2, Tensor) else inverse2**-0.5
+    move = torch.sqrt(v, out=block.empty(v)).add_(block.column(_product(block, root, eps)))
+    torch.div(m, move, out=move)
+    size = block.column(_product(block, _product(block, rate, root), inverse1))
+    if isinstance(size, float):
+        p.add_(move, alpha=-size)
+    else:
+        p.addcmul_(move, size, value=-1)
+
+
+def _product(block: Block, a: Value, b: Value) -> Value:
+    """A number if both are, else a temporary: fresh pages would cost more than the product."""
+    if isinstance(a, float) and isinstance(b, float):
+        return a * b
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    return torch.mul(a, b, out=block.empty_row(like))
+
+
+def _inverse_corrections(
+    block: Block, p: Tensor, made: Tensor, least: float, beta1: Value, beta2: Value
+) -> tuple[Value, Value]:
+    """``1 / (1 - beta^(made + 1))`` of both betas, a number where all models have the same.
+
+    Args:
+        p: of the temporaries' dtype.
+        made: how many steps each model has made, or 0-d on a CPU.
+        least: none is smaller.
+    """
+    steps = made + 1 if made.dim() == 0 else torch.add(made, 1, out=block.empty_row(p))
+
+    def inverse(beta: Value) -> Value:
+        if isinstance(beta, float):
+            if steps.dim() == 0:
+                return 1 / (1 - beta ** int(steps))
+            if beta ** (least + 1) < torch.finfo(p.dtype).eps / 4:
+                return 1.0
+        rate = torch.log1p(beta - 1) if isinstance(beta, Tensor) else math.log1p(beta - 1)
+        half = torch.mul(steps, -0.5 * rate, out=block.empty_row(p)).tanh_()
+        # 1 / (1 - exp(-2 x)) is (1 + 1 / tanh(x)) / 2, and expm1 takes three times as long.
+        return half.reciprocal_().add_(1).mul_(0.5)
+
+    return inverse(beta1), inverse(beta2)

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from gradkernels import FusedAdam
+from gradkernels.verify.tolerance import compare
 
 from .optimizers import NAMES, Feed, parameters, set_gradients
 from .stacks import B, assert_each_model_moved, assert_same, make
@@ -77,3 +79,36 @@ def run(ours: Any, runs: Any, feed: Feed, steps: int = STEPS, **given: Any) -> N
 @pytest.mark.parametrize(("name", "backend", "options"), EVERYWHERE, indirect=["backend"])
 def test_equals_a_run_for_each_model(name: str, options: dict[str, Any], device: torch.device) -> None:
     run(*make(name, device, **options))
+
+
+@pytest.mark.parametrize("backend", ["fallback", "triton"], indirect=True)
+@pytest.mark.parametrize("least", [0, 200, 40_000], ids=["none", "beta1", "both"])
+def test_steps_far_apart(least: int, device: torch.device) -> None:
+    """Some models have made so many steps that beta1's bias is gone, or that of both betas, others may have not."""
+    steps = [float(least + far) for far in (0, 1, 30, 1_000, 500_000)]
+    values = [torch.randn(B, 6), torch.randn(B, 6), torch.randn(B, 6) / 10, torch.rand(B, 6) / 10]
+
+    def stepped(
+        cls: Any, dtype: torch.dtype, models: slice, step: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        param, grad, m, v = (value[models].to(device, dtype, copy=True) for value in values)
+        param.requires_grad_()
+        optimizer = cls([param], lr=0.1, **options)
+        optimizer.state[param] = {"step": step.to(device), "exp_avg": m, "exp_avg_sq": v}
+        param.grad = grad
+        optimizer.step()
+        return param.detach().cpu()
+
+    ours = stepped(FusedAdam, torch.float32, slice(0, B), torch.tensor(steps), stacked=True)
+    theirs, expected = (
+        torch.cat(
+            [
+                stepped(torch.optim.Adam, dtype, slice(b, b + 1), torch.tensor(step), foreach=False)
+                for b, step in enumerate(steps)
+            ]
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    for b, step in enumerate(steps):
+        comparison = compare(ours[b], theirs[b], expected[b].numpy())
+        assert comparison.passed, f"{step:.0f} steps: {comparison}"
