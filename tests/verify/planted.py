@@ -1,7 +1,18 @@
-"""Faults planted in the specimens: what stands there, what is put in its place, and the verdict that has to come of it."""
+"""Faults planted in the specimens: what stands there, what is put in its place, and the verdict that has to come of it.
 
+``python -m tests.verify.planted [SPECIMEN ...]`` judges each specimen by the command's own way, a process each, and prints
+kernel, verdict, points and seconds as a table; with ``--faults`` each planted fault too.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from gradkernels.verify.judge import verdict as v
+from gradkernels.verify.judge.process import judge
 
 SPECIMENS = Path(__file__).parent / "specimens"
 UNSAFE, MUTATED, REUSED = "unsafe memory", "mutated input", "reused result"
@@ -125,3 +136,32 @@ PLANTS = (
     Plant("row_sum", "(m, 2)](x", "(m, 1)](x", VALUE),
     Plant("row_sum", "tl.load(grad_ptr + row) + tl", "tl.load(grad_ptr) + tl", GRADIENT),
 )  # fmt: skip
+
+
+def main() -> None:
+    """Judge, and print the table; an unexpected verdict is the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.verify.planted")
+    parser.add_argument("specimen", nargs="*", default=sorted(path.stem for path in SPECIMENS.glob("*.py")))
+    parser.add_argument("--faults", action="store_true")
+    arguments = parser.parse_args()
+    wrong = 0
+    print("| kernel | verdict | points | seconds | planted faults |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.specimen:
+            plants = [plant for plant in PLANTS if plant.specimen == name]
+            kinds = Counter(plant.verdict for plant in plants)
+            listed = ", ".join(f"{count} {verdict}" for verdict, count in kinds.items())
+            for plant in (None, *(plants if arguments.faults else ())):
+                file = SPECIMENS / f"{name}.py" if plant is None else plant.write(Path(folder))
+                text = listed if plant is None else f"`{' '.join(plant.new.split())}`"
+                began = time.perf_counter()
+                cases = judge(file, timeout=600)
+                seconds = time.perf_counter() - began
+                found = v.of_file(cases)
+                wrong += found != (v.VERIFIED if plant is None else plant.verdict)
+                print(f"| {name} | {found} | {len(cases)} | {seconds:.1f} | {text} |", flush=True)
+    raise SystemExit(wrong)
+
+
+if __name__ == "__main__":
+    main()
