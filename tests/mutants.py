@@ -209,7 +209,9 @@ MUTANTS = (
         'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else', "pass\n        else", "optim"
     ),
     Mutant(
-        "arrived == tl.maximum(tl.cdiv(numel, CHUNK), 1) - 1", "arrived == tl.cdiv(numel, CHUNK) - 1", "optim"
+        "arrived == tl.maximum(tl.cdiv(numel, tl.load(row + CHUNKS) * CHUNK), 1) - 1",
+        "arrived == tl.cdiv(numel, tl.load(row + CHUNKS) * CHUNK) - 1",
+        "optim",
     ),
     Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
     Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim", "triton/multi_tensor"),

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ..optim.bucket import AdamOptions, Bucket, Guard
 from .multi_tensor import (
-    CHUNK,
     GRAD,
     MASTER,
     PARAM,
@@ -15,7 +14,6 @@ from .multi_tensor import (
     begin_chunk,
     draw_words,
     dtype_of,
-    is_whole,
     key_at,
     launch_step,
     load_grad,
@@ -26,6 +24,7 @@ from .multi_tensor import (
     round_to,
     store_param,
     take_step,
+    wide_until,
 )
 
 LR, BETA1, BETA2, EPS, DECAY, DECOUPLED, MAXIMIZE, MAX_NORM, COLUMNS = option_columns(
@@ -75,7 +74,7 @@ def _adam_step_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program updates one chunk (at most CHUNK elements) of one tensor.
+    """One program updates a chunk, or several in a row, of one tensor.
 
     chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see
     multi_tensor.py.
@@ -86,7 +85,7 @@ def _adam_step_kernel(
     Bytes per element: parameter, moments and master read and written once, gradient read once (and written
     once under grad_scale): 28 for float32.
     """
-    t, row, start, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
+    t, row, start, end, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
         chunks_ptr, rows_ptr, options_ptr, grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr,
         MAXIMIZE, MAX_NORM, COLUMNS, NORMS, SKIP,
     )  # fmt: skip
@@ -117,16 +116,14 @@ def _adam_step_kernel(
     )
     key = key_at(row, step) if STOCHASTIC else 0
     if not skip:
-        if is_whole(row, start, numel):
-            for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G, DTYPE_M,
-                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
-        else:
-            end = tl.minimum(start + CHUNK, numel)
-            while start < end:
-                _update(row, start, numel, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G, DTYPE_M,
-                        DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
-                start += BLOCK
+        wide = wide_until(row, numel, BLOCK)
+        for i in range(0, tl.minimum(end, wide) - start, BLOCK):
+            _update(row, start + i, wide, scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G, DTYPE_M,
+                    DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
+        rest = tl.maximum(start, wide)
+        for i in range(0, end - rest, BLOCK):
+            _update(row, rest + i, numel, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G, DTYPE_M,
+                    DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -171,11 +168,11 @@ def adam_rule(p, g, m, v, w, scalars):
 def _update(
     row,
     start,
-    numel,
+    end,
     scalars,
     key,
     UNSCALE: tl.constexpr,
-    FULL: tl.constexpr,
+    WIDE: tl.constexpr,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
     DTYPE_M: tl.constexpr,
@@ -186,15 +183,18 @@ def _update(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
+    """Update at most BLOCK elements from ``start``, up to ``end``.
+
+    WIDE: every address is a multiple of 16 bytes, and ``end`` one of the elements in them.
+    """
     inverse_scale, factor = scalars[8], scalars[9]
     offs = start + tl.arange(0, BLOCK)
-    mask = None if FULL else offs < numel
-    p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
-    g_at = pointer_at(row, GRAD, DTYPE_G, FULL) + offs
-    m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
-    v_at = pointer_at(row, STATES + 1, DTYPE_V, FULL) + offs
-    master_at = pointer_at(row, MASTER, tl.float32, FULL) + offs if HAS_MASTER else None
+    mask = offs < end
+    p_at = pointer_at(row, PARAM, DTYPE_P, WIDE) + offs
+    g_at = pointer_at(row, GRAD, DTYPE_G, WIDE) + offs
+    m_at = pointer_at(row, STATES, DTYPE_M, WIDE) + offs
+    v_at = pointer_at(row, STATES + 1, DTYPE_V, WIDE) + offs
+    master_at = pointer_at(row, MASTER, tl.float32, WIDE) + offs if HAS_MASTER else None
 
     p = load_param(p_at, master_at, mask, ACC)
     g = load_grad(g_at, mask, inverse_scale, factor, UNSCALE, ACC)
@@ -203,7 +203,7 @@ def _update(
 
     w = None
     if DTYPE_W is not None:
-        w_at = pointer_at(row, STATES + 2, DTYPE_W, FULL) + offs
+        w_at = pointer_at(row, STATES + 2, DTYPE_W, WIDE) + offs
         w = tl.load(w_at, mask=mask).to(ACC)
     p, m, v, w = adam_rule(p, g, m, v, w, scalars)
 

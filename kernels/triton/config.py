@@ -734,6 +734,10 @@ def mse_sum(sums: int) -> tuple[int, int]:
 # alone, so that norms have the same bits on every device.
 CHUNK = 4096
 NORM_PROGRAMS = 1024  # a power of two
+# A program begins with loads that wait for each other: its tensor, options, step. Of tensors that fill an H100's SMs
+# twelve times over it updates so many chunks.
+LARGE_CHUNKS = 4
+LARGE_TENSOR = 12 * SMS * LARGE_CHUNKS * CHUNK
 
 # Models that one program of a stacked step updates at most. Each has a dozen numbers in float64: with 512 models of one
 # bfloat16 element, registers spilt.
@@ -744,8 +748,14 @@ STACKED_NORM_CHUNKS = 4
 STACKED_NORM_PROGRAMS = 256
 
 STEP_PLANS = {
-    "chunks": "one launch for all tensors: a program updates CHUNK elements of one of them, BLOCK at a time"
+    "chunks": "one launch for all tensors: a program updates CHUNK elements of one of them (LARGE_CHUNKS times as many "
+    "of a large one), BLOCK at a time"
 }
+
+
+def step_span(numel: int) -> int:
+    """Elements of a tensor that one program of a step updates."""
+    return LARGE_CHUNKS * CHUNK if numel >= LARGE_TENSOR else CHUNK
 
 
 def optimizer(itemsize: int, target: Target) -> dict[str, int]:

@@ -131,7 +131,8 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         fit = config.linear_mse_fit(N, K, D, dtype, target)
         return _explanation(what, fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {})
     numel = math.prod(sizes)
-    found = {"CHUNK": config.CHUNK, "programs": max(1, triton.cdiv(numel, config.CHUNK))}
+    span = config.step_span(numel)
+    found = {"CHUNK": span, "programs": max(1, triton.cdiv(numel, span))}
     explanation = _explanation(
         what, "chunks", config.STEP_PLANS, {}, found | config.optimizer(dtype.itemsize, target)
     )

@@ -4,7 +4,8 @@
 gradients; the device functions at the end are shared by the optimizers' kernels.
 
 Three tables are kept on the device. ``chunks`` (C, 2) int32 says which tensor and which of its chunks a program
-serves. ``rows`` (N, 12) int64 describes the tensors, by the column numbers below.
+serves; the norm, whose chunks all have one size, has a table of its own beside a large tensor. ``rows`` (N, 12) int64
+describes the tensors, by the column numbers below.
 ``options`` (groups, 2, COLUMNS) float64 has the options of each parameter group, and below each an address: if it
 is not 0, the kernel reads the option there (float32), so that a learning rate in a device tensor stays live.
 
@@ -27,6 +28,7 @@ from .launch import guard, launch
 from .shared import DTYPES
 
 CHUNK = tl.constexpr(config.CHUNK)
+THREADS = tl.constexpr(config.THREADS)
 
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -37,6 +39,7 @@ NUMEL = tl.constexpr(7)
 GROUP = tl.constexpr(8)
 KEY = tl.constexpr(9)
 ALIGNED = tl.constexpr(10)
+CHUNKS = tl.constexpr(11)  # of CHUNK elements that a program of the step updates
 WIDTH = tl.constexpr(12)
 
 # Triton's interpreter truncates where the hardware rounds float32 to bfloat16.
@@ -96,11 +99,10 @@ class Tables:
         self._addresses = np.bitwise_or.reduce(rows[:, operands], axis=1)
         self._grads = np.full(len(rows), -1)
         counts, counters = self._divide(bucket, rows)
-        owner = np.repeat(np.arange(len(rows)), counts)
-        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.programs = len(owner)
+        self.programs = int(counts.sum())
         self.rows = Table(rows, self)
-        self.chunks = Table(np.stack([owner, place], axis=1).astype(np.int32), self)
+        self.chunks = self._listed(counts)
+        self._norm_chunks: Table | None = None
         self._arrivals = Table(np.zeros(counters, dtype=np.int32), self)
         self._options: Table | None = None
         self._sources: list[Tensor] = []
@@ -111,10 +113,28 @@ class Tables:
         """How many programs have read a step; the last one of them puts it back to 0."""
         return self._arrivals.tensor
 
+    @property
+    def norm_chunks(self) -> Table:
+        """The chunks of the norm: each of CHUNK elements, in the order in which they are added."""
+        if self._norm_chunks is None:
+            rows = self.rows.array
+            small = (rows[:, CHUNKS.value] == 1).all()
+            self._norm_chunks = (
+                self.chunks if small else self._listed(_pieces(rows[:, NUMEL.value], CHUNK.value))
+            )
+        return self._norm_chunks
+
+    def _listed(self, counts: np.ndarray) -> Table:
+        """The table of so many chunks of each tensor."""
+        owner = np.repeat(np.arange(len(counts)), counts)
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return Table(np.stack([owner, place], axis=1).astype(np.int32), self)
+
     def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """How many programs serve each tensor, and how many counters they need."""
-        # A tensor of no elements still gets a program, which raises its step. The last counter is for the norm.
-        return np.maximum(-(-rows[:, NUMEL.value] // CHUNK.value), 1), len(rows) + 1
+        spans = np.array([config.step_span(param.numel()) for param in bucket.params])
+        rows[:, CHUNKS.value] = spans // CHUNK.value
+        return _pieces(rows[:, NUMEL.value], spans), len(rows) + 1  # the last counter is for the norm
 
     def refresh(self, grads: list[Tensor]) -> None:
         """Enter the gradients' addresses, if they have changed."""
@@ -135,7 +155,8 @@ class Tables:
         waits. A graph that is being captured reads that memory at each replay: then it is kept.
         """
         # Those that may change again are neighbours.
-        tables = (self._arrivals, self.chunks, self.rows, self._options)
+        norm_chunks = None if self._norm_chunks is self.chunks else self._norm_chunks
+        tables = (self._arrivals, self.chunks, norm_chunks, self.rows, self._options)
         stale = [table for table in tables if table is not None and table.stale]
         if self.device.type == "cpu":
             for table in stale:  # both are one
@@ -247,6 +268,11 @@ def launch_step(
     )
 
 
+def _pieces(sizes: np.ndarray, span: Any) -> np.ndarray:
+    """How many programs of ``span`` elements; one of a tensor without elements, whose step it raises."""
+    return np.maximum(-(-sizes // span), 1)
+
+
 def _addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
@@ -271,16 +297,17 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         partials = bucket.memory["partials"] = torch.empty(
             config.NORM_PROGRAMS, 2, dtype=out.dtype, device=out.device
         )
+    chunks = len(tables.norm_chunks.array)
     launch(
         _grad_norm_kernel,
-        (min(tables.programs, config.NORM_PROGRAMS),),
-        tables.chunks.tensor,
+        (min(chunks, config.NORM_PROGRAMS),),
+        tables.norm_chunks.tensor,
         tables.rows.tensor,
         tables.arrivals[len(bucket.params) :],
         grad_scale,
         partials,
         out,
-        tables.programs,
+        chunks,
         device=out.device,
         DTYPE_G=dtype_of(bucket.grads),
         ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
@@ -320,8 +347,10 @@ def _grad_norm_kernel(
     bad = tl.zeros((BLOCK,), tl.int32)
     c = pid
     while c < chunks:
-        _, row, start, numel = chunk_of(chunks_ptr, rows_ptr, c)
-        if is_whole(row, start, numel):
+        _, row, place, numel = chunk_of(chunks_ptr, rows_ptr, c)
+        start = place * CHUNK
+        # Whole and aligned: else each element is loaded by itself, in the order that the sum has always had.
+        if (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel):
             g_ptr = pointer_at(row, GRAD, DTYPE_G, True)
             for i in range(0, CHUNK, BLOCK):
                 g = tl.load(g_ptr + (start + i + tl.arange(0, BLOCK))).to(ACC) * inverse
@@ -353,17 +382,24 @@ def _grad_norm_kernel(
 
 @triton.jit
 def chunk_of(chunks_ptr, rows_ptr, c):
-    """Of the c-th chunk: its tensor's number and row, its first element, and how many its tensor has."""
+    """Of the c-th chunk: its tensor's number and row, its place among the tensor's, and the tensor's elements."""
     t = tl.load(chunks_ptr + 2 * c).to(tl.int64)
-    start = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64) * CHUNK
+    place = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64)
     row = rows_ptr + t * WIDTH
-    return t, row, start, tl.load(row + NUMEL)
+    return t, row, place, tl.load(row + NUMEL)
 
 
 @triton.jit
-def is_whole(row, start, numel):
-    """Whether the chunk at ``start`` has CHUNK elements, and each operand is aligned to 16 bytes."""
-    return (tl.load(row + ALIGNED) != 0) & (start + CHUNK <= numel)
+def wide_until(row, numel, BLOCK: tl.constexpr):
+    """How many of a tensor's elements are updated 16 bytes a thread at a time; the others follow one by one.
+
+    None unless each operand is aligned to 16 bytes. A tensor within one block has no others: a second pass over a few
+    elements would take as long as the first.
+    """
+    VECTOR: tl.constexpr = BLOCK // THREADS
+    vectors = numel // VECTOR * VECTOR
+    wide = (tl.load(row + ALIGNED) != 0) & ((vectors == numel) | (numel > BLOCK))
+    return tl.where(wide, vectors, 0)
 
 
 @triton.jit
@@ -434,17 +470,20 @@ def begin_chunk(
 ):
     """What every update kernel computes first, of the chunk that this program updates.
 
-    Returns (t, row, start, numel): as ``chunk_of``; the index of its parameter group; (skip, inverse_scale): as
-    ``load_guard``; and the two factors of the unscaled gradient, -1 under maximize and the clipping.
+    Returns (t, row): as ``chunk_of``; the first element, that after the last, and how many the tensor has; the index of
+    its parameter group; (skip, inverse_scale): as ``load_guard``; and the two factors of the unscaled gradient, -1
+    under maximize and the clipping.
     """
-    t, row, start, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
+    t, row, place, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
+    span = tl.load(row + CHUNKS) * CHUNK
+    start = place * span
     group = tl.load(row + GROUP)
     max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
     skip, inverse_scale, clip = load_guard(
         grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP
     )
     sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
-    return t, row, start, numel, group, skip, inverse_scale, sign, clip
+    return t, row, start, tl.minimum(start + span, numel), numel, group, skip, inverse_scale, sign, clip
 
 
 @triton.jit
@@ -457,7 +496,7 @@ def take_step(row, arrivals_ptr, numel, skip, DTYPE_STEP: tl.constexpr):
     step = tl.load(step_ptr)
     tl.debug_barrier()  # every thread has read the step before this program counts as arrived
     arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel")
-    if arrived == tl.maximum(tl.cdiv(numel, CHUNK), 1) - 1:
+    if arrived == tl.maximum(tl.cdiv(numel, tl.load(row + CHUNKS) * CHUNK), 1) - 1:
         tl.store(arrivals_ptr, 0)
         if not skip:
             tl.store(step_ptr, step + 1)

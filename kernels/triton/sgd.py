@@ -7,7 +7,6 @@ import triton.language as tl
 
 from ..optim.bucket import Bucket, Guard, SGDOptions
 from .multi_tensor import (
-    CHUNK,
     GRAD,
     MASTER,
     PARAM,
@@ -15,7 +14,6 @@ from .multi_tensor import (
     begin_chunk,
     draw_words,
     dtype_of,
-    is_whole,
     key_at,
     launch_step,
     load_grad,
@@ -26,6 +24,7 @@ from .multi_tensor import (
     round_to,
     store_param,
     take_step,
+    wide_until,
 )
 
 LR, MOMENTUM, DAMPENING, DECAY, NESTEROV, MAXIMIZE, MAX_NORM, COLUMNS = option_columns(
@@ -66,7 +65,7 @@ def _sgd_step_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program updates one chunk (at most CHUNK elements) of one tensor.
+    """One program updates a chunk, or several in a row, of one tensor.
 
     chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see
     multi_tensor.py.
@@ -77,7 +76,7 @@ def _sgd_step_kernel(
     Bytes per element: parameter, momentum and master read and written once, gradient read once (and written
     once under grad_scale): 12 for float32, 20 with momentum.
     """
-    t, row, start, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
+    t, row, start, end, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
         chunks_ptr, rows_ptr, options_ptr, grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr,
         MAXIMIZE, MAX_NORM, COLUMNS, NORMS, SKIP,
     )  # fmt: skip
@@ -106,16 +105,14 @@ def _sgd_step_kernel(
         sign.to(ACC) * clip.to(ACC),
     )
     if not skip:
-        if is_whole(row, start, numel):
-            for i in range(0, CHUNK, BLOCK):
-                _update(row, start + i, numel, scalars, first, key, UNSCALE, True, DTYPE_P, DTYPE_G,
-                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
-        else:
-            end = tl.minimum(start + CHUNK, numel)
-            while start < end:
-                _update(row, start, numel, scalars, first, key, UNSCALE, False, DTYPE_P, DTYPE_G,
-                        DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
-                start += BLOCK
+        wide = wide_until(row, numel, BLOCK)
+        for i in range(0, tl.minimum(end, wide) - start, BLOCK):
+            _update(row, start + i, wide, scalars, first, key, UNSCALE, True, DTYPE_P, DTYPE_G,
+                    DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
+        rest = tl.maximum(start, wide)
+        for i in range(0, end - rest, BLOCK):
+            _update(row, rest + i, numel, scalars, first, key, UNSCALE, False, DTYPE_P, DTYPE_G,
+                    DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
 
 
 @triton.jit
@@ -135,12 +132,12 @@ def sgd_rule(p, g, m, first, scalars):
 def _update(
     row,
     start,
-    numel,
+    end,
     scalars,
     first,
     key,
     UNSCALE: tl.constexpr,
-    FULL: tl.constexpr,
+    WIDE: tl.constexpr,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
     DTYPE_M: tl.constexpr,
@@ -149,19 +146,22 @@ def _update(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Update BLOCK elements from ``start``. FULL: all exist and every address is a multiple of 16 bytes."""
+    """Update at most BLOCK elements from ``start``, up to ``end``.
+
+    WIDE: every address is a multiple of 16 bytes, and ``end`` one of the elements in them.
+    """
     inverse_scale, factor = scalars[5], scalars[6]
     offs = start + tl.arange(0, BLOCK)
-    mask = None if FULL else offs < numel
-    p_at = pointer_at(row, PARAM, DTYPE_P, FULL) + offs
-    g_at = pointer_at(row, GRAD, DTYPE_G, FULL) + offs
-    master_at = pointer_at(row, MASTER, tl.float32, FULL) + offs if HAS_MASTER else None
+    mask = offs < end
+    p_at = pointer_at(row, PARAM, DTYPE_P, WIDE) + offs
+    g_at = pointer_at(row, GRAD, DTYPE_G, WIDE) + offs
+    master_at = pointer_at(row, MASTER, tl.float32, WIDE) + offs if HAS_MASTER else None
 
     p = load_param(p_at, master_at, mask, ACC)
     g = load_grad(g_at, mask, inverse_scale, factor, UNSCALE, ACC)
     m = None
     if DTYPE_M is not None:
-        m_at = pointer_at(row, STATES, DTYPE_M, FULL) + offs
+        m_at = pointer_at(row, STATES, DTYPE_M, WIDE) + offs
         m = tl.load(m_at, mask=mask).to(ACC)
     p, m = sgd_rule(p, g, m, first, scalars)
     word = 0

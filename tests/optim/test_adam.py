@@ -367,6 +367,39 @@ def test_options_are_read_on_the_device(ours: Any, options: dict[str, Any], devi
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_bits_do_not_depend_on_what_a_program_updates_at_a_time(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors and what is left of them, element by element, large chunks: the same parameters, states and norm."""
+    from gradkernels.triton import config
+
+    sizes = (1, 8, 100, 513, 1000, 4097, 9001)
+    start = [torch.randn(size, device=device) for size in sizes]
+    grads = [torch.randn(size, device=device) for size in sizes]
+
+    def trained(offset: int) -> list[Tensor]:
+        params = [torch.zeros(size + 4, device=device)[offset : size + offset] for size in sizes]
+        for param, values, grad in zip(params, start, grads, strict=True):
+            param.copy_(values)
+            param.grad = grad.clone()
+        optimizer = FusedAdamW(params, lr=0.1, max_norm=0.5)
+        for _ in range(2):
+            optimizer.step()
+        norm = optimizer.grad_norm
+        assert norm is not None
+        moments = [
+            optimizer.state[param][key] for param in params for key in ("exp_avg", "exp_avg_sq", "step")
+        ]
+        return [*params, *moments, norm]
+
+    expected = trained(0)
+    monkeypatch.setattr(config, "LARGE_TENSOR", 4097)
+    for offset in (0, 1):
+        for one, other in zip(trained(offset), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("misaligned", ["nothing", "param", "grad", "momentum_buffer"])
 def test_a_tensor_is_read_in_vectors_where_all_its_addresses_allow(
     misaligned: str, device: torch.device
