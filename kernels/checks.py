@@ -40,8 +40,11 @@ def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool
 
 def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
-    if autocast_enabled(tensor):
-        return acc_dtype(tensor, *others)
+    return acc_dtype(tensor, *others) if autocast_enabled(tensor) else promoted(tensor, *others)
+
+
+def promoted(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype that the tensors' promote to."""
     dtype = tensor.dtype
     for other in others:
         if other is not None and other.dtype is not dtype:

@@ -56,6 +56,8 @@ def key_function(parameters: Mapping[str, str], differentiated: bool = False) ->
             conditions.append(f"({f'{name} is None or ' * optional}type({name}) in TENSORS)")
             needs.append(f"({f'{name} is not None and ' * optional}{name}.requires_grad)")
             terms.append(f"None if {name} is None else {seen}" if optional else f"*{seen}")
+        elif "Sequence" in kind:  # of ints: 1, 1.0 and True are equal, but the checks tell them apart
+            terms.append(f"{name} is None or repr({name})")
         elif name != "*":
             terms.append(f"tuple({name})" if "List" in kind else name)
     if differentiated:

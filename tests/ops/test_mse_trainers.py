@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import backend_for, mse_loss, mse_loss_and_grad, use_backend
+from gradkernels import backend_for, mse_loss, mse_loss_and_grad, repeat, use_backend
 from gradkernels.fallback import mse as launchers
 from gradkernels.nn import MSELoss
 from gradkernels.ops import torch_mse_loss
@@ -291,6 +291,22 @@ def test_nothing_to_add(backend: str, device: torch.device, shape: tuple[int, in
             leaves.values(), torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True
         ):
             assert grad.shape == leaf.shape
+
+
+def test_a_call_that_repeats_but_for_the_type_of_dim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """True == 1 == 1.0, as keys of a dictionary too."""
+    monkeypatch.setattr(repeat, "_any_replay", True)  # as after a replay on Triton's backend
+    x, y = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2)
+    shortcuts: dict[Any, Any] = mse_loss.shortcuts  # type: ignore[attr-defined]
+    shortcuts.clear()
+    for _ in range(2):
+        mse_loss(x, y, reduction="sum", dim=(0, 1))
+    assert [bool(shortcut) for shortcut in shortcuts.values()] == [True]
+    wrong: list[Any] = [(0, True), (0.0, 1), (False, 1)]
+    for dim in wrong:
+        with pytest.raises(TypeError, match="dim must be an int or a sequence of ints"):
+            mse_loss(x, y, reduction="sum", dim=dim)
+    shortcuts.clear()
 
 
 def test_errors_of_dim() -> None:
