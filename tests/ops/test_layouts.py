@@ -1,8 +1,8 @@
 """Every op over dtypes x layouts x masks of requires_grad x kinds of upstream gradient, and what must never happen.
 
 A cell (case, dtype, mask) is drawn once for each pair of layouts, of the arguments and of the upstream gradient. By
-default each layout is met once in a cell, on the fallback in every cell, on Triton in a seeded sample of each case
-and of each op's dtypes and masks; the whole product is marked full.
+default each layout is met once in a cell of a seeded sample: on the fallback of each case's dtypes and masks and of
+each op's pairs of them, on Triton of each case and of each op's dtypes and masks. The whole product is marked full.
 """
 
 import sys
@@ -82,7 +82,9 @@ def check(case: Case, dtype: torch.dtype, mask: tuple[bool, ...], device: torch.
 
 
 SAMPLED = on_both_backends(
-    CELLS, triton=lambda case, dtype, mask: [str(case), (case.op, dtype), (case.op, mask)]
+    CELLS,
+    triton=lambda case, dtype, mask: [str(case), (case.op, dtype), (case.op, mask)],
+    fallback=lambda case, dtype, mask: [(str(case), dtype), (str(case), mask), (case.op, dtype, mask)],
 )
 
 
@@ -175,8 +177,15 @@ def test_offsets_past_32_bits(backend: str, device: torch.device, case: Case, fa
         assert_matches(mine, torchs, reference)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize(
+    ("backend", "case", "layout"),
+    on_both_backends(
+        product(CASES, ["contiguous", "transposed", "expanded"]),
+        triton=lambda case, layout: [str(case), (case.op, layout, case.options.get("reduction"))],
+    ),
+    ids=label,
+    indirect=["backend"],
+)
 def test_nothing_is_written_and_bits_repeat(
     backend: str, device: torch.device, case: Case, layout: str
 ) -> None:
