@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,9 @@ from gradkernels import use_backend
 
 from bench import __main__ as cli
 from bench.throughput import machine, results, scale
-from bench.throughput.case import Case, Op, Sweep
+from bench.throughput.case import Call, Case, Op, Sweep
 from bench.throughput.runner import Runner
-from bench.throughput.timing import CudaTimer, input_sets, summarise
+from bench.throughput.timing import CudaTimer, Sampler, input_sets, summarise
 
 from .fakes import CPU, Clock, FakeCuda, RealClock, doubling, wall
 
@@ -124,6 +125,20 @@ def test_gpu_command_rehearsed(
                 outcome,
             )
         assert {"call", "device"} <= set(results.outcome(record))
+
+
+def test_the_limits_are_measured_beyond_the_cache() -> None:
+    """Every call takes a second, so that a rate is the work of one call."""
+
+    def per_call(calls: Sequence[Call]) -> tuple[Sampler, str]:
+        (call,) = calls
+        return lambda: float(call() is not None), ""
+
+    for cache, copied in ((1 << 20, 1 << 29), (1 << 26, 1 << 30)):
+        timer = SimpleNamespace(cache_bytes=cache, pause=0.0, clock=Clock(), per_call=per_call)
+        rates = machine.measure_rates(torch.device("meta"), timer, seconds=0.0)
+        assert rates["copy"] == copied
+        assert rates["matmul"] == dict.fromkeys(("float32", "float64", "bfloat16"), 2.0 * 2048**3)
 
 
 def test_header_of_a_cuda_machine(monkeypatch: pytest.MonkeyPatch) -> None:
