@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+UP_TO_FLOAT32 = DTYPES[1:]
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
@@ -82,12 +83,15 @@ def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | No
 
 
 def tensors(
-    op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...], one_dtype: bool = True
+    op: str,
+    arguments: Mapping[str, Tensor | None],
+    optional: tuple[str, ...],
+    mixed: tuple[torch.dtype, ...] = (),
 ) -> None:
     """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
 
-    Only the ``optional`` ones may be None. Dtypes may differ without ``one_dtype``, and under autocast: the op casts,
-    as torch's does.
+    Only the ``optional`` ones may be None. Dtypes may differ if all are ``mixed``, and under autocast: the op casts, as
+    torch's does.
     """
     first_name, first = "", None
     for name, tensor in arguments.items():
@@ -111,9 +115,11 @@ def tensors(
         if tensor.dtype is not dtype:
             if tensor.dtype not in DTYPES:
                 raise TypeError(_not_served(op, name, tensor))
-            if one_dtype and not autocast_enabled(first):
+            if not (dtype in mixed and tensor.dtype in mixed) and not autocast_enabled(first):
+                names = ", ".join(str(found).removeprefix("torch.") for found in mixed)
                 raise TypeError(
-                    f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
+                    f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; "
+                    + (f"only {names} may stand side by side" if mixed else "all must have one dtype")
                 )
 
 

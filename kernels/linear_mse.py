@@ -68,24 +68,24 @@ def linear_mse_loss(
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of any of these dtypes, on the same device.
-        target: of any of these dtypes, on the same device.
-        bias: of any of these dtypes, on the same device.
-        sample_weight: of any of these dtypes, on the same device.
+        weight: of the same dtype and device, or another of up to float32.
+        target: of the same dtype and device, or another of up to float32.
+        bias: of the same dtype and device, or another of up to float32.
+        sample_weight: of the same dtype and device, or another of up to float32.
         offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has the
             mean nan, the sum 0 and gradients 0, a row of no model loss and gradients 0. On a device bad offsets are
             clamped, not found out.
         reduction: ``"mean"`` (over all elements of target, of each model's), ``"sum"`` or ``"none"``.
 
     Returns:
-        The loss, accumulated in float32 (float64 where an operand is), in the dtype that all operands promote to, in
+        The loss, accumulated in float32 (float64 for float64), in the dtype that all operands promote to, in
         which weight and bias are taken; each gradient has its own operand's dtype. Under autocast input, weight and
         bias are taken in the autocast dtype; target, predictions and loss are float32.
 
     Raises:
         ValueError: ``target``, ``bias``, ``sample_weight`` or ``offsets`` has the wrong shape, ``reduction`` is
             unknown, input and a batch of models do not fit, or on the CPU an offset decreases or is out of range.
-        TypeError: a dtype that is not served.
+        TypeError: dtypes are not served, or differ where one is float64.
         RuntimeError: devices differ, or input and weight do not fit.
 
     Example:
@@ -148,10 +148,10 @@ def linear_mse_loss_and_grad(
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of any of these dtypes, on the same device.
-        target: of any of these dtypes, on the same device.
-        bias: of any of these dtypes, on the same device.
-        sample_weight: of any of these dtypes, on the same device; no gradient is taken for it.
+        weight: of the same dtype and device, or another of up to float32.
+        target: of the same dtype and device, or another of up to float32.
+        bias: of the same dtype and device, or another of up to float32.
+        sample_weight: of the same dtype and device, or another of up to float32; no gradient is taken for it.
         offsets: as for ``linear_mse_loss``.
         reduction: ``"mean"`` or ``"sum"``.
         wrt: which gradients are wanted: any of ``"input"``, ``"weight"``, ``"target"``, ``"bias"``.
@@ -163,7 +163,7 @@ def linear_mse_loss_and_grad(
 
     Raises:
         ValueError: as ``linear_mse_loss``, ``reduction`` is ``"none"``, or ``wrt`` has an unknown name.
-        TypeError: a dtype that is not served.
+        TypeError: dtypes are not served, or differ where one is float64.
         RuntimeError: devices differ, or input and weight do not fit.
 
     Example:
@@ -215,10 +215,14 @@ def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
 
 
 def _check(
-    op: str, arguments: Mapping[str, Any], reduction: str, allowed: tuple[str, ...], one_dtype: bool = False
+    op: str,
+    arguments: Mapping[str, Any],
+    reduction: str,
+    allowed: tuple[str, ...],
+    mixed: tuple[torch.dtype, ...] = checks.UP_TO_FLOAT32,
 ) -> None:
     checks.reduction(op, reduction, allowed)
-    checks.tensors(op, arguments, ("bias", "sample_weight"), one_dtype)
+    checks.tensors(op, arguments, ("bias", "sample_weight"), mixed)
     input, weight, target, bias, *_ = arguments.values()
     checks.linear_shapes(op, input, weight, bias)
     checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)

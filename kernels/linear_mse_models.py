@@ -96,14 +96,11 @@ def widened(
 ) -> tuple[torch.dtype, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The loss's dtype, and the operands with weight and bias in it: the kernels read the others as they are.
 
-    Only float64 is not mixed with others in them. Autocast casts by itself.
+    Autocast casts by itself.
     """
     dtype = checks.loss_dtype(target, input, weight, bias, sample_weight)
     if not checks.autocast_enabled(target):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if dtype is torch.float64:
-            input, target = input.to(dtype), target.to(dtype)
-            sample_weight = None if sample_weight is None else sample_weight.to(dtype)
     return dtype, (input, weight, target, bias, sample_weight)
 
 
@@ -117,13 +114,17 @@ def _widened_form(
 
 
 def _normal_form(
-    op: str, arguments: Mapping[str, Any], sample_weight: Any, offsets: Any, one_dtype: bool = False
+    op: str,
+    arguments: Mapping[str, Any],
+    sample_weight: Any,
+    offsets: Any,
+    mixed: tuple[torch.dtype, ...] = checks.UP_TO_FLOAT32,
 ) -> tuple[Any, ...]:
     """Checked: input, weight, target, bias, sample_weight, bounds.
 
     sample_weight with a last dimension of K or 1: ``(B, N, .)`` or ``(N, .)``, for ragged rows ``(R, .)``.
     """
-    checks.tensors(op, {**arguments, "sample_weight": sample_weight}, ("bias", "sample_weight"), one_dtype)
+    checks.tensors(op, {**arguments, "sample_weight": sample_weight}, ("bias", "sample_weight"), mixed)
     input, weight, target, bias = arguments.values()
     if weight.dim() != 3:
         raise ValueError(

@@ -95,15 +95,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of any of these dtypes, on the same device.
-        bias: of any of these dtypes, on the same device.
+        weight: of the same dtype and device, or another of up to float32.
+        bias: of the same dtype and device, or another of up to float32.
 
     Returns:
         A new tensor of the dtype that the operands' promote to (under autocast, of the autocast dtype). Each gradient
         has its own operand's dtype.
 
     Raises:
-        TypeError: a dtype that is not served.
+        TypeError: dtypes are not served, or differ where one is float64.
         RuntimeError: devices differ, or the shapes do not fit.
         ValueError: ``bias`` has the wrong shape.
 
@@ -114,13 +114,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     in_torch = use_torch_fast_path(input, weight, optional=bias)
     if not in_torch:
         arguments = {"input": input, "weight": weight, "bias": bias}
-        checks.tensors("linear", arguments, ("bias",), one_dtype=False)
+        checks.tensors("linear", arguments, ("bias",), checks.UP_TO_FLOAT32)
     checks.linear_shapes("linear", input, weight, bias)
     if in_torch:
         return linear_in_torch(input, weight, bias)
     dtype = checks.promoted(input, weight, bias)
-    if dtype is torch.float64:  # which the kernels do not mix with others
-        input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
     flat = None if bias is None else bias.reshape(-1)

@@ -160,6 +160,10 @@ def test_errors(op: type) -> None:
         op(x, w, y, torch.randn(3))
     with pytest.raises(ValueError, match=f"{name}: 'max' is not a valid value for reduction"):
         op(x, w, y, b, reduction="max")
+    with pytest.raises(
+        TypeError, match=f"{name}: input has dtype torch.float32 but target has dtype torch.float64"
+    ):
+        op(x, w, y.double())
     with pytest.raises(TypeError, match=f"{name}: target has dtype torch.int64; float64, float32"):
         op(x, w, y.long())
     with pytest.raises(TypeError, match=r"weight must be a torch\.Tensor, got str"):

@@ -117,9 +117,9 @@ def test_shape_errors(
 @pytest.mark.parametrize("op", [matmul, linear])
 def test_type_and_device_errors(op: type) -> None:
     square = torch.randn(3, 3)
-    if op is matmul:  # linear mixes them
-        with pytest.raises(TypeError, match=r"matmul: input has dtype torch.float32 but .* torch.float64"):
-            op(square, square.double())
+    with pytest.raises(TypeError, match=f"{op.__name__}: input has dtype torch.float32 but .* torch.float64"):
+        op(square, square.double())
+    if op is matmul:  # linear mixes dtypes of up to float32
         with pytest.raises(TypeError, match=r"bias has dtype torch.float16"):
             op(square, square, torch.randn(3).half())
     with pytest.raises(TypeError, match=r"bias has dtype torch.int64"):
