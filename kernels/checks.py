@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-UP_TO_FLOAT32 = DTYPES[1:]
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps")
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
@@ -41,11 +40,8 @@ def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool
 
 def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
     """The dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
-    return acc_dtype(tensor, *others) if autocast_enabled(tensor) else promoted(tensor, *others)
-
-
-def promoted(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The dtype that the tensors' promote to."""
+    if autocast_enabled(tensor):
+        return acc_dtype(tensor, *others)
     dtype = tensor.dtype
     for other in others:
         if other is not None and other.dtype is not dtype:
@@ -83,15 +79,12 @@ def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | No
 
 
 def tensors(
-    op: str,
-    arguments: Mapping[str, Tensor | None],
-    optional: tuple[str, ...],
-    mixed: tuple[torch.dtype, ...] = (),
+    op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...], one_dtype: bool = True
 ) -> None:
     """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
 
-    Only the ``optional`` ones may be None. Dtypes may differ if all are ``mixed``, and under autocast: the op casts, as
-    torch's does.
+    Only the ``optional`` ones may be None. Dtypes may differ without ``one_dtype``, and under autocast: the op casts,
+    as torch's does.
     """
     first_name, first = "", None
     for name, tensor in arguments.items():
@@ -115,11 +108,9 @@ def tensors(
         if tensor.dtype is not dtype:
             if tensor.dtype not in DTYPES:
                 raise TypeError(_not_served(op, name, tensor))
-            if not (dtype in mixed and tensor.dtype in mixed) and not autocast_enabled(first):
-                names = ", ".join(str(found).removeprefix("torch.") for found in mixed)
+            if one_dtype and not autocast_enabled(first):
                 raise TypeError(
-                    f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; "
-                    + (f"only {names} may stand side by side" if mixed else "all must have one dtype")
+                    f"{op}: {first_name} has dtype {dtype} but {name} has dtype {tensor.dtype}; all must have one dtype"
                 )
 
 

@@ -15,14 +15,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import acc_dtype
-from .linear_mse_models import (
-    autocast,
-    models_forward,
-    models_loss,
-    models_loss_and_grad,
-    prepare,
-    widened,
-)
+from .linear_mse_models import autocast, models_forward, models_loss, models_loss_and_grad, prepare
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, total_weight
 from .operator import Operator, in_places, use_torch_fast_path
@@ -68,24 +61,23 @@ def linear_mse_loss(
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of the same dtype and device, or another of up to float32.
-        target: of the same dtype and device, or another of up to float32.
-        bias: of the same dtype and device, or another of up to float32.
-        sample_weight: of the same dtype and device, or another of up to float32.
+        weight: of the same dtype and device.
+        target: of the same dtype and device.
+        bias: of the same dtype and device.
+        sample_weight: of the same dtype and device.
         offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has the
             mean nan, the sum 0 and gradients 0, a row of no model loss and gradients 0. On a device bad offsets are
             clamped, not found out.
         reduction: ``"mean"`` (over all elements of target, of each model's), ``"sum"`` or ``"none"``.
 
     Returns:
-        The loss, accumulated in float32 (float64 for float64), in the dtype that all operands promote to, in
-        which weight and bias are taken; each gradient has its own operand's dtype. Under autocast input, weight and
-        bias are taken in the autocast dtype; target, predictions and loss are float32.
+        The loss in the tensors' dtype, accumulated in float32 (float64 for float64). Under autocast input, weight
+        and bias are taken in the autocast dtype; target, predictions and loss are float32.
 
     Raises:
         ValueError: ``target``, ``bias``, ``sample_weight`` or ``offsets`` has the wrong shape, ``reduction`` is
             unknown, input and a batch of models do not fit, or on the CPU an offset decreases or is out of range.
-        TypeError: dtypes are not served, or differ where one is float64.
+        TypeError: dtypes differ or are not served.
         RuntimeError: devices differ, or input and weight do not fit.
 
     Example:
@@ -112,15 +104,14 @@ def linear_mse_loss(
     _check(op, {**arguments, "sample_weight": sample_weight}, reduction, checks.REDUCTIONS)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
-    dtype, operands = widened(input, weight, target, bias, sample_weight)
-    input, weight, target, bias, sample_weight = operands
     if reduction == "none":
-        return mse(linear(input, weight, bias), target, sample_weight, "none", 0, dtype)
-    matrices = _normal_form(*operands)
+        return mse(linear(input, weight, bias), target, sample_weight, "none", 0, target.dtype)
+    matrices = _normal_form(input, weight, target, bias, sample_weight)
+    dtype = checks.loss_dtype(target)
     # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
     if sample_weight is None or reduction == "sum" or target.numel() == 0:
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
-    acc = acc_dtype(*matrices)
+    acc = acc_dtype(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, acc)[0]
     return (total / total_weight(sample_weight, target, acc)).to(dtype)
 
@@ -148,10 +139,10 @@ def linear_mse_loss_and_grad(
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of the same dtype and device, or another of up to float32.
-        target: of the same dtype and device, or another of up to float32.
-        bias: of the same dtype and device, or another of up to float32.
-        sample_weight: of the same dtype and device, or another of up to float32; no gradient is taken for it.
+        weight: of the same dtype and device.
+        target: of the same dtype and device.
+        bias: of the same dtype and device.
+        sample_weight: of the same dtype and device; no gradient is taken for it.
         offsets: as for ``linear_mse_loss``.
         reduction: ``"mean"`` or ``"sum"``.
         wrt: which gradients are wanted: any of ``"input"``, ``"weight"``, ``"target"``, ``"bias"``.
@@ -159,11 +150,11 @@ def linear_mse_loss_and_grad(
 
     Returns:
         ``(loss, (grad_input, grad_weight, grad_target, grad_bias))`` with None for what is not in ``wrt`` or was
-        not given; dtypes as of ``linear_mse_loss``.
+        not given.
 
     Raises:
         ValueError: as ``linear_mse_loss``, ``reduction`` is ``"none"``, or ``wrt`` has an unknown name.
-        TypeError: dtypes are not served, or differ where one is float64.
+        TypeError: dtypes differ or are not served.
         RuntimeError: devices differ, or input and weight do not fit.
 
     Example:
@@ -179,18 +170,18 @@ def linear_mse_loss_and_grad(
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)
-    result_dtype, operands = widened(input, weight, target, bias, sample_weight)
-    matrices = _normal_form(*operands)
+    matrices = _normal_form(input, weight, target, bias, sample_weight)
     output_mask = [want_input or want_target, want_weight, want_bias]
-    dtype, total = result_dtype, None
+    dtype = checks.loss_dtype(target)
+    total = None
     if sample_weight is not None and reduction == "mean" and target.numel():
-        reduction, dtype = "sum", acc_dtype(*matrices)
+        reduction, dtype = "sum", acc_dtype(input, target)
         with torch.no_grad():
             total = total_weight(sample_weight, target, dtype)
     outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, dtype)
     loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
     if total is not None:
-        loss = (loss / total).to(result_dtype)
+        loss = (loss / total).to(checks.loss_dtype(target))
         grad_weight, grad_bias = (None if g is None else g / total for g in (grad_weight, grad_bias))
     grad_input = grad_target = None
     if error is not None:
@@ -214,15 +205,9 @@ def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
     return grad.to(argument.dtype).reshape(argument.shape)
 
 
-def _check(
-    op: str,
-    arguments: Mapping[str, Any],
-    reduction: str,
-    allowed: tuple[str, ...],
-    mixed: tuple[torch.dtype, ...] = checks.UP_TO_FLOAT32,
-) -> None:
+def _check(op: str, arguments: Mapping[str, Any], reduction: str, allowed: tuple[str, ...]) -> None:
     checks.reduction(op, reduction, allowed)
-    checks.tensors(op, arguments, ("bias", "sample_weight"), mixed)
+    checks.tensors(op, arguments, ("bias", "sample_weight"))
     input, weight, target, bias, *_ = arguments.values()
     checks.linear_shapes(op, input, weight, bias)
     checks.shape(op, "target", target, input.shape[:-1] + weight.shape[:-1], input=input, weight=weight)
@@ -292,7 +277,7 @@ class LinearMseFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
-        input, weight, target, bias, _ = tensors
+        _, weight, target, bias, _ = tensors
         output_mask = ctx.needs_input_grad[:5]
         cotangents = tuple(in_places(cotangents, ctx.output_mask))
         d_loss, *others = cotangents
@@ -306,9 +291,9 @@ class LinearMseFunction(torch.autograd.Function):
                 d_loss, error, weight, q, (output_mask[0], output_mask[2])
             )
         return [
-            None if grad_input is None else grad_input.to(input.dtype),
+            grad_input,
             (d_loss * grad_weight).to(weight.dtype) if output_mask[1] else None,
-            None if grad_target is None else grad_target.to(target.dtype),
+            grad_target,
             (d_loss * grad_bias).to(bias.dtype) if output_mask[3] else None,
             None,
         ]
@@ -335,7 +320,7 @@ class LinearMseFunction(torch.autograd.Function):
             half = target.new_full((), 0.5)  # as in _weighted_error
             d_error = mse_hvp.masked(half, *primals, *directions, "sum", 0, error_only)[1]
             d_grad_weight = d_grad_bias = None
-            acc = acc_dtype(*ctx.saved_tensors[:5])
+            acc = acc_dtype(input)
             if ctx.output_mask[1]:
                 d_grad_weight = product(d_error.mT, input, dtype=acc)
                 if d_input is not None:
@@ -355,14 +340,14 @@ def _general_backward(
     input, weight, target, bias, sample_weight, error = tensors
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
     if error is None:
-        predictions = product(input, weight.mT, bias, dtype=checks.promoted(weight, target))
+        predictions = product(input, weight.mT, bias, dtype=target.dtype)
         error = _weighted_error(predictions, target, sample_weight)
     Q = d_error
     if d_grad_bias is not None:
         bias_part = (q * d_grad_bias).to(error.dtype).expand_as(error)
         Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part)
     if d_grad_weight is not None:
-        Q = product(input, (q * d_grad_weight).to(weight.dtype).mT, Q, dtype=error.dtype)
+        Q = product(input, (q * d_grad_weight).to(input.dtype).mT, Q, dtype=error.dtype)
     R = None if Q is None else _weighted(sample_weight, Q)
     if d_loss is not None:
         R = scale_and_add(q * d_loss, error, R)

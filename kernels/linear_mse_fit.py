@@ -140,7 +140,7 @@ class _Rows(NamedTuple):
 
 def _rows_of_one(op: str, given: dict[str, Any], sample_weight: Any) -> _Rows:
     """The checked rows of one model, whose leading dimensions are joined."""
-    check_one(op, {**given, "sample_weight": sample_weight}, "mean", ("mean",), mixed=())
+    check_one(op, {**given, "sample_weight": sample_weight}, "mean", ("mean",))
     input, weight, target, _ = given.values()
     rows, outputs = math.prod(input.shape[:-1]), weight.shape[:-1]
     if sample_weight is not None:
@@ -152,7 +152,7 @@ def _rows_of_one(op: str, given: dict[str, Any], sample_weight: Any) -> _Rows:
 
 def _rows_of_models(op: str, given: dict[str, Any], sample_weight: Any, offsets: Any) -> _Rows:
     """The checked rows of a batch of models."""
-    input, _, target, _, samples, bounds = check_models(op, given, sample_weight, offsets, mixed=())
+    input, _, target, _, samples, bounds = check_models(op, given, sample_weight, offsets)
     if bounds is not None and bounds.is_cpu:
         check_bounds(bounds, len(input))
     samples = None if samples is None else samples.detach()

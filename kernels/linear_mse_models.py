@@ -30,13 +30,14 @@ def models_loss(
 ) -> Tensor:
     """``linear_mse_loss`` of a batch of models. ``arguments``: input, weight, target and bias by name."""
     checks.reduction(op, reduction)
-    dtype, operands = _widened_form(op, arguments, sample_weight, offsets)
-    _, weight, target, _, samples, bounds = operands
+    operands = _normal_form(op, arguments, sample_weight, offsets)
+    input, weight, target, _, samples, bounds = operands
+    dtype = checks.loss_dtype(target)
     if reduction == "none":
         return _losses(*operands).to(dtype)
     if samples is None or reduction == "sum" or target.numel() == 0:
         return models_forward(*operands, reduction, [False] * 3, dtype)[0]
-    acc = acc_dtype(*operands[:5])
+    acc = acc_dtype(input, target)
     total, empty = _total_weights(samples, weight, bounds, acc)
     loss = models_forward(*operands, "sum", [False] * 3, acc)[0] / total
     return (loss if empty is None else loss.masked_fill(empty, torch.nan)).to(dtype)
@@ -52,12 +53,13 @@ def models_loss_and_grad(
 ) -> tuple[Tensor, Grads]:
     """``linear_mse_loss_and_grad`` of a batch of models: the gradients of the sum of their losses."""
     checks.reduction(op, reduction, ("mean", "sum"))
-    dtype, operands = _widened_form(op, arguments, sample_weight, offsets)
+    operands = _normal_form(op, arguments, sample_weight, offsets)
     input, weight, target, _, samples, bounds = operands
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
     output_mask = [want_input or want_target, want_weight, want_bias]
+    dtype = checks.loss_dtype(target)
     total = empty = None
-    acc = acc_dtype(*operands[:5])
+    acc = acc_dtype(input, target)
     with torch.no_grad():
         if samples is not None and reduction == "mean" and target.numel():
             total, empty = _total_weights(samples, weight, bounds, acc)
@@ -91,40 +93,12 @@ def models_loss_and_grad(
     return loss, (d_input, d_weight, d_target, d_bias)
 
 
-def widened(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None
-) -> tuple[torch.dtype, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """The loss's dtype, and the operands with weight and bias in it: the kernels read the others as they are.
-
-    Autocast casts by itself.
-    """
-    dtype = checks.loss_dtype(target, input, weight, bias, sample_weight)
-    if not checks.autocast_enabled(target):
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return dtype, (input, weight, target, bias, sample_weight)
-
-
-def _widened_form(
-    op: str, arguments: Mapping[str, Any], sample_weight: Any, offsets: Any
-) -> tuple[torch.dtype, tuple[Any, ...]]:
-    """``widened`` operands of ``_normal_form``."""
-    *operands, bounds = _normal_form(op, arguments, sample_weight, offsets)
-    dtype, found = widened(*operands)
-    return dtype, (*found, bounds)
-
-
-def _normal_form(
-    op: str,
-    arguments: Mapping[str, Any],
-    sample_weight: Any,
-    offsets: Any,
-    mixed: tuple[torch.dtype, ...] = checks.UP_TO_FLOAT32,
-) -> tuple[Any, ...]:
+def _normal_form(op: str, arguments: Mapping[str, Any], sample_weight: Any, offsets: Any) -> tuple[Any, ...]:
     """Checked: input, weight, target, bias, sample_weight, bounds.
 
     sample_weight with a last dimension of K or 1: ``(B, N, .)`` or ``(N, .)``, for ragged rows ``(R, .)``.
     """
-    checks.tensors(op, {**arguments, "sample_weight": sample_weight}, ("bias", "sample_weight"), mixed)
+    checks.tensors(op, {**arguments, "sample_weight": sample_weight}, ("bias", "sample_weight"))
     input, weight, target, bias = arguments.values()
     if weight.dim() != 3:
         raise ValueError(
@@ -248,8 +222,8 @@ def _losses(
     bounds: Tensor | None,
 ) -> Tensor:
     """``s e^2`` of each element; 0 in rows of no model."""
-    acc = acc_dtype(input, weight, target, bias, samples)
-    error = _predictions(input, weight, bias, bounds, acc).to(acc) - target
+    predictions = _predictions(input, weight, bias, bounds, acc_dtype(input, target))
+    error = predictions.to(acc_dtype(input, target)) - target
     if bounds is not None:
         of_a_model = _spread(error.new_ones(()).expand(len(weight), 1), error, bounds) != 0
         error = error.where(of_a_model, 0)
@@ -544,7 +518,7 @@ def prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
 def autocast(*args: Any) -> tuple[Any, ...]:
     """Input, weight and bias as a product's operands, the loss in float32; of ``linear_mse`` too."""
     input, weight, target, bias, sample_weight, *others, _ = args
-    acc = acc_dtype(input, weight, target, bias, sample_weight)
+    acc = acc_dtype(target, sample_weight)
     return *map(autocast_cast, (input, weight)), target, autocast_cast(bias), sample_weight, *others, acc
 
 

@@ -87,23 +87,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         result[..., k] = sum_d input[..., d] * weight[k, d] + bias[k]
 
-    Of different dtypes the products are of the widest; each operand is read as it is.
-
     Shapes:
         input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; bias ``(K,)``, or one element where weight is
         ``(D,)``; result ``(*, K)``, or ``(*)`` where weight is ``(D,)``.
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.
-        weight: of the same dtype and device, or another of up to float32.
-        bias: of the same dtype and device, or another of up to float32.
+        weight: of the same dtype and device.
+        bias: of the same dtype and device.
 
     Returns:
-        A new tensor of the dtype that the operands' promote to (under autocast, of the autocast dtype). Each gradient
-        has its own operand's dtype.
+        A new tensor of the operands' dtype (under autocast, of the autocast dtype).
 
     Raises:
-        TypeError: dtypes are not served, or differ where one is float64.
+        TypeError: dtypes differ or are not served.
         RuntimeError: devices differ, or the shapes do not fit.
         ValueError: ``bias`` has the wrong shape.
 
@@ -113,16 +110,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     in_torch = use_torch_fast_path(input, weight, optional=bias)
     if not in_torch:
-        arguments = {"input": input, "weight": weight, "bias": bias}
-        checks.tensors("linear", arguments, ("bias",), checks.UP_TO_FLOAT32)
+        checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
     checks.linear_shapes("linear", input, weight, bias)
     if in_torch:
         return linear_in_torch(input, weight, bias)
-    dtype = checks.promoted(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
-    flat = None if bias is None else bias.reshape(-1)
-    result = product(left, matrix.mT, flat, dtype=dtype)
+    result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
     if weight.dim() == 1:
         result = result.squeeze(-1)
     return result.squeeze(0) if input.dim() == 1 else result

@@ -222,7 +222,7 @@ def _check(
 ) -> None:
     checks.reduction(op, reduction, allowed)
     arguments = {"input": input, "target": target, "weight": weight}
-    checks.tensors(op, arguments, ("weight",), checks.DTYPES)
+    checks.tensors(op, arguments, ("weight",), one_dtype=False)
     checks.same_shape(op, input, target=target)
     if weight is not None:
         checks.broadcasts(op, "weight", weight, input)

@@ -26,7 +26,6 @@ TESTS = {
     "matmul": "tests/ops/test_matmul_kernels.py tests/ops/test_matmul.py",
     "mse": "tests/ops/test_mse_kernels.py tests/ops/test_mse.py",
     "trainers": "tests/ops/test_mse_trainers.py -k triton",
-    "mixed": "tests/ops/test_mixed_dtypes.py -k fallback",
     "linear_mse": "tests/ops/test_linear_mse_kernels.py tests/ops/test_linear_mse.py",
     "fit": "tests/ops/test_linear_mse_fit_models.py tests/ops/test_linear_mse_fit.py",
     "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
@@ -86,7 +85,11 @@ MUTANTS = (
         survives="how many programs share the tiles of a TMA product: a matter of time",
     ),
     Mutant("if tensor.device != device:", "if False:", "errors"),
-    Mutant("return acc_dtype(tensor, *others) if autocast_enabled(tensor) else", "return", "autocast"),
+    Mutant(
+        "if autocast_enabled(tensor):\n        return acc_dtype",
+        "if False:\n        return acc_dtype",
+        "autocast",
+    ),
     Mutant("if tensor is None or tensor.dtype == torch.float64:", "if tensor is None:", "autocast"),
     Mutant("return [name in names and tensor is not None for", "return [name in names for", "linear_mse"),
     # The fused loss: its derivatives.
@@ -197,7 +200,7 @@ MUTANTS = (
         "input_ptr += _offset(matrix, batch, INPUT)", "input_ptr += _offset(matrix, batch, OTHER)", "matmul"
     ),
     Mutant(
-        "descriptors = aligned and output_vector > 1 and input", "descriptors = aligned and input", "matmul"
+        "descriptors = aligned and output_vector > 1 and wide", "descriptors = aligned and wide", "matmul"
     ),
     Mutant("right = ([n.size, k.size], [n.other, 1]", "right = ([n.size, k.size], [k.size, 1]", "matmul"),
     Mutant("list(matrix.stride()), block)", "[matrix.shape[1], 1], block)", "linear_mse"),
@@ -220,16 +223,6 @@ MUTANTS = (
     Mutant("weight.new_empty(weight.shape, dtype=acc)", "weight.new_empty(weight.shape)", "trainers"),
     Mutant("sums.new_empty((P, sums.numel()), dtype=acc)", "sums.new_empty((P, sums.numel()))", "trainers"),
     Mutant("return torch.where(total == 0, math.nan, total)", "return total", "trainers"),
-    # Mixed dtypes in linear_mse_loss.
-    Mutant("weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)", "pass", "mixed"),
-    Mutant(
-        "    input = input.to(torch.promote_types(input.dtype, weight.dtype))\n    # Both",
-        "    weight = weight.to(input.dtype)\n    # Both",
-        "mixed",
-    ),
-    Mutant(
-        "(q * d_grad_weight).to(weight.dtype).mT, Q", "(q * d_grad_weight).to(input.dtype).mT, Q", "mixed"
-    ),
     # The optimizers' kernels.
     Mutant(
         'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else', "pass\n        else", "optim"
@@ -260,7 +253,9 @@ MUTANTS = (
         "stacked",
     ),
     Mutant(
-        "steps = block.row(step).to(dtype) + 1", "steps = block.row(step).flip(0).to(dtype) + 1", "stacked"
+        "torch.add(made, 1, out=block.empty_row(p))",
+        "torch.add(made.flip(0), 1, out=block.empty_row(p))",
+        "stacked",
     ),
     Mutant("step += 1 if decision.keep is None else decision.keep", "step += 1", "stacked"),
     Mutant(

@@ -19,7 +19,6 @@ def linear_mse_forward(
 ) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
     wide = acc_dtype(input, weight, target, bias, sample_weight)
-    input = input.to(torch.promote_types(input.dtype, weight.dtype))
     # Both products over all rows: in blocks of rows, each operator's threads would be waited for once a block.
     residual = _predictions(input, weight, bias, dtype).to(wide).sub_(target)
     error = residual if sample_weight is None else residual * sample_weight

@@ -86,7 +86,6 @@ def linear_mse_models_forward(
 ) -> list[Tensor]:
     """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
-    input = input.to(torch.promote_types(input.dtype, weight.dtype))
     B, K, _ = weight.shape
     tiles = None
     if bounds is None:

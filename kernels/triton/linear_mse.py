@@ -537,30 +537,29 @@ def _by_dot(call: _Call, chosen: config.LinearMseDot) -> None:
 
 
 def _by_tiles(call: _Call) -> None:
-    """A matrix product that ends in the errors, and E^T X by another. A narrower operand is copied as the wider."""
+    """A matrix product that ends in the errors, and E^T X by another."""
     N, D = call.input.shape
     K = call.weight.shape[0]
     device = call.input.device
     operand = torch.promote_types(call.input.dtype, call.weight.dtype)
-    input, weight = call.input.to(operand), call.weight.to(operand)
     error = call.error
     if error is None and call.grad_weight is not None:
-        error = input.new_empty((N, K))
-    operands = (input, weight, call.target)
-    align = _alignment(operands, D, input.stride(0), weight.stride(0))
+        error = call.input.new_empty((N, K), dtype=operand)
+    operands = (call.input, call.weight, call.target)
+    align = _alignment(operands, D, call.input.stride(0), call.weight.stride(0))
     align_k = _alignment(operands, K, call.target.stride(0))
     product = _product_of(N, K, D, min(align, align_k), operands[:2], operand, call.acc, loads=True)
     m_tiles, n_tiles = cdiv(N, product.tile.BLOCK_M), cdiv(K, product.tile.BLOCK_N)
     biases, losses = call.partials(m_tiles, K), call.partials(m_tiles * n_tiles)
     launch(
-        _linear_mse_tiles_kernel, (m_tiles * n_tiles,), *product.operands(input, weight, transposed=True),
+        _linear_mse_tiles_kernel, (m_tiles * n_tiles,), *product.operands(call.input, call.weight, transposed=True),
         *call.elementwise, error, None if call.grad_bias is None else biases, losses, N, D, K,
         device=device, ALIGN=align, ALIGN_K=align_k, ACC=DTYPES[call.acc], **product.options(),
         **config.registers(config.ALL_REGISTERS, config.target_of(device)),
     )  # fmt: skip
     call.add_up(None, biases, losses)
     if call.grad_weight is not None and error is not None:
-        write_scaled_product(error.t(), input, call.grad_weight, 2 / call.divisor)
+        write_scaled_product(error.t(), call.input, call.grad_weight, 2 / call.divisor)
 
 
 def linear_mse_forward(

@@ -327,8 +327,8 @@ def matmul_forward(
 
     Args:
         input: ``(*A, M, K)``, any strides.
-        other: ``(*B, K, N)``, any strides; A and B broadcast to ``batch``. Of two float dtypes the wider is
-            multiplied.
+        other: ``(*B, K, N)``, any strides; A and B broadcast to ``batch``. Of two float dtypes matrix
+            instructions multiply the narrower.
         bias: None, or a tensor that broadcasts to the result.
         sum_dims: dimensions of ``batch``, counted from 0, that are summed along with K.
         dtype: of the result.
@@ -342,8 +342,8 @@ def matmul_forward(
 
 
 def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: float) -> None:
-    """``output = scale * input @ other`` for matrices, multiplied in the narrower dtype; ``output`` is contiguous."""
-    _, swapped, _, run = prepare(input, other, None, [], output.dtype, narrow=True)
+    """``output = scale * input @ other`` for matrices; ``output`` is contiguous."""
+    _, swapped, _, run = prepare(input, other, None, [], output.dtype)
     left, right = (other, input) if swapped else (input, other)
     if run is None:  # no elements
         return
@@ -355,19 +355,17 @@ def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: fl
 
 
 def prepare(
-    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype,
-    narrow: bool = False,
-) -> Prepared:  # fmt: skip
-    """The plan of matmul_forward's product, from a cache of plans; ``narrow``: of two dtypes multiply the narrower."""
-    wide = torch.promote_types(input.dtype, other.dtype)
-    precision = torch.backends.cuda.matmul.fp32_precision if wide == torch.float32 else "none"
+    input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
+) -> Prepared:
+    """The plan of matmul_forward's product, from a cache of plans."""
+    precision = torch.backends.cuda.matmul.fp32_precision if input.dtype == torch.float32 else "none"
     seen = [_seen(input), _seen(other), bias is not None and _seen(bias)]
-    key = (*seen, *sum_dims, dtype, precision, narrow, input.device)
+    key = (*seen, *sum_dims, dtype, precision, input.device)
     found = _plans.get(key)
     if found is None:
         if len(_plans) >= _MAX_PLANS:
             _plans.clear()
-        found = _plans[key] = _prepare(input, other, bias, sum_dims, dtype, precision, narrow)
+        found = _plans[key] = _prepare(input, other, bias, sum_dims, dtype, precision)
     return found
 
 
@@ -383,7 +381,6 @@ def _prepare(
     sum_dims: list[int],
     dtype: torch.dtype,
     precision: str,
-    narrow: bool,
 ) -> Prepared:
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
     kept = [1 if dim in sum_dims else size for dim, size in enumerate(batch)]
@@ -399,9 +396,8 @@ def _prepare(
     double = torch.float64 in (input.dtype, other.dtype, None if bias is None else bias.dtype)
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
     interpreted = target.backend == "interpreter"
-    wide = torch.promote_types(input.dtype, other.dtype)
-    operand = min(input.dtype, other.dtype, key=lambda dtype: dtype.itemsize) if narrow else wide
-    operand = torch.float64 if double else torch.float32 if interpreted else operand
+    wide, narrow = sorted((input.dtype, other.dtype), key=lambda dtype: -dtype.itemsize)
+    operand = torch.float64 if double else torch.float32 if interpreted else narrow
 
     rest = (*form.batch, *form.sums)
     input_axis, input_vector = _layout(input, (m, k), rest, INPUT.value)
@@ -410,7 +406,7 @@ def _prepare(
     widest = 16 // dtype.itemsize
     output_vector = widest if n.size % widest == 0 else 1
     aligned = input_vector > 1 and other_vector > 1
-    descriptors = aligned and output_vector > 1 and input.dtype == other.dtype
+    descriptors = aligned and output_vector > 1 and wide == narrow
     descriptors = descriptors and _apart((m, k), input_axis, INPUT.value)
     descriptors = descriptors and _apart((k, n), other_axis, OTHER.value)
     operands = config.Operands(aligned, descriptors, input_axis == 0)

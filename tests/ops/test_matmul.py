@@ -119,11 +119,8 @@ def test_type_and_device_errors(op: type) -> None:
     square = torch.randn(3, 3)
     with pytest.raises(TypeError, match=f"{op.__name__}: input has dtype torch.float32 but .* torch.float64"):
         op(square, square.double())
-    if op is matmul:  # linear mixes dtypes of up to float32
-        with pytest.raises(TypeError, match=r"bias has dtype torch.float16"):
-            op(square, square, torch.randn(3).half())
-    with pytest.raises(TypeError, match=r"bias has dtype torch.int64"):
-        op(square, square, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"bias has dtype torch.float16"):
+        op(square, square, torch.randn(3).half())
     with pytest.raises(TypeError, match=r"input has dtype torch.int64; float64, float32"):
         op(square.long(), square.long())
     with pytest.raises(TypeError, match=r"must be a torch.Tensor, got list"):
