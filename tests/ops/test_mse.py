@@ -13,7 +13,7 @@ from gradkernels.reference import mse as reference
 from torch.nn import functional
 
 from ..cases import REDUCTIONS, Case, label
-from ..helpers import DTYPES, SIZES, assert_matches, exactly
+from ..helpers import DTYPES, SIZES, Draws, assert_matches, exactly
 from .test_matmul import check
 
 NAMES = ("input", "target", "weight")
@@ -153,3 +153,18 @@ def test_errors_of_loss_and_grad() -> None:
         mse_loss_and_grad(x, x, reduction="none")
     with pytest.raises(ValueError, match="wrt names 'bias'; expected any of 'input', 'target', 'weight'"):
         mse_loss_and_grad(x, x, wrt=("input", "bias"))
+
+
+@pytest.mark.parametrize("spread", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_squares_of_few_bits(dtype: torch.dtype, spread: int) -> None:
+    """bfloat16 values in float32, float32 values in float64: where sums of squares round to the same side."""
+    narrow = torch.bfloat16 if dtype is torch.float32 else torch.float32
+    draws = Draws()
+    while not draws.enough:
+        x = (torch.rand(launchers._MANY) * spread + torch.rand(()) + 0.5).to(narrow).to(dtype)
+        y = torch.zeros_like(x)
+        exact = reference.forward(exactly(x), exactly(y))
+        ours = launchers.mse_forward(x, y, None, "mean", 0, dtype)
+        draws.add("loss", ours, functional.mse_loss(x, y), exact)
+    draws.assert_match()
