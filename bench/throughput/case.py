@@ -28,6 +28,7 @@ class Implementation:
             checked. What must not be timed (copies of parameters, an optimizer's construction) happens in it.
         absent: the reason why it cannot run here; empty if it can.
         slow_start: it compiles for seconds; ``--quick`` runs it only where the case asks for it.
+        per_set: each set of inputs has a program of its own, which compiles for seconds.
         unit: it does once another job than ours does in many calls, ``"steps"`` say: its column tells how many of them
             take as long, and it counts for no speedup.
         reference: of such a job's own results, as of a case's; a thousandth part or so may be lost to rounding.
@@ -37,6 +38,7 @@ class Implementation:
     prepare: Callable[..., Call]
     absent: str = ""
     slow_start: bool = False
+    per_set: bool = False
     unit: str = ""
     reference: Callable[..., Sequence[np.ndarray]] | None = None
 

@@ -54,10 +54,7 @@ def torch_steppers(build: Callable[..., torch.optim.Optimizer], clip: bool = Fal
 
 
 def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementation]:
-    """Make an implementation that compiles the step, if the case is one large tensor.
-
-    Each optimizer compiles a program of its own: over many tensors, or several sets of inputs, that takes minutes.
-    """
+    """Make an implementation that compiles the step, if the case is one large tensor: over many it takes minutes."""
     if shape[0] > 1 or shape[1] < 10**7:
         return []
 
@@ -71,7 +68,7 @@ def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementatio
 
         return call
 
-    return [Implementation("compile", prepare, slow_start=True)]
+    return [Implementation("compile", prepare, slow_start=True, per_set=True)]
 
 
 def apex(name: str, **options: Any) -> Implementation:

@@ -21,6 +21,7 @@ from .timing import Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
 LARGE = 1 << 26  # bytes
+PROGRAMS = 4  # that an implementation compiles for one case
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -130,8 +131,12 @@ class Runner:
 
     def _checked_and_timed(self, case: Case) -> dict[str, Any]:
         inputs, outcomes = self.checked(case)
-        running = [c for c in case.implementations if outcomes[c.name]["status"] == "ok"]
         sets = input_sets(case.bytes, self.timer.cache_bytes)
+        for implementation in case.implementations:
+            if implementation.per_set and sets > PROGRAMS and outcomes[implementation.name]["status"] == "ok":
+                note = f"would compile for each of {sets} sets of inputs"
+                outcomes[implementation.name] = {"status": "left out", "note": note}
+        running = [c for c in case.implementations if outcomes[c.name]["status"] == "ok"]
         rotated = [inputs, *(self.inputs(case, number) for number in range(1, sets))]
         # An implementation's own memory (an optimizer's copies and state) is at most about half of what its call moves.
         each = case.bytes * (1 + len(running) / 2) + case.beside
