@@ -18,7 +18,7 @@ import torch
 from bench import __main__ as cli
 from bench.throughput import case as declaration
 from bench.throughput import machine, results
-from bench.throughput.case import OURS, Case, function
+from bench.throughput.case import OURS, Case, Implementation, function
 from bench.throughput.console import Screen
 from bench.throughput.runner import Runner, free_bytes
 from bench.throughput.timing import ROUNDS
@@ -240,3 +240,19 @@ def test_poison_is_lifted_again() -> None:
         assert torch.empty(3).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(("n", "status"), [(1000, "left out"), (1 << 13, "ok")])
+def test_what_compiles_for_each_set_of_inputs_runs_where_they_are_few(n: int, status: str) -> None:
+    """9 sets of 8,000 bytes fill the clock's cache four times, or one."""
+    clock, prepared = Clock(), []
+
+    def prepare(values: torch.Tensor) -> Any:
+        prepared.append(values)
+        return lambda: (clock.work(10.0), [2 * values])[1]
+
+    case = doubling(clock, n=n, extra=(Implementation("compile", prepare, per_set=True),))
+    (record,) = document(case, clock=clock)["cases"]
+    found = record["contenders"]["compile"]
+    assert found["status"] == status
+    assert len(prepared) == (1 if status == "left out" else 2)  # to be checked, then for each set
