@@ -4,8 +4,9 @@ The first is optional: ``single_level`` is None where it is gone. The others hav
 slower one; they are resolved at import, so that a torch without one fails there, with its name.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,24 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any
     if single_level is None:
         return function.apply
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+@contextmanager
+def functions_replaced() -> Iterator[None]:
+    """A block in which functions of torch are others: torch.compile's tables of them keep the originals.
+
+    The tables are made at its first use. One that was made inside the block would miss the originals ever after.
+    """
+    name = "torch._dynamo.trace_rules"
+    before = sys.modules.get(name)
+    if before is not None:
+        before.get_torch_obj_rule_map()
+        before.get_tensor_method()
+    try:
+        yield
+    finally:
+        if before is None and name in sys.modules:
+            sys.modules[name].clear_lru_cache()
 
 
 # What an operator does below its Autograd key, as C++ kernels do. Public: torch.no_grad, at three times the cost.

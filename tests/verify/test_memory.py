@@ -1,6 +1,9 @@
 """Each memory fault planted in a kernel is found and named rightly; correct kernels raise no alarm."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -490,6 +493,28 @@ def test_what_is_compiled_inside_the_block_traces_as_ever():
 
     with memory_check():
         assert fn(torch.ones(3)).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("imported", ["", "import torch._dynamo"])
+def test_what_was_first_compiled_inside_a_block_leaves_no_trace(imported):
+    """The compiler's tables of torch's functions are made at its first use."""
+    program = f"""
+        import os
+        os.environ["TRITON_INTERPRET"] = "1"
+        import torch
+        from gradkernels.verify import memory_check
+        {imported}
+        def fn(x):
+            return torch.empty_like(x).copy_(x) + x.new_empty(3).fill_(1)
+        for block in (memory_check(), memory_check()):
+            with block:
+                assert torch.compile(fn, fullgraph=True, backend="aot_eager")(torch.ones(3)).tolist() == [2, 2, 2]
+            torch._dynamo.reset()
+        assert torch.compile(fn, fullgraph=True, backend="aot_eager")(torch.ones(3)).tolist() == [2, 2, 2]
+        """
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_tensors_without_memory_of_their_own_pass_through():

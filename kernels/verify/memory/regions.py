@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...torch_private import is_wrapped, unwrapped
+from ...torch_private import functions_replaced, is_wrapped, unwrapped
 
 # NaNs that no arithmetic produces, and an integer that hardly anything computes. One-byte types and int16
 # have no value to spare: memory of theirs counts as written.
@@ -105,7 +105,7 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
             asked(tensor)
         return address
 
-    with ExitStack() as stack:
+    with functions_replaced(), ExitStack() as stack:
         for owner, name in CREATORS:
             original = getattr(owner, name)
             setattr(owner, name, wrapped(original))
