@@ -142,8 +142,6 @@ class Trainer:
             offsets = offsets[own.start : own.stop + 1]
             rows = slice(offsets[0], offsets[-1])
             x, y, offsets = x[rows], y[rows], offsets - offsets[0]
-            rows = slice(offsets[0], offsets[-1])
-            x, y, offsets = x[rows], y[rows], offsets - offsets[0]
         task = self.progress.add_task(f"{models} {what}", total=steps)
         losses = []
         for part in torch.arange(steps).tensor_split(CALLS):

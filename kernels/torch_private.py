@@ -1,7 +1,8 @@
 """Every private part of torch that the ops use, with its reason and what serves where torch no longer has it.
 
 The first is optional: ``single_level`` is None where it is gone. The others have no public equivalent, or only a
-slower one; they are resolved at import, so that a torch without one fails there, with its name.
+slower one; they are resolved at import, so that a torch without one fails there, with its name. Only the compiler's
+tables are asked for when they are needed: to import them takes seconds.
 """
 
 import sys

@@ -28,42 +28,42 @@ def bucket(
     return Bucket(tensors(dtype), tensors(dtype), state, [0] * len(sizes), list(range(len(sizes))), seed)
 
 
+def _options(op: str, rate: float | Tensor) -> Any:
+    """Options that leave out no part of an update."""
+    from gradkernels.optim.bucket import AdamOptions, SGDOptions
+
+    if op == "sgd":
+        return SGDOptions(rate, 0.9, 0, 0.1, False, False)
+    return AdamOptions(rate, 0.9, 0.999, 1e-8, 0.1, True, False)
+
+
 def launch_step(
     op: str, states: Sequence[str], sizes: Sequence[int], dtype: torch.dtype, clip: bool
 ) -> list[int]:
     """Launch a step of an optimizer over tensors of these sizes that hold no values; the bytes of each launch."""
-    from gradkernels.optim.bucket import UNGUARDED, AdamOptions, Guard, SGDOptions
+    from gradkernels.optim.bucket import UNGUARDED, Guard
     from gradkernels.triton.multi_tensor import grad_norm
 
-    tensors, size, guarded, moved = (
-        bucket(dtype, *states, sizes=sizes),
-        sum(sizes) * dtype.itemsize,
-        UNGUARDED,
-        [],
-    )
-    options: Any = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
+    tensors, size = bucket(dtype, *states, sizes=sizes), sum(sizes) * dtype.itemsize
     if op == "sgd":
-        options = SGDOptions(0.1, 0.9, 0, 0.1, False, False)
         del tensors.states["step"]
+    guarded, of_norm = UNGUARDED, []
     if clip:
-        guarded = Guard(norms=torch.empty(1, 2, dtype=FLOAT64), max_norm=1.0)
+        guarded, of_norm = Guard(norms=torch.empty(1, 2, dtype=FLOAT64), max_norm=1.0), [size]
         grad_norm(tensors, None, guarded.norms[0])
-        moved.append(size)
-    getattr(import_module(f"gradkernels.triton.{op}"), f"{op}_step")(tensors, [options], guarded)
-    return [*moved, (3 + 2 * len(states)) * size]
+    launcher = getattr(import_module(f"gradkernels.triton.{op}"), f"{op}_step")
+    launcher(tensors, [_options(op, 0.1)], guarded)
+    return [*of_norm, (3 + 2 * len(states)) * size]
 
 
 def launch_stacked_step(
     op: str, states: Sequence[str], shape: tuple[int, int], dtype: torch.dtype
 ) -> list[int]:
     """Launch a step of a batch of models, each with a rate of its own; the bytes of the launch."""
-    from gradkernels.optim.bucket import UNGUARDED, AdamOptions, Bucket, Models, SGDOptions
+    from gradkernels.optim.bucket import UNGUARDED, Bucket, Models
     from gradkernels.triton import stacked
 
-    rates = torch.empty(shape[0])
-    options: Any = AdamOptions(rates, 0.9, 0.999, 1e-8, 0.1, True, False)
-    if op == "sgd":
-        options = SGDOptions(rates, 0.9, 0, 0.1, False, False)
+    options = _options(op, torch.empty(shape[0]))
     param, grad, *values = (torch.empty(shape, dtype=dtype) for _ in range(2 + len(states)))
     kept = {key: [value] for key, value in zip(states, values, strict=True)}
     if op == "adam":

@@ -239,6 +239,7 @@ BAD = """
                 ("builtin", "builtins.any = lambda xs: False", ": builtins.any"),
                 ("loop", "while True: pass", "did not end within 12 s"),
                 ("fork", "os.fork()", "os.fork"),
+                ("caught fork", r"exec('try: os.fork()\nexcept PermissionError: pass')", "os.fork"),
                 ("raise", "raise KeyError('no')", "KeyError"),
                 ("memory", "torch.ones(1 << 34)", "memory"),
                 ("network", "socket.create_connection(('127.0.0.1', 9))", "not allowed"),
