@@ -35,7 +35,7 @@ def install(folder: Path, torch: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     pip = [python, "-m", "pip", "install", "--quiet"]
     headers = "nvidia-cuda-runtime>=13,<14"
-    subprocess.run([*pip, "--no-deps", f"torch=={torch}", f"triton=={TRITON[torch]}", headers], check=True)
+    subprocess.run([*pip, "--no-deps", f"torch==={torch}", f"triton=={TRITON[torch]}", headers], check=True)
     subprocess.run([*pip, *PACKAGES], check=True)
     for library in folder.glob("venv/lib/python*/site-packages/nvidia/**/*.so*"):
         library.unlink()  # torch would find the real runtime first
