@@ -56,9 +56,9 @@ class Gpu(NamedTuple):
 
 
 # SMs, memory and FLOPs: NVIDIA's data sheet of the H200 SXM (4.8 TB/s, of which a copy reaches 0.9; dense; three tf32
-# products for one of float32). An SM: CUDA programming guide, compute capability 9.0. Latencies: 478.8 and 263.0 cycles
-# at 1.755 GHz without load (arXiv:2402.13499, on an H100); of memory three times that is assumed, since requests queue
-# where bandwidth is short. Cache: 40 GB/s an SM, as in the table of bounds of bench/README.md.
+# products for one of float32). An SM: CUDA programming guide, compute capability 9.0. Latencies are assumed: at
+# 1.755 GHz 1400 cycles of memory, where requests queue, and 260 of the cache. Cache: 40 GB/s an SM, as in the table of
+# bounds of bench/README.md.
 H200 = Gpu(
     "sm_90", 132, 4.3e12, 132 * 40e9, 0.8e-6, 0.15e-6, 65536, 228 << 10, 2048, 32, 1 << 10,
     {8: 34e12, 4: 67e12, 2: 67e12}, {8: 67e12, 4: 165e12, 2: 989e12},

@@ -266,8 +266,8 @@ def _matmul_elementwise_kernel(
     acc = tl.zeros((BLOCK,), ACC)
     for i in tl.static_range(BLOCK_K):
         inside = offs < tl.where(i < k.size, size, 0)
-        x = tl.load(input_row + k.input.to(tl.int64) * i, mask=inside, other=0.0)
-        y = tl.load(other_column + k.other.to(tl.int64) * i, mask=inside, other=0.0)
+        x = tl.load(input_row + tl.cast(k.input, tl.int64) * i, mask=inside, other=0.0)
+        y = tl.load(other_column + tl.cast(k.other, tl.int64) * i, mask=inside, other=0.0)
         acc = tl.fma(x.to(ACC), y.to(ACC), acc)
     acc *= scale
     if bias_ptr is not None:

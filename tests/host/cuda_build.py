@@ -27,15 +27,20 @@ SYMBOL = re.compile(r"__cuda|cu[A-Zdsbfp]|nccl|nvshmem|nvrtc|nvJitLink")
 DRIVER = re.compile(r"cu(da)?[A-Z]")  # and the runtime
 
 
-def install(folder: Path, torch: str) -> Path:
-    """The Python of the environment, which is made if it is not there."""
+def install(folder: Path, torch: str, triton: str, *others: str, base: str = sys.executable) -> Path:
+    """The Python of the environment, which is made if it is not there, from the Python ``base``.
+
+    The ``others``, like torch and Triton, come without what they depend on.
+    """
     python = folder / "venv" / "bin" / "python"
     if (folder / "installed").exists():
         return python
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
     pip = [python, "-m", "pip", "install", "--quiet"]
-    headers = "nvidia-cuda-runtime>=13,<14"
-    subprocess.run([*pip, "--no-deps", f"torch==={torch}", f"triton=={TRITON[torch]}", headers], check=True)
+    # Exactly this version of torch, not a local build of it for the CPU.
+    bare = [f"torch==={torch}", f"triton=={triton}", "nvidia-cuda-runtime>=13,<14", *others]
+    subprocess.run([*pip, "--no-deps", *bare], check=True)
     subprocess.run([*pip, *PACKAGES], check=True)
     for library in folder.glob("venv/lib/python*/site-packages/nvidia/**/*.so*"):
         library.unlink()  # torch would find the real runtime first
@@ -56,13 +61,15 @@ def symbols(library: Path) -> tuple[set[str], set[str]]:
     return undefined, defined
 
 
-def build(site: Path, folder: Path) -> None:
+def build(environment: Path) -> None:
     """One library that stands for all of CUDA's, under each of the names by which torch asks for them.
 
     What torch's libraries need and the sources here do not define becomes a stub: it returns 0, or is refused if it
     belongs to the driver or the runtime, whose answers torch goes by.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    site = next(environment.glob("venv/lib/python*/site-packages"))
+    folder = environment / "lib"
+    folder.mkdir(exist_ok=True)
     names, undefined, defined = {"libcuda.so.1"}, set(), set()
     for library in (site / "torch" / "lib").glob("*.so*"):
         dynamic = subprocess.run(
@@ -101,8 +108,8 @@ def environment(folder: Path) -> dict[str, str]:
     package = folder / "package"
     package.mkdir(exist_ok=True)
     link = package / "gradkernels"
-    if not link.exists():
-        link.symlink_to(ROOT / "kernels")
+    link.unlink(missing_ok=True)  # that of another checkout, if the folder is shared
+    link.symlink_to(ROOT / "kernels")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return {
         **inherited,
@@ -127,9 +134,8 @@ def main() -> int:
     parser.add_argument("pytest", nargs="*", help="arguments of one run of pytest in place of the two")
     options = parser.parse_args()
     folder = options.dir.resolve() / f"torch-{options.torch}"
-    folder.mkdir(parents=True, exist_ok=True)
-    python = install(folder, options.torch)
-    build(next(folder.glob("venv/lib/python*/site-packages")), folder / "lib")
+    python = install(folder, options.torch, TRITON[options.torch])
+    build(folder)
     runs = [options.pytest] if options.pytest else [["tests/host"], ["tests", "-m", "gpu and not full"]]
     codes = [
         subprocess.run(
