@@ -17,11 +17,11 @@ if not GPU:
 
 from gradkernels import use_backend  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
-
-from .interpreter import prepare_once_a_launch  # noqa: E402
+from gradkernels.verify.memory.interpreter import language_prepared_once  # noqa: E402
 
 if not GPU and importlib.util.find_spec("triton") is not None:
-    prepare_once_a_launch()
+    _faster = language_prepared_once()  # every launch of the session, not only those that the checker watches
+    _faster.__enter__()
 
 DEVICES = {"fallback": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}
 

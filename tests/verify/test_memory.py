@@ -460,6 +460,30 @@ def test_everything_is_put_back_also_after_an_error():
         pass
 
 
+@triton.jit
+def sums_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    x = tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK))
+    tl.store(y_ptr + row, tl.sum(x) + tl.max(x))
+
+
+def test_the_language_is_prepared_once_a_launch(monkeypatch):
+    """tl.sum and tl.max are device functions; their calls need no preparation of their own."""
+    prepared = []
+    prepare = triton_interpreter._patch_lang_tensor
+    monkeypatch.setattr(
+        triton_interpreter, "_patch_lang_tensor", lambda *args: (prepared.append(1), prepare(*args))
+    )
+    x, y = torch.arange(64.0), torch.empty(8)
+    with memory_check():
+        for launches in (1, 2):
+            sums_kernel[(8,)](x, y, 8)
+            assert 1 <= len(prepared) / launches <= 4  # the language and its core, as modules name them
+    assert torch.equal(y, x.view(8, 8).sum(1) + x.view(8, 8).amax(1))
+    assert isinstance(tl.sum, type(tl.max))
+    assert "lambda" not in tl.load.__qualname__  # and put back after the launch
+
+
 def test_a_changed_interpreter_is_an_error(monkeypatch):
     monkeypatch.setattr(hooks, "_sound", False)
     with monkeypatch.context() as patch:

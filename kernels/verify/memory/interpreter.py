@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,10 @@ class _Proxy:
 ATOMICS = tuple(f"create_atomic_{kind}" for kind in ("rmw", "cas", "load", "store", "poll"))
 
 
+def _parameters(target: Any) -> tuple[str, ...] | None:
+    return tuple(inspect.signature(target).parameters) if callable(target) else None
+
+
 def _guard(interpreter: Any) -> None:
     """Raise InterpreterChangedError unless everything that ``watch`` replaces is there and takes what it took."""
     from triton.runtime.autotuner import Autotuner
@@ -177,8 +182,7 @@ def _guard(interpreter: Any) -> None:
         target: Any = interpreter
         for name in path:
             target = getattr(target, name, None)
-        found = tuple(inspect.signature(target).parameters) if callable(target) else None
-        if found != parameters:
+        if (found := _parameters(target)) != parameters:
             raise InterpreterChangedError(
                 f"triton.runtime.interpreter.{'.'.join(path)} takes {found}, expected {parameters}: the memory "
                 f"checker knows triton 3.6 to 3.9"
@@ -204,6 +208,61 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def language_prepared_once() -> Iterator[None]:
+    """Inside the block the interpreter prepares ``triton.language`` once a launch, in half of a kernel's time.
+
+    When a kernel is launched, and again at each call of a device function, the interpreter searches the language's
+    modules for the functions to replace by its own. What the launch has put there still stands when a device
+    function is called, and a module's functions have the same names each time. An interpreter that does this in
+    another way is left as it is.
+    """
+    require_interpreter()
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    prepare_anew: Any = getattr(interpreter, "_patch_lang", None)
+    expected = {
+        "_patch_lang": ("fn",),
+        "_patch_builtin": ("pkg", "builder", "scope"),
+        "_patch_attr": ("obj", "name", "member", "builder", "scope"),
+    }
+    if any(_parameters(getattr(interpreter, name, None)) != names for name, names in expected.items()):
+        yield  # another version's, or already inside such a block
+        return
+    run, languages, prepared = interpreter.GridExecutor.__call__, {id(tl), id(tl.core)}, set[int]()
+
+    @lru_cache(None)
+    def builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def replace(package: Any, builder: Any, scope: Any) -> None:
+        for name in builtins(package):
+            if tl.core.is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    def prepare(function: Any) -> Any:
+        named = languages.intersection(map(id, function.__globals__.values()))
+        if named and named <= prepared:
+            return None  # the call of a device function does nothing with it
+        prepared.update(named)
+        return prepare_anew(function)
+
+    def launch(self: Any, *args_dev: Any, **kwargs: Any) -> Any:
+        prepared.clear()
+        try:
+            return run(self, *args_dev, **kwargs)
+        finally:
+            prepared.clear()
+
+    with (
+        _replaced(interpreter, "_patch_builtin", replace),
+        _replaced(interpreter, "_patch_lang", prepare),
+        _replaced(interpreter.GridExecutor, "__call__", launch),
+    ):
+        yield
+
+
+@contextmanager
 def watch(observer: Observer, configuration: int | None = None) -> Iterator[None]:
     """Report every launch and access of interpreted kernels to ``observer`` inside the block.
 
@@ -212,11 +271,20 @@ def watch(observer: Observer, configuration: int | None = None) -> Iterator[None
     """
     require_interpreter()
     import triton.runtime.interpreter as interpreter
-    from triton.runtime.autotuner import Autotuner
 
     if isinstance(interpreter._interpreter, _Proxy):
         raise RuntimeError("a memory check is already active: they do not nest")
     _guard(interpreter)
+    with language_prepared_once(), _observed(observer, configuration):
+        yield
+
+
+@contextmanager
+def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
+    """Replace what launches, converts, loads and stores inside the block by what reports it too."""
+    import triton.runtime.interpreter as interpreter
+    from triton.runtime.autotuner import Autotuner
+
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     original_call, original_copy = executor.__call__, executor._init_args_hst
     original_convert = interpreter._implicit_cvt
