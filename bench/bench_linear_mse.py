@@ -120,6 +120,7 @@ def _launch_backward(N: int, D: int, K: int, output_mask: list[bool]) -> Call:
 AOT_CASES = (
     AotCase("linear_mse", "1 output of 256", _launch(1 << 16, 256, 1), stores=False),
     AotCase("linear_mse", "1 output of 1024", _launch(1 << 16, 1024, 1), stores=False),
+    AotCase("linear_mse", "1 output of 2048", _launch(1 << 16, 2048, 1), stores=False),
     AotCase("linear_mse", "1 output of 4096", _launch(1 << 16, 4096, 1), stores=False),
     AotCase("linear_mse", "8 outputs of 256", _launch(1 << 16, 256, 8), stores=False),
     AotCase("linear_mse", "16 outputs of 512", _launch(1 << 16, 512, 16), stores=False),

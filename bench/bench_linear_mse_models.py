@@ -244,6 +244,12 @@ AOT_CASES = (
         "linear_mse_models", "10 models of 100,000 x 64", _launch("own", 10, 100_000, 64, 1), stores=False
     ),
     AotCase(
+        "linear_mse_models", "10 models of 1,000 x 2048", _launch("own", 10, 1000, 2048, 1), stores=False
+    ),
+    AotCase(
+        "linear_mse_models", "10 models of 1,000 x 1024", _launch("own", 10, 1000, 1024, 1), stores=False
+    ),
+    AotCase(
         "linear_mse_models",
         "4 outputs of 256, ragged",
         _launch("ragged", 1000, 1 << 18, 256, 4),

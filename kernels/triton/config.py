@@ -42,8 +42,9 @@ BLOCK = 1024
 # Tiles of 256 columns are used where there are so many: with fewer, SMs idle that narrower tiles would keep busy.
 WIDE_TILES = SMS * 85 // 100
 
-# Registers per thread that leave room for three programs of 128 threads on an NVIDIA SM (65536 registers).
+# Registers per thread that leave room for three, or four, programs of 128 threads on an NVIDIA SM (65536 registers).
 THREE_PROGRAMS = 168
+FOUR_PROGRAMS = 128
 ALL_REGISTERS = 255
 
 # One file of measured tiles for each device that someone has tuned.
@@ -418,8 +419,8 @@ CHUNKS_MAX_OUTPUTS = 8
 CHUNKS_SHORT_ROW = 2048
 # The same of a program of eight warps, which share the rows that are longer.
 CHUNKS_LONG_ROW = 8 * CHUNKS_SHORT_ROW
-# With half as many, two programs of eight warps run on an SM, with 128 registers a thread; four of four warps with one
-# output's.
+# With half as many, two programs of eight warps run on an SM, with 128 registers a thread; four of four warps, where a
+# row of one output's weights is half of CHUNKS_SHORT_ROW at most.
 CHUNKS_HALF = CHUNKS_LONG_ROW // 2
 # Bytes of a tile of rows up to which three of them in flight fit shared memory.
 CHUNKS_STAGED_BYTES = 32768
@@ -464,6 +465,11 @@ def linear_mse_plan(
     return LinearMsePlan("tiles", None, K, chunks, dot)
 
 
+def _is_half_a_row(K: int, values: int) -> bool:
+    """Whether a row's weights, ``values`` words, leave a warp that holds the row half of its registers."""
+    return K == 1 and values <= CHUNKS_SHORT_ROW // 2
+
+
 @functools.cache
 def linear_mse_chunks(
     K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
@@ -483,8 +489,9 @@ def linear_mse_chunks(
     def config_of(rows: int, chunk: int, num_warps: int) -> LinearMseChunks:
         chunks = triton.cdiv(max(D, 1), chunk)
         stages = most if rows * D * itemsize <= CHUNKS_STAGED_BYTES else min(most, 2)
-        half = K == 1 if num_warps == 4 else rows * K * words * chunk * chunks <= CHUNKS_HALF
-        compiled = {"num_warps": num_warps, **registers(128 if half else ALL_REGISTERS, target)}
+        values = K * words * chunk * chunks
+        half = _is_half_a_row(K, values) if num_warps == 4 else rows * values <= CHUNKS_HALF
+        compiled = {"num_warps": num_warps, **registers(FOUR_PROGRAMS if half else ALL_REGISTERS, target)}
         return LinearMseChunks(rows, chunk, chunks, stages, compiled)
 
     chunk = min(width, size)
@@ -601,9 +608,10 @@ def models_chunks(
     if chosen.compiled["num_warps"] > 4:
         return chosen
     ROWS = min(chosen.ROWS, triton.next_power_of_2(max(rows, 4)))
-    values = ROWS * K * chosen.CHUNK * chosen.CHUNKS * acc.itemsize // 4
-    num_warps = min(4, max(1, values // (MODELS_VALUES * warp_size(target))))
-    compiled = {"num_warps": num_warps, **registers(THREE_PROGRAMS if K == 1 else ALL_REGISTERS, target)}
+    values = K * chosen.CHUNK * chosen.CHUNKS * acc.itemsize // 4
+    num_warps = min(4, max(1, ROWS * values // (MODELS_VALUES * warp_size(target))))
+    most = THREE_PROGRAMS if _is_half_a_row(K, values) else ALL_REGISTERS
+    compiled = {"num_warps": num_warps, **registers(most, target)}
     return chosen._replace(ROWS=ROWS, compiled=compiled)
 
 
@@ -657,6 +665,14 @@ MSE_KEPT_TILES = 8
 MAX_GRID_Y = 65535
 # Elements of a tile of partial sums; with many sums, 32 neighbours of them are read together.
 MSE_SUM_BLOCK = 1024
+
+
+def mse_registers(acc: torch.dtype, target: Target) -> dict[str, int]:
+    """The compiler's options for a tile of the squared error.
+
+    Left to itself, the compiler gives a float64 tile 96 of sm_80's registers and keeps the rest of it in memory.
+    """
+    return registers(FOUR_PROGRAMS, target) if acc == torch.float64 else {}
 
 
 class MseTile(NamedTuple):

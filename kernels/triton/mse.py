@@ -486,6 +486,7 @@ def _forward(
     _launch_reduction(
         _mse_forward_kernel, range(batch_dims), tensors, [loss if elementwise else None, *gradients],
         None if elementwise else loss, divisor, divisor, acc, config.MSE_BLOCK,
+        **config.mse_registers(acc, config.target_of(input.device)),
     )  # fmt: skip
     return [loss, *_given(gradients)]
 

@@ -114,6 +114,20 @@ def test_registers_of_the_fused_loss():
     assert "maxnreg" not in config.linear_mse_chunks(1, 4096, 2, FP32, MI300).compiled
 
 
+@pytest.mark.parametrize("acc", [FP32, torch.float64])
+def test_a_row_of_one_warp_keeps_its_registers(acc):
+    """A row, its weights and their gradient, three words of D / 32 a thread, and what else a loop needs."""
+    for D in (256, 512, 1024, 1280, 2048):
+        models = config.models_chunks(1, D, 4, acc, 1000, A100)
+        for chunks in (config.linear_mse_chunks(1, D, 4, acc, A100), models):
+            if chunks.compiled["num_warps"] <= 4:
+                held = 3 * chunks.CHUNK * chunks.CHUNKS // 32 * acc.itemsize // 4
+                assert held + 32 <= chunks.compiled["maxnreg"], D
+                assert held > 96 or chunks.compiled["maxnreg"] < 255, (
+                    D
+                )  # more than one program of eight an SM
+
+
 def test_splits_depend_on_the_shape_alone():
     assert config.splits(tiles=1, steps=1000, plan="gemm") == 125
     assert config.splits(tiles=1, steps=100_000, plan="gemm") == config.FULL_GRID
