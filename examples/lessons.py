@@ -6,7 +6,8 @@
 
 Each example is one function: its docstring says what the figures show, and it returns them by name.
 tests/test_lessons.py holds the figures and compares them on every backend. Squared error is ``(p - y)^2``, "half" is
-``0.5 (p - y)^2``; float64 unless a lesson says otherwise.
+``0.5 (p - y)^2``; float64 unless a lesson says otherwise. Over 500 lines, since it is
+read from top to bottom as one text.
 """
 
 import argparse

@@ -19,6 +19,8 @@ loss of each rate and the coefficients of each resample and group.
 
 The models are independent: processes exchange nothing but the results, in the end. These agree with those of one
 process to rounding, since the CPU's products and elementwise loops round a model by how many are computed with it.
+
+Over 500 lines, since an example is one file that can be copied.
 """
 
 import argparse

@@ -85,9 +85,8 @@ def linear_mse_loss(
         >>> w = torch.zeros(3, requires_grad=True)
         >>> linear_mse_loss(x, w, y).backward()
     """
-    op = "linear_mse_loss"
+    op, arguments = "linear_mse_loss", {"input": input, "weight": weight, "target": target, "bias": bias}
     if offsets is not None or _of_models(weight):
-        arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
         return models_loss(op, arguments, sample_weight, offsets, reduction)
     if (
         sample_weight is None
@@ -100,7 +99,6 @@ def linear_mse_loss(
         predictions = linear_in_torch(input, weight, bias)
         if predictions.shape == target.shape:
             return torch_mse_loss(predictions, target, checks.REDUCTIONS.index(reduction))
-    arguments = {"input": input, "weight": weight, "target": target, "bias": bias}
     _check(op, {**arguments, "sample_weight": sample_weight}, reduction, checks.REDUCTIONS)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample

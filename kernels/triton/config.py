@@ -10,7 +10,7 @@ all of NVIDIA's.
 **Why a plan.** Each function that selects a plan also returns the reason for each plan it rejected;
 ``python -m gradkernels explain`` prints them.
 
-A long file, since it is the one place for every constant of every op, with its reason.
+Over 500 lines, since this is the one place for every constant of every op, with its reason.
 """
 
 import functools

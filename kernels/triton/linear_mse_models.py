@@ -11,6 +11,8 @@ of SPAN and at each bound between models: the piece of model b in the p-th span 
 as from one piece to the next p or b grows. So R and B give the number of slots, and a program finds its piece by a
 binary search; a slot that belongs to no piece has no rows.
 
+Over 500 lines, since the ways through a model's rows share their pieces and their second stage.
+
 The kernels share these arguments; X, W, Y and s are records (Batch) of any strides:
 
     x, w, y, s   X (B, N, D), W (B, K, D), Y and s (B, N, K); s may be None; ragged rows have a model stride of 0

@@ -2,7 +2,7 @@
 
 Every derivative of a product is a product again, so this launcher also serves the gradients of matmul, linear
 and bias: outer products, single rows and columns, and long sums into a small result. The plans are those of
-``config.MATMUL_PLANS``. Four kernels, in one long file since they share the normal form of their arguments:
+``config.MATMUL_PLANS``. Four kernels, over 500 lines, since they share the normal form of their arguments:
 
 - ``_matmul_forward_kernel``: ``gemm``, and by multiply and add ``gemv`` and ``outer``;
 - ``_matmul_tma_kernel``: ``gemm_tma``, large, aligned, single matrices (sm_90 and up);

@@ -4,7 +4,8 @@
 
 A kernel receives each operand as a record (dims.py): the pointer, the strides of its rows and the stride along a
 row, or no such stride where a row has one value. Operands with the same dense strides are one long row; operands
-that are expanded, strided or permuted are read in place.
+that are expanded, strided or permuted are read in place. Over 500 lines, since the loss, its gradients and the
+Hessian-vector product share a tile's addresses and sums.
 """
 
 import math

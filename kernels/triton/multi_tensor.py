@@ -10,6 +10,7 @@ describes the tensors, by the column numbers below.
 is not 0, the kernel reads the option there (float32), so that a learning rate in a device tensor stays live.
 
 A table is uploaded only when it has changed, before the launch that reads it, from pinned memory and without a wait.
+Over 500 lines, since the host writes the tables' columns and the kernels read them.
 """
 
 from collections.abc import Sequence

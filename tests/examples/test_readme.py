@@ -77,20 +77,20 @@ ROWS = {
     "maximize": "optim/test_db::test_configurations_on_the_kernels",
     "float64 parameters": "optim/test_db::test_configurations_on_the_kernels",
     "SGD with bfloat16 parameters": "optim/test_sgd::test_matches_torch_and_numpy",
-    "sparse gradients (SGD), complex parameters": "optim/test_contract::test_sparse_gradients",
-    "gradients of another dtype than the parameter": "optim/test_training::test_gradients_of_another_dtype",
-    "gradients strided unlike the parameter": "optim/test_contract::test_any_strides",
+    "sparse gradients (SGD), complex parameters": "optim/test_rare_tensors::test_sparse_gradients",
+    "gradients of another dtype than the parameter": "optim/test_low_precision::test_gradients_of_another_dtype",
+    "gradients strided unlike the parameter": "optim/test_layouts::test_any_strides",
     "SGD momentum for a parameter whose first gradient comes late": (
-        "optim/test_contract::test_a_parameter_whose_gradients_come_and_go"
+        "optim/test_groups::test_a_parameter_whose_gradients_come_and_go"
     ),
-    "SGD momentum after an overflow on the first step": "optim/test_training::test_a_skipped_step_never_happened",
-    "version counters, so that autograd sees the write": "optim/test_contract::test_the_version_counter_moves",
-    "GradScaler without a host sync": "optim/test_training::test_the_step_on_the_kernels_reads_no_value",
-    "clipping inside the step": "optim/test_training::test_max_norm_is_clip_grad_norm_then_step",
-    "skips non-finite gradients without a scaler": "optim/test_training::test_skip_leaves_everything_untouched",
-    "float32 master weights": "optim/test_training::test_master_weights_are_the_float32_run",
+    "SGD momentum after an overflow on the first step": "optim/test_amp::test_a_skipped_step_never_happened",
+    "version counters, so that autograd sees the write": "optim/test_layouts::test_the_version_counter_moves",
+    "GradScaler without a host sync": "optim/test_amp::test_the_step_on_the_kernels_reads_no_value",
+    "clipping inside the step": "optim/test_clipping::test_max_norm_is_clip_grad_norm_then_step",
+    "skips non-finite gradients without a scaler": "optim/test_clipping::test_skip_leaves_everything_untouched",
+    "float32 master weights": "optim/test_low_precision::test_master_weights_are_the_float32_run",
     "stochastic rounding for bfloat16": (
-        "optim/test_training::test_stochastic_rounding_trains_where_plain_bfloat16_stalls"
+        "optim/test_low_precision::test_stochastic_rounding_trains_where_plain_bfloat16_stalls"
     ),
     "FSDP2's DTensors": "optim/test_distributed::test_same_losses_as_one_process",
     "one launch for any number of tensors": "optim/test_adam::test_one_launch_for_any_number_of_tensors",

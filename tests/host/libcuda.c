@@ -6,7 +6,7 @@
 // synchronises: what is written too late, or overwritten too early, stays so.
 //
 // GRADKERNELS_CUDA_LOG names the file that receives one line for each event; GRADKERNELS_CUDA_DEVICES is the
-// number of devices, 2 by default.
+// number of devices, 2 by default. Over 500 lines, since a driver is one library with one state.
 #define _GNU_SOURCE
 #include "cuda.h"
 #include <elf.h>

@@ -1,4 +1,4 @@
-"""Imports inside kernels/ run one way, without a circle."""
+"""Imports inside kernels/ run one way, without a circle; a long file says why it is one."""
 
 import ast
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+ROOT = Path(__file__).parents[2]
+KERNELS = ROOT / "kernels"
 
 # From the bottom: a file imports from its own layer and those above it in this list, wherever the import stands.
 # backends.py finds the launchers by name, when a call needs them.
@@ -72,3 +73,12 @@ def test_no_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench", "tests", "examples"])
+def test_a_file_of_over_500_lines_says_why(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text()
+        if text.count("\n") > 500:
+            head = ast.get_docstring(ast.parse(text)) or ""
+            assert "over 500 lines, since" in " ".join(head.lower().split()), path

@@ -23,6 +23,15 @@ NAMES = ("SGD", "Adam", "AdamW")
 SHAPES = ((1023,), (7, 9), (65,), (0, 3), (1,), ())
 STEPS = 12
 
+FULL_OPTIONS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.004, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "Adam": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {"lr": 0.004, "betas": (0.8, 0.9), "weight_decay": 0.1, "amsgrad": True},
+}
+SMALL = ((65,), (7, 9), ())
+
+SCALE = 256.0  # a power of two: scaling and unscaling are exact
+
 Gradients = list["Tensor | None"]
 
 
@@ -240,3 +249,65 @@ def make_pair(
     params = make_params(shapes, dtype)
     ours = ours_for(name)(copies(params, device), **options)
     return ours, theirs_for(name)(params, foreach=False, **options)
+
+
+def run(optimizer: Optimizer, gradients: list[list[Tensor]]) -> None:
+    for each in gradients:
+        set_gradients(optimizer, each)
+        optimizer.step()
+
+
+def some_gradients(optimizer: Optimizer, steps: int) -> list[list[Tensor]]:
+    feed = Feed(parameters(optimizer))
+    return [feed(step) for step in range(1, steps + 1)]
+
+
+def assert_equal_bits(first: Optimizer, second: Optimizer) -> None:
+    """Parameters and state tensors, bit for bit."""
+    for one, other in zip(parameters(first), parameters(second), strict=True):
+        assert torch.equal(one, other)
+        assert first.state[one].keys() == second.state[other].keys()
+        for key, value in first.state[one].items():
+            assert torch.equal(value, second.state[other][key]), key
+
+
+def bits(optimizer: Optimizer) -> list[Tensor]:
+    """Copies of the parameters and of every state tensor that is not all zero.
+
+    A first step skipped on the device may leave zeros where torch, which decides on the host, leaves nothing.
+    """
+    kept = [param.detach().clone() for param in parameters(optimizer)]
+    for state in optimizer.state.values():
+        kept += [value.clone() for value in state.values() if value.count_nonzero()]
+    return kept
+
+
+def assert_same_bits(before: list[Tensor], after: list[Tensor]) -> None:
+    assert len(before) == len(after), "state appeared"
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def assert_only_zero_state(optimizer: Optimizer) -> None:
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            assert value.isfinite().all(), key
+            assert int(value.count_nonzero()) == 0, key
+
+
+def amp_step(optimizer: Any, scale: float | None, overflow: bool | None) -> None:
+    """What GradScaler.step does to an optimizer that takes the scale itself."""
+    device = parameters(optimizer)[0].device
+    if scale is not None:
+        optimizer.grad_scale = torch.tensor(scale, device=device)
+    if overflow is not None:
+        optimizer.found_inf = torch.tensor(float(overflow), device=device)
+    optimizer.step()
+    for name in ("grad_scale", "found_inf"):
+        if hasattr(optimizer, name):
+            delattr(optimizer, name)
+
+
+def clipped(gradients: list[Tensor], max_norm: float) -> tuple[list[Tensor], float]:
+    """The float64 gradients scaled as clip_grad_norm_ does, and their norm."""
+    norm = float(np.sqrt(sum(float(grad.double().square().sum()) for grad in gradients)))
+    return [grad.double() * min(1.0, max_norm / (norm + 1e-6)) for grad in gradients], norm

@@ -5,9 +5,8 @@ import torch
 from gradkernels.fallback import multi_tensor
 
 from ..helpers import assert_matches
-from . import test_training as training
+from . import test_clipping, test_low_precision
 from .optimizers import (
-    NAMES,
     Feed,
     ReferenceRun,
     assert_same_run,
@@ -27,13 +26,8 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_tensor, "RANDOM", 7)
 
 
-@pytest.fixture(params=NAMES)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def test_clipped(name: str) -> None:
-    training.test_max_norm_over_mixed_dtypes_and_missing_gradients(name, CPU)
+    test_clipping.test_max_norm_over_mixed_dtypes_and_missing_gradients(name, CPU)
 
 
 @pytest.mark.parametrize("master", [False, True], ids=["float32", "masters"])
@@ -47,7 +41,7 @@ def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
     feed, reference = Feed(transposed), ReferenceRun(theirs)
     for step in range(1, 7):
         gradients = feed(step)
-        training.step_scaled_and_clipped(ours, theirs, reference, gradients, 0.5)
+        test_low_precision.step_scaled_and_clipped(ours, theirs, reference, gradients, 0.5)
         for mine, other, grad in zip(parameters(ours), parameters(theirs), gradients, strict=True):
             wide = ours.state[mine]["master_param"] if master else mine
             assert torch.equal(mine, wide.to(mine.dtype))
@@ -58,7 +52,7 @@ def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
 
 
 def test_random_rounding() -> None:
-    training.test_both_backends_draw_the_same_numbers()
+    test_low_precision.test_both_backends_draw_the_same_numbers()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
