@@ -156,7 +156,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
                 f"If capturable=True, params and state_steps must be on supported devices: {supported}."
             )
         moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
-        return self._with_master(param, state, moments) | {"step": state["step"]}
+        return {"step": state["step"], **self._with_master(param, state, moments)}
 
     def _options(self, group: dict[str, Any]) -> AdamOptions:
         beta1, beta2 = group["betas"]

@@ -119,6 +119,16 @@ empty_strided_cuda: Callable[..., Tensor] = getattr(
 current_cuda_device: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
 
 
+def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function that tells whether as many tensors, no two the same, are like these, under the same modes.
+
+    That is: of their types, dtypes, devices, sizes, strides, bits such as the negative one, and ``requires_grad``.
+    Public: each of these by itself and tensor by tensor, at three times the cost.
+    """
+    guards = torch._C._dynamo.guards.TensorGuards
+    return guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+
 def forward_mode_active() -> bool:
     """True if a call may have to give a tangent.
 

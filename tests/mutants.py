@@ -286,7 +286,10 @@ MUTANTS = (
     Mutant("largest = tl.where((v > w) | (v != v), v, w)", "largest = v", "optim"),
     # The optimizers on the host.
     Mutant("or kinds != self.kinds\n", "", "optim training"),
-    Mutant("or _forms(self.stepped) != self.forms\n", "", "optim training"),
+    Mutant("or not _same(params, self.params)\n", "", "optim"),
+    Mutant("return live if self.alike(*live, *self.stepped) else None", "return live", "optim"),
+    Mutant("if _NUMBERS.issuperset(map(type, values)):", "if True:", "optim"),
+    Mutant(", tensor.data_ptr() % 16 == 0)", ")", "launch", "triton/multi_tensor"),
     Mutant(
         "guard = guard._replace(skipped=None)  # the first part counts for all",
         "pass",
@@ -316,7 +319,6 @@ MUTANTS = (
     Mutant(" if not place.is_replicate()", "", "distributed"),
     Mutant('return local.wait() if hasattr(local, "wait") else local', "return local", "distributed"),
     Mutant('if self.defaults["fused"]:', "if True:", "training"),
-    Mutant("            or self.inference != torch.is_inference_mode_enabled()\n", "", "optim"),
     Mutant("with torch.inference_mode(False):  # state", "with torch.no_grad():  # state", "optim"),
     Mutant("if _valueless(params) and", "if False and", "optim"),
     Mutant("return operations_are_traced() or any(", "return any(", "optim"),

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .. import torch_private as private
 from ..backends import implementation
 from .bucket import UNGUARDED, Bucket, Guard
 
@@ -75,7 +76,6 @@ class Plan:
         kinds: what in each group's options decides which tensors take part.
         entries: what launches update; ``delegated``: (group, parameter) for torch's own loop.
         state: the optimizer's.
-        inference: whether the step is in inference mode: memory that is made there is written there alone.
         models: how many models the parameters stack; None for plain parameters.
     """
 
@@ -87,16 +87,17 @@ class Plan:
         entries: list[Entry],
         delegated: list[tuple[int, Tensor]],
         state: dict[Tensor, Any],
-        inference: bool,
         models: int | None = None,
     ) -> None:
-        self.params, self.kinds, self.delegated, self.inference = params, kinds, delegated, inference
+        self.params, self.kinds, self.delegated = params, kinds, delegated
         self.missing = [grad is None for grad in grads]
-        self.layouts = _layouts([entry.grad for entry in entries])
+        self.complete = True not in self.missing
         self.stepped = [entry.param for entry in entries]
-        self.forms = _forms(self.stepped)
+        # The modes count too: memory that is made in inference mode is written there alone.
+        self.alike = private.alike([*(entry.grad for entry in entries), *self.stepped])
         self.values = _values(state)
-        self.tensors = [tensor for entry in entries for tensor in (entry.param, *entry.state.values())]
+        # In the order in which they were made, as a rule: the processor waits less for neighbours in memory.
+        self.tensors = [*self.stepped, *(value for entry in entries for value in entry.state.values())]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.parts = partition(entries, models)
         self.wrapped = any(local_part(param) is not param for param in params)
@@ -107,21 +108,19 @@ class Plan:
         """The local gradients in the plan's order, or None if the plan no longer fits."""
         if (
             self.delegated
-            or self.inference != torch.is_inference_mode_enabled()
-            or len(params) != len(self.params)
-            or not all(map(is_, params, self.params))
-            or [grad is None for grad in grads] != self.missing
             or kinds != self.kinds
+            or not _same(params, self.params)
+            or not (self.complete or [grad is None for grad in grads] == self.missing)
             or not _same(_values(state), self.values)
             or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
-            or _forms(self.stepped) != self.forms
         ):
             return None
-        live: Any = [grad for grad in grads if grad is not None] if True in self.missing else grads
+        live: Any = grads if self.complete else [grad for grad in grads if grad is not None]
         if self.wrapped:
             owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
             live = [local_gradient(grad, param) for grad, param in zip(live, owners, strict=True)]
-        return live if _layouts(live) == self.layouts else None
+        # Addresses do not say what the gradients are, nor that a ``.data`` is another view of its memory.
+        return live if self.alike(*live, *self.stepped) else None
 
 
 def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]:
@@ -263,22 +262,6 @@ def _values(state: dict[Any, Any]) -> list[Any]:
         return list(
             chain.from_iterable(entry.values() for entry in state.values() if isinstance(entry, dict))
         )
-
-
-def _layouts(tensors: list[Tensor]) -> list[Any]:
-    """The dtypes, and what an address does not say either: strides and negative bits, unless none stands out."""
-    dtypes: list[Any] = [tensor.dtype for tensor in tensors]
-    if all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors)):
-        return dtypes
-    return dtypes + [(tensor.stride(), tensor.is_neg()) for tensor in tensors]
-
-
-def _forms(params: list[Tensor]) -> list[Any]:
-    """The sizes, and shapes and strides unless all are contiguous: ``.data`` may be another view of its memory."""
-    sizes: list[Any] = list(map(Tensor.numel, params))
-    if all(map(Tensor.is_contiguous, params)):
-        return sizes
-    return sizes + [(param.shape, param.stride()) for param in params]
 
 
 def local_part(tensor: Tensor) -> Tensor:

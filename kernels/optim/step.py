@@ -439,18 +439,17 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         if local is None:
             if _valueless(params) and self._step_by_operators(compiling=False):
                 return
-            inference = torch.is_inference_mode_enabled()
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
                 entries, delegated = self._sort(params, grads)
-                plan = Plan(params, grads, kinds, entries, delegated, self.state, inference, self._models)
-                local = [entry.grad for entry in entries]
-                if is_captured:
-                    self._captured.append(plan)  # the graph reads its tables for as long as it lives
-                else:
-                    self._plan = plan
-                    for part in plan.parts:
-                        # Allocate outside capture: inside, every replay would reset the counter to zero.
-                        self._skip_count(part.bucket.params[0].device)
+                for device in {entry.param.device: None for entry in entries} if not is_captured else ():
+                    # Allocate outside capture: inside, every replay would reset the counter to zero.
+                    self._skip_count(device)
+            plan = Plan(params, grads, kinds, entries, delegated, self.state, self._models)
+            local = [entry.grad for entry in entries]
+            if is_captured:
+                self._captured.append(plan)  # the graph reads its tables for as long as it lives
+            else:
+                self._plan = plan
         else:
             assert self._plan is not None
             plan = self._plan

@@ -191,7 +191,10 @@ class Calls:
             return self._twice(lambda: case.call(module, getattr(torch, dtype)))
 
     def optimizer(self, key: str, dtype: str) -> list[Any]:
-        """Three steps, each with gradients that lie elsewhere; the kernel reads the addresses of these tensors."""
+        """Steps, each with gradients that lie elsewhere; the kernel reads the addresses of these tensors.
+
+        The last of them are replays, which launch what the first one does.
+        """
         name, options = OPTIMIZERS[key]
         params = [
             torch.nn.Parameter(torch.ones(n, dtype=getattr(torch, dtype), device=self._device))
@@ -199,8 +202,8 @@ class Calls:
         ]
         optimizer = getattr(gradkernels, name)(params, lr=0.1, **options)
         guarded = "max_norm" in options
-        launched, kept = [], []
-        for _ in range(3):
+        launched, kept, launches = [], [], []
+        for _ in range(4):
             for param in params:
                 param.grad = torch.ones_like(param)
                 kept.append(param.grad)  # so that no address comes twice
@@ -213,11 +216,45 @@ class Calls:
                 *(["grad"] if guarded else []),
                 name.removeprefix("Fused").lower().removesuffix("w"),
             ]
-            for _, args in record.asked:
-                check_addresses(args, optimizer, params)
             launched.append(record)
+            given = [arg for _, args in launched[0].asked for arg in args if isinstance(arg, Tensor)]
+            for _, args in launched[0].asked:
+                check_addresses(args, optimizer, params)
+            # The tables of the first step serve all; the guard's tensors come anew with each.
+            guard = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf", "_norms")]
+            tensors = [*(tensor for tensor in guard if tensor is not None), *given]
+            launches.append([seen(launch, tensors, []) for launch in record.launches])
+        assert all(step == launches[0] for step in launches[1:]), launches
+        assert launched[-1].replayed == len(launched[-1].launches) or self._recorder.plain
         assert not any(record.loaded for record in launched[1:]), "a later step loaded a module"
         return _summary(launched[0])
+
+    def guarded_steps(self) -> list[Any]:
+        """Steps under one guard and another in turn launch what each of them launches by itself."""
+        params = [torch.nn.Parameter(torch.ones(33, device=self._device))]
+        params[0].grad = torch.ones_like(params[0])
+        optimizer = gradkernels.FusedAdamW(params)
+        scale, found = torch.ones(8, device=self._device), torch.zeros(8, device=self._device)
+        guards = [
+            (None, None),
+            (scale[0], found[0]),
+            (scale[1], found[0]),
+            (scale[0], found[1]),
+            (None, found[0]),
+        ]
+
+        def launched(guard: tuple[Any, Any]) -> tuple[int, list[Any]]:
+            optimizer.grad_scale, optimizer.found_inf = guard
+            with use_backend("triton"), self._recorder.recording() as record:
+                optimizer.step()
+            return record.replayed, [seen(launch, [scale, found], []) for launch in record.launches]
+
+        with mock.patch.object(replay, "run", lambda replays, key_of, call, args: call(*args)):
+            ordinary = [launched(guard) for guard in guards]
+        for _ in range(3):
+            steps = [launched(guard) for guard in guards]
+        assert [launches for _, launches in steps] == [launches for _, launches in ordinary]
+        return [replayed for replayed, _ in steps]
 
     def warmup(self, op: str) -> list[Any]:
         """After warmup the call itself loads nothing."""

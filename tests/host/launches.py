@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, standin: StandIn, plain: bool = False) -> None:
         """plain: whether launches go through ``kernel[grid]``, which specialises integers in tuples too."""
         self._standin = standin
-        self._plain = plain
+        self.plain = plain
         self._record = Record()
         self._launch = launching.launch
         self._run, replay.run = replay.run, self._run_watched
@@ -136,7 +136,7 @@ class Recorder:
         options: dict[str, Any],
     ) -> Callable[[Launch], None]:
         bound = args
-        if not self._plain:
+        if not self.plain:
             params = zip(kernel.params, args, strict=False)
             bound = tuple(_neutral(arg, not param.do_not_specialize) for param, arg in params)
         compiled = kernel.warmup(*bound, grid=(1,), enable_fp_fusion=True, **options)

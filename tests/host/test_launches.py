@@ -111,8 +111,13 @@ def test_a_class_of_shapes(worker: Worker, number: int, dtype: str) -> None:
     ),
 )
 def test_an_optimizer(worker: Worker, key: str, dtype: str) -> None:
-    """Three steps whose kernel is handed the present addresses of gradients and states."""
+    """Steps whose kernel is handed the present addresses of gradients and states, the replays among them too."""
     assert worker.call("optimizer", key, dtype)
+
+
+def test_steps_under_guards_of_several_forms(worker: Worker) -> None:
+    """A replay serves the guard it was recorded for, down to the alignment of each of its tensors."""
+    assert worker.call("guarded_steps") == [1] * 5
 
 
 @pytest.mark.parametrize("op", WARMUPS)

@@ -182,6 +182,32 @@ def test_tables_are_uploaded_only_when_they_change(
     assert uploads() == 0
 
 
+class Elsewhere(Tensor):
+    """A tensor that the kernel reads, as it does one on a device."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_the_table_of_options_holds_those_of_the_step(device: torch.device) -> None:
+    from gradkernels.optim.bucket import AdamOptions, Bucket
+    from gradkernels.triton.multi_tensor import tables_of
+
+    def options(bucket: Bucket, rate: Any, limit: float | None) -> list[int]:
+        groups = [AdamOptions(rate, 0.9, 0.99, 1e-8, 0.1, True, flag) for flag in (True, False)]
+        return tables_of(bucket).options(groups, limit).view(torch.int64).flatten().tolist()
+
+    def bucket() -> Bucket:
+        return Bucket([torch.zeros(3, device=device)], [torch.ones(3, device=device)], {}, [0], [0])
+
+    kept, rate = bucket(), torch.tensor(0.25, device=device).as_subclass(Elsewhere)
+    rates = (0.5, 0.5, rate, 0.5, 0.25, rate, torch.tensor(0.25), rate.clone(), 0.25, 0.0, -0.0, 1, 1.0, 2)
+    for limit in (None, 1.0, 0.0):
+        for given in (*rates, rate.fill_(0.75)):
+            assert options(kept, given, limit) == options(bucket(), given, limit), (given, limit)
+    assert len({tuple(options(kept, given, None)) for given in (0.0, -0.0, 1, 2)}) == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ours", [FusedAdam, FusedAdamW])
 def test_a_captured_step_replays_with_live_rates(ours: type) -> None:

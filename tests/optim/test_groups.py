@@ -74,6 +74,22 @@ def test_a_parameter_whose_gradients_come_and_go(name: str, device: torch.device
         assert [int(reference.values[param]["step"]) for param in parameters(theirs)] == [10, 9, 7, 8]
 
 
+@on_both_backends
+def test_a_parameter_that_takes_another_s_place(name: str, device: torch.device) -> None:
+    """By hand in the group's list: its shape, gradient and state are those of the one before."""
+    ours, theirs = make_pair(name, device, shapes=((65,), (7, 9)), lr=0.01)
+    left = []
+
+    def replace(optimizer: Optimizer, step: int) -> None:
+        if step == 3:
+            params = optimizer.param_groups[0]["params"]
+            left.append((params[1], params[1].detach().clone()))
+            params[1] = torch.nn.Parameter(params[1].detach().clone())
+
+    assert_same_run(ours, theirs, after_step=replace)
+    assert all(torch.equal(param, value) for param, value in left)
+
+
 def test_parameters_without_gradients_have_no_state(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     for optimizer in (ours, theirs):
