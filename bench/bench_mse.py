@@ -159,7 +159,7 @@ def _launch(name: str, shape: tuple[int, ...], weighted: bool = False) -> Call:
             directions = (None, meta(*shape, dtype=dtype), None, None)
             mask = [True, True, True, False]
             return module.mse_hvp(meta(dtype=dtype), *arguments, *directions, "mean", 0, mask)
-        return module.mse_forward_backward(*arguments, "mean", [True, False, False], dtype)
+        return module.mse_forward_backward(*arguments, None, "mean", [True, False, False], dtype)
 
     return call
 
@@ -205,6 +205,12 @@ def traffic_jobs() -> Iterator[Job]:
     yield Job(f"mse, loss and backward through autograd, {n} float32", ours, eager, 4 * 5 * n, 1.01, 1.01, 3)
     ours = partial(gradkernels.mse_loss_and_grad, *pair)
     yield Job(f"mse_loss_and_grad, {n} float32", ours, eager, 4 * 3 * n, 1.01, 1.01, 2)
+    weights = torch.rand(n)
+    eager = gradients(partial(functional.mse_loss, weight=weights), *pair, wrt=(0,))
+    ours = partial(
+        gradkernels.mse_loss_and_grad, *pair, weight=weights
+    )  # reads the weights for their sum, too
+    yield Job(f"mse_loss_and_grad, {n} float32, weighted mean", ours, eager, 4 * 4 * n, 1.26, 1.26, 4)
     shape = (8, 3, 64, 80)
     n = math.prod(shape)
     mixed = randn(*shape, dtype=torch.bfloat16), randn(*shape)
@@ -212,8 +218,8 @@ def traffic_jobs() -> Iterator[Job]:
     for name, dims, given, wrt, limit, launches in (
         ("mean per sample", (1, 2, 3), (), (0,), (1.001, 1.001), (2, 3)),
         ("mean of each pixel", (0, 1), (), (0,), (1.05, 1.05), (1, 2)),
-        ("weight per sample", None, (weight,), (0,), (1.005, 1.005), (3, 4)),
-        ("weight per sample and its gradient", None, (weight,), (0, 2), (1.005, 1.005), (3, 7)),
+        ("weight per sample", None, (weight,), (0,), (1.005, 1.005), (2, 3)),
+        ("weight per sample and its gradient", None, (weight,), (0, 2), (1.005, 1.005), (2, 4)),
     ):
         ours, eager = (partial(_total, function, dims) for function in (gradkernels.mse_loss, torch_mse_loss))
         forward_only = torch.no_grad()(partial(ours, *mixed, *given))
@@ -227,6 +233,16 @@ def traffic_jobs() -> Iterator[Job]:
             limit[0],
             launches[0],
         )
+        if dims is None:
+            names = {"wrt": ("input", "weight") if 2 in wrt else ("input",), "weight": weight}
+            yield Job(
+                f"mse_loss_and_grad, {what}",
+                partial(gradkernels.mse_loss_and_grad, *mixed, **names),
+                gradients(eager, *mixed, *given, wrt=wrt, dtype=torch.float32),
+                8 * n,
+                *limit,
+                2,
+            )
         yield Job(
             f"mse, {what}, loss and backward",
             gradients(ours, *mixed, *given, wrt=wrt, dtype=torch.float32),

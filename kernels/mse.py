@@ -101,10 +101,9 @@ def mse_loss(
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
-    if (
-        weight.shape != input.shape
-    ):  # its gradient is a difference of two, which are not to be rounded to 16 bits
-        weight = weight.to(acc)
+    if weight.shape != input.shape:
+        mean = _mean_weight(weight, acc, kept)
+        return mse(input, target, (weight / mean).to(acc), "mean", kept, dtype)
     return (mse(input, target, weight, "sum", kept, acc) / _divisor(weight, target, acc, kept)).to(dtype)
 
 
@@ -121,7 +120,8 @@ def mse_loss_and_grad(
         loss as ``mse_loss``;  grad_input = 2 c w e,  grad_target = -grad_input,
         grad_weight = c e^2  (mean: c (e^2 - loss)),  with e = input - target and c = 1, 1/n or 1/sum(w)
 
-    Moves 3 elements per element without weights: reads input and target, writes grad_input.
+    Moves 3 elements per element: reads input and target, writes grad_input. A weighted mean, for the sum that it
+    divides by, reads the weights once before.
 
     Shapes:
         input, target and their gradients: one shape ``(*)``. weight: any that broadcasts to it; its gradient, the
@@ -159,7 +159,9 @@ def mse_loss_and_grad(
         with torch.no_grad():
             loss, gradients = _weighted_mean_and_grad(input, target, ranked, output_mask, dtype)
     else:
-        outputs = mse_forward_backward.without_autograd(input, target, ranked, reduction, output_mask, dtype)
+        outputs = mse_forward_backward.without_autograd(
+            input, target, ranked, None, reduction, output_mask, dtype
+        )
         loss, *gradients = in_places(outputs, output_mask)
     grad_input, grad_target, grad_weight = gradients
     if grad_weight is not None and weight is not None:
@@ -171,15 +173,32 @@ def _weighted_mean_and_grad(
     input: Tensor, target: Tensor, weight: Tensor, output_mask: list[bool], dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor | None]]:
     acc = acc_dtype(input, target, weight)
-    given = weight.dtype
-    if weight.shape != input.shape:
-        weight = weight.to(acc)
-    total, divisor = mse(input, target, weight, "sum", 0, acc), _divisor(weight, target, acc)
-    loss = total / divisor
-    gradients = mse_backward.masked(1 / divisor, input, target, weight, "sum", 0, output_mask)
+    if weight.shape == input.shape:
+        weight_sum = _divisor(weight, target, acc)
+        outputs = mse_forward_backward(input, target, weight, weight_sum, "sum", output_mask, dtype)
+        loss, *gradients = in_places(outputs, output_mask)
+        if gradients[2] is not None:
+            gradients[2] = gradients[2].sub_(loss / weight_sum)
+        return loss, gradients
+    mean = _mean_weight(weight, acc)
+    scaled = weight / mean
+    outputs = mse_forward_backward(input, target, scaled.to(acc), None, "mean", output_mask, dtype)
+    loss, *gradients = in_places(outputs, output_mask)
     if gradients[2] is not None:
-        gradients[2] = gradients[2].sub_(loss / divisor * _repeats(weight, target)).to(given)
-    return loss.to(dtype), gradients
+        slope = gradients[2].to(mean.dtype)
+        slope = (slope - (slope * scaled).sum() / weight.numel()) / mean
+        gradients[2] = slope.to(weight.dtype)
+    return loss, gradients
+
+
+def _mean_weight(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> Tensor:
+    """The mean of weights over all but the first ``batch_dims`` dimensions, nan where it is 0; it keeps their number.
+
+    In float64 where the device has it: a weight's gradient is a small difference of large sums.
+    """
+    wide = weight.to(torch.float64 if weight.device.type in ("cpu", "cuda") else acc)
+    mean = wide.mean(tuple(range(batch_dims, weight.dim())), keepdim=True)
+    return torch.where(mean == 0, math.nan, mean)
 
 
 def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
@@ -291,6 +310,7 @@ def _forward_backward_formula(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    weight_sum: Tensor | None,
     reduction: str,
     output_mask: list[bool],
     dtype: torch.dtype,
@@ -298,9 +318,11 @@ def _forward_backward_formula(
 ) -> list[Tensor]:
     """``mse_forward_backward`` in two passes: the operators that have derivatives, and batch dimensions."""
     tensors = input, target, weight
-    ones = input.new_ones((), dtype=dtype).expand(input.shape[:batch_dims])
-    loss = mse(*tensors, reduction, batch_dims, dtype)
-    return [loss, *mse_backward(ones, *tensors, reduction, batch_dims, output_mask)]
+    acc = acc_dtype(*tensors)
+    share = input.new_ones((), dtype=acc) if weight_sum is None else weight_sum.to(acc).reciprocal()
+    loss = mse(*tensors, reduction, batch_dims, acc) * share
+    upstream = share.expand(input.shape[:batch_dims])
+    return [loss.to(dtype), *mse_backward(upstream, *tensors, reduction, batch_dims, output_mask)]
 
 
 def _empty_loss(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
@@ -336,7 +358,7 @@ def _hvp_fake(grad_output: Tensor | None, *args: Any) -> list[Tensor]:
 
 def _forward_backward_fake(*args: Any) -> list[Tensor]:
     *tensors, reduction, output_mask, dtype = args
-    return [_empty_loss(tensors[0], reduction, 0, dtype), *_empty_gradients(tensors, output_mask)]
+    return [_empty_loss(tensors[0], reduction, 0, dtype), *_empty_gradients(tensors[:3], output_mask)]
 
 
 def _mapped_first(
@@ -362,8 +384,9 @@ def _forward_backward_vmap(
     operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any
 ) -> list[Tensor]:
     *tensors, reduction, output_mask, dtype = args
-    input, target, weight = _mapped_first(batch_size, in_dims, tensors)
-    return _forward_backward_formula(input, target, weight, reduction, output_mask, dtype, batch_dims=1)
+    input, target, weight, weight_sum = _mapped_first(batch_size, in_dims, tensors)
+    options = reduction, output_mask, dtype, 1
+    return _forward_backward_formula(input, target, weight, weight_sum, *options)
 
 
 def _autocast(*args: Any) -> tuple[Any, ...]:
@@ -391,7 +414,7 @@ mse_backward = Operator(
 )
 # The Hessian of C at (grad_output, input, target, weight) times the next four, likewise.
 mse_hvp = Operator("mse", "hvp", fake=_hvp_fake, vmap=_vmap, derivative=_hvp_formula)
-# The loss and its gradients for an upstream gradient of one.
+# The loss and its gradients for an upstream gradient of one; both divided by ``weight_sum``, if there is one.
 mse_forward_backward = Operator(
     "mse",
     "forward_backward",

@@ -40,6 +40,28 @@ class Public:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call that sizes do not describe: with further arguments, dtypes or options.
+
+    Attributes:
+        shapes: of the tensor arguments, by name and in order.
+        dtypes: of those whose dtype is not the one at hand.
+        options: the arguments that are no tensors.
+    """
+
+    shapes: Mapping[str, Sizes]
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.options.items()]
+        for name, shape in self.shapes.items():
+            dtype = str(self.dtypes.get(name, "")).removeprefix("torch.")
+            words.append(f"{name} ({', '.join(map(str, shape))}){dtype and ' ' + dtype}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
 class Op:
     """One op.
 
@@ -123,9 +145,13 @@ class Function(Shaped):
 
     Attributes:
         gradients: the arguments that a training step takes gradients for.
+        calls: what ``verify`` tries beside ``samples``.
+        weighting: the argument by whose sum a mean divides, if there is one: random ones are positive.
     """
 
     gradients: tuple[str, ...]
+    calls: tuple[Call, ...] = field(default=(), kw_only=True)
+    weighting: str | None = field(default=None, kw_only=True)
 
     @property
     def operators(self) -> list[Operator]:
@@ -268,6 +294,14 @@ def _matmul_shapes(*sizes: int) -> dict[str, Sizes]:
     return {"input": (*batch, M, K), "other": (*batch, K, N), "bias": (N,)}
 
 
+def _mse_call(
+    sizes: Sizes, weight: Sizes | None = None, float32: tuple[str, ...] = (), **options: Any
+) -> Call:
+    """The weight's shape; which arguments are in float32 whatever the others are in."""
+    shapes = {"input": sizes, "target": sizes, **({} if weight is None else {"weight": weight})}
+    return Call(shapes, dict.fromkeys(float32, torch.float32), options)
+
+
 _RECORDS: tuple[Op, ...] = (
     Function(
         "matmul",
@@ -296,6 +330,17 @@ _RECORDS: tuple[Op, ...] = (
         shapes=lambda *sizes: {"input": sizes, "target": sizes},
         samples=((1,), (1023,), (65, 63), (5000,)),
         gradients=("input",),
+        calls=(
+            _mse_call((40, 2, 3, 2), (40, 1, 1, 1), ("target", "weight")),
+            _mse_call((65, 33), (), reduction="sum"),
+            _mse_call((5, 3, 7), (3, 1), ("target",), reduction="none"),
+            _mse_call((5, 3, 7), (5, 3, 7), ("input",)),
+            _mse_call((5, 30, 10), dim=(0, -1)),
+            _mse_call((2, 1500), None, ("input",), dim=-1, reduction="sum"),
+            _mse_call((2, 3), (3,), dim=-1),
+            _mse_call((4, 30, 3), (30, 1), ("target",), dim=0, reduction="sum"),
+        ),
+        weighting="weight",
     ),
     Function(
         "linear_mse_models",
@@ -310,6 +355,7 @@ _RECORDS: tuple[Op, ...] = (
         },
         samples=((1, 1, 1, 1), (3, 4, 2, 1), (5, 40, 7, 1), (2, 33, 65, 3), (3, 20, 9, 17)),
         gradients=("weight", "bias"),
+        weighting="sample_weight",
     ),
     Function(
         "linear_mse",
@@ -327,6 +373,7 @@ _RECORDS: tuple[Op, ...] = (
         shapes=lambda N, D, K: {"input": (N, D), "weight": (K, D), "target": (N, K), "bias": (K,)},
         samples=((1, 1, 1), (4, 2, 1), (100, 65, 1), (65, 33, 3), (40, 20, 33)),
         gradients=("weight", "bias"),
+        weighting="sample_weight",
     ),
     Training(
         "linear_mse_fit",

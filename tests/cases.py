@@ -74,11 +74,12 @@ class Case:
         self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> list[Tensor]:
         """Normal random tensors; the weights of a mean, by whose sum it divides, are positive."""
-        weights = ("sample_weight", "weight" if self.op == "mse_loss" else None)
         tensors = []
         for name, shape in self.shapes.items():
             tensor = torch.randn(shape, dtype=torch.float64)
-            tensors.append((tensor.abs() + 0.5 if name in weights else tensor).to(device, dtype))
+            tensors.append(
+                (tensor.abs() + 0.5 if name == OPS[self.op].weighting else tensor).to(device, dtype)
+            )
         return tensors
 
     def masks(self) -> list[tuple[bool, ...]]:

@@ -322,18 +322,20 @@ def mse_forward_backward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    weight_sum: Tensor | None,
     reduction: str,
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The loss and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
-    if weight is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
+    """The loss / ``weight_sum`` and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
+    if weight is weight_sum is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
         one = input.new_ones(())
         loss = mse_forward(input, target, None, reduction, 0, dtype)
         return [loss, *mse_backward(one, input, target, None, reduction, 0, output_mask)]
     wide = acc_dtype(input, target, weight)
     ones = (1,) * input.dim()
-    grad = input.new_full(ones, _scale(input, reduction, 0), dtype=wide)
+    share = input.new_ones((), dtype=wide) if weight_sum is None else weight_sum.to(wide).reciprocal()
     total = _Sums(input, ones, wide)
+    grad = (share * _scale(input, reduction, 0)).view(ones)
     gradients = _gradients(grad, (input, target, weight), output_mask, wide, total)
-    return [_mean(total.result().view(()), input, reduction).to(dtype), *gradients]
+    return [(_mean(total.result().view(()), input, reduction) * share).to(dtype), *gradients]

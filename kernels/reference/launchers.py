@@ -138,13 +138,16 @@ def mse_forward_backward(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    weight_sum: Tensor | None,
     reduction: str,
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    loss = mse_forward(input, target, weight, reduction, 0, dtype)
-    return [loss, *mse_backward(one, input, target, weight, reduction, 0, output_mask)]
+    share = torch.ones((), dtype=torch.float64, device="cpu")
+    share = share if weight_sum is None else share / weight_sum.cpu()
+    loss = mse_forward(input, target, weight, reduction, 0, torch.float64) * share.to(input.device)
+    gradients = mse_backward(share, input, target, weight, reduction, 0, output_mask)
+    return [loss.to(dtype), *gradients]
 
 
 def linear_mse_forward(

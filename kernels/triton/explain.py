@@ -205,7 +205,7 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
         needs = [True, False, False]
         return [
             ("forward", lambda: mse.mse_forward(x, y, None, "mean", 0, dtype)),
-            ("loss and gradient", lambda: mse.mse_forward_backward(x, y, None, "mean", needs, dtype)),
+            ("loss and gradient", lambda: mse.mse_forward_backward(x, y, None, None, "mean", needs, dtype)),
             ("backward", lambda: mse.mse_backward(g, x, y, None, "mean", 0, needs)),
         ]
     if op == "linear_mse_models":

@@ -164,22 +164,27 @@ def _forward_tile(
 
 @triton.jit
 def _mse_forward_kernel(
-    x, t, w, loss, grad_x, grad_t, grad_w, sums_ptr, batch, rows, n, divisor, sizes,
+    x, t, w, loss, grad_x, grad_t, grad_w, sums_ptr, batch, rows, n, divisor, sizes, weight_sum_ptr,
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Program (r, p) of (R, P): tiles p, p + P, ... of the r-th sum, or row or column of sums.
 
-    x, t, w    (batch * rows, n), any strides; w may be None
-    loss       (batch * rows, n) or None: the elements' losses
-    grad_*     (batch * rows, n), each or None: d(sum / divisor) / d(x, t, w)
-    sums_ptr   (P, sums) or None: each program's, / ``divisor`` if P is 1; sums is batch, times n if columns are kept
+    x, t, w         (batch * rows, n), any strides; w may be None
+    loss            (batch * rows, n) or None: the elements' losses
+    grad_*          (batch * rows, n), each or None: d(sum / divisor / weight_sum) / d(x, t, w)
+    sums_ptr        (P, sums) or None: each program's / weight_sum, / ``divisor`` if P is 1; sums is batch, times n if
+                    columns are kept
+    weight_sum_ptr  () or None
     Bytes: each operand once, each result once, and the partial sums.
     """
     first = tl.program_id(0)
     program = tl.program_id(1)
     programs = tl.num_programs(1)
-    scale = tl.full((), 1, ACC) / divisor
+    share = tl.full((), 1, ACC)
+    if weight_sum_ptr is not None:
+        share /= convert(tl.load(weight_sum_ptr), ACC)
+    scale = share / divisor
     sums = tl.zeros((ROWS, COLS), ACC)
     for tile in tl.range(program, _tiles(rows, n, ROWS, COLS, KEEP), programs):
         at = _tile(first, tile, batch, rows, n, ROWS, COLS, ALIGN, FLAT, KEEP)
@@ -190,7 +195,7 @@ def _mse_forward_kernel(
             rest = _forward_tile(_tail(n), x, t, w, loss, grad_x, grad_t, grad_w, scale, sizes, 1, ACC)
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
     if sums_ptr is not None:
-        _store_sums(sums_ptr, sums, total, batch, n, divisor, ROWS, COLS, KEEP)
+        _store_sums(sums_ptr, sums * share, total * share, batch, n, divisor, ROWS, COLS, KEEP)
 
 
 @triton.jit
@@ -425,11 +430,12 @@ def _given(results: list[Tensor | None]) -> list[Tensor]:
 
 def _launch_reduction(
     kernel: Any, kept: Sequence[int], tensors: Sequence[Tensor | None], results: Sequence[Tensor | None],
-    sums: Tensor | None, divisor: int, sums_divisor: int, acc: torch.dtype, block: int, **compiled: Any,
+    sums: Tensor | None, divisor: int, sums_divisor: int, acc: torch.dtype, block: int,
+    *more: Tensor | None, **compiled: Any,
 ) -> None:  # fmt: skip
     """Run a kernel that writes the ``results`` and adds up ``sums`` over all but the ``kept`` dimensions.
 
-    Where several programs share a sum, a second kernel adds their partial sums.
+    ``more``: the kernel's last arguments. Where several programs share a sum, a second kernel adds their partial sums.
     """
     input, *others = tensors
     assert input is not None
@@ -446,7 +452,7 @@ def _launch_reduction(
         partials = buffer if P == 1 else sums.new_empty((P, sums.numel()), dtype=acc)
     launch(
         kernel, (R, P), *walk.operands, partials, walk.batch, walk.rows, walk.n, divisor, walk.sizes,
-        device=device, ACC=DTYPES[acc], **tile._asdict(), **compiled,
+        *more, device=device, ACC=DTYPES[acc], **tile._asdict(), **compiled,
     )  # fmt: skip
     if sums is None or buffer is None:
         return
@@ -462,31 +468,31 @@ def _launch_reduction(
 
 
 def _forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, output_mask: list[bool],
-    dtype: torch.dtype,
+    input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str, batch_dims: int,
+    output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and, for grad_output = 1, the needed gradients."""
+    """The loss and, for grad_output = 1, the needed gradients; divided by ``weight_sum``, if there is one."""
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     loss = _empty_sums(input, reduction, batch_dims, dtype)
     gradients = empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0:
-        return [loss, *_given(gradients)]
+        return [loss if weight_sum is None else (loss / weight_sum).to(dtype), *_given(gradients)]
     acc = acc_dtype(input, target, weight)
     divisor = _divisor(reduction, input.shape, batch_dims)
     tensors = input, target, _expanded(weight, input)
     if weight is not None and gradients[2] is not None and weight.shape != input.shape:
         squares = weight.new_empty(weight.shape, dtype=acc)
-        one = input.new_ones((), dtype=acc).expand(input.shape)
+        one = input.new_ones((), dtype=acc) if weight_sum is None else weight_sum.to(acc).reciprocal()
         _launch_reduction(
-            _mse_backward_kernel, _own_dims(weight, input), (*tensors, one), [*gradients[:2], None], squares,
-            divisor, 1, acc, config.MSE_BLOCK,
+            _mse_backward_kernel, _own_dims(weight, input), (*tensors, one.expand(input.shape)),
+            [*gradients[:2], None], squares, divisor, 1, acc, config.MSE_BLOCK,
         )  # fmt: skip
         gradients[2].copy_(squares)
         return [(squares * weight).sum().to(dtype), *_given(gradients)]
     _launch_reduction(
         _mse_forward_kernel, range(batch_dims), tensors, [loss if elementwise else None, *gradients],
-        None if elementwise else loss, divisor, divisor, acc, config.MSE_BLOCK,
+        None if elementwise else loss, divisor, divisor, acc, config.MSE_BLOCK, weight_sum,
         **config.mse_registers(acc, config.target_of(input.device)),
     )  # fmt: skip
     return [loss, *_given(gradients)]
@@ -496,15 +502,15 @@ def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
     """The loss: elementwise for "none", else of shape input.shape[:batch_dims]."""
-    return _forward(input, target, weight, reduction, batch_dims, [False] * 3, dtype)[0]
+    return _forward(input, target, weight, None, reduction, batch_dims, [False] * 3, dtype)[0]
 
 
 def mse_forward_backward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, output_mask: list[bool],
-    dtype: torch.dtype,
+    input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str,
+    output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and its needed gradients by input, target and weight, in one pass."""
-    return _forward(input, target, weight, reduction, 0, output_mask, dtype)
+    """The loss / ``weight_sum`` and its needed gradients by input, target and weight, in one pass."""
+    return _forward(input, target, weight, weight_sum, reduction, 0, output_mask, dtype)
 
 
 def mse_backward(

@@ -1,19 +1,42 @@
 """One case of an op for the kernel check: the same call by gradkernels, by plain torch, and in NumPy float64."""
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import OPS, OPTIMIZERS, Function, Optimizer, Training
+from ..ops import OPS, OPTIMIZERS, Call, Function, Optimizer, Training
 from .tolerance import exactly
 
 Results = dict[str, Tensor]
 STEPS = 3  # of an optimizer or a training
+
+
+def few_bits(values: Tensor) -> Tensor:
+    """The nearest numbers of so few digits that a product has a few more than fit into a long sum.
+
+    In float32 those are bfloat16's.
+    """
+    digits = max(3, (round(1 - math.log2(torch.finfo(values.dtype).eps)) - 8) // 2)
+    mantissa, exponent = torch.frexp(values.double())
+    return torch.ldexp((mantissa * 2**digits).round(), exponent - digits).to(values.dtype)
+
+
+# What is made of normal random numbers. Of any but these a long sum may round to the same side throughout.
+NUMBERS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda values: values,
+    "few bits": few_bits,
+    "small integers": lambda values: (2 * values).round(),
+    "one constant": lambda values: (
+        values.reshape(-1)[:1].expand(values.numel()).reshape(values.shape).clone()
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -21,14 +44,14 @@ class Case:
     """One op at one shape and dtype.
 
     Attributes:
-        op, shape, dtype: what is checked.
+        op, what, dtype: what is checked: at which sizes, or which call.
         ours, torch: give the results by name: values, gradients, states.
         reference: the same in float64.
         slopes: for the finite differences, a function and its inputs; None where there is no gradient.
     """
 
     op: str
-    shape: tuple[int, ...]
+    what: tuple[int, ...] | Call
     dtype: torch.dtype
     ours: Callable[[], Results]
     torch: Callable[[], Results]
@@ -36,20 +59,29 @@ class Case:
     slopes: tuple[Callable[..., Tensor], list[Tensor]] | None = None
 
 
-def build(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: str, draw: int = 0) -> Case:
-    """The case of ``op`` at ``shape``, on random numbers seeded by ``draw``.
+def build(
+    op: str,
+    what: tuple[int, ...] | Call,
+    dtype: torch.dtype,
+    device: str,
+    draw: int = 0,
+    numbers: str = "normal",
+) -> Case:
+    """The case of ``op`` at sizes or with a call, on random ``NUMBERS`` seeded by ``draw``.
 
     Raises:
         ValueError: the op is unknown, or takes another number of sizes.
     """
     record = OPS.get(op)
+    shape = next(iter(what.shapes.values())) if isinstance(what, Call) else what
     generator = torch.Generator().manual_seed(len(shape) + sum(shape) + 100_003 * draw)
 
-    def randn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
+    def randn(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+        values = torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        return NUMBERS[numbers](values).to(device)
 
     if isinstance(record, Function):
-        return _function(record, shape, dtype, randn)
+        return _function(record, what, dtype, randn)
     if isinstance(record, Training):
         return _training(record, shape, dtype, randn)
     if isinstance(record, Optimizer):
@@ -61,30 +93,45 @@ def _arrays(*tensors: Tensor) -> list[Any]:
     return [exactly(tensor) for tensor in tensors]
 
 
-def _named(output: Any, inputs: dict[str, Tensor], gradients: Any) -> dict[str, Any]:
-    """The references of losses give gradients for arguments that are not there, too: they come last."""
-    return {"output": output, **{f"grad_{name}": grad for name, grad in zip(inputs, gradients, strict=False)}}
+def _function(
+    op: Function, what: tuple[int, ...] | Call, dtype: torch.dtype, randn: Callable[..., Tensor]
+) -> Case:
+    call = what if isinstance(what, Call) else Call(op.problem(what))
+    inputs = {name: randn(*sizes, dtype=call.dtypes.get(name, dtype)) for name, sizes in call.shapes.items()}
+    if op.weighting in inputs:
+        inputs[op.weighting].abs_().add_(0.5)
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in inputs.values()))
+    loss = op.torch(**{name: tensor.to(common) for name, tensor in inputs.items()}, **call.options)
+    grad = randn(*loss.shape, dtype=common)
 
-
-def _function(op: Function, shape: tuple[int, ...], dtype: torch.dtype, randn: Callable[..., Tensor]) -> Case:
-    inputs = {name: randn(*sizes) for name, sizes in op.problem(shape).items()}
-    grad = randn(*op.torch(*inputs.values()).shape)
-
-    def runner(function: Callable[..., Tensor]) -> Callable[[], Results]:
+    def runner(function: Callable[..., Tensor], cast: torch.dtype | None = None) -> Callable[[], Results]:
         def run() -> Results:
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs.values()]
-            output = function(*leaves)
-            return _named(output.detach(), inputs, torch.autograd.grad(output, leaves, grad))
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+            given = {name: leaf if cast is None else leaf.to(cast) for name, leaf in leaves.items()}
+            output = function(**given, **call.options)
+            gradients = torch.autograd.grad(output, list(leaves.values()), grad)
+            return _named(output.detach(), dict(zip(leaves, gradients, strict=True)))
 
         return run
 
     def in_float64() -> dict[str, Any]:
         upstream, *arrays = _arrays(grad, *inputs.values())
-        return _named(op.reference.forward(*arrays), inputs, op.reference.backward(upstream, *arrays))
+        given = {**dict(zip(inputs, arrays, strict=True)), **call.options}
+        arguments = inspect.signature(op.function()).parameters
+        gradients = dict(zip(arguments, op.reference.backward(upstream, **given), strict=False))
+        return _named(op.reference.forward(**given), {name: gradients[name] for name in inputs})
+
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        return op.function()(**dict(zip(inputs, tensors, strict=True)), **call.options)
 
     small = sum(tensor.numel() for tensor in inputs.values()) <= 64
-    slopes = (op.function(), list(inputs.values())) if small and dtype == torch.float64 else None
-    return Case(op.name, shape, dtype, runner(op.function()), runner(op.torch), in_float64, slopes)
+    in_double = all(tensor.dtype == torch.float64 for tensor in inputs.values())
+    slopes = (of_tensors, list(inputs.values())) if small and in_double else None
+    return Case(op.name, what, dtype, runner(op.function()), runner(op.torch, common), in_float64, slopes)
+
+
+def _named(output: Any, gradients: dict[str, Any]) -> dict[str, Any]:
+    return {"output": output, **{f"grad_{name}": gradient for name, gradient in gradients.items()}}
 
 
 def _optimizer(

@@ -15,7 +15,7 @@ import torch
 
 from ..backends import backend_for, use_backend
 from ..checks import DTYPES
-from ..ops import OPS
+from ..ops import OPS, Call, Function
 from .cases import Case, build
 from .console import progress, to_json
 from .gradient import gradcheck
@@ -35,6 +35,7 @@ class Verdict:
         passed: whether every result is within the tolerance policy and the gradient check passed.
         worst: the largest ratio of an error to its budget among the results (<= 1 passes); nan if it did not run.
         detail: the name of the worst result, or what went wrong.
+        call: the arguments of a call that sizes do not describe; empty otherwise.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Verdict:
     passed: bool
     worst: float
     detail: str
+    call: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class KernelReport:
     """The result of ``kernels``: true if every verdict is.
 
     Attributes:
-        verdicts: one verdict per op, backend, dtype and shape.
+        verdicts: one verdict per op, backend, dtype and shape or call.
         skipped: the backends and dtypes that did not run here, and why.
     """
 
@@ -63,16 +65,17 @@ class KernelReport:
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the table: one row per op, backend and dtype, with the worst of its shapes."""
+        """Return the table: one row per op, backend and dtype, with the worst of its cases."""
         rows: list[tuple[str, ...]] = []
         keys = dict.fromkeys((v.op, v.backend, v.device, v.dtype) for v in self.verdicts)
         for key in keys:
             group = [v for v in self.verdicts if (v.op, v.backend, v.device, v.dtype) == key]
             worst = max(group, key=lambda v: (not v.passed, v.worst))
-            where = "x".join(map(str, worst.shape)) + ": " if worst.shape else ""
+            where = worst.call or "x".join(map(str, worst.shape))
             failed = sum(not v.passed for v in group)
-            verdict = "ok" if not failed else f"FAILED ({failed} of {len(group)} shapes)"
-            rows.append((*key, str(len(group)), f"{worst.worst:.3f}", where + worst.detail, verdict))
+            verdict = "ok" if not failed else f"FAILED ({failed} of {len(group)} cases)"
+            detail = f"{where}: {worst.detail}" if where else worst.detail
+            rows.append((*key, str(len(group)), f"{worst.worst:.3f}", detail, verdict))
         return rows
 
     def to_json(self) -> str:
@@ -80,7 +83,7 @@ class KernelReport:
         return to_json({"passed": bool(self), **asdict(self)})
 
 
-HEADER = ("op", "backend", "device", "dtype", "shapes", "error / budget", "worst", "verdict")
+HEADER = ("op", "backend", "device", "dtype", "cases", "error / budget", "worst", "verdict")
 
 
 def kernels(
@@ -127,7 +130,7 @@ def kernels(
     cases = [
         build(op, shape, dtype, device)
         for op, dtype in itertools.product(chosen, wanted)
-        for shape in shapes or (OPS[op].samples if op in OPS else ((),))
+        for shape in shapes or _tried(op)
     ]
     for backend in backends:
         if backend == "triton" and (problem := _problem(device)) is not None:
@@ -141,6 +144,14 @@ def kernels(
         for case in progress(cases, f"{backend} on {device}"):
             verdicts.append(_verdict(case, backend, device))
     return KernelReport(tuple(verdicts), tuple(skipped))
+
+
+def _tried(op: str) -> tuple[tuple[int, ...] | Call, ...]:
+    """The sizes and the calls of its record; a case of no sizes, to be refused, where there is none."""
+    record = OPS.get(op)
+    if record is None:
+        return ((),)
+    return (*record.samples, *(record.calls if isinstance(record, Function) else ()))
 
 
 def _accelerator() -> str:
@@ -195,7 +206,7 @@ def _verdict(case: Case, backend: str, device: str) -> Verdict:
             ours = [case.ours()]
             # The tolerance policy asks for several draws of results with few elements.
             if min(value.numel() for value in ours[0].values()) < DRAWS:
-                draws += [build(case.op, case.shape, case.dtype, device, draw) for draw in range(1, DRAWS)]
+                draws += [build(case.op, case.what, case.dtype, device, draw) for draw in range(1, DRAWS)]
                 ours += [other.ours() for other in draws[1:]]
             # The mean of no elements is NaN, like torch's, and has no gradient to check.
             taken = case.slopes if "output" not in ours[0] or ours[0]["output"].isfinite().all() else None
@@ -210,7 +221,11 @@ def _verdict(case: Case, backend: str, device: str) -> Verdict:
         passed, detail = False, str(error.report.faults[0])
     except Exception as error:  # a kernel that cannot run is a verdict, not the end of the table
         passed, detail = False, f"{type(error).__name__}: {error}"
-    return Verdict(case.op, backend, device, _name(case.dtype), case.shape, passed, worst, detail)
+    named = _name(case.dtype)
+    if isinstance(case.what, Call):
+        shape = next(iter(case.what.shapes.values()))
+        return Verdict(case.op, backend, device, named, shape, passed, worst, detail, str(case.what))
+    return Verdict(case.op, backend, device, named, case.what, passed, worst, detail)
 
 
 def _errors(draws: list[Case], ours: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:

@@ -83,7 +83,8 @@ def _mse(make: Callable[..., torch.Tensor]) -> None:
             mse.mse_hvp(
                 grad, x, y, weight, *tangents, reduction, kept, [True, True, True, weight is not None]
             )
-        mse.mse_forward_backward(x, y, weight, "mean", [True, True, weight is not None], x.dtype)
+        total = None if weight is None else weight.sum()
+        mse.mse_forward_backward(x, y, weight, total, "sum", [True, True, weight is not None], x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

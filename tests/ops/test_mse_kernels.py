@@ -106,13 +106,20 @@ def check(
         assert_matches(mine, their, grad, f"{what}: gradient")
     assert len(grads) == sum(needs)
     if reduction != "none" and kept == 0:
-        one_pass = mse.mse_forward_backward(*tensors, reduction, needs, dtype)
+        one_pass = mse.mse_forward_backward(*tensors, None, reduction, needs, dtype)
         assert_matches(one_pass[0], theirs.detach(), expected, f"{what}: loss of one pass", scale)
         for mine, grad in zip(
             one_pass[1:], reference.backward(np.full(shape, c), *arrays, reduction="none"), strict=False
         ):
             theirs_too = torch.from_numpy(np.asarray(grad, np.float64)).to(DEVICE, dtype)
             assert_matches(mine, theirs_too, grad, f"{what}: gradient of one pass")
+        half = torch.full((), 0.5, dtype=torch.float64 if dtype == torch.float64 else torch.float32).to(
+            DEVICE
+        )
+        for divided, plain in zip(
+            mse.mse_forward_backward(*tensors, half, reduction, needs, dtype), one_pass, strict=True
+        ):
+            torch.testing.assert_close(divided, 2 * plain, msg=f"{what}: divided by a sum of weights")
     for tensor, copy in zip((*tensors, grad_output), before, strict=True):
         assert tensor is None or torch.equal(tensor, copy)
 
@@ -280,14 +287,14 @@ def test_only_what_is_needed(mse):
     tensors = [torch.randn(5, 7, device=DEVICE) for _ in range(3)]
     g = torch.tensor(-0.75, device=DEVICE)
     every = mse.mse_backward(g, *tensors, "mean", 0, [True] * 3)
-    at_once = mse.mse_forward_backward(*tensors, "mean", [True] * 3, torch.float32)
+    at_once = mse.mse_forward_backward(*tensors, None, "mean", [True] * 3, torch.float32)
     for mask in range(8):
         needs = [bool(mask >> bit & 1) for bit in range(3)]
         wanted = [grad for grad, need in zip(every, needs, strict=True) if need]
         for mine, grad in zip(mse.mse_backward(g, *tensors, "mean", 0, needs), wanted, strict=True):
             assert torch.equal(mine, grad)
         wanted = [at_once[0], *(grad for grad, need in zip(at_once[1:], needs, strict=True) if need)]
-        one_pass = mse.mse_forward_backward(*tensors, "mean", needs, torch.float32)
+        one_pass = mse.mse_forward_backward(*tensors, None, "mean", needs, torch.float32)
         for mine, grad in zip(one_pass, wanted, strict=True):
             assert torch.equal(mine, grad)
 

@@ -187,6 +187,15 @@ def test_sixteen_bits_against_float32_are_not_rounded(backend: str, device: torc
     assert mse_loss(half, half.new_zeros(2).bfloat16(), reduction="sum").item() == 180_000  # inf in float16
 
 
+@pytest.mark.parametrize("dim", [None, 1], ids=str)
+def test_a_float16_mean_of_many_is_not_lost_to_overflow(
+    backend: str, device: torch.device, dim: int | None
+) -> None:
+    """The sum of any 2,048 of these squares is beyond float16."""
+    input = torch.full((2, 1 << 15), 8.0, dtype=torch.float16, device=device)
+    assert (mse_loss(input, torch.zeros_like(input), dim=dim) == 64).all()
+
+
 @pytest.mark.parametrize("dim", [None, (1, 2)], ids=str)
 def test_under_autocast_16_bits_count_as_float32(backend: str, device: torch.device, dim: Any) -> None:
     for dtypes in (
@@ -268,7 +277,9 @@ def test_a_zero_sum_of_weights_gives_nan(backend: str, device: torch.device, wei
     weight = torch.tensor(weights, device=device)[:, None]
     for shape in ((2, 1), (2, 3)):
         assert mse_loss(input, target, weight=weight.expand(shape)).isnan()
-        assert mse_loss_and_grad(input, target, weight=weight.expand(shape))[0].isnan()
+        alone, (grad, _, _) = mse_loss_and_grad(input, target, weight=weight.expand(shape))
+        assert alone.isnan()
+        assert grad.isnan().all()
         assert mse_loss(input, target, weight=weight.expand(shape), dim=0).isnan().all()
         assert mse_loss(input, target, weight=weight.expand(shape), reduction="sum").isfinite()
     per_row = mse_loss(input, target, weight=torch.tensor([[0.0], [2.0]], device=device), dim=1)

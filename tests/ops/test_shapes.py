@@ -21,12 +21,12 @@ pytest.importorskip("hypothesis")
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from ..cases import ARGUMENTS, Case
+from ..cases import ARGUMENTS, OPS, Case
 from ..helpers import DTYPES, Draws, exactly
 from ..strategies import calls, fuzz, tensors
 
 Data = Any  # what st.data() draws
-WEIGHTS = {"mse_loss": "weight", "linear_mse_loss": "sample_weight"}
+WEIGHTS = {name: op.weighting for name, op in OPS.items() if op.weighting is not None}
 FIRST = {  # the names by which a module takes what is not its parameter
     "linear": ("input",),
     "mse_loss": ("input", "target"),

@@ -113,7 +113,7 @@ def test_a_loss_takes_no_more_operators_over_more_rows() -> None:
 
     def squares(numel: int) -> Callable[[], object]:
         tensors = torch.randn(numel), torch.randn(numel)
-        return lambda: mse_forward_backward(*tensors, None, "mean", [True, False, False], torch.float32)
+        return lambda: mse_forward_backward(*tensors, None, None, "mean", [True, False, False], torch.float32)
 
     assert operators(linear_mse(300_000)) == operators(linear_mse(1000))
     assert operators(squares(1 << 23)) == operators(squares(1 << 20))

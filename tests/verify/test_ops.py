@@ -14,6 +14,7 @@ import pytest
 import torch
 from gradkernels import __main__ as cli
 from gradkernels import verify
+from gradkernels.fallback import mse as fallback
 from gradkernels.ops import OPS
 from gradkernels.verify import ops as checks
 from gradkernels.verify.console import print_table, progress
@@ -44,7 +45,48 @@ def test_a_wrong_gradient_is_a_failed_verdict(monkeypatch):
     assert report.verdicts[0].backend == "triton"
     assert report.verdicts[0].worst > 1
     assert report.verdicts[0].detail.startswith("grad_")
-    assert "FAILED (1 of 1 shapes)" in report.rows()[0]
+    assert "FAILED (1 of 1 cases)" in report.rows()[0]
+
+
+def by_the_full_count(total, input, reduction, batch_dims=0):
+    return fallback_mean(total, input, reduction)
+
+
+def with_the_target_as_the_input(grad_output, input, target, *others):
+    return [
+        grad.to(input.dtype).to(grad.dtype) for grad in fallback_backward(grad_output, input, target, *others)
+    ]
+
+
+def not_summed(grad_output, input, target, weight, *others):
+    """The gradient of a weight is that of the first element which it was broadcast to."""
+    if weight is None:
+        return fallback_backward(grad_output, input, target, weight, *others)
+    grads = fallback_backward(grad_output, input, target, weight.expand(input.shape), *others)
+    first = tuple(slice(size) for size in weight.shape)
+    return [*grads[:-1], grads[-1][first].clone()] if others[-1][2] else grads
+
+
+fallback_mean, fallback_backward = fallback._mean, fallback.mse_backward
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "concerned"),
+    [
+        ("_mean", by_the_full_count, "dim="),
+        ("mse_backward", with_the_target_as_the_input, "target (5, 3, 7) float32"),
+        ("mse_backward", not_summed, "weight (30, 1)"),
+    ],
+)
+def test_a_fault_of_calls_that_sizes_do_not_describe(monkeypatch, name, fault, concerned):
+    given = {"dtypes": [torch.bfloat16], "backends": ["fallback"]}
+    assert verify.kernels(["mse"], **given)
+    monkeypatch.setattr(fallback, name, fault)
+    report = verify.kernels(["mse"], **given)
+    failed = [verdict.call for verdict in report.verdicts if not verdict.passed]
+    assert any(concerned in call for call in failed), report.rows()
+    assert "" not in failed
+    assert "dim=" in report.rows()[0][6] or "target" in report.rows()[0][6]
 
 
 def test_nan_and_an_exception_are_failed_verdicts(monkeypatch):
