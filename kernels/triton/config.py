@@ -260,14 +260,16 @@ def matmul_plan(
     if not refused["elementwise"]:
         tile = MatmulConfig(ELEMENTWISE_BLOCK, 1, triton.next_power_of_2(max(K, 1)), 4, 1)
         return MatmulPlan("elementwise", tile)
+    double = dtype == torch.float64
     if N == 1:
         # Long in the direction in which the left operand is contiguous.
         block_m = 1 if M == 1 else 4 if M <= 4 or K > 512 else 16 if K > 64 else 64
         if operands.columns:
             block_m = 256 if M > 64 else 16
-        return MatmulPlan("gemv", MatmulConfig(block_m, 1, GEMV_BLOCK // block_m, 4, 1), refused)
+        # Left to itself, sm_100's compiler takes 64 registers and keeps the rest of a 16-bit tile in memory.
+        most = None if double else FOUR_PROGRAMS
+        return MatmulPlan("gemv", MatmulConfig(block_m, 1, GEMV_BLOCK // block_m, 4, 1), refused, most)
     refused["gemv"] = f"the result has {N} columns"
-    double = dtype == torch.float64
     refused["outer"] = _first(
         (sums != 1, f"{sums} products are summed into each result"),
         (K > OUTER_MAX_K, f"K = {K} is more than {OUTER_MAX_K = }"),
@@ -609,7 +611,9 @@ def models_chunks(
         return chosen
     ROWS = min(chosen.ROWS, triton.next_power_of_2(max(rows, 4)))
     values = K * chosen.CHUNK * chosen.CHUNKS * acc.itemsize // 4
-    num_warps = min(4, max(1, ROWS * values // (MODELS_VALUES * warp_size(target))))
+    row = chosen.CHUNK * chosen.CHUNKS * itemsize
+    work = min(ROWS * values // MODELS_VALUES, ROWS * row // 16)  # no thread loads less than 16 bytes of X
+    num_warps = min(4, max(1, work // warp_size(target)))
     most = THREE_PROGRAMS if _is_half_a_row(K, values) else ALL_REGISTERS
     compiled = {"num_warps": num_warps, **registers(most, target)}
     return chosen._replace(ROWS=ROWS, compiled=compiled)
