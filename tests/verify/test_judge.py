@@ -213,6 +213,18 @@ BAD = """
 """
 
 
+def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
+    """Its import puts a wrapper in the place of torch.manual_seed; nothing else that the judge trusts changes."""
+    text = (SPECIMENS / "square.py").read_text()
+    compiled = text.replace("lambda x: x * x", 'torch.compile(lambda x: x * x, backend="eager")')
+    assert compiled != text
+    (tmp_path / "compiled.py").write_text(compiled)
+    status, said, errors = command(
+        tmp_path / "compiled.py", "--shape=6x20", "--dtype=float32", "--forward-only"
+    )
+    assert status == 0, said + errors
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.random import manual_seed  # whatever becomes of the name
 
 CHECK = "check_"
 
@@ -54,7 +55,7 @@ class Target:
 
 def seed_all(seed: int) -> None:
     """Seed torch, NumPy and Python."""
-    torch.manual_seed(seed)
+    manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
