@@ -383,7 +383,8 @@ def seen(launch: Launch, tensors: Sequence[Tensor], others: list[int]) -> list[A
     def place(param: bytes) -> Any:
         value = int.from_bytes(param, "little")
         for number, tensor in enumerate(tensors):
-            if 0 <= value - tensor.data_ptr() < tensor.untyped_storage().nbytes():
+            storage = tensor.untyped_storage()
+            if tensor.data_ptr() <= value < storage.data_ptr() + storage.nbytes():
                 return f"{number} + {value - tensor.data_ptr()}"
         if len(param) < 8 or value < 2**40:
             return param.hex()
