@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Where nvidia-smi or rocm-smi answers, torch's ordinary wheels are right; elsewhere the pinned CPU build.
 CONSTRAINTS := $(shell (nvidia-smi || rocm-smi) >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-.PHONY: setup demo test test-full test-processors test-host test-gpu mutants docs hub lint fuzz bench bench-gpu clean
+.PHONY: setup demo test test-full test-processors test-host test-ttir test-gpu mutants docs hub lint fuzz bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +37,11 @@ test-processors: setup
 test-host: setup
 	$(RUN) -m pytest tests/host -n 2
 	$(RUN) tests/host/cuda_build.py
+
+# Values of every kernel as Triton's compiler has it, run by ttsem, in an environment of its own from a Python 3.12 or
+# later; its first run downloads about 0.7 GB (`python -m tests.ttir --help`).
+test-ttir: setup
+	$(RUN) -m tests.ttir
 
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
 # Ends within eight minutes; the last line says what was left out.

@@ -13,13 +13,17 @@ import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+# tests.ttir has 0: there another interpreter stands in, with checks of its own.
+INTERPRETED = (
+    not GPU and os.environ["TRITON_INTERPRET"] == "1" and importlib.util.find_spec("triton") is not None
+)
 
 from gradkernels import use_backend  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
 from gradkernels.verify.memory.interpreter import language_prepared_once  # noqa: E402
 
-if not GPU and importlib.util.find_spec("triton") is not None:
+if INTERPRETED:
     _faster = language_prepared_once()  # every launch of the session, not only those that the checker watches
     _faster.__enter__()
 
@@ -62,7 +66,7 @@ def seeded_and_poisoned() -> Iterator[None]:
 def memory_watched(request: pytest.FixtureRequest, seeded_and_poisoned: None) -> Iterator[None]:
     """Every interpreted kernel that a test launches runs under the memory checker."""
     unwatched = request.node.get_closest_marker("unwatched")
-    if GPU or unwatched or importlib.util.find_spec("triton") is None:
+    if unwatched or not INTERPRETED:
         yield
         return
     with memory_check():

@@ -31,7 +31,8 @@ MEMORY = 16 << 30  # bytes of the GPU for each worker: the largest tests take ha
 SPOILT = 70  # a worker's exit status when its CUDA context is of no more use
 
 FIRST = (  # what even a short run has to try, in this order
-    r"::test_(matmul|linear|sizes|loss_and_grad|matches_torch_and_numpy)$",  # each op and dtype by the references
+    r"::test_(matmul|linear|sizes|sizes_and_dtypes|loss_and_grad|the_rounds|options_of_each_model)$",  # each op
+    r"::test_(matches_torch_and_numpy|equals_a_run_for_each_model)$",  # and optimizer by the references
     r"test_\w+_kernels\.py::",  # each kernel
     r"captur|replay|one_launch|waits_for",  # graphs, launches, no waiting
     r"scaler|skip|max_norm|autocast",  # mixed precision
