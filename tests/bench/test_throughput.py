@@ -199,10 +199,10 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     """A case takes a second: there is time for as many as the budget has seconds, and one more."""
-    clock, tried = SimpleNamespace(now=100.0), []
+    clock, tried = SimpleNamespace(now=100.0, case=1.0), []
 
     def skipped(self: Runner, case: Case) -> dict[str, Any]:
-        clock.now += 1
+        clock.now += clock.case
         tried.append(case)
         head = {key: getattr(case, key) for key in ("op", "variant", "label", "sizes", "bytes", "flops")}
         return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
@@ -224,6 +224,10 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
     assert said.startswith(f"not timed: {count} of {len(planned) + sweeps}, the budget of ")
     assert all(case.name in said for case in planned if case.name not in kept)
     assert "mse over n" in said
+    tried.clear()
+    clock.case = len(variants) / 2.5  # a third case would end more than a fifth after the budget
+    assert cli.main([*command, "--budget", str(len(variants) - 1)]) == 0
+    assert len(tried) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
