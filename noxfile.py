@@ -16,7 +16,9 @@ def pair(python: str, torch: str, triton: str, *others: str) -> None:
 
     @nox.session(name=f"torch-{torch}", python=python)
     def tests(session: nox.Session) -> None:
-        session.install(f"torch=={torch}", f"triton=={triton}", *others, "-e", ".[test]")
+        session.install(
+            f"torch=={torch}", f"triton=={triton}", *others, "-e", ".[test]", "pip", "setuptools>=77"
+        )
         session.run("python", "-m", "gradkernels", "info")
         session.run("python", "-m", "pytest", *(session.posargs or SAMPLE))
 

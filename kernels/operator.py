@@ -269,9 +269,7 @@ class Operator:
         }
         if private.single_level is None:
             methods["vmap"] = vmap
-        return type(
-            function.__name__, (function,), {name: staticmethod(method) for name, method in methods.items()}
-        )
+        return private.single_level_function(function.__name__, methods)
 
     def _batched(self, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         outputs = self._vmap(self, info.batch_size, in_dims, *args)

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-# Allows ``apply_function`` at a functorch level. Without it Function.apply serves, which handles all levels itself
-# and is therefore called before the dispatcher: right in eager mode and in torch.func, but not traceable with a jvp.
+# Allows a function of one level to be applied at a functorch level. Without it Function.apply serves, which handles
+# all levels itself and is therefore called before the dispatcher: right in eager mode and in torch.func, but not
+# traceable with a jvp.
 single_level: Callable[[], AbstractContextManager[None]] | None
 try:
     from torch._functorch.utils import enable_single_level_autograd_function as single_level
@@ -25,14 +27,20 @@ except ImportError:
     single_level = None
 
 
-def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` without its Python layer: ``torch._C._FunctionBase.apply``.
+def single_level_function(name: str, methods: dict[str, Any]) -> Any:
+    """A Function of the current functorch level alone; torch.autograd.Function hands functorch the whole of it.
 
-    The layer costs 9 us a call, and hands functorch the whole Function where only the current level is due.
+    From torch 2.15 on that is no longer its Python layer's doing, which could be left out.
     """
-    if single_level is None:
+    base = torch.autograd.Function if single_level is None else _SingleLevelFunction
+    return type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
+
+
+def apply_function(function: Any) -> Callable[..., Any]:
+    """``function.apply`` without its Python layer, which costs 9 us a call: ``torch._C._FunctionBase.apply``."""
+    if single_level is None or not issubclass(function, torch.autograd.Function):
         return function.apply
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply
 
 
 @contextmanager
