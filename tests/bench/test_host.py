@@ -27,6 +27,15 @@ def test_every_op_on_both_backends(
         assert mse_loss(x, 2 * x).item() == 1
 
 
+def test_steps_over_any_number_of_tensors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert cli.main(["host", "--rounds", "1", "--steps", "3", "1"]) == 0
+    rows = [line.split("/")[0].split()[:-1] for line in capsys.readouterr().out.splitlines()]
+    assert rows == [[*name, size] for name in (["SGD"], ["SGD,", "momentum"], ["Adam"]) for size in "31"]
+
+
 def test_the_dearer_call_is_seen() -> None:
     def dear() -> None:
         sum(range(10000))
