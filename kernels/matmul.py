@@ -9,7 +9,7 @@ sum over broadcast batch dimensions included), the gradient of a bias is a produ
 a product that adds another. So every derivative of any order, and vmap, is again this one operator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from . import checks
-from .operator import Operator, autocast_cast, use_torch_fast_path
+from .operator import Launches, Operator, autocast_cast, in_places, use_torch_fast_path
 from .repeat import repeatable
+from .torch_private import needs_dispatcher
 
 
 @repeatable
@@ -169,8 +170,18 @@ def _result_shape(input: Tensor, other: Tensor, sum_dims: Sequence[int]) -> list
     return [*batch, input.shape[-2], other.shape[-1]]
 
 
+def _is_transposed(tensor: Tensor) -> bool:
+    """Whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
+
+    A gradient that lies as the transpose does is one for the matrix; autograd would copy another.
+    """
+    return tensor.dim() == 2 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
+
+
 def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
     """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
+    if not needs_dispatcher() and _is_transposed(like):
+        return _product_like(other.mT, input.mT, like.mT).mT
     if input.dim() == other.dim() == like.dim() == 2:
         return product(input, other, dtype=like.dtype)
     batch = _batch_shape(input, other)
@@ -205,6 +216,27 @@ def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = Non
     return tensor.reshape(shape)
 
 
+def _launch_gradients(
+    product: Callable[..., Tensor], grad: Tensor, input: Tensor, other: Tensor, ones: Tensor | None,
+    bias_dtype: torch.dtype | None, needs_input: bool, needs_other: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of a product of matrices, as MatmulFunction has them: those that are needed."""
+
+    def product_like(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+        if _is_transposed(like):
+            return product(right.mT, left.mT, None, [], like.dtype).mT
+        return product(left, right, None, [], like.dtype)
+
+    gradients = []
+    if needs_input:
+        gradients.append(product_like(grad, other.mT, input))
+    if needs_other:
+        gradients.append(product_like(input.mT, grad, other))
+    if ones is not None:
+        gradients.append(product(ones, grad, None, [], bias_dtype).reshape(-1))
+    return gradients
+
+
 class MatmulFunction(torch.autograd.Function):
     """Derivatives of ``(input @ other).sum(sum_dims) + bias``, each one or two calls of the operator."""
 
@@ -218,7 +250,14 @@ class MatmulFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, other = ctx.saved_tensors
-        needs_input, needs_other, needs_bias = ctx.needs_input_grad[:3]
+        needs = needs_input, needs_other, needs_bias = ctx.needs_input_grad[:3]
+        if input.dim() == other.dim() == 2 and not (torch.is_grad_enabled() or needs_dispatcher()):
+            # A bias of one element for each column, below more than one row: its gradient is a product with ones.
+            summed = needs_bias and len(grad) != 1 and ctx.bias[0] == grad.shape[1:]
+            ones = grad.new_ones(()).expand(1, len(grad)) if summed else None
+            args = grad, input, other, ones, ctx.bias and ctx.bias[1], needs_input, needs_other
+            if summed == needs_bias and (launch := _gradients.plain(args)):
+                return tuple(in_places(launch(*args), needs))
         return (
             _product_like(grad, other.mT, input) if needs_input else None,
             _product_like(input.mT, grad, other) if needs_other else None,
@@ -267,4 +306,6 @@ def _autocast(*args: Any) -> tuple[Any, ...]:
     return input, other, bias, sum_dims, input.dtype
 
 
+_GRADIENTS = ("Tensor", "Tensor", "Tensor", "Tensor?", "ScalarType?", "bool", "bool")
+_gradients = Launches("matmul", "matmul_forward", _GRADIENTS, _launch_gradients)
 _matmul = Operator("matmul", "forward", fake=_fake, vmap=_vmap, derivative=MatmulFunction, autocast=_autocast)

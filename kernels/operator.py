@@ -48,9 +48,60 @@ _STRIDED = torch.strided
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 OPERATORS: list["Operator"] = []
+LAUNCHES: list["Launches"] = []  # the operators, and what repeats beside them
 
 
-class Operator:
+class Launches:
+    """Launches that follow from a call's arguments alone, and repeat: see repeat.py.
+
+    Args:
+        op: a module of each backend; ``launcher``: a function there.
+        types: of the arguments, as in a schema.
+        adapt: ``(launcher, *args)`` calls the launcher, once or more, and returns a new tensor or a list of them.
+            None: it is called with the arguments.
+    """
+
+    def __init__(
+        self, op: str, launcher: str, types: Sequence[str], adapt: Callable[..., Any] | None = None
+    ) -> None:
+        self.op, self.launcher = op, launcher
+        self._replays: dict[Any, Any] = {}
+        self._key = key_function({f"a{index}": kind for index, kind in enumerate(types)})
+        self.launch = self._launch_by_name(types.index("Tensor"), adapt)
+        LAUNCHES.append(self)
+
+    def plain(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What launches for these arguments where nothing needs the dispatcher; None if they hold no values."""
+        return self._replay(args) or (self.launch if has_values(args) else None)
+
+    def _replay(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What repeats earlier calls like this one; see repeat.py."""
+        if not self._replays:
+            return None
+        try:
+            return self._replays.get(self._key(*args))
+        except RuntimeError:  # no address: saved inside a transform that has ended
+            return None
+
+    def _launch_by_name(self, place: int, adapt: Callable[..., Any] | None) -> Callable[..., Any]:
+        """What runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
+        op, name = self.op, self.launcher
+
+        def launch(*args: Any) -> Any:
+            if replay := self._replay(args):
+                return replay(*args)
+            backend = backends.backend_for(args[place])
+            launcher = getattr(backends.module(backend, op), name)
+            if adapt is not None:
+                launcher = partial(adapt, launcher)
+            if backend == "triton":
+                return backends.module("triton", "replay").run(self._replays, self._key, launcher, args)
+            return launcher(*args)
+
+        return launch
+
+
+class Operator(Launches):
     """A registered operator: call it with tensors, get tensors, under any transform.
 
     Args:
@@ -81,12 +132,11 @@ class Operator:
         prepare: Callable[..., tuple[tuple[Any, ...], list[int]]] | None = None,
         autocast: Callable[..., tuple[Any, ...]] | None = None,
     ) -> None:
-        self.op = op
-        self.launcher = f"{op}_{direction}"
-        self.name = self.launcher.removesuffix("_forward")
+        name = f"{op}_{direction}"
+        self.name = name.removesuffix("_forward")
         self._vmap = vmap
         self._prepare = prepare
-        launcher = getattr(backends.module("fallback", op), self.launcher)
+        launcher = getattr(backends.module("fallback", op), name)
         # An int is a number of dimensions or the index of one: it does not vary with the sizes, as a SymInt may.
         schema = torch.library.infer_schema(launcher, mutates_args=()).replace("SymInt", "int")
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,9 +144,7 @@ class Operator:
         types = [str(argument.type) for argument in self.overload._schema.arguments]
         self._tensor_count = sum("Tensor" in type for type in types)
         self._no_gradients = (None,) * (len(types) - self._tensor_count)
-        self._replays: dict[Any, Any] = {}
-        self._key = key_function({f"a{index}": type for index, type in enumerate(types)})
-        self.launch = self._launch_by_name(types.index("Tensor"), launch)
+        super().__init__(op, name, types, launch)
         for key in _DEVICE_KEYS:
             _library.impl(self.name, self.launch, key)
         qualified = f"{_NAMESPACE}::{self.name}"
@@ -151,32 +199,6 @@ class Operator:
             return self.launch(*args)
         with _outer_levels(), below_autograd():
             return self.overload(*args)
-
-    def _replay(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-        """What repeats earlier calls like this one; see repeat.py."""
-        if not self._replays:
-            return None
-        try:
-            return self._replays.get(self._key(*args))
-        except RuntimeError:  # no address: saved inside a transform that has ended
-            return None
-
-    def _launch_by_name(self, place: int, adapt: Callable[..., Any] | None) -> Callable[..., Any]:
-        """What runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
-        op, name = self.op, self.launcher
-
-        def launch(*args: Any) -> Any:
-            if replay := self._replay(args):
-                return replay(*args)
-            backend = backends.backend_for(args[place])
-            launcher = getattr(backends.module(backend, op), name)
-            if adapt is not None:
-                launcher = partial(adapt, launcher)
-            if backend == "triton":
-                return backends.module("triton", "replay").run(self._replays, self._key, launcher, args)
-            return launcher(*args)
-
-        return launch
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:

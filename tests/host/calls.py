@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from gradkernels import use_backend
-from gradkernels.operator import OPERATORS
+from gradkernels.operator import LAUNCHES
 from gradkernels.ops import FUNCTIONS
 from gradkernels.triton import multi_tensor, replay
 from torch import Tensor
@@ -179,7 +179,7 @@ class Calls:
             with use_backend("triton"), torch.no_grad():
                 for _ in range(3):
                     gradkernels.mse_loss(x, x.clone())
-            kept.append(sum(len(operator._replays) for operator in OPERATORS))
+            kept.append(sum(len(launches._replays) for launches in LAUNCHES))
             kept.append(len(gradkernels.mse_loss.shortcuts))
         return [max(kept), *kept[-2:]]
 
@@ -370,8 +370,8 @@ def _summary(record: Record) -> list[Any]:
 
 def forget() -> None:
     """No call has been made before."""
-    for operator in OPERATORS:
-        operator._replays.clear()
+    for launches in LAUNCHES:
+        launches._replays.clear()
     for op in FUNCTIONS.values():
         for name in op.public:
             getattr(op.function(name), "shortcuts", {}).clear()

@@ -141,6 +141,17 @@ def test_float32_precision_is_torchs(backend: str, device: torch.device) -> None
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 6, 5)], ids=str)
+def test_the_gradient_of_a_weight_lies_as_the_weight_does(
+    backend: str, device: torch.device, shape: tuple[int, ...], create_graph: bool
+) -> None:
+    """Or else autograd copies it at each backward."""
+    x, weight = torch.ones(shape, device=device), torch.ones(3, 5, device=device, requires_grad=True)
+    (grad,) = torch.autograd.grad(linear(x, weight).sum(), weight, create_graph=create_graph)
+    assert grad.is_contiguous()
+
+
 def test_results_are_new_tensors(backend: str, device: torch.device) -> None:
     """A product with a 1 x 1 identity is a copy, not a view of its operand."""
     input = torch.randn(3, 1, device=device)
