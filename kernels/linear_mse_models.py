@@ -8,8 +8,8 @@ Rows come in three layouts::
 
 The operator ``linear_mse_models`` is ``linear_mse`` with a loss for each model. Its derivatives are products of rows
 and models: products of batches of matrices, or, where rows are ragged, the operators ``linear_mse_models_product``
-and ``linear_mse_models_outer``, each of which the other differentiates. Over 500
-lines, since the three operators need one another.
+and ``linear_mse_models_outer``, each of which the other differentiates. Over 500 lines, since the three operators need
+one another.
 """
 
 from collections.abc import Mapping, Sequence

@@ -441,9 +441,9 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                 return
             with torch.inference_mode(False):  # state and records outlive an inference_mode around this step
                 entries, delegated = self._sort(params, grads)
-                for device in {entry.param.device: None for entry in entries} if not is_captured else ():
-                    # Allocate outside capture: inside, every replay would reset the counter to zero.
-                    self._skip_count(device)
+                if not is_captured:  # a counter that is made inside would go back to zero at each replay
+                    for device in {entry.param.device for entry in entries}:
+                        self._skip_count(device)
             plan = Plan(params, grads, kinds, entries, delegated, self.state, self._models)
             local = [entry.grad for entry in entries]
             if is_captured:

@@ -4,8 +4,8 @@
     grad_W = 2c E^T X,  grad_b = 2c sum_n E,  grad_X = 2c E W,  grad_Y = -2c E
 
 X (N, D), W (K, D), Y (N, K). The predictions are never stored. Three plans (``plan``; config.LINEAR_MSE_PLANS):
-``chunks`` for few outputs, ``dot`` for a few dozen in 16 bits, ``tiles`` for everything else. Over 500
-lines, since they share the errors (``_errors``), the second stage (``_Call.add_up``) and the backward.
+``chunks`` for few outputs, ``dot`` for a few dozen in 16 bits, ``tiles`` for everything else. Over 500 lines, since
+they share the errors (``_errors``), the second stage (``_Call.add_up``) and the backward.
 
 The forward kernels share these arguments; matrices of any strides are records (dims.Matrix):
 

@@ -242,6 +242,20 @@ def dtype_of(tensors: list[Tensor] | None) -> Any:
     return DTYPES[tensors[0].dtype] if tensors else None
 
 
+def step_constants(bucket: Bucket, guard: Guard) -> dict[str, Any]:
+    """The constexpr parameters that all optimizers' kernels have."""
+    return {
+        "DTYPE_P": dtype_of(bucket.params),
+        "DTYPE_G": dtype_of(bucket.grads),
+        "DTYPE_STEP": dtype_of(bucket.states.get("step")),
+        "HAS_MASTER": "master_param" in bucket.states,
+        "STOCHASTIC": bucket.seed is not None,
+        "NORMS": 0 if guard.norms is None else len(guard.norms),
+        "SKIP": guard.skip_nonfinite,
+        "ACC": tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
+    }
+
+
 def launch_step(
     kernel: Any, bucket: Bucket, options: Sequence[tuple[Any, ...]], guard: Guard, **dtypes: Any
 ) -> None:
@@ -267,15 +281,8 @@ def launch_step(
             (tables.programs,),
             *tensors,
             device=device,
-            DTYPE_P=dtype_of(bucket.params),
-            DTYPE_G=dtype_of(bucket.grads),
-            DTYPE_STEP=dtype_of(bucket.states.get("step")),
+            **step_constants(bucket, guard),
             **dtypes,
-            HAS_MASTER="master_param" in bucket.states,
-            STOCHASTIC=bucket.seed is not None,
-            NORMS=0 if guard.norms is None else len(guard.norms),
-            SKIP=guard.skip_nonfinite,
-            ACC=tl.float64 if bucket.params[0].dtype == torch.float64 else tl.float32,
             **config.optimizer(widest, config.target_of(device)),
         )
         return []
