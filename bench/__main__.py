@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ def parser() -> argparse.ArgumentParser:
         "--budget",
         type=float,
         metavar="S",
-        help="start nothing after so many seconds, nor what could end a fifth later; the most telling cases come "
-        "first, what was left out is said last",
+        help="start nothing after so many seconds, nor what could end a fifth later, and end what runs until then; "
+        "the most telling cases come first, what was left out is said last",
     )
     made.add_argument("--json", type=Path, metavar="FILE")
     made.add_argument("--csv", type=Path, metavar="FILE")
@@ -137,6 +136,7 @@ def run(argv: Sequence[str]) -> int:
     import torch
 
     from .throughput import busy, machine, results
+    from .throughput.budget import Budget
     from .throughput.console import Screen, header
     from .throughput.runner import Runner
     from .throughput.scale import study
@@ -171,32 +171,23 @@ def run(argv: Sequence[str]) -> int:
         screen.line(f"warning: {line}", "bad")
     sweeps = [f"{op.name} over {sweep.axis}" for op in ops for sweep in op.sweep(device.type)]
     planned = [case.name for case in cases] + (sweeps if arguments.scale else [])
-    begun: list[str] = []
-    starts: list[float] = []
     records: dict[int, dict[str, Any]] = {}
     short = Runner(device, timer, seconds / 3, arguments.quick)
     with screen.progress(len(planned)) as advance:
-
-        def next_is(name: str) -> bool:
-            """Whether there is time for it, even if it took as long as the longest so far."""
-            starts.append(time.monotonic() - begin)
-            if arguments.budget is not None:
-                longest = max((b - a for a, b in pairwise(starts)), default=0.0)
-                if starts[-1] > arguments.budget or starts[-1] + longest > 1.2 * arguments.budget:
-                    return False
-            begun.append(name)
-            advance(name)
-            return True
-
-        for number in most_telling_first(cases):
-            if next_is(cases[number].name):
-                records[number] = runner.case(cases[number])
-        document["cases"] = [records[number] for number in sorted(records)]
-        if arguments.scale:
-            document["scale"] = [found for op in ops for found in study(op, short, torch.float32, next_is)]
+        budget = Budget(arguments.budget, begin, advance)
+        with budget.enforced():
+            for number in most_telling_first(cases):
+                if budget.admits(cases[number].name):
+                    records[number] = runner.case(cases[number])
+            if arguments.scale:
+                document["scale"] = []
+                for op in ops:
+                    for found in study(op, short, torch.float32, budget.admits):
+                        document["scale"].append(found)
+    document["cases"] = [records[number] for number in sorted(records)]
     screen.document(document)
     write(document, arguments, screen)
-    if left := list((Counter(planned) - Counter(begun)).elements()):
+    if left := budget.left_out(planned):
         screen.line(
             f"not timed: {len(left)} of {len(planned)}, the budget of {arguments.budget:.0f} s was spent: "
             + "; ".join(left)

@@ -5,9 +5,12 @@ The CUDA timer is rehearsed on a proxy of ``torch.cuda`` that stamps its events 
 that its lines run and what they compute, and nothing about a GPU.
 """
 
+import contextlib
 import csv
 import dataclasses
 import json
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +19,8 @@ import pytest
 import torch
 
 from bench import __main__ as cli
+from bench.throughput import budget, machine, results
 from bench.throughput import case as declaration
-from bench.throughput import machine, results
 from bench.throughput.case import OURS, Case, Implementation, function
 from bench.throughput.console import Screen
 from bench.throughput.runner import Runner, free_bytes
@@ -208,7 +211,8 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
         return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
 
     monkeypatch.setattr(Runner, "case", skipped)
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (cli, budget):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     planned = [case for op in cli.declared(["mse", "adam"]) for case in op.cases("cpu", quick=True)]
     command = ["mse", "adam", "--quick", "--scale", "--device", "cpu", "--json", str(tmp_path / "run")]
@@ -228,6 +232,34 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
     clock.case = len(variants) / 2.5  # a third case would end more than a fifth after the budget
     assert cli.main([*command, "--budget", str(len(variants) - 1)]) == 0
     assert len(tried) == 2
+
+
+def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    """The second case would go on for ever, in a contender's call."""
+    calls = []
+
+    def case(self: Runner, case: Case) -> dict[str, Any]:
+        calls.append(case.name)
+        while len(calls) == 2:
+            with contextlib.suppress(Exception):  # as a contender's error becomes its row
+                time.sleep(0.01)
+        head = {key: getattr(case, key) for key in ("op", "variant", "label", "sizes", "bytes", "flops")}
+        return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
+
+    monkeypatch.setattr(Runner, "case", case)
+    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
+    before = signal.getsignal(signal.SIGALRM)
+    command = ["mse", "--quick", "--device", "cpu", "--scale", "--json", str(tmp_path / "run")]
+    assert cli.main([*command, "--budget", "1"]) == 0
+    assert (signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)) == ((0.0, 0.0), before)
+    kept = json.loads((tmp_path / "run").read_text())
+    assert [results.case_name(record) for record in kept["cases"]] == calls[:1]
+    assert "scale" not in kept
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert calls[0] not in said
+    assert calls[1] in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
