@@ -7,9 +7,10 @@ from ..checks import cyclic
 from ..optim.bucket import Update
 from .threads import is_small, one_thread
 
-# From so many rows on a bias has a sum of its own: a product adds them one after the other, for each of its lanes, and
-# where that rounds to the same side (small integers, constants) 2^19 rows lost 4,000 eps, torch's sum 5.
-_MANY = 1 << 12
+# A product adds its rows one after the other, for each of its lanes; where that rounds to the same side (small
+# integers, constants) 2^19 rows lost 4,000 eps. So many rows a product at most, whose results torch's sum adds, as it
+# adds a bias's errors from so many on.
+_ROWS = 1 << 12
 
 
 def linear_mse_fit_rounds(
@@ -80,7 +81,7 @@ def linear_mse_fit_rounds(
             torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
             loss.mul_(share)
             _contract(es, xs, sums)
-            if bias is not None and batch_size >= _MANY:
+            if bias is not None and batch_size >= _ROWS:
                 torch.sum(es, 2, out=sums[..., -1])
             sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
             if not joined:
@@ -124,6 +125,15 @@ def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:
 
 def _contract(error: Tensor, x: Tensor, sums: Tensor) -> None:
     """``sums = error x^T``."""
+    starts = range(0, error.shape[2], _ROWS)
+    parts = sums[None] if len(starts) == 1 else sums.new_empty(len(starts), *sums.shape)
+    for part, start in zip(parts, starts, strict=True):
+        _product(error[..., start : start + _ROWS], x[..., start : start + _ROWS], part)
+    if len(starts) > 1:
+        torch.sum(parts, 0, out=sums)
+
+
+def _product(error: Tensor, x: Tensor, sums: Tensor) -> None:
     if len(x) != len(sums):
         torch.mm(error.flatten(0, 1), x[0].mT, out=sums.flatten(0, 1))
     elif sums.shape[1] == 1:  # torch takes 0.8 of the other product's time
