@@ -137,7 +137,7 @@ def mse_loss_and_grad(
 
     Returns:
         ``(loss, (grad_input, grad_target, grad_weight))`` with None for what is not in ``wrt`` or was not given;
-        dtypes as of ``mse_loss``.
+        dtypes as of ``mse_loss``. Weights of full shape whose sum has no finite reciprocal (below 3e-39) make inf.
 
     Raises:
         ValueError: the shapes of input and target differ, weight does not broadcast to theirs, ``reduction`` is
