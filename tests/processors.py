@@ -19,24 +19,28 @@ import numpy as np
 import torch
 
 HERE = Path(__file__).parent
-LEVELS = ("DEFAULT", "AVX2", "AVX512")  # of instructions, by torch's names
+VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+LEVELS = {  # of instructions, by torch's names: the value of each variable
+    "DEFAULT": ("default", "SSE4_2", "SSE41", "COMPATIBLE"),
+    "AVX2": ("avx2", "AVX2", "AVX2", "AVX2"),
+    "AVX512": ("avx512", "AVX512", "AVX512_CORE", "AVX512"),
+}
 
 
 def settings() -> dict[str, tuple[str, dict[str, str]]]:
-    """By name: which tests run ("fallback" or "kernels"), and the environment."""
+    """By name: which tests run ("fallback" or "kernels"), and the environment.
+
+    MKL_CBWR chooses among MKL's reproducible routines, which are others than those of any level: it stands alone.
+    """
     here = torch.backends.cpu.get_cpu_capability()
-    levels = LEVELS[: LEVELS.index(here) + 1] if here in LEVELS else ()
+    levels = list(LEVELS)[: list(LEVELS).index(here) + 1] if here in LEVELS else []
     one, two = ({"OMP_NUM_THREADS": n, "MKL_NUM_THREADS": n} for n in "12")
-    found = {"one thread": ("fallback", one), "two threads": ("fallback", two)}
-    by_variable = {
-        "ATEN_CPU_CAPABILITY": ("default", "avx2", "avx512"),
-        "MKL_CBWR": ("COMPATIBLE", "AVX2", "AVX512"),
-        "MKL_ENABLE_INSTRUCTIONS": ("SSE4_2", "AVX2", "AVX512"),
-        "ONEDNN_MAX_CPU_ISA": ("SSE41", "AVX2", "AVX512_CORE"),
-    }
-    for variable, values in by_variable.items():
-        for _, value in zip(levels, values, strict=False):
-            found[f"{variable}={value}"] = ("fallback", one | {variable: value})
+    found = {f"{here}, one thread": ("fallback", one), f"{here}, two threads": ("fallback", two)}
+    for level in levels:
+        *values, reproducible = LEVELS[level]
+        if level != here:
+            found[f"{level}, one thread"] = ("fallback", one | dict(zip(VARIABLES, values, strict=False)))
+        found[f"MKL_CBWR={reproducible}"] = ("fallback", one | {"MKL_CBWR": reproducible})
     if levels:
         features = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
         plain = {"NPY_DISABLE_CPU_FEATURES": " ".join(features), "OPENBLAS_CORETYPE": "Prescott"}
