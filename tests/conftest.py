@@ -21,10 +21,10 @@ INTERPRETED = (
 
 from gradkernels import use_backend  # noqa: E402
 from gradkernels.verify import memory_check  # noqa: E402
-from gradkernels.verify.memory.interpreter import language_prepared_once  # noqa: E402
+from gradkernels.verify.memory.interpreter import without_waste  # noqa: E402
 
 if INTERPRETED:
-    _faster = language_prepared_once()  # every launch of the session, not only those that the checker watches
+    _faster = without_waste()  # every launch of the session, not only those that the checker watches
     _faster.__enter__()
 
 DEVICES = {"fallback": "cpu", "reference": "cpu", "triton": "cuda" if GPU else "cpu"}

@@ -3,6 +3,7 @@
 Over 500 lines, since each fault is a kernel of its own.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -485,6 +486,39 @@ def test_the_language_is_prepared_once_a_launch(monkeypatch):
     assert torch.equal(y, x.view(8, 8).sum(1) + x.view(8, 8).amax(1))
     assert isinstance(tl.sum, type(tl.max))
     assert "lambda" not in tl.load.__qualname__  # and put back after the launch
+
+
+@triton.jit
+def twice_kernel(y_ptr):
+    offs = tl.arange(0, 8)
+    tl.store(y_ptr + offs, offs + offs)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_overflow_is_looked_for_only_where_it_is_told(monkeypatch, debug):
+    builder = triton_interpreter.interpreter_builder
+    options = dataclasses.replace(builder.options, sanitize_overflow=True, debug=debug)
+    monkeypatch.setattr(builder, "options", options)
+    additions, add = [], type(builder).create_add
+    monkeypatch.setattr(type(builder), "create_add", lambda *args: (additions.append(1), add(*args))[1])
+    y = torch.empty(8, dtype=torch.int32)
+    with memory_check():
+        twice_kernel[(1,)](y)
+    assert len(additions) == (2 if debug else 1)  # the one in 64 bits is what the assertion looks at
+    assert torch.equal(y, 2 * torch.arange(8, dtype=torch.int32))
+    assert builder.options is options
+
+
+def test_types_are_made_once(monkeypatch):
+    made, init = [], tl.block_type.__init__
+    monkeypatch.setattr(tl.block_type, "__init__", lambda *args: (made.append(1), init(*args))[1])
+    x, y = torch.arange(64.0), torch.empty(64)
+    with memory_check():
+        copy(x, y, 64)
+        first = len(made)
+        copy(x, y, 64)
+    assert 2 * (len(made) - first) < first
+    assert torch.equal(x, y)
 
 
 def test_a_changed_interpreter_is_an_error(monkeypatch):

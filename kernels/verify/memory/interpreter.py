@@ -8,6 +8,7 @@ tells which argument it came from. ``watch`` raises ``InterpreterChangedError`` 
 expected, and ``check_canary`` runs a kernel once per process to see that no access escapes.
 """
 
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -208,15 +209,81 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def language_prepared_once() -> Iterator[None]:
-    """Inside the block the interpreter prepares ``triton.language`` once a launch, in half of a kernel's time.
+def without_waste() -> Iterator[None]:
+    """Inside the block the interpreter leaves out work that changes no result: more than half of a kernel's time."""
+    require_interpreter()
+    with _language_prepared_once(), _no_dropped_checks(), _types_looked_up():
+        yield
+
+
+@contextmanager
+def _no_dropped_checks() -> Iterator[None]:
+    """Integers are not added up once more in 64 bits for a check that is dropped again, unless ``debug`` is set."""
+    import triton.runtime.interpreter as interpreter
+
+    builder = interpreter.interpreter_builder
+    options: Any = getattr(builder, "options", None)
+    if not getattr(options, "sanitize_overflow", False) or getattr(options, "debug", True):
+        yield
+        return
+    with _replaced(builder, "options", dataclasses.replace(options, sanitize_overflow=False)):
+        yield
+
+
+@contextmanager
+def _types_looked_up() -> Iterator[None]:
+    """The types of blocks, and NumPy's for an element, are made once and not for every operation."""
+    import triton.language as tl
+    import triton.runtime.interpreter as interpreter
+
+    block, builder = tl.core.block_type, interpreter.InterpreterBuilder
+    original: Any = getattr(interpreter, "_get_np_dtype", None)
+    expected = {
+        original: ("tt_dtype",),
+        block.with_element_ty: ("self", "scalar_ty"),
+        builder.get_block_ty: ("self", "dtype", "shape"),
+    }
+    if any(_parameters(function) != names for function, names in expected.items()):
+        yield  # another version's, or already inside such a block
+        return
+    dtypes: dict[str, np.dtype] = {}
+    blocks: dict[tuple[Any, ...], Any] = {}
+
+    def numpy_dtype(of: Any) -> np.dtype:
+        name = of.scalar.name
+        if name not in dtypes:
+            dtypes[name] = original(of)
+        return dtypes[name]
+
+    def with_element(self: Any, element: Any) -> Any:
+        key = (self.name, element.name)
+        if key not in blocks:
+            blocks[key] = block(element, self.shape)
+        return blocks[key]
+
+    def block_of(self: Any, element: Any, shape: Any) -> Any:
+        key = (element.name, *shape)
+        if key not in blocks:
+            blocks[key] = block(element, shape)
+        return blocks[key]
+
+    with (
+        _replaced(interpreter, "_get_np_dtype", numpy_dtype),
+        _replaced(block, "with_element_ty", with_element),
+        _replaced(builder, "get_block_ty", block_of),
+    ):
+        yield
+
+
+@contextmanager
+def _language_prepared_once() -> Iterator[None]:
+    """``triton.language`` is prepared once a launch.
 
     When a kernel is launched, and again at each call of a device function, the interpreter searches the language's
     modules for the functions to replace by its own. What the launch has put there still stands when a device
     function is called, and a module's functions have the same names each time. An interpreter that does this in
     another way is left as it is.
     """
-    require_interpreter()
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
@@ -275,7 +342,7 @@ def watch(observer: Observer, configuration: int | None = None) -> Iterator[None
     if isinstance(interpreter._interpreter, _Proxy):
         raise RuntimeError("a memory check is already active: they do not nest")
     _guard(interpreter)
-    with language_prepared_once(), _observed(observer, configuration):
+    with without_waste(), _observed(observer, configuration):
         yield
 
 
