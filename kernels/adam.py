@@ -150,6 +150,8 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             )
             for key in keys:
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        if state["step"].device != param.device:  # a hook may make it on the CPU, as torch does
+            state["step"] = state["step"].to(param.device)
         supported = _get_capturable_supported_devices()
         if group["capturable"] and not group["fused"] and param.device.type not in supported:
             raise AssertionError(

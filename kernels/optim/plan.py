@@ -73,7 +73,7 @@ class Plan:
 
     Args:
         params: all parameters of the optimizer; ``grads``: theirs, or None.
-        kinds: what in each group's options decides which tensors take part.
+        kinds: of each group how many parameters it has, and what in its options decides which tensors take part.
         entries: what launches update; ``delegated``: (group, parameter) for torch's own loop.
         state: the optimizer's.
         models: how many models the parameters stack; None for plain parameters.
@@ -133,14 +133,17 @@ def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]
     met: dict[tuple[torch.device, int], int] = defaultdict(int)
     for slot, entry in enumerate(entries):
         param = entry.param
-        dtypes = tuple((key, value.dtype) for key, value in entry.state.items())
+        others = {"grad": entry.grad, **entry.state}
+        kinds = tuple((key, value.dtype, value.device) for key, value in others.items())
         again = 0
         if param.numel() > 0:
             memory = (param.device, param.data_ptr())
             again = met[memory]
             met[memory] += 1
-        identity = (param.device, param.dtype, entry.grad.dtype, dtypes, entry.seed, entry.shards, again)
+        identity = (param.device, param.dtype, kinds, entry.seed, entry.shards, again)
         if identity not in parts:
+            if any(device != param.device for _, _, device in kinds):
+                _refuse_devices(entry)
             bucket = Bucket([], [], {key: [] for key in entry.state}, [], [], entry.seed)
             parts[identity] = Part(bucket, [], [], entry.shards, models is not None)
         part = parts[identity]
@@ -164,6 +167,13 @@ def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]
         for key, value in entry.state.items():
             part.bucket.states[key].append(value)
     return list(parts.values())
+
+
+def _refuse_devices(entry: Entry) -> NoReturn:
+    """Kernels are given addresses, which say nothing of the device that they are of."""
+    tensors = {"grad": entry.grad, **entry.state}
+    shown = ", ".join(f"{key} on {value.device}" for key, value in tensors.items())
+    raise RuntimeError(f"parameter {entry.position} is on {entry.param.device}, but {shown}")
 
 
 def _refuse_shapes(entry: Entry) -> NoReturn:

@@ -290,7 +290,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             if self.stacked and step is not None:
                 values["step"] = spread_step(step, param)
             elif isinstance(step, Tensor):
-                values["step"] = step.to(param.device).resolve_neg()
+                dtype = step.dtype if step.is_floating_point() else torch.float32
+                values["step"] = step.to(param.device, dtype).resolve_neg()
         if self._loading is not None:
             self._keep_wide(self._loading)
 
@@ -318,7 +319,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         for name, param in zip(names, params, strict=True):
             if self._has_master(param):
                 for key, value in given["state"].get(name, {}).items():
-                    if key in self._state_keys and key != "step":
+                    if key in self._state_keys and key != "step" and value is not None:
                         self.state[param][key] = value.to(device=param.device, dtype=torch.float32)
 
     # One step.
@@ -429,7 +430,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         groups = self.param_groups
         params = list(chain.from_iterable([group["params"] for group in groups]))
         grads = [param.grad for param in params]
-        kinds = [self._kind(group) for group in groups]
+        kinds = [(len(group["params"]), self._kind(group)) for group in groups]
         is_captured = capturing()
         if is_captured:
             self._refuse_capture(params)

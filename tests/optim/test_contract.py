@@ -170,6 +170,25 @@ def test_old_checkpoints_load(name: str, step_type: Any) -> None:
     assert_same_run(ours_again, theirs_again, steps=8)
 
 
+@on_both_backends
+def test_a_step_that_is_a_tensor_of_integers_loads(name: str, device: torch.device) -> None:
+    """As other tools write it, and torch's loop takes it; the kernels read torch's own dtype."""
+    params = copies(make_params(SMALL), device)
+    ours = ours_for(name)(params, **FULL_OPTIONS[name])
+    run(ours, some_gradients(ours, 2))
+    saved = copy.deepcopy(ours.state_dict())
+    again = [ours_for(name)(copies(params, device), **FULL_OPTIONS[name]) for _ in range(2)]
+    again[0].load_state_dict(copy.deepcopy(saved))
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = state["step"].long()
+    again[1].load_state_dict(saved)
+    gradients = some_gradients(ours, 2)
+    for optimizer in again:
+        run(optimizer, gradients)
+    assert_equal_bits(*again)
+
+
 def test_loading_casts_state_to_the_parameter_but_step_stays(name: str) -> None:
     """As torch: moments follow a bfloat16 model; ``step`` is never below float32."""
     _ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
@@ -196,6 +215,31 @@ def test_refuses_state_of_another_shape_as_torch_does(name: str) -> None:
             run(optimizer, some_gradients(optimizer, 1))
         if optimizer is ours:  # torch has applied the weight decay by then
             assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+
+
+def test_refuses_state_on_another_device_than_its_parameter(name: str) -> None:
+    """A model that was moved after a step leaves its state behind: a kernel would read an address of elsewhere."""
+    ours = ours_for(name)(make_params(SMALL), **FULL_OPTIONS[name])
+    run(ours, some_gradients(ours, 1))
+    param = parameters(ours)[0]
+    key = "momentum_buffer" if name == "SGD" else "exp_avg_sq"
+    ours.state[param][key] = ours.state[param][key].to("meta")
+    before = [p.detach().clone() for p in parameters(ours)]
+    with pytest.raises(RuntimeError, match=r"parameter 0 is on cpu, but .* on meta"):
+        ours.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+
+
+def test_a_step_that_was_made_on_the_cpu_follows_its_parameter() -> None:
+    """Torch's own lies there, whatever the parameter's device: a hook that makes the state goes by torch."""
+    param = torch.nn.Parameter(torch.empty(5, device="meta"))
+    param.grad = torch.empty(5, device="meta")
+    ours = ours_for("Adam")([param])
+    ours.state[param].update(
+        step=torch.tensor(0.0), exp_avg=torch.zeros_like(param), exp_avg_sq=torch.zeros_like(param)
+    )
+    ours.step()
+    assert ours.state[param]["step"].device == param.device
 
 
 def test_state_of_the_whole_optimizer_may_lie_beside_that_of_parameters(name: str) -> None:

@@ -90,6 +90,25 @@ def test_a_parameter_that_takes_another_s_place(name: str, device: torch.device)
     assert all(torch.equal(param, value) for param, value in left)
 
 
+def test_a_parameter_that_goes_over_to_the_group_before(name: str) -> None:
+    """All parameters stand in the same order as before."""
+    params = make_params(SMALL)
+    ours, theirs = (
+        make([{"params": given[:1], "lr": 0.1}, {"params": given[1:], "lr": 0.001}], **others)
+        for make, given, others in (
+            (ours_for(name), copies(params), {}),
+            (theirs_for(name), params, {"foreach": False}),
+        )
+    )
+
+    def go_over(optimizer: Optimizer, step: int) -> None:
+        if step == 2:
+            first, second = optimizer.param_groups
+            first["params"].append(second["params"].pop(0))
+
+    assert_same_run(ours, theirs, steps=5, after_step=go_over)
+
+
 def test_parameters_without_gradients_have_no_state(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     for optimizer in (ours, theirs):

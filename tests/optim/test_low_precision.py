@@ -319,6 +319,16 @@ def test_master_weights_and_torch_checkpoints(name: str) -> None:
     theirs.step()
 
 
+def test_masters_and_a_checkpoint_that_says_none() -> None:
+    """Older versions of torch keep ``momentum_buffer: None`` where SGD has no momentum."""
+    ours = ours_for("SGD")(make_params(((65,),), torch.bfloat16), lr=0.1, momentum=0.9, master_weights=True)
+    ours.load_state_dict({**ours.state_dict(), "state": {0: {"momentum_buffer": None}}})
+    gradients = [torch.randn(65).bfloat16()]
+    set_gradients(ours, gradients)
+    ours.step()
+    assert torch.equal(ours.state[parameters(ours)[0]]["momentum_buffer"], gradients[0].float())
+
+
 @pytest.mark.parametrize(
     ("dtype", "grad_dtype"),
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float16)],
