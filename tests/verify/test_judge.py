@@ -89,6 +89,58 @@ def test_a_planted_fault_gets_its_verdict(
     assert any(plant.says in case.message for case in cases if case.verdict == plant.verdict)
 
 
+RECTIFIERS = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def relu_kernel(x_ptr, y_ptr, n, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < n)
+        tl.store(y_ptr + offs, tl.where(x > FLOOR, x, 0.0), mask=offs < n)
+
+    def launch(x, floor=0.0):
+        x, y = x.contiguous(), torch.empty(x.shape)
+        relu_kernel[(triton.cdiv(x.numel(), 64),)](x, y, x.numel(), FLOOR=floor, BLOCK=64)
+        return y
+
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return FORWARD
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return torch.where(x > 0, grad, 0.0)
+
+    def check_Relu():
+        return Relu, [INPUT], torch.relu
+"""
+
+
+@pytest.mark.parametrize(
+    ("forward", "given", "says"),
+    [
+        ("launch(x)", "torch.rand(5, 7)", ""),
+        ("launch(x, -9.0)", "torch.rand(5, 7)", "[negative values]"),
+        ("launch(x, 0.0 if x.requires_grad else -9.0)", "torch.randn(5, 7)", "without gradients: at"),
+    ],
+    ids=["right", "never negative", "without gradients"],
+)
+def test_what_the_given_values_and_the_training_do_not_show(
+    forward: str, given: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rectifier.py"
+    file.write_text(textwrap.dedent(RECTIFIERS).replace("FORWARD", forward).replace("INPUT", given))
+    cases = judged(file, monkeypatch)
+    assert v.of_file(cases) == (v.WRONG_VALUE if says else v.VERIFIED), cases
+    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
+    assert any(says in fault for fault in faults) or not says
+
+
 def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
     """All samples are drawn before the comparison, and count even where it would pass without them."""
     calls = []

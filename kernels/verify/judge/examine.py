@@ -3,7 +3,8 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,12 @@ class _Examination:
         usual = self.count % self.configurations
         self.count += 1
 
-        def once(configuration: int = usual, zeroed: bool = False, values: Any = point.values) -> Outcome:
+        def once(
+            configuration: int = usual,
+            zeroed: bool = False,
+            values: Any = point.values,
+            wanted: Sequence[int] = wanted,
+        ) -> Outcome:
             if self.stochastic:
                 seed_all(self.options.seed)
             outcome, error = watched(self.subject, leaves_of(values, wanted), wanted, configuration, zeroed)
@@ -268,6 +274,8 @@ class _Examination:
     ) -> Iterator[Finding]:
         """Make the experiments that one point is enough for."""
         yield from trials.idleness(self.subject, point.values, wanted, first)
+        if truth is not None and wanted:
+            yield from self._without_gradients(point, first, truth, once)
         self.configurations = first.memory.configurations
         for configuration in range(1, self.configurations):
             outcome = once(configuration)
@@ -289,6 +297,21 @@ class _Examination:
             each = time.monotonic() - began
             elements = max(2, min(ELEMENTS, int(4 / each / len(wanted))))
             yield from self._diagnosis(point, wanted, elements)
+
+    def _without_gradients(
+        self, point: Point, first: Outcome, truth: Truth, once: Callable[..., Outcome]
+    ) -> Iterator[Finding]:
+        """Judge the forward where nobody asks for a gradient: it may go another way then."""
+        once = partial(once, wanted=())
+        try:
+            plain = once()
+        except _RefusedError:  # it cannot do without
+            return
+        found = list(trials.memory(plain))
+        if not found and not trials.agree(plain, replace(first, gradients={})):
+            found = list(trials.value(*self._draws(point, plain, truth, once)))
+        for finding in found:
+            yield Finding(finding.verdict, f"without gradients: {finding.message}", finding.where)
 
     def _diagnosis(self, point: Point, wanted: list[int], elements: int) -> list[Finding]:
         try:
