@@ -96,9 +96,12 @@ def _info_command(arguments: argparse.Namespace) -> int:
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(size) for size in text.lower().split("x"))
+        sizes = tuple(int(size) for size in text.lower().split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1") from None
+        sizes = (-1,)
+    if min(sizes) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1")
+    return sizes
 
 
 def _seconds(text: str) -> float:
@@ -115,6 +118,10 @@ def _verify_command(arguments: argparse.Namespace) -> int:
         return judge.run(arguments)
     if arguments.sarif or arguments.github or arguments.forward_only or arguments.seed:
         raise ValueError("--sarif, --github, --seed and --forward-only need a file")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (AssertionError, RuntimeError) as error:  # torch was built without it, or there is none
+        raise ValueError(f"--device {arguments.device}: {str(error).partition(chr(10))[0]}") from None
     report = verify.kernels(
         arguments.op,
         shapes=arguments.shape,

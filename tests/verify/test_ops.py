@@ -159,6 +159,8 @@ def test_the_command_line(capsys, monkeypatch):
     assert cli.main(["verify", "--op=mse", "--shape=5", "--dtype=float32", "--backend=triton"]) == 1
     for wrong in (
         ["--op=mse", "--shape=axb"],
+        ["--op=mse", "--shape=-3"],
+        ["--op=mse", "--device=cude"],
         ["--shape=3x3"],
         ["--op=mse", "--dtype=int8"],
         ["--op=linear_mse", "--shape=3"],
