@@ -225,17 +225,24 @@ class Table:
             )
             # Column by column: the table is never in memory twice.
             self.frame = pd.DataFrame(
-                {name: self.frame.pop(name)[kept] for name in list(self.frame)}, copy=False
+                {name: chosen(self.frame.pop(name), kept) for name in list(self.frame)}, copy=False
             )
             if left_out := self.rows - len(self.frame):
                 self.notes.append(f"left out {left_out} of {self.rows} rows for want of a value")
-            if how == "mean":
-                counts = ", ".join(f"{name!r} ({count})" for name, count in missing.items())
-                self.notes.append(f"filled missing values by the mean or the commonest category: {counts}")
             self.rows = len(self.frame)
+            filled = {name: count for name, count in self.frame.isna().sum().items() if count}
+            if filled:
+                counts = ", ".join(f"{name!r} ({count})" for name, count in filled.items())
+                self.notes.append(f"filled missing values by the mean or the commonest category: {counts}")
             if self.rows < 2:
                 self.problems.append(
                     f"{self.rows} row(s) are left with all values; --missing mean fills them in"
+                )
+            for column in (name for name, count in filled.items() if count == self.rows):
+                self.refuse(
+                    column,
+                    f"has no value in any of the {self.rows} rows that are left",
+                    "--drop leaves a column out",
                 )
 
     def split(self, digest: str) -> Data:
@@ -292,6 +299,12 @@ class Table:
         return Data(description, *parts)
 
 
+def chosen(column: pd.Series, rows: np.ndarray) -> pd.Series:
+    """These rows of a column; of a category, the words that they hold."""
+    column = column[rows]
+    return column.cat.remove_unused_categories() if isinstance(column.dtype, pd.CategoricalDtype) else column
+
+
 class Encoder:
     """A feature column as one or more columns of numbers: missing values filled in, categories one-hot."""
 
@@ -299,7 +312,9 @@ class Encoder:
         self.hot = None
         if isinstance(values.dtype, pd.CategoricalDtype):
             self.values = values.cat.codes.to_numpy()[:, None]
-            fill = SimpleImputer(missing_values=-1, strategy="most_frequent").fit(self.values[train])
+            # The training rows may lack it altogether: then the baseline, whose code is 0.
+            fill = SimpleImputer(missing_values=-1, strategy="most_frequent", keep_empty_features=True)
+            fill.fit(self.values[train])
             baseline, *words = map(str, values.cat.categories)
             codes = np.arange(1 + len(words))[:, None]
             # The first category is the baseline that the others are compared with.

@@ -449,6 +449,33 @@ def test_preparing_is_what_scikit_learn_makes_of_the_whole_table(
     np.testing.assert_allclose(data.validation_x, expected[validation], rtol=1e-6, atol=1e-6)
 
 
+def holed(tmp_path: Path, word: dict[int, str], without_price: int | None = None) -> str:
+    """Twelve rows, some of which have a word; one may lack the price."""
+    rows = (f"{2 * i},{word.get(i, '')},{'' if i == without_price else i * i % 7}" for i in range(12))
+    return str(write_table(tmp_path / "holed.csv", ["area,word,price", *rows]))
+
+
+def test_words_that_no_training_row_has(regression: ModuleType, tmp_path: Path) -> None:
+    """Every training row is then filled in with the baseline."""
+    first, second = np.random.default_rng(0).permutation(12)[:2]  # the two rows held out
+    table = holed(tmp_path, {first: "red", second: "blue"})
+    _, data = load(regression, data=table, target="price", missing="mean")
+    assert data.description["features"] == ["area", "word = red"]
+    assert not data.train_x[:, 1].any()
+    assert sorted(data.validation_x[:, 1]) == [0, 1]
+
+
+def test_a_row_left_out_leaves_nothing_behind(regression: ModuleType, tmp_path: Path) -> None:
+    """Neither its words, the first of which would be the baseline, nor what is said of its holes."""
+    words = {i: "ab"[i % 2] for i in range(12)} | {5: "A"}
+    for missing in ("drop", "mean"):
+        _, data = load(regression, data=holed(tmp_path, words, 5), target="price", missing=missing)
+        assert data.description["features"] == ["area", "word = b"]
+        assert data.description["notes"] == ["left out 1 of 12 rows for want of a value"]
+    with pytest.raises(regression.InputError, match=r"'word' has no value in any of the 11 rows that"):
+        load(regression, data=holed(tmp_path, {5: "A"}, 5), target="price", missing="mean")
+
+
 def test_predict_gives_the_predictions_of_the_run(
     regression: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
