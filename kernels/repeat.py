@@ -174,7 +174,9 @@ def _shortcut(
     body = f"differentiated(({', '.join(terms)},))" if differentiated else f"replay({', '.join(terms)})"
     given = outputs if isinstance(outputs, list) else [outputs]
     place = next((i for i, output in enumerate(given) if output.data_ptr() == result.data_ptr()), None)
-    if place is None or result._version or given[place].numel() != result.numel():
+    if place is None or given[place].numel() != result.numel():
+        return False
+    if not result.is_inference() and result._version:  # tensors of inference mode count no changes
         return False  # more was done to the output
     if isinstance(outputs, list):
         body += f"[{place}]"
@@ -188,13 +190,16 @@ def _shortcut(
 
 def _view(source: str, tensor: Tensor, view: Tensor) -> str | None:
     """``view`` as an expression of ``tensor``, whose source is given, if a public function may have made it."""
-    candidates = {source: tensor}
-    if tensor.dim() > 1:
-        candidates[f"{source}.mT"] = tensor.mT
-    if tensor.numel() == view.numel():
-        candidates[f"{source}.reshape({tuple(view.shape)})"] = tensor.reshape(view.shape)
 
     def seen(tensor: Tensor) -> Any:
         return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+    candidates = {source: tensor}
+    if tensor.dim() > 1:
+        if tensor.shape[-1] > 1 and seen(tensor.mT) == seen(tensor):
+            return None  # an expanded number, say: which of the two it is shows in gradients alone
+        candidates[f"{source}.mT"] = tensor.mT
+    if tensor.numel() == view.numel():
+        candidates[f"{source}.reshape({tuple(view.shape)})"] = tensor.reshape(view.shape)
 
     return next((name for name, candidate in candidates.items() if seen(candidate) == seen(view)), None)

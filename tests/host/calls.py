@@ -7,6 +7,7 @@ Kernels are recorded, not run: no value means anything.
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -182,6 +183,20 @@ class Calls:
             kept.append(sum(len(launches._replays) for launches in LAUNCHES))
             kept.append(len(gradkernels.mse_loss.shortcuts))
         return [max(kept), *kept[-2:]]
+
+    def shortcuts(self, kind: str) -> list[bool]:
+        """Which keys of a repeated ``linear`` have a shortcut."""
+        forget()
+        input, weight = (torch.ones(8, 8, device=self._device) for _ in range(2))
+        if kind == "expanded leaf":
+            weight = torch.ones((), device=self._device).expand(8, 8)
+        mode = torch.inference_mode() if kind == "inference" else nullcontext()
+        weight.requires_grad_("leaf" in kind)
+        with use_backend("triton"), mode, self._recorder.recording() as record:
+            for _ in range(5):
+                gradkernels.linear(input, weight)
+        assert len(record.launches) == 5
+        return list(map(bool, gradkernels.linear.shortcuts.values()))
 
     def aot_case(self, number: int, dtype: str) -> list[Any]:
         """A call of the compile report."""

@@ -80,6 +80,14 @@ def test_a_repeated_call(worker: Worker, number: int, dtype: str) -> None:
     assert sum(worker.call("repeated", number, dtype))
 
 
+@pytest.mark.parametrize(
+    ("kind", "found"), [("no leaf", True), ("leaf", True), ("inference", True), ("expanded leaf", False)]
+)
+def test_a_call_that_repeats_skips_its_checks(worker: Worker, kind: str, found: bool) -> None:
+    """In inference mode too; not where a weight and its transpose look the same: their gradients do not."""
+    assert worker.call("shortcuts", kind) == [found]
+
+
 def test_what_is_kept_of_many_shapes_is_bounded(worker: Worker) -> None:
     assert max(worker.call("many_shapes", 1200)) <= 512 + 20
 
