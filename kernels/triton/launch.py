@@ -137,10 +137,12 @@ def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., t
     """What a compilation depends on in arguments of these types, as a function of the arguments.
 
     First a number for the kernel and the types: a call without a bias and one without a weight give terms that
-    look the same. Then, as Triton has it: a tensor's dtype and whether its address is a multiple of 16; whether
-    an integer is 1, is a multiple of 16, fits 32 bits; the block of a descriptor. Parameters under
-    ``do_not_specialize`` count by type alone, the fields of their records too.
+    look the same. Then, as Triton has it: a tensor's dtype and whether its address is a multiple of 16, on AMD
+    whether 31 bits count its bytes too (offsets have 32 bits there); whether an integer is 1, is a multiple of
+    16, fits 32 bits; the block of a descriptor. Parameters under ``do_not_specialize`` count by type alone, the
+    fields of their records too.
     """
+    short_offsets = driver.active.get_current_target().backend == "hip"
     terms = [str(next(_numbers))]
     integers: list[str] = []
 
@@ -150,6 +152,8 @@ def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., t
             terms.append(f"{name}.dtype")
             if not param.do_not_specialize and not param.do_not_specialize_on_alignment:
                 terms.append(f"{name}.data_ptr() % 16 == 0")
+            if short_offsets and not param.do_not_specialize:
+                terms.append(f"{name}.untyped_storage().nbytes() < 2**31")
         elif isinstance(value, int) and not isinstance(value, bool):
             if not param.do_not_specialize:
                 terms.append(f"{name} == 1")
