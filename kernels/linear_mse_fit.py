@@ -85,19 +85,19 @@ def linear_mse_fit(
     """
     op = "linear_mse_fit"
     given = {"input": input, "weight": weight, "target": target, "bias": bias}
-    if offsets is None and not (isinstance(weight, Tensor) and weight.dim() == 3):
-        rows = _rows_of_one(op, given, sample_weight)
-    else:
-        rows = _rows_of_models(op, given, sample_weight, offsets)
-    ours = _check_optimizer(op, optimizer, [weight] if bias is None else [weight, bias])
-    _check_count(op, "steps", steps, 0, None)
-    if batch_size is not None:
-        if offsets is not None:
-            raise ValueError(
-                f"{op}: batch_size is {batch_size}, but ragged rows (offsets) have no common number"
-            )
-        _check_count(op, "batch_size", batch_size, 1, rows.total)
-    with torch.inference_mode(False):  # what is written outlives the caller's block
+    with torch.inference_mode(False):  # what is written, or saved for a backward, outlives the caller's block
+        if offsets is None and not (isinstance(weight, Tensor) and weight.dim() == 3):
+            rows = _rows_of_one(op, given, sample_weight)
+        else:
+            rows = _rows_of_models(op, given, sample_weight, offsets)
+        ours = _check_optimizer(op, optimizer, [weight] if bias is None else [weight, bias])
+        _check_count(op, "steps", steps, 0, None)
+        if batch_size is not None:
+            if offsets is not None:
+                raise ValueError(
+                    f"{op}: batch_size is {batch_size}, but ragged rows (offsets) have no common number"
+                )
+            _check_count(op, "batch_size", batch_size, 1, rows.total)
         shape = (steps,) if rows.dim == 0 else (steps, len(weight))
         losses = torch.empty(shape, dtype=checks.loss_dtype(target), device=target.device)
         fit = _Fit(rows, weight, bias, ours, batch_size, losses)

@@ -86,7 +86,7 @@ def linear_mse_fit_rounds(
         *states[4:],
         options,
         None if models is None or models.active is None else models.active.contiguous().view(torch.uint8),
-        offsets,
+        None if offsets is None else offsets.contiguous(),
         losses,
         guard.norms,
         guard.skipped,
@@ -163,6 +163,7 @@ def _linear_mse_fit_kernel(
     """
     model = tl.program_id(0).to(tl.int64)
     ks, ds, slots = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    wide_ks, wide_ds = ks.to(tl.int64)[None, :], ds.to(tl.int64)[None, :]
     mask_k = ks < K
     mask_w = mask_k[:, None] & (ds < D)[None, :]
     w_at = model * (K * D) + ks[:, None] * D + ds[None, :]
@@ -212,18 +213,18 @@ def _linear_mse_fit_kernel(
             row = tl.where(row >= N, row - N, row)
             mask = valid[:, None] & mask_k[None, :]
             features = tl.load(
-                x_ptr + row[:, None] * x.row + ds[None, :] * x.col,
+                x_ptr + row[:, None] * x.row + wide_ds * x.col,
                 mask=valid[:, None] & (ds < D)[None, :],
                 other=0.0,
             ).to(ACC)
             error = tl.sum(features[:, None, :] * w[None, :, :], 2)
             if HAS_BIAS:
                 error += b[None, :]
-            error -= tl.load(y_ptr + row[:, None] * y.row + ks[None, :] * y.col, mask=mask, other=0.0).to(ACC)
+            error -= tl.load(y_ptr + row[:, None] * y.row + wide_ks * y.col, mask=mask, other=0.0).to(ACC)
             error = tl.where(mask, error, 0.0)
             weighted = error
             if s is not None:
-                at = s_ptr + row[:, None] * s.row + ks[None, :] * s.col
+                at = s_ptr + row[:, None] * s.row + wide_ks * s.col
                 sample_weight = tl.load(at, mask=mask, other=0.0).to(ACC)
                 total += sample_weight
                 weighted = error * sample_weight

@@ -5,6 +5,8 @@ Over 500 lines, since it follows the contract clause by clause.
 """
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -286,6 +288,27 @@ def test_strides_of_any_kind(on: str, launched: list[bool]) -> None:
     assert launched == [True, True]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's address space")
+def test_offsets_beyond_32_bits() -> None:
+    """Columns 2^30 elements apart: an offset that wraps leaves the tensor. A process of its own, since that kills."""
+    code = """
+import os; os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from gradkernels import FusedSGD, linear_mse_fit, use_backend
+near = [torch.randn(2, 3).half() for _ in range(3)]
+def trained(x, y, s):
+    w = torch.zeros(3, 3, dtype=torch.float16, requires_grad=True)
+    with use_backend("triton"):
+        losses = linear_mse_fit(x, w, y, optimizer=FusedSGD([w], lr=0.1), steps=2, sample_weight=s)
+    return torch.cat([losses, w.detach().flatten()])
+for which in range(3):
+    given = list(near)
+    given[which] = torch.empty(2**31 + 2, dtype=torch.float16).as_strided((2, 3), (1, 2**30)).copy_(near[which])
+    assert torch.equal(trained(*given), trained(*near))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_weight_that_is_not_contiguous(on: str) -> None:
     x, w, y, b, _ = drawn(6, 4, 3)
     v, c = copies(w, b)
@@ -489,7 +512,8 @@ def test_grad_modes_do_not_matter(on: str) -> None:
     """The loop under no_grad and inference_mode too: what is called trains."""
     for mode in (torch.no_grad, torch.inference_mode):
         for hooked in (False, True):
-            w, x, y = leaf([3.0]), torch.tensor([[2.0]]), torch.tensor([5.0])
+            # Rows that have to be copied to be joined.
+            w, x, y = leaf([3.0]), torch.full((2, 3, 1), 2.0).transpose(0, 1), torch.full((3, 2), 5.0)
             optimizer = FusedSGD([w], lr=0.1)
             if hooked:
                 optimizer.register_step_post_hook(lambda *_: None)

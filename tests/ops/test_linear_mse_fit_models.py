@@ -290,6 +290,10 @@ def test_ragged_rows(on: str, kind: torch.dtype) -> None:
     (v,) = copies(w)
     fit(x, v, y, optimizer=FusedSGD([v], lr=0.1), steps=2, offsets=torch.tensor(ends))
     assert torch.equal(v[1], before)
+    (u,) = copies(w)
+    strided = torch.tensor(ends, dtype=kind).repeat_interleave(2)[::2]
+    fit(x, u, y, optimizer=FusedSGD([u], lr=0.1), steps=2, offsets=strided)
+    assert torch.equal(u, v)
 
 
 def test_ragged_rows_are_checked() -> None:
