@@ -234,6 +234,7 @@ def _product(
             products = tl.dot(left, right, products, input_precision=PRECISION, out_dtype=ACC)
     else:
         ks = tl.arange(0, BLOCK_K).to(tl.int64)
+        step = tl.full((), BLOCK_K, tl.int64)
         row_stride = b.row // ALIGN * ALIGN
         if TRANSPOSED:
             stride_bk = b.col
@@ -248,8 +249,8 @@ def _product(
             left = tl.load(a_tile, mask=(rows < M)[:, None] & inside[None, :], other=0.0).to(OPERAND)
             right = tl.load(b_tile, mask=inside[:, None] & (cols < N)[None, :], other=0.0).to(OPERAND)
             products = tl.dot(left, right, products, input_precision=PRECISION, out_dtype=ACC)
-            a_tile += BLOCK_K * a.col
-            b_tile += BLOCK_K * stride_bk
+            a_tile += step * a.col
+            b_tile += step * stride_bk
     return products, tile_m, rows, cols
 
 

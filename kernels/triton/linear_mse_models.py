@@ -699,7 +699,7 @@ def linear_mse_models_forward(
     grad_weight = input.new_empty((B, K, D), dtype=acc) if output_mask[1] else None
     grad_bias = input.new_empty((B, K), dtype=acc) if output_mask[2] else None
     results = [loss, *(result for result in (error, grad_weight, grad_bias) if result is not None)]
-    if target.numel() == 0:
+    if B == 0 or target.numel() == 0:
         loss.fill_(math.nan if reduction == "mean" else 0.0)
         for result in results[1:]:
             result.zero_()

@@ -340,14 +340,15 @@ def test_programs_come_from_the_shape(linear_mse):
 
 @pytest.mark.skipif(GPU, reason="the interpreter's address space")
 def test_offsets_beyond_32_bits():
-    """Rows 2^30 elements apart: an offset that wraps leaves the tensor. A process of its own, since that kills."""
+    """Rows 2^30 elements apart, columns 2^26: an offset that wraps leaves the tensor. A process of its own, since that
+    kills."""
     code = """
 import os; os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from gradkernels.triton import linear_mse
-for K in (1, 12):
-    apart = torch.empty(3 * 2**30 + 64, dtype=torch.float16).as_strided((4, 8), (2**30, 1))
-    x, w, y = torch.randn(4, 8).half(), torch.randn(K, 8).half(), torch.randn(4, K).half()
+for K, D, strides in ((1, 8, (2**30, 1)), (12, 8, (2**30, 1)), (12, 33, (1, 2**26))):
+    apart = torch.empty(3 * 2**30 + 64, dtype=torch.float16).as_strided((4, D), strides)
+    x, w, y = torch.randn(4, D).half(), torch.randn(K, D).half(), torch.randn(4, K).half()
     apart.copy_(x)
     for plan in (linear_mse.config.linear_mse_dot, lambda *_: None):
         linear_mse.config.linear_mse_dot = plan
