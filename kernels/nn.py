@@ -73,13 +73,16 @@ class Linear(torch.nn.Linear):
     def _predictions(self, input: Tensor) -> Tensor:
         if self.models is None:
             return linear(input, self.weight, self.bias)
-        if input.shape[:-2] not in ((), (self.models,)) or input.shape[-1] != self.in_features:
+        batch, features = input.shape[:-2], input.shape[-1:]
+        if input.dim() < 2 or batch not in ((), (self.models,)) or features != (self.in_features,):
             raise ValueError(
                 f"{type(self).__name__}: input has shape {tuple(input.shape)}, expected (N, D) or (B, N, D) for weight "
                 f"of shape {tuple(self.weight.shape)}"
             )
         predictions = matmul(input, self.weight.mT)
-        return predictions if self.bias is None else predictions + self.bias.unsqueeze(1)
+        if self.bias is None:
+            return predictions
+        return predictions + self.bias.to(predictions.dtype).unsqueeze(1)  # under autocast too
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.models is None else f", models={self.models}")

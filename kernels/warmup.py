@@ -43,10 +43,21 @@ def warmup(
     """
     if op not in OPS:
         raise ValueError(f"warmup: unknown op {op!r}; expected one of {', '.join(map(repr, OPS))}")
-    if op in OPTIMIZERS:
-        if _has_kernels(device):
-            _step(op, shapes, dtype, device)
-        return
+    with torch.inference_mode(False), torch.enable_grad():  # whatever block the caller is in
+        if op in OPTIMIZERS:
+            if _has_kernels(device):
+                _step(op, shapes, dtype, device)
+        else:
+            _call(op, shapes, dtype, device, requires_grad)
+
+
+def _call(
+    op: str,
+    shapes: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    requires_grad: Sequence[bool] | None,
+) -> None:
     record = OPS[op]
     assert isinstance(record, Shaped)
     required, optional = record.arguments

@@ -1,5 +1,7 @@
 """warmup: what it has compiled, the call itself does not compile again."""
 
+from contextlib import nullcontext
+
 import gradkernels
 import pytest
 import torch
@@ -52,7 +54,8 @@ def test_elsewhere_there_is_nothing_to_do(op, shapes):
         gradkernels.warmup(op, shapes, torch.float32, "cpu")
 
 
-def test_it_launches_what_the_calls_launch(monkeypatch):
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_it_launches_what_the_calls_launch(monkeypatch, mode):
     """Without gradients and with their backward; under the interpreter there is nothing to compile, but all runs."""
     from gradkernels.triton import mse
 
@@ -66,7 +69,8 @@ def test_it_launches_what_the_calls_launch(monkeypatch):
     monkeypatch.setattr(mse, "launch", launch)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with gradkernels.use_backend("triton"):
-        gradkernels.warmup("mse", [(5000,), (5000,)], torch.float64, device)
+        with mode():
+            gradkernels.warmup("mse", [(5000,), (5000,)], torch.float64, device)
         ahead = list(launched)
         input, target = (torch.ones(5000, dtype=torch.float64, device=device) for _ in range(2))
         gradkernels.mse_loss(input, target)

@@ -120,3 +120,8 @@ def test_a_batch_of_models(backend: str, device: torch.device, bias: bool) -> No
     assert repr(layer).endswith(f"bias={bias}, models=3)")
     with pytest.raises(ValueError, match=r"input has shape \(2, 5, 4\), .* \(3, 2, 4\)"):
         models.predict(torch.randn(2, 5, 4, device=device))
+    for shape in ((4,), ()):
+        with pytest.raises(ValueError, match="input has shape"):
+            layer(torch.randn(shape, device=device))
+    with torch.autocast(device.type, torch.bfloat16):
+        assert layer(x).dtype == one[0](x).dtype == torch.bfloat16
