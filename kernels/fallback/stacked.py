@@ -151,7 +151,7 @@ def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Gua
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        if decision is GO and _takes_fused(bucket, options[group]):
+        if decision is GO and _takes_fused(bucket, i, options[group]):
             _fused_adam(bucket, i, options[group], models)
         else:
             _update(bucket, i, decision, models, _adam_rule(bucket, i, options[group], models))
@@ -193,18 +193,23 @@ def _matrix(tensor: Tensor, models: int) -> Tensor:
     return tensor.as_strided((models, width), (width, 1))
 
 
-def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
-    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size."""
+def _blocks(bucket: Bucket, i: int, models: int, native: bool = False) -> list[Block]:
+    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size.
+
+    ``native``: the temporaries have the parameter's dtype, not that of wide arithmetic.
+    """
     param = bucket.params[i] if bucket.params else bucket.grads[i]
-    known: list[Block] | None = bucket.memory.get(f"blocks {i}")
+    name = f"native blocks {i}" if native else f"blocks {i}"
+    known: list[Block] | None = bucket.memory.get(name)
     if known is None:
         columns = param.numel() // max(1, models)
         most = batch_size(param.device, acc_dtype(param))
         wide = max(1, min(columns, most))
         high = max(1, most // wide)
         shape = min(high, models), min(wide, columns)
-        memory = bucket.memory.setdefault("temporaries", {}).setdefault(shape[0] * shape[1], [])
-        known = bucket.memory[f"blocks {i}"] = [
+        dtype = param.dtype if native else acc_dtype(param)
+        memory = bucket.memory.setdefault("temporaries", {}).setdefault((shape[0] * shape[1], dtype), [])
+        known = bucket.memory[name] = [
             Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory, models)
             for top in range(0, models, high)
             for left in range(0, columns, wide)
@@ -277,13 +282,16 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
     return draw_words(place, tensor_key(bucket.seed, bucket.indices[i], step[block.rows].unsqueeze(1)))
 
 
-def _takes_fused(bucket: Bucket, options: AdamOptions) -> bool:
+def _takes_fused(bucket: Bucket, i: int, options: AdamOptions) -> bool:
     """Whether torch's fused kernel, given equal steps, can do all but multiply by the models' rates."""
+    param, step = bucket.params[i], bucket.states["step"][i]
     for value in (options.beta1, options.beta2, options.weight_decay):
         if isinstance(value, Tensor) and value.dim() > 0:
             return False
-    if not is_native(bucket) or not bucket.params[0].is_cpu:
+    if not is_native(bucket) or not param.is_cpu:
         return False
+    if param.dtype != acc_dtype(param) and not (step == step[:1]).all():
+        return False  # from moments of 16 bits: small squares are 0 in float16, and so is eps
     return options.decoupled or float(options.weight_decay) == 0
 
 
@@ -296,7 +304,7 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
     param, step = bucket.params[i], bucket.states["step"][i]
     known = bucket.memory.get(f"fused {i}")
     if known is None:
-        blocks = _blocks(bucket, i, models.B)
+        blocks = _blocks(bucket, i, models.B, native=True)
         matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
         views = [{key: block.of(matrix) for key, matrix in matrices.items()} for block in blocks]
         starts = [block.of(_matrix(param, models.B)) for block in blocks]

@@ -18,7 +18,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import lr_scheduler
 
-from .optimizers import NAMES, Feed, copies, make_params, ours_for, parameters, set_gradients, theirs_for
+from .optimizers import (
+    NAMES,
+    Feed,
+    assert_equal_bits,
+    copies,
+    make_params,
+    ours_for,
+    parameters,
+    set_gradients,
+    theirs_for,
+)
 from .stacks import B, SeparateRuns, assert_same, make
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -348,6 +358,45 @@ def test_dtypes(name: str, dtype: torch.dtype, device: torch.device) -> None:
         set_gradients(ours, gradients)
         runs.step(gradients)
         ours.step()
+        assert_same(ours, runs, f"at step {step}")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["mask first", "no mask first"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_masks_that_come_and_go_over_rates_of_16_bits(dtype: torch.dtype, first: bool) -> None:
+    """Without a mask torch's fused kernel takes part, in the parameters' dtype; with one all is done in float32."""
+    start, rate = torch.randn(B, 33).to(dtype), torch.linspace(0.01, 0.1, B)
+    gradients = [torch.randn(B, 33).to(dtype) for _ in range(4)]
+
+    def run(anew: bool) -> Any:
+        optimizer = ours_for("AdamW")([torch.nn.Parameter(start.clone())], lr=rate, stacked=True)
+        for step, gradient in enumerate(gradients):
+            optimizer.active = torch.arange(B) < 3 if (step % 2 == 0) is first else None
+            if anew:
+                optimizer.load_state_dict(optimizer.state_dict())  # forgets what the last step kept
+            set_gradients(optimizer, [gradient])
+            optimizer.step()
+        return optimizer
+
+    assert_equal_bits(run(False), run(True))
+
+
+@both_backends
+def test_float16_after_unequal_steps(name: str, device: torch.device) -> None:
+    """Where a gradient is 0, or its square is in float16, the update goes by the square in float32."""
+    gradient = torch.tensor([0.0, 1e-3, 3e-3, 1.0], dtype=torch.float16).expand(B, 4)
+    options = {} if name == "SGD" else {"eps": 1e-7}  # which float16 has
+    stack = torch.ones(B, 4).half()
+    runs = SeparateRuns(name, [stack], lr=1e-3, **options)
+    ours = ours_for(name)([nn.Parameter(stack.clone().to(device))], lr=1e-3, stacked=True, **options)
+    for step in range(1, 5):
+        active = [True] * 3 + [False] * 2 if step == 1 else None
+        ours.active = None if active is None else torch.tensor(active, device=device)
+        set_gradients(ours, [gradient])
+        ours.step()
+        runs.step([gradient], active)
+        (param,) = parameters(ours)
+        assert torch.equal(param[:, 0].cpu(), torch.ones(B).half())
         assert_same(ours, runs, f"at step {step}")
 
 
