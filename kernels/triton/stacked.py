@@ -72,11 +72,12 @@ class StackedTables(Tables):
         self.tiles = cdiv(models, self.tile)
         self._models = models
         super().__init__(bucket)
-        operands = [bucket.params, *(bucket.states[key] for key in bucket.states if key != "step")]
+        states = [bucket.states[key] for key in bucket.states if key != "step"]
+        operands = [bucket.params, bucket.grads, *states]
         sizes = [tensors[0].element_size() for tensors in operands]
-        # Rows are read in vectors if each starts at a multiple of 16 bytes.
+        # Rows are read in vectors if each starts at a multiple of 16 bytes, in every operand.
         self._addresses = self._addresses | np.bitwise_or.reduce([np.array(widths) * size for size in sizes])
-        self.narrowest = min(sizes)
+        self.vector = 16 // min(sizes)
         self.pieces = sum(max(1, cdiv(width, CHUNK.value)) for width in widths)
 
     def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
@@ -145,7 +146,7 @@ def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models,
         SPLITS=splits,
         MODELS=tables.tile,
         COLUMNS=tables.columns,
-        VECTOR=16 // min(tables.narrowest, bucket.grads[0].element_size()),
+        VECTOR=tables.vector,
         **bucket.memory["compiled"],
     )
 
@@ -230,7 +231,7 @@ def _launch_step(
         **dtypes,
         MODELS=tables.tile,
         COLUMNS=tables.columns,
-        VECTOR=16 // min(tables.narrowest, bucket.grads[0].element_size()),
+        VECTOR=tables.vector,
         **bucket.memory["compiled"],
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from gradkernels import FusedAdamW, FusedSGD
+from gradkernels.optim.bucket import Bucket
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
@@ -65,6 +66,21 @@ def test_a_model_of_several_programs(
     first = ours.grad_norm
     ours.step()
     assert torch.equal(ours.grad_norm, first), "the same gradients have the same norm"
+
+
+@pytest.mark.parametrize("width", [4, 12, 16, 20])
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float64",) * 2])
+def test_vectors_end_where_rows_of_every_operand_do(width: int, dtypes: tuple[str, str]) -> None:
+    """A row of narrow gradients may begin within 16 bytes, though those of the parameters do not."""
+    pytest.importorskip("triton")
+    from gradkernels.triton.stacked import ALIGNED, StackedTables
+
+    stack, grads = (torch.zeros(B, width, dtype=getattr(torch, name)) for name in dtypes)
+    tables = StackedTables(Bucket([stack], [grads], {"momentum_buffer": [stack]}, [0], [0]), B, 1024)
+    tables.refresh([grads])
+    rows = [width * tensor.element_size() % 16 == 0 for tensor in (stack, grads)]
+    assert bool(tables.rows.array[0, ALIGNED.value]) is all(rows)
+    assert not all(rows) or width % tables.vector == 0
 
 
 @pytest.mark.parametrize(
