@@ -66,7 +66,8 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
     foldable = bucket.params[0].dtype == torch.float32 and not options.nesterov
     if foldable and isinstance(clip, float) and SMALLEST_CLIP <= clip < 1:
         options, decision = _folded(options, clip), decision._replace(clip=1.0)
-    if decision == GO and is_native(bucket) and _is_one_addition(bucket, options):
+    # On a device a comparison with GO would wait for it.
+    if is_native(bucket) and _is_one_addition(bucket, options) and decision == GO:
         _loop(picked(bucket.params, chosen), picked(bucket.grads, chosen), [], options)
         return
     lr, skip = options.lr, decision.skip

@@ -266,3 +266,14 @@ def test_first_steps_that_only_a_device_knows_of(
             torch.testing.assert_close(mine, other)
         for key in host.states.keys() - {"step"}:
             torch.testing.assert_close(device.states[key], host.states[key])
+
+
+def test_the_fallback_on_a_device_waits_for_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the meta device have none to wait for."""
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **kwargs: None)  # it has no meta kernel
+    param, grad = (torch.empty(5, device="meta") for _ in range(2))
+    guard = Guard(found_inf=torch.empty((), device="meta"))
+    for momentum in (0.0, 0.9):
+        states = {"momentum_buffer": [torch.empty(5, device="meta")]} if momentum else {}
+        options = SGDOptions(0.1, momentum, 0.0, 0.0, False, False)
+        fallback.sgd_step(Bucket([param], [grad], states, [0], [0]), [options], guard)
