@@ -107,36 +107,49 @@ RECTIFIERS = """
 
     class Relu(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return FORWARD
+        def forward(ctx, x, y):
+            ctx.save_for_backward(x, y)
+            return launch(x) * y
 
         @staticmethod
         def backward(ctx, grad):
-            (x,) = ctx.saved_tensors
-            return torch.where(x > 0, grad, 0.0)
+            x, y = ctx.saved_tensors
+            return torch.where(x > 0, grad * y, 0.0), grad * x.relu()
 
     def check_Relu():
-        return Relu, [INPUT], torch.relu
+        return Relu, [torch.randn(5, 7), torch.randn(5, 7)], lambda x, y: torch.relu(x) * y
 """
 
 
 @pytest.mark.parametrize(
-    ("forward", "given", "says"),
+    ("verdict", "changes", "says"),
     [
-        ("launch(x)", "torch.rand(5, 7)", ""),
-        ("launch(x, -9.0)", "torch.rand(5, 7)", "[negative values]"),
-        ("launch(x, 0.0 if x.requires_grad else -9.0)", "torch.randn(5, 7)", "without gradients: at"),
+        (v.VERIFIED, {}, ""),
+        (v.WRONG_VALUE, {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"}, "[negative values]"),
+        (
+            v.WRONG_VALUE,
+            {"launch(x)": "launch(x, 0.0 if x.requires_grad or y.requires_grad else -9.0)"},
+            "with no gradient: at",
+        ),
+        (
+            v.WRONG_GRADIENT,
+            {"grad * x.relu()": "grad * (x.relu() if ctx.needs_input_grad[0] else x)"},
+            "with the gradient of input 1 alone: input 1: at",
+        ),
     ],
-    ids=["right", "never negative", "without gradients"],
+    ids=["right", "never negative", "no gradient", "one gradient"],
 )
 def test_what_the_given_values_and_the_training_do_not_show(
-    forward: str, given: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rectifier.py"
-    file.write_text(textwrap.dedent(RECTIFIERS).replace("FORWARD", forward).replace("INPUT", given))
+    text = textwrap.dedent(RECTIFIERS)
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
     cases = judged(file, monkeypatch)
-    assert v.of_file(cases) == (v.WRONG_VALUE if says else v.VERIFIED), cases
+    assert v.of_file(cases) == verdict, cases
     faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
     assert any(says in fault for fault in faults) or not says
 

@@ -275,7 +275,9 @@ class _Examination:
         """Make the experiments that one point is enough for."""
         yield from trials.idleness(self.subject, point.values, wanted, first)
         if truth is not None and wanted:
-            yield from self._without_gradients(point, first, truth, once)
+            for places in ((), *((place,) for place in wanted if len(wanted) > 1)):
+                if time.monotonic() <= self.options.deadline:
+                    yield from self._with_fewer_gradients(point, first, truth, once, places)
         self.configurations = first.memory.configurations
         for configuration in range(1, self.configurations):
             outcome = once(configuration)
@@ -298,20 +300,34 @@ class _Examination:
             elements = max(2, min(ELEMENTS, int(4 / each / len(wanted))))
             yield from self._diagnosis(point, wanted, elements)
 
-    def _without_gradients(
-        self, point: Point, first: Outcome, truth: Truth, once: Callable[..., Outcome]
+    def _with_fewer_gradients(
+        self,
+        point: Point,
+        first: Outcome,
+        truth: Truth,
+        once: Callable[..., Outcome],
+        places: tuple[int, ...],
     ) -> Iterator[Finding]:
-        """Judge the forward where nobody asks for a gradient: it may go another way then."""
-        once = partial(once, wanted=())
+        """Judge what comes where the gradients of ``places`` alone are asked for: it may come by another way."""
+
+        def chosen(outcome: Outcome) -> Outcome:
+            return replace(outcome, gradients={place: outcome.gradients.get(place) for place in places})
+
+        once = partial(once, wanted=places)
         try:
-            plain = once()
-        except _RefusedError:  # it cannot do without
+            outcome = once()
+        except _RefusedError:  # it cannot do without the others
             return
-        found = list(trials.memory(plain))
-        if not found and not trials.agree(plain, replace(first, gradients={})):
-            found = list(trials.value(*self._draws(point, plain, truth, once)))
+        found = list(trials.memory(outcome))
+        if not found and not trials.agree(outcome, chosen(first)):
+            outcomes, truths = self._draws(point, outcome, truth, once)
+            found += trials.value(outcomes, truths)
+            found += trials.arrival(outcome, replace(truth, native=chosen(truth.native)))
+            found += trials.gradient(outcomes, truths)
+        asked = f"the gradient of input {places[0]} alone" if places else "no gradient"
         for finding in found:
-            yield Finding(finding.verdict, f"without gradients: {finding.message}", finding.where)
+            where = finding.where or (self.target.backward if finding.verdict == v.WRONG_GRADIENT else "")
+            yield Finding(finding.verdict, f"with {asked}: {finding.message}", where)
 
     def _diagnosis(self, point: Point, wanted: list[int], elements: int) -> list[Finding]:
         try:

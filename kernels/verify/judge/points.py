@@ -205,10 +205,11 @@ def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
     yield Point("tiny values", times(TINY.get(dtype, 2.0**-10)), "scale")
     for factor in HUGE.get(dtype, (2.0**20, 2.0**10)):
         yield Point("huge values", times(factor), "scale")
-    if not any(bool((v < 0).any()) for v in real):  # a rectifier would have nothing to do
-        negative = [
-            _like(-v.detach().abs(), v) if is_real(v) and i < arguments else v for i, v in enumerate(values)
-        ]
+    positive = {
+        i for i, v in enumerate(values[:arguments]) if is_real(v) and (v > 0).any() and not (v < 0).any()
+    }
+    if positive:  # to which a rectifier would do nothing
+        negative = [_like(-v.detach(), v) if i in positive else v for i, v in enumerate(values)]
         yield Point("negative values", negative, "scale")
     generator = torch.Generator().manual_seed(3)
     halves = [torch.rand(v.shape, generator=generator).to(v.device) < 0.5 for v in real]
