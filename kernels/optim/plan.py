@@ -258,7 +258,10 @@ def norm_table(rows: int, device: torch.device) -> Tensor:
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return tensor if tensor is None or tensor.device == device else tensor.to(device, non_blocking=True)
+    """The tensor on a device; on a CPU its values have arrived, since they are read there at once."""
+    if tensor is None or tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _same(first: list[Any], second: list[Any]) -> bool:

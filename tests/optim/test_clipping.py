@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gradkernels.optim.plan import to_device
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..helpers import assert_matches, to_numpy
@@ -233,3 +235,20 @@ def test_the_guard_is_off_unless_asked_for(name: str) -> None:
     ours.step()
     assert all(bool(param.isnan().all()) for param in parameters(ours))
     assert ours.steps_skipped == 0
+
+
+def test_what_a_cpu_reads_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters on a GPU and on the CPU: torch copies into pinned memory, and a copy without a wait is under way."""
+    waits: list[bool] = []
+
+    def to(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+        waits.append(not non_blocking)
+        return tensor
+
+    monkeypatch.setattr(Tensor, "to", to)
+    norms = torch.empty(1, 2, device="meta")
+    for device, wait in (("cpu", True), ("cuda", False)):
+        to_device(norms, torch.device(device))
+        assert waits.pop() is wait
+    assert to_device(norms, norms.device) is norms
+    assert not waits
