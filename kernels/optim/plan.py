@@ -101,6 +101,8 @@ class Plan:
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.parts = partition(entries, models)
         self.wrapped = any(local_part(param) is not param for param in params)
+        updated = (p for p, none in zip(params, self.missing, strict=True) if not none)
+        self.dtensors = [param for param in updated if local_part(param) is not param]
 
     def fit(
         self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]

@@ -458,6 +458,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             for part in plan.parts:
                 part.bucket.grads = local if len(plan.parts) == 1 else [local[slot] for slot in part.slots]
             self._apply(plan)
+            if plan.wrapped:  # autograd looks at a DTensor's own version, not at its local part's
+                torch.autograd.graph.increment_version(plan.dtensors)
         finally:
             for part in plan.parts:
                 part.bucket.grads = []  # a plan that kept gradients would keep their memory

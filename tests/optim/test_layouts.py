@@ -7,6 +7,8 @@ import pytest
 import torch
 from gradkernels import backend_for
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from .optimizers import (
@@ -327,6 +329,20 @@ def test_the_version_counter_moves(name: str, device: torch.device) -> None:
     before = param._version
     run(ours, some_gradients(ours, 1))
     assert param._version > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_version_counter_of_a_dtensor_moves(name: str, mesh: DeviceMesh) -> None:
+    """It is not that of its local part, which the kernels write."""
+    ones = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    param, late = (torch.nn.Parameter(ones.clone()) for _ in range(2))
+    ours = ours_for(name)([param, late])
+    loss = (param * param).sum()
+    param.grad = ones
+    before = late._version
+    ours.step()
+    assert late._version == before
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

@@ -6,15 +6,14 @@ Over 500 lines, since it follows the contract clause by clause.
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import lr_scheduler
 
@@ -120,14 +119,6 @@ def test_sparse_gradients_are_refused_at_the_step(name: str) -> None:
     ours.param_groups[0]["params"][1].grad = torch.ones(B, 2).to_sparse()
     with pytest.raises(ValueError, match=r"sparse gradients: parameter 1 of group 0, shape \(5, 2\)"):
         ours.step()
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["both", "parameter", "gradient"])
