@@ -375,7 +375,13 @@ def test_a_crash_of_the_judge_is_not_judged(
 
 def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(SPECIMENS / "square.py")
-    for wrong in ([str(tmp_path / "none.py")], [file, "--op=mse"], [file, "--timeout=0"], ["--github"]):
+    for wrong in (
+        [str(tmp_path / "none.py")],
+        [file, "--op=mse"],
+        [file, "--timeout=0"],
+        [file, f"--sarif={tmp_path / 'none' / 'report'}"],
+        ["--github"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["verify", *wrong])
         assert not capsys.readouterr().out
