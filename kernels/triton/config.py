@@ -90,8 +90,11 @@ def warps(target: Target) -> int:
 
 
 def has_tma(target: Target) -> bool:
-    """True if the chip copies whole tiles, given a tensor descriptor."""
-    return target.backend == "cuda" and isinstance(target.arch, int) and target.arch >= 90
+    """True if the chip copies whole tiles, given a tensor descriptor, and has the shared memory for large ones.
+
+    From sm_120 on, as in GeForce cards, it has less than half of sm_90's, and multiplies as sm_80 does.
+    """
+    return target.backend == "cuda" and isinstance(target.arch, int) and 90 <= target.arch < 120
 
 
 def registers(most: int, target: Target) -> dict[str, int]:
@@ -224,8 +227,7 @@ def _tma_block_n(M: int, N: int, itemsize: int) -> int:
 
 def _large_block_n(dtype: torch.dtype, target: Target) -> int:
     """Columns of a large tile: half where the parts of a split float32 operand are all held in registers."""
-    ampere = target.backend == "cuda" and isinstance(target.arch, int) and target.arch < 90
-    return 64 if ampere and dtype == torch.float32 else 128
+    return 64 if target.backend == "cuda" and not has_tma(target) and dtype == torch.float32 else 128
 
 
 def matmul_plan(
@@ -286,7 +288,7 @@ def matmul_plan(
         (not operands.aligned, "the operands cannot be loaded 16 bytes at a time"),
         (min(M, N) <= 64, f"min(M, N) = {min(M, N)} is at most 64"),
         (tiles < LARGE_TILES, f"{tiles} tiles of 128 by 128 are fewer than {LARGE_TILES = }"),
-        (not has_tma(target), f"{target.backend} {target.arch} has no TMA"),
+        (not has_tma(target), f"{target.backend} {target.arch} has no TMA, or too little shared memory for it"),
         (not operands.descriptors, "a tensor does not fit a descriptor: dtypes differ, or rows overlap"),
         (batches != 1 or sums != 1, "it serves single matrices"),
     )

@@ -5,7 +5,7 @@ and bias: outer products, single rows and columns, and long sums into a small re
 ``config.MATMUL_PLANS``. Four kernels, over 500 lines, since they share the normal form of their arguments:
 
 - ``_matmul_forward_kernel``: ``gemm``, and by multiply and add ``gemv`` and ``outer``;
-- ``_matmul_tma_kernel``: ``gemm_tma``, large, aligned, single matrices (sm_90 and up);
+- ``_matmul_tma_kernel``: ``gemm_tma``, large, aligned, single matrices (``config.has_tma``);
 - ``_matmul_elementwise_kernel``: ``elementwise``, short sums into narrow results, many tiny matrices per program;
 - ``_matmul_reduce_kernel``: adds the partial sums of a split, in order.
 

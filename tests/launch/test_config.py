@@ -12,6 +12,7 @@ from gradkernels.triton import config
 from gradkernels.triton.config import MatmulConfig, Operands, Target, matmul_plan
 
 H100, A100, B200, MI300 = Target("cuda", 90), Target("cuda", 80), Target("cuda", 100), Target("hip", "gfx942")
+RTX5090 = Target("cuda", 120)  # 99 KiB of shared memory for a program
 ALIGNED = Operands(aligned=True, descriptors=True, columns=False)
 ODD = Operands(aligned=False, descriptors=False, columns=False)
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -24,6 +25,7 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
         (FP32, (4096, 4096, 4096), 1, ALIGNED, B200, "gemm_tma"),
         (BF16, (4096, 4096, 4096), 1, ALIGNED, A100, "gemm"),
         (BF16, (4096, 4096, 4096), 1, ALIGNED, MI300, "gemm"),
+        (BF16, (4096, 4096, 4096), 1, ALIGNED, RTX5090, "gemm"),
         (BF16, (4096, 4096, 4096), 2, ALIGNED, H100, "gemm"),
         (BF16, (4096, 4096, 4096), 1, ODD, H100, "gemm"),
         (FP64, (4096, 4096, 4096), 1, ALIGNED, H100, "gemm"),
@@ -49,7 +51,7 @@ def test_tiles_are_legal_everywhere():
     """Powers of two, at least 16 wide for a dot product, at most 64 accumulators of a thread and a warp limit."""
     sizes = (1, 15, 16, 17, 64, 65, 1000, 65536)
     for target, dtype, operands in itertools.product(
-        (H100, A100, B200, MI300), (BF16, FP32, FP64), (ALIGNED, ODD)
+        (H100, A100, B200, MI300, RTX5090), (BF16, FP32, FP64), (ALIGNED, ODD)
     ):
         for shape in itertools.product(sizes, repeat=3):
             plan, tile = matmul_plan(dtype, shape, 1, 1, operands, target)[:2]
@@ -58,6 +60,9 @@ def test_tiles_are_legal_everywhere():
             if plan in ("gemm", "gemm_tma"):
                 assert min(tile[:3]) >= 16
                 assert 128 * threads >= tile.BLOCK_M * tile.BLOCK_N
+            if target is RTX5090:
+                staged = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize * tile.num_stages
+                assert staged <= 99 << 10
             if plan == "gemv":
                 assert tile.BLOCK_N == 1
                 assert tile.BLOCK_M * tile.BLOCK_K == 4096
