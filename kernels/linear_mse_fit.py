@@ -212,6 +212,7 @@ class _Fit:
             or any(group["differentiable"] for group in optimizer.param_groups)
             or any(optimizer._has_master(p) or optimizer._seed_of(p) is not None for p in self.params)
             or any(type(param) not in _PLAIN or not param.requires_grad for param in self.params)
+            or any(tensor is not None and tensor.is_neg() for tensor in (*self.params, *self.rows[:3]))
             or any(param._backward_hooks or param._post_accumulate_grad_hooks for param in self.params)
             or (optimizer.stacked and self.rows.dim == 0)  # the rows of one model's weight are its models
             or needs_dispatcher()

@@ -113,7 +113,7 @@ def linear_mse_models_forward(
     if bias is not None:
         residual = residual.add_(bias.unsqueeze(1))
     residual = residual.to(acc).sub_(target)
-    if tiles is not None and bias is not None:
+    if tiles is not None:  # a bias and, times 0, infinite weights
         residual.masked_fill_(tiles.unused, 0)
     error = residual if sample_weight is None else residual * sample_weight
     loss = (error * residual).sum((1, 2))

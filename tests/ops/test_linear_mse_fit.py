@@ -319,6 +319,20 @@ def test_a_weight_that_is_not_contiguous(on: str) -> None:
     assert_same({"": losses, "w": t.detach()}, {"": wanted, "w": v.detach()}, torch.float32)
 
 
+@pytest.mark.parametrize("which", ["input", "target", "sample_weight"])
+def test_a_tensor_whose_sign_is_yet_to_change(on: str, which: str) -> None:
+    """Such as the imaginary part of a conjugate: its memory holds the negative of its values."""
+    x, w, y, b, s = drawn(3, 2, 1)
+    rows = {"input": x, "target": y, "sample_weight": s}
+    lazy = rows | {which: torch._neg_view(-rows[which])}
+    results = []
+    for given in (rows, lazy):
+        v, c = copies(w, b)
+        losses = fit(weight=v, bias=c, optimizer=FusedSGD([v, c], lr=0.1), steps=2, **given)
+        results.append({"": losses, "w": v.detach(), "b": c.detach()})
+    assert_same(results[1], results[0], torch.float32)
+
+
 def test_two_groups_have_options_of_their_own(on: str, launched: list[bool]) -> None:
     x, w, y, b, _ = drawn()
     v, c = copies(w, b)

@@ -398,6 +398,14 @@ def test_zero_sizes(backend: str, device: torch.device, shape: Shape) -> None:
                 assert leaf is None or leaf.grad.isfinite().all()
 
 
+def test_ragged_rows_of_infinite_weights(backend: str, device: torch.device) -> None:
+    """Loss and gradient are infinite, not nan: what fills up a tile of rows has no part in them."""
+    x, y, w = torch.ones(3, 1), torch.zeros(3, 1), torch.full((1, 1, 1), torch.inf)
+    cut = torch.tensor([0, 3], device=device)
+    loss, grads = linear_mse_loss_and_grad(*(t.to(device) for t in (x, w, y)), offsets=cut)
+    assert loss.item() == grads[1].item() == torch.inf
+
+
 def test_gradients_of_what_models_share_are_summed(backend: str, device: torch.device) -> None:
     x, w, y = (torch.randn(shape, device=device) for shape in ((N, D), (B, K, D), (N, K)))
     _, (grad_input, _, grad_target, _) = linear_mse_loss_and_grad(x, w, y, wrt=WANTED)
