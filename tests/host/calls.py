@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -197,6 +198,14 @@ class Calls:
                 gradkernels.linear(input, weight)
         assert len(record.launches) == 5
         return list(map(bool, gradkernels.linear.shortcuts.values()))
+
+    def fit(self, rows: int, batch_size: int | None, models: int) -> list[Any]:
+        """Rounds of training."""
+        x, y = (torch.ones(rows, columns, device=self._device) for columns in (3, 1))
+        weight = torch.zeros(models, 1, 3, device=self._device, requires_grad=True)
+        optimizer = gradkernels.FusedSGD([weight], lr=0.1)
+        fit = partial(gradkernels.linear_mse_fit, x, weight, y, optimizer=optimizer, batch_size=batch_size)
+        return [launch[0] for steps in (1, 2) for launch in self._twice(partial(fit, steps=steps))]
 
     def aot_case(self, number: int, dtype: str) -> list[Any]:
         """A call of the compile report."""

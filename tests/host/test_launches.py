@@ -88,6 +88,13 @@ def test_a_call_that_repeats_skips_its_checks(worker: Worker, kind: str, found: 
     assert worker.call("shortcuts", kind) == [found]
 
 
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, None), (5, 1), (5, 2)])
+def test_rounds_of_training(worker: Worker, rows: int, batch_size: int | None) -> None:
+    """Of one row too: Triton makes constants of arguments that are 1, which the interpreter does not."""
+    for models in (1, 2):
+        assert worker.call("fit", rows, batch_size, models) == ["_linear_mse_fit_kernel"] * 2
+
+
 def test_what_is_kept_of_many_shapes_is_bounded(worker: Worker) -> None:
     assert max(worker.call("many_shapes", 1200)) <= 512 + 20
 
