@@ -288,7 +288,10 @@ def matmul_plan(
         (not operands.aligned, "the operands cannot be loaded 16 bytes at a time"),
         (min(M, N) <= 64, f"min(M, N) = {min(M, N)} is at most 64"),
         (tiles < LARGE_TILES, f"{tiles} tiles of 128 by 128 are fewer than {LARGE_TILES = }"),
-        (not has_tma(target), f"{target.backend} {target.arch} has no TMA, or too little shared memory for it"),
+        (
+            not has_tma(target),
+            f"{target.backend} {target.arch} has no TMA, or too little shared memory for it",
+        ),
         (not operands.descriptors, "a tensor does not fit a descriptor: dtypes differ, or rows overlap"),
         (batches != 1 or sums != 1, "it serves single matrices"),
     )
