@@ -33,6 +33,7 @@ def test_nothing_that_may_be_missing_stops_the_collection(tmp_path: Path) -> Non
         "no:cacheprovider",
     ]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    environment["PYTEST_ADDOPTS"] = ""  # of the run around this one: a -v there would take the list's form
     for name in ("hypothesispytest", "xdist", "benchmark"):
         command += ["-p", f"no:{name}"]
     found = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
