@@ -44,8 +44,10 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         max_norm, on_nonfinite, master_weights, stochastic_rounding, seed, norm_group: as for FusedAdam; the count
             of updates that random rounding needs is kept in ``state["step"]``.
         stacked, lr_scale: as for FusedAdam; ``lr``, ``momentum`` and ``weight_decay`` may be tensors (B,). Beside a
-            momentum buffer ``state["step"]`` counts each model's updates, since a first step of momentum is per
-            model. A model whose momentum is 0 moves by its gradient and leaves its buffer as it is.
+            momentum buffer ``state["step"]`` counts each model's steps of momentum, since the first one is not
+            dampened. A model whose momentum is 0 moves by its gradient and leaves buffer and step as they are; with
+            ``stochastic_rounding`` the step, by which the random numbers go, rises even so, and a momentum that is
+            raised from 0 later is dampened at once.
 
     Raises:
         ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown

@@ -135,7 +135,10 @@ def stacked_sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        _update(bucket, i, decision, models, _sgd_rule(bucket, i, options[group], models))
+        momentum = options[group].momentum
+        # A step without momentum leaves the first one with it to come; random numbers go by all steps.
+        counted = momentum != 0 if isinstance(momentum, Tensor) and bucket.seed is None else None
+        _update(bucket, i, decision, models, _sgd_rule(bucket, i, options[group], models), counted)
 
 
 def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard, models: Models) -> None:
@@ -151,7 +154,7 @@ def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Gua
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        if decision is GO and _takes_fused(bucket, i, options[group]):
+        if decision is GO and _takes_fused(bucket, i, options[group], models):
             _fused_adam(bucket, i, options[group], models)
         else:
             _update(bucket, i, decision, models, _adam_rule(bucket, i, options[group], models))
@@ -193,23 +196,18 @@ def _matrix(tensor: Tensor, models: int) -> Tensor:
     return tensor.as_strided((models, width), (width, 1))
 
 
-def _blocks(bucket: Bucket, i: int, models: int, native: bool = False) -> list[Block]:
-    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size.
-
-    ``native``: the temporaries have the parameter's dtype, not that of wide arithmetic.
-    """
+def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
+    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size."""
     param = bucket.params[i] if bucket.params else bucket.grads[i]
-    name = f"native blocks {i}" if native else f"blocks {i}"
-    known: list[Block] | None = bucket.memory.get(name)
+    known: list[Block] | None = bucket.memory.get(f"blocks {i}")
     if known is None:
         columns = param.numel() // max(1, models)
         most = batch_size(param.device, acc_dtype(param))
         wide = max(1, min(columns, most))
         high = max(1, most // wide)
         shape = min(high, models), min(wide, columns)
-        dtype = param.dtype if native else acc_dtype(param)
-        memory = bucket.memory.setdefault("temporaries", {}).setdefault((shape[0] * shape[1], dtype), [])
-        known = bucket.memory[name] = [
+        memory = bucket.memory.setdefault("temporaries", {}).setdefault(shape[0] * shape[1], [])
+        known = bucket.memory[f"blocks {i}"] = [
             Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory, models)
             for top in range(0, models, high)
             for left in range(0, columns, wide)
@@ -217,7 +215,10 @@ def _blocks(bucket: Bucket, i: int, models: int, native: bool = False) -> list[B
     return known
 
 
-def _update(bucket: Bucket, i: int, decision: Decision, models: Models, rule: Rule) -> None:
+def _update(
+    bucket: Bucket, i: int, decision: Decision, models: Models, rule: Rule, counted: Tensor | None = None
+) -> None:
+    """Update one entry; ``counted``: (B,) bool, the models whose step rises; None for all that make it."""
     param = bucket.params[i]
     with one_thread(is_small(param)):
         matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
@@ -228,7 +229,10 @@ def _update(bucket: Bucket, i: int, decision: Decision, models: Models, rule: Ru
             block.begin()
             _update_block(bucket, i, decision, rule, block, grad, matrices, step)
         if step is not None:
-            step += 1 if decision.keep is None else decision.keep
+            keep = decision.keep
+            if counted is not None:
+                keep = counted if keep is None else keep & counted
+            step += 1 if keep is None else keep
 
 
 def _update_block(
@@ -282,7 +286,7 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
     return draw_words(place, tensor_key(bucket.seed, bucket.indices[i], step[block.rows].unsqueeze(1)))
 
 
-def _takes_fused(bucket: Bucket, i: int, options: AdamOptions) -> bool:
+def _takes_fused(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> bool:
     """Whether torch's fused kernel, given equal steps, can do all but multiply by the models' rates."""
     param, step = bucket.params[i], bucket.states["step"][i]
     for value in (options.beta1, options.beta2, options.weight_decay):
@@ -290,8 +294,12 @@ def _takes_fused(bucket: Bucket, i: int, options: AdamOptions) -> bool:
             return False
     if not is_native(bucket) or not param.is_cpu:
         return False
-    if param.dtype != acc_dtype(param) and not (step == step[:1]).all():
-        return False  # from moments of 16 bits: small squares are 0 in float16, and so is eps
+    if param.dtype != acc_dtype(param):
+        # What is left to do after that kernel would be done in 16 bits: rates and moves would be rounded, small
+        # squares are 0 in float16, and so is eps.
+        one_rate = isinstance(_rate(options.lr, models, param.dtype), float)
+        if not one_rate or not (step == step[:1]).all():
+            return False
     return options.decoupled or float(options.weight_decay) == 0
 
 
@@ -304,7 +312,7 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
     param, step = bucket.params[i], bucket.states["step"][i]
     known = bucket.memory.get(f"fused {i}")
     if known is None:
-        blocks = _blocks(bucket, i, models.B, native=True)
+        blocks = _blocks(bucket, i, models.B)
         matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
         views = [{key: block.of(matrix) for key, matrix in matrices.items()} for block in blocks]
         starts = [block.of(_matrix(param, models.B)) for block in blocks]

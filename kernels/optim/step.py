@@ -187,9 +187,9 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         """
         if self._norms is None or not self._measures():
             return None
-        doubles = any(p.dtype == torch.float64 for group in self.param_groups for p in group["params"])
-        squares = self._norms[:, 0].sum(0)
-        return squares.sqrt().to(torch.float64 if doubles else torch.float32)
+        doubles = (torch.float64, torch.complex128)
+        wide = any(p.dtype in doubles for group in self.param_groups for p in group["params"])
+        return self._norms[:, 0].sum(0).sqrt().to(torch.float64 if wide else torch.float32)
 
     @property
     def steps_skipped(self) -> int | Tensor:

@@ -291,7 +291,11 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
             nesterov=given.nesterov,
             maximize=given.maximize,
         )
-        return new, {**state, **new_state, "step": state.get("step", np.zeros(())) + 1}
+        return new, {
+            **state,
+            **new_state,
+            "step": state.get("step", np.zeros(())) + (float(given.momentum) != 0),
+        }
 
     _step(bucket, options, guard, update)
 

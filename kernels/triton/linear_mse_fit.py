@@ -401,10 +401,12 @@ def _update(
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
         buffer = m if m_ptr is not None else None
         p_new, m_new = sgd_rule(p, g * factor, buffer, t == 0, scalars)
+    counted = (
+        go if ADAM else go & (rule[1] != 0)
+    )  # a model without momentum leaves buffer and step as they are
     if m_ptr is not None:
         m_new = round_to(m_new, 0, m_ptr.dtype.element_ty, False).to(ACC)
-        keeps = go if ADAM else go & (rule[1] != 0)  # a model without momentum leaves its buffer as it is
-        m = tl.where(keeps, m_new, m)
+        m = tl.where(counted, m_new, m)
     p_new = round_to(p_new, 0, p_ptr.dtype.element_ty, False).to(ACC)
-    t = tl.where(go, t + 1, t)
+    t = tl.where(counted, t + 1, t)
     return tl.where(go, p_new, p), m, v, u, t, first, second

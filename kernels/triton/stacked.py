@@ -412,7 +412,12 @@ def _stacked_sgd_kernel(
     fresh = tl.zeros((MODELS, 1), tl.int1)
     key = 0
     if DTYPE_STEP is not None:
-        step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, go, DTYPE_STEP)
+        counted = go
+        if (
+            not STOCHASTIC
+        ):  # a step without momentum leaves the first one with it to come; random numbers go by all
+            counted = go & (momentum != 0)
+        step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, counted, DTYPE_STEP)
         fresh = (step == 0)[:, None]
         if STOCHASTIC:
             key = keys_of(row, step)[:, None]

@@ -78,13 +78,13 @@ def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
         grad = torch.complex(spread((9,), 4.0), spread((9,), 4.0)).to(dtype)
         for optimizer in (ours, theirs):
             parameters(optimizer)[0].grad = grad.clone()
-        torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5, foreach=False)
+        norm = torch.nn.utils.clip_grad_norm_(parameters(theirs), 0.5, foreach=False)
         ours.step()
         theirs.step()
         assert torch.equal(parameters(ours)[0].grad, grad)
-    torch.testing.assert_close(
-        parameters(ours)[0], parameters(theirs)[0], rtol=1e-5 if dtype == torch.complex64 else 1e-13, atol=0
-    )
+    rtol = 1e-5 if dtype == torch.complex64 else 1e-13
+    torch.testing.assert_close(ours.grad_norm, norm, rtol=rtol, atol=0)
+    torch.testing.assert_close(parameters(ours)[0], parameters(theirs)[0], rtol=rtol, atol=0)
 
 
 def test_differentiable(name: str) -> None:

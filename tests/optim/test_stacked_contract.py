@@ -355,7 +355,7 @@ def test_dtypes(name: str, dtype: torch.dtype, device: torch.device) -> None:
 @pytest.mark.parametrize("first", [True, False], ids=["mask first", "no mask first"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_masks_that_come_and_go_over_rates_of_16_bits(dtype: torch.dtype, first: bool) -> None:
-    """Without a mask torch's fused kernel takes part, in the parameters' dtype; with one all is done in float32."""
+    """What a step with a mask keeps for the next one, or one without, changes no bit."""
     start, rate = torch.randn(B, 33).to(dtype), torch.linspace(0.01, 0.1, B)
     gradients = [torch.randn(B, 33).to(dtype) for _ in range(4)]
 
@@ -370,6 +370,53 @@ def test_masks_that_come_and_go_over_rates_of_16_bits(dtype: torch.dtype, first:
         return optimizer
 
     assert_equal_bits(run(False), run(True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["lr", "lr_scale"])
+def test_rates_of_16_bit_models_are_rounded_once(dtype: torch.dtype, scaled: bool) -> None:
+    """As where one rate serves all: neither the rate nor the move at rate 1, which float16 may not hold."""
+    gradients = [torch.randn(B, 500).to(dtype) * 1e-3 for _ in range(2)]
+    gradients[1][:, :200] = 0  # where in float16 the square of the first one is 0 too
+    rates = torch.linspace(1e-6, 3e-6, B)
+
+    def run(chosen: slice, **options: Any) -> Tensor:
+        param = nn.Parameter(torch.zeros(B, 500, dtype=dtype)[chosen])
+        optimizer = FusedAdam([param], eps=1e-12, stacked=True, **options)
+        for gradient in gradients:
+            param.grad = gradient[chosen].clone()
+            optimizer.step()
+        return param.detach().double()
+
+    given = {"lr": 1.0, "lr_scale": rates} if scaled else {"lr": rates}
+    alone = torch.cat([run(slice(b, b + 1), lr=rate) for b, rate in enumerate(rates.tolist())])
+    assert alone.isfinite().all()
+    gap, limits = (run(slice(None), **given) - alone).abs(), torch.finfo(dtype)
+    assert (gap <= limits.eps * (alone.abs() + limits.tiny)).all()
+    assert (gap > 0).double().mean() < 0.01  # ties, where the last bit of float32 decides
+
+
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_momentum_that_is_raised_from_zero(dampening: float, device: torch.device) -> None:
+    """The first step of momentum is not dampened, however many steps went before it; a later one is."""
+    momentum = torch.tensor([0.9, 0.0, 0.5, 0.0, 0.3])
+    ours, runs, feed = make("SGD", device, lr=0.1, momentum=momentum, dampening=dampening)
+    given = ours.param_groups[0]["momentum"]
+    for step in range(1, 9):
+        if step in (3, 5, 7):
+            changed = {3: [0.9, 0.7, 0.5, 0, 0], 5: [0.9, 0, 0.5, 0.6, 0.3], 7: [0.9, 0.2, 0, 0.6, 0.3]}[step]
+            given.copy_(torch.tensor(changed))
+            runs.set(momentum=torch.tensor(changed))
+        gradients, active = feed(step), [step != 3 or b != 1 for b in range(B)]
+        set_gradients(ours, gradients)
+        ours.active = torch.tensor(active, device=device) if step % 2 else None
+        runs.step(gradients, active)
+        ours.step()
+        assert_same(ours, runs, f"at step {step}")
 
 
 @both_backends
