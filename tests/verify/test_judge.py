@@ -136,8 +136,20 @@ RECTIFIERS = """
             {"grad * x.relu()": "grad * (x.relu() if ctx.needs_input_grad[0] else x)"},
             "with the gradient of input 1 alone: input 1: at",
         ),
+        (
+            v.WRONG_GRADIENT,
+            {"grad * x.relu()": "grad * {True: x.relu()}[ctx.needs_input_grad[0]]"},
+            "with the gradient of input 1 alone: KeyError: False",
+        ),
+        (
+            v.MUTATED,
+            {
+                "launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"
+            },
+            "with no gradient: the forward writes into input 0",
+        ),
     ],
-    ids=["right", "never negative", "no gradient", "one gradient"],
+    ids=["right", "never negative", "no gradient", "one gradient", "one raises", "written without gradient"],
 )
 def test_what_the_given_values_and_the_training_do_not_show(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -380,6 +392,7 @@ def test_bad_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         [file, "--op=mse"],
         [file, "--timeout=0"],
         [file, f"--sarif={tmp_path / 'none' / 'report'}"],
+        [file, f"--sarif={tmp_path}"],
         ["--github"],
     ):
         with pytest.raises(SystemExit, match="2"):

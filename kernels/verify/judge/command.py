@@ -16,14 +16,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Judge the file and print the report; gives the exit status.
 
     Raises:
-        ValueError: there is no such file, or no folder for the report.
+        ValueError: there is no such file, or no place for the report.
     """
     text, _, name = arguments.file.partition("::")
     path = Path(text)
     if not path.is_file():
         raise ValueError(f"{text}: there is no such file")
-    if arguments.sarif and not Path(arguments.sarif).absolute().parent.is_dir():
+    if arguments.sarif and not (report := Path(arguments.sarif).absolute()).parent.is_dir():
         raise ValueError(f"--sarif {arguments.sarif}: there is no such folder")
+    if arguments.sarif and report.is_dir():
+        raise ValueError(f"--sarif {arguments.sarif}: it is a folder")
     try:
         cases = _cases(path, name or None, arguments)
     except Exception as error:  # never a pass

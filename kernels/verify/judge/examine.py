@@ -314,20 +314,34 @@ class _Examination:
             return replace(outcome, gradients={place: outcome.gradients.get(place) for place in places})
 
         once = partial(once, wanted=places)
+        asked = f"the gradient of input {places[0]} alone" if places else "no gradient"
         try:
             outcome = once()
-        except _RefusedError:  # it cannot do without the others
+        except _RefusedError as refused:
+            if self._reference_serves(point.values, places):
+                verdict = v.WRONG_GRADIENT if places else v.WRONG_VALUE
+                message = f"with {asked}: {_described(refused.error)}"
+                yield Finding(verdict, message, _raised_at(refused.error, self.file))
             return
         found = list(trials.memory(outcome))
+        if outcome.mutated and not (first.mutated or truth.native.mutated):
+            found.append(Finding(v.MUTATED, outcome.mutated))
         if not found and not trials.agree(outcome, chosen(first)):
             outcomes, truths = self._draws(point, outcome, truth, once)
             found += trials.value(outcomes, truths)
             found += trials.arrival(outcome, replace(truth, native=chosen(truth.native)))
             found += trials.gradient(outcomes, truths)
-        asked = f"the gradient of input {places[0]} alone" if places else "no gradient"
         for finding in found:
-            where = finding.where or (self.target.backward if finding.verdict == v.WRONG_GRADIENT else "")
-            yield Finding(finding.verdict, f"with {asked}: {finding.message}", where)
+            yield replace(finding, message=f"with {asked}: {finding.message}")
+
+    def _reference_serves(self, values: Sequence[Any], places: Sequence[int]) -> bool:
+        """Whether the reference raises nothing where these gradients alone are asked for."""
+        assert self.reference is not None
+        try:
+            self.reference(values, places)
+        except Exception:
+            return False
+        return True
 
     def _diagnosis(self, point: Point, wanted: list[int], elements: int) -> list[Finding]:
         try:
@@ -340,8 +354,7 @@ class _Examination:
         return self.reference is not None and not list(trials.value([outcome], [self._truth(values)]))
 
     def _failed(self, doing: str, error: BaseException, point: Point | None = None) -> Case:
-        text = str(error).strip() or type(error).__name__
-        message = text if isinstance(error, NotJudgedError) else f"{type(error).__name__}: {text}"
+        message = str(error).strip() if isinstance(error, NotJudgedError) else _described(error)
         refusal = point is not None and point.kind != "given"
         if not refusal:
             traceback.print_exception(error)
@@ -395,6 +408,10 @@ def _differentiable(values: Sequence[Any], arguments: int) -> list[int]:
 
 def _cast(function: Any, dtype: torch.dtype) -> Any:
     return function.to(dtype) if isinstance(function, torch.nn.Module) else function
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or type(error).__name__}"
 
 
 def _raised_at(error: BaseException, file: str) -> str:
