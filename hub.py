@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 NAME = "gradkernels"
+FOLDERS = ("build", "torch-ext")
 BACKENDS = ("cpu", "cuda", "metal", "rocm", "xpu")
 VERSION = int(re.findall(r'^__version__ = "(\d+)', (ROOT / "kernels" / "__init__.py").read_text(), re.M)[0])
 BUILD = f"""\
@@ -31,15 +32,27 @@ pyext = ["json", "py"]
 
 
 def write(folder: Path) -> None:
-    """Write the repository into ``folder``, in place of what is there."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the repository into ``folder``, in place of an earlier one.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
+    marker = folder / "build.toml"
+    if folder.exists():
+        names = {path.name for path in folder.iterdir()}
+        ours = "build.toml" in names and f'name = "{NAME}"' in marker.read_text()
+        if names and not (ours and names <= {"build.toml", *FOLDERS}):
+            raise FileExistsError(f"{folder} is neither empty nor an earlier repository of {NAME}")
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(BUILD)
     package = ROOT / "kernels"
     files = sorted(path for ext in ("json", "py") for path in package.rglob(f"*.{ext}"))
     contents = {path.relative_to(package).as_posix(): path.read_bytes() for path in files}
     digests = {name: hashlib.sha256(content).digest() for name, content in contents.items()}
     whole = hashlib.sha256(json.dumps([*contents, *(value.hex() for value in digests.values())]).encode())
     _write(folder / "torch-ext" / NAME, contents)
-    (folder / "build.toml").write_text(BUILD)
     for backend in BACKENDS:
         metadata = {
             "name": NAME,
@@ -66,5 +79,8 @@ def _write(folder: Path, contents: dict[str, bytes]) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "hub"
-    write(target)
+    try:
+        write(target)
+    except OSError as error:
+        sys.exit(f"{error}")
     print(f"wrote {target}")

@@ -121,7 +121,8 @@ print("trained")
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub")
-    (folder / "left over").touch()
+    hub.write(folder)
+    (folder / "build" / "torch-cpu" / "left over").touch()
     hub.write(folder)
     return folder
 
@@ -168,7 +169,19 @@ def test_each_copy_is_the_package(repository: Path) -> None:
                 for name, content in copy.items()
             }
     assert len(identifiers) == len(variants)
-    assert not (repository / "left over").exists()
+
+
+@pytest.mark.parametrize("kept", ["notes", ".git", "build.toml", "torch-ext"])
+def test_another_folder_is_left_alone(tmp_path: Path, kept: str) -> None:
+    """Such as the current one: not even an earlier repository that holds more is deleted."""
+    if kept in ("notes", ".git"):
+        (tmp_path / "build.toml").write_text(hub.BUILD)
+    (tmp_path / kept).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileExistsError, match="neither empty nor an earlier repository"):
+        hub.write(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / kept).read_text() == "mine"
 
 
 @pytest.mark.unwatched
