@@ -42,19 +42,26 @@ class Change:
     relative: float | None = None
 
 
-def _rounds(record: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return our time in each round, and its ratio to plain torch's; launch-free if both were measured so."""
+Rounds = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
+
+
+def _rounds(record: dict[str, Any]) -> Rounds:
+    """Return our time in each round, and its ratio to plain torch's, by what was measured.
+
+    Launch-free times come first; those of calls without torch's, which stand for the ratio too, last.
+    """
     ours = outcome(record)
-    names = baselines([record])
-    plain = outcome(record, names[0]) if names else {}
-    for key in ("device", "call"):
-        if key in ours and key in plain:
-            times, torchs = (np.array(each[key]["rounds_us"]) for each in (ours, plain))
-            return times, times / torchs
+    found: Rounds = {}
+    for name in baselines([record])[:1]:
+        plain = outcome(record, name)
+        for key in ("device", "call"):
+            if key in ours and key in plain:
+                times, torchs = (np.array(each[key]["rounds_us"]) for each in (ours, plain))
+                found[key, name] = times, times / torchs
     if "call" in ours:
         times = np.array(ours["call"]["rounds_us"])
-        return times, times
-    return None
+        found["call", ""] = times, times
+    return found
 
 
 def _direction(before: np.ndarray, after: np.ndarray, threshold: float) -> int:
@@ -71,9 +78,11 @@ def compare_case(before: dict[str, Any], after: dict[str, Any], threshold: float
     name = case_name(after)
     if outcome(before)["status"] == "ok" and outcome(after)["status"] in ("wrong", "failed"):
         return Change(name, "wrong")
-    old, new = _rounds(before), _rounds(after)
-    if old is None or new is None:
-        return Change(name, "gone" if new is None else "new")
+    earlier, later = _rounds(before), _rounds(after)
+    measured = next((each for each in earlier if each in later), None)
+    if measured is None:
+        return Change(name, "new" if later else "gone")
+    old, new = earlier[measured], later[measured]
     times = [float(np.median(each[0])) for each in (old, new)]
     relative = float(np.median(new[1]) / np.median(old[1]))
     by_clock, by_ratio = (_direction(old[i], new[i], threshold) for i in (0, 1))

@@ -1,5 +1,7 @@
 """compare: what is slower is reported, noise is not, and other files are refused."""
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,23 @@ def test_compare_takes_noise_and_a_busy_machine_into_account() -> None:
     noisy = [run_of(seed, size=0.5) for seed in (1, 2)]
     assert verdicts(*noisy) <= {"same", "noise"}
     assert verdicts(run_of(1), run_of(2, busy=1.5)) == {"noise"}
+
+
+def test_compare_takes_times_of_one_kind() -> None:
+    """The launch-free ones, if both runs have them of both; the calls of ours alone, if one has none of torch's."""
+    calls = run_of(1)
+    free, alone = (copy.deepcopy(run_of(seed)) for seed in (2, 3))
+    for record in free["cases"]:
+        for timings in record["contenders"].values():
+            timings["device"] = {"median_us": 10.0, "rounds_us": [10.0] * 7}
+    for record in alone["cases"]:
+        record["contenders"]["eager"] = {"status": "failed", "note": "out of memory"}
+    for before, after in itertools.permutations((calls, free, alone), 2):
+        changes = compare.compare_runs(before, after)
+        assert {change.verdict for change in changes} == {"same"}
+        assert all(0.9 < change.relative < 1.1 for change in changes)
+    for change in compare.compare_runs(free, free):
+        assert (change.before, change.after, change.relative) == (10.0, 10.0, 1.0)
 
 
 def test_compare_reports_what_became_wrong_and_what_is_gone() -> None:
