@@ -98,11 +98,11 @@ def predict(model: dict, path: Path, console: Console) -> tuple[pd.DataFrame, li
             value = np.where(empty, feature["fill"], column.to_numpy())
         result += value[:, None] * model["coefficients"].numpy()[:, at]
     for name in dict.fromkeys(feature["column"] for feature in encoding if "category" in feature):
-        known = {feature["category"] for feature in encoding if feature["column"] == name}
-        baseline = next(feature["baseline"] for feature in encoding if feature["column"] == name)
-        if unknown := sorted(
-            set(frame[name].cat.remove_unused_categories().cat.categories) - known - {baseline}
-        ):
+        own = [feature for feature in encoding if feature["column"] == name]
+        baseline = own[0]["baseline"]
+        known = {feature["category"] for feature in own if feature.get("seen", True)}
+        known |= {baseline} if own[0].get("baseline_seen", True) else set()
+        if unknown := sorted(set(frame[name].cat.remove_unused_categories().cat.categories) - known):
             seen = int(frame[name].isin(unknown).sum())
             notes.append(
                 f"column {name!r} has {seen} values that training did not see "

@@ -317,14 +317,20 @@ class Encoder:
             fill.fit(self.values[train])
             baseline, *words = map(str, values.cat.categories)
             codes = np.arange(1 + len(words))[:, None]
+            # Validation rows may have words of their own, which training leaves at 0.
+            seen = np.isin(codes[:, 0], fill.transform(self.values[train])).tolist()
             # The first category is the baseline that the others are compared with.
             self.hot = OneHotEncoder(drop="first", sparse_output=False, dtype=np.float32).fit(codes)
             common = {
                 "column": column,
                 "baseline": baseline,
                 "fill": [baseline, *words][int(fill.statistics_[0])],
+                "baseline_seen": seen[0],
             }
-            self.features = [{"name": f"{column} = {word}", "category": word} | common for word in words]
+            self.features = [
+                {"name": f"{column} = {word}", "category": word, "seen": found} | common
+                for word, found in zip(words, seen[1:], strict=True)
+            ]
         else:
             self.values = values.to_numpy(dtype=float)[:, None]
             fill = SimpleImputer(keep_empty_features=True).fit(self.values[train])

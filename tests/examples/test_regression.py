@@ -465,6 +465,24 @@ def test_words_that_no_training_row_has(regression: ModuleType, tmp_path: Path) 
     assert sorted(data.validation_x[:, 1]) == [0, 1]
 
 
+@pytest.mark.parametrize("held_out", ["red", "blue"])
+def test_predict_says_that_training_did_not_see_a_word(
+    regression: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], held_out: str
+) -> None:
+    """Though the validation rows have it, be it the baseline."""
+    validation = np.random.default_rng(0).permutation(12)[:2]
+    table = holed(tmp_path, {i: held_out if i in validation else "green" for i in range(12)})
+    output = tmp_path / "out"
+    assert (
+        run(regression, "--data", table, "--target", "price", "--epochs", 3, "--output", output, "--quiet")
+        == 0
+    )
+    assert regression.main(["predict", str(output / "model.pt"), table]) == 0
+    baseline = min(held_out, "green")
+    said = f"column 'word' has 2 values that training did not see ('{held_out}'): taken as '{baseline}', the baseline"
+    assert said in capsys.readouterr().err
+
+
 def test_a_row_left_out_leaves_nothing_behind(regression: ModuleType, tmp_path: Path) -> None:
     """Neither its words, the first of which would be the baseline, nor what is said of its holes."""
     words = {i: "ab"[i % 2] for i in range(12)} | {5: "A"}
