@@ -204,8 +204,6 @@ def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> Matmul
     stages = 2 if target.backend == "hip" else 3  # tiles in flight that fit shared memory
     block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
     if dtype == torch.float64:
-        if target == ("cuda", 100):  # where triton 3.6 fails to compile more
-            block_m = block_n = 16
         # Two elements per thread, so that they are loaded together.
         block_k = 16 * warp_size(target) // 32 if 16 in (block_m, block_n) else 16
         return MatmulConfig(block_m, block_n, block_k, 4, stages)
@@ -639,7 +637,7 @@ def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) ->
     """The ``shared`` config for so many outputs of all models, of D inputs multiplied as ``operand``, or why not so."""
     cols = max(16, triton.next_power_of_2(D))
     area = MODELS_SHARED_AREA * 2 // operand.itemsize
-    if cols * 16 > area or (operand == torch.float64 and target == ("cuda", 100)):
+    if cols * 16 > area:
         return f"products of {cols} inputs do not fit registers ({area})"
     OUTPUTS = min(128, area // cols, max(16, triton.next_power_of_2(outputs)))
     stages = 1 if target.backend == "hip" else 2

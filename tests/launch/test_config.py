@@ -42,6 +42,15 @@ def test_the_plan_of_a_product(dtype, sizes, batches, operands, target, plan):
     assert matmul_plan(dtype, sizes, batches, 1, operands, target).name == plan
 
 
+@pytest.mark.parametrize("arch", [90, 100, 103, 110, 120])
+def test_float64_has_one_tile_on_nvidia(arch):
+    """Triton 3.6 fails on sm_100 where a product of float64 asks for tf32, which no kernel does."""
+    target = Target("cuda", arch)
+    assert config.matmul(FP64, 256, 256, 256, target) == config.matmul(FP64, 256, 256, 256, A100)
+    assert config.models_shared(64, 32, FP64, target) == config.models_shared(64, 32, FP64, A100)
+    assert config.dot_precision(FP64, target, "tf32") == "ieee"
+
+
 def test_a_sum_over_matrices_is_never_elementwise_or_outer():
     for K in (1, 8):
         assert matmul_plan(FP32, (64, 64, K), 1, 100, ALIGNED, H100).name == "gemm"
