@@ -15,7 +15,14 @@ from torch import Tensor
 
 from . import checks
 from .checks import acc_dtype
-from .linear_mse_models import autocast, models_forward, models_loss, models_loss_and_grad, prepare
+from .linear_mse_models import (
+    autocast,
+    beside_slopes,
+    models_forward,
+    models_loss,
+    models_loss_and_grad,
+    prepare,
+)
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import mse, mse_backward, mse_hvp, total_weight
 from .operator import Operator, in_places, use_torch_fast_path
@@ -345,17 +352,18 @@ def _general_backward(
         bias_part = (q * d_grad_bias).to(error.dtype).expand_as(error)
         Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part)
     if d_grad_weight is not None:
-        Q = product(input, (q * d_grad_weight).to(input.dtype).mT, Q, dtype=error.dtype)
+        left = beside_slopes(input)
+        Q = product(left, (q * d_grad_weight).to(left.dtype).mT, Q, dtype=error.dtype)
     R = None if Q is None else _weighted(sample_weight, Q)
     if d_loss is not None:
-        R = scale_and_add(q * d_loss, error, R)
+        R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R)
     assert R is not None
     grad_input = grad_sample_weight = None
     if output_mask[0]:
         grad_input = product(R, weight, dtype=input.dtype)
         if d_grad_weight is not None:
-            slope = (q * d_grad_weight).to(weight.dtype)
-            grad_input = product(error, slope, grad_input, dtype=input.dtype)
+            left = beside_slopes(error)
+            grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input, dtype=input.dtype)
     if output_mask[4]:
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
@@ -389,7 +397,7 @@ class LinearMseBackwardFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_output, error, weight = ctx.saved_tensors
         d_grad_input, d_grad_target = in_places(cotangents, ctx.output_mask)
-        slope = ctx.factor * grad_output
+        slope = ctx.factor * grad_output.to(acc_dtype(grad_output))
         d_grad = d_error = d_weight = projected = None
         if d_grad_input is not None:
             # (d_grad_input W^T) meets E both in grad_output's gradient and, scaled, in E's.
@@ -411,15 +419,17 @@ class LinearMseBackwardFunction(torch.autograd.Function):
         ctx: Any, d_grad: Tensor | None, d_error: Tensor | None, d_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         grad_output, error, weight = ctx.saved_tensors
-        slope = ctx.factor * grad_output
-        tangent = None if d_grad is None else scale_and_add(ctx.factor * d_grad, error)
+        acc = acc_dtype(grad_output)
+        slope = ctx.factor * grad_output.to(acc)
+        tangent = None if d_grad is None else scale_and_add(ctx.factor * d_grad.to(acc), error)
         if d_error is not None:
             tangent = scale_and_add(slope, d_error, tangent)
         results = []
         if ctx.output_mask[0]:
             d_input = None if tangent is None else product(tangent, weight, dtype=weight.dtype)
             if d_weight is not None:
-                d_input = product(error, (slope * d_weight).to(weight.dtype), d_input, dtype=weight.dtype)
+                left = beside_slopes(error)
+                d_input = product(left, slope * d_weight.to(left.dtype), d_input, dtype=weight.dtype)
             results.append(d_input)
         if ctx.output_mask[1]:
             results.append(None if tangent is None else scale_and_add(tangent.new_full((), -1), tangent))

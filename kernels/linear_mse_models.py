@@ -204,8 +204,8 @@ def _scaled(rows: Tensor, scale: Tensor, bounds: Tensor | None, dtype: torch.dty
     """Each row times its model's ``scale`` (B,)."""
     if bounds is None:
         return product(rows.unsqueeze(-1), scale.reshape(-1, 1, 1, 1), dtype=dtype).squeeze(-1)
-    columns = rows.shape[1]
-    flat = _product(rows.reshape(-1, 1), scale.reshape(-1, 1, 1), bounds * columns, dtype)
+    edges = bounds.to(torch.int64) * rows.shape[1]
+    flat = _product(rows.reshape(-1, 1), scale.reshape(-1, 1, 1), edges, dtype)
     return flat.reshape(rows.shape)
 
 
@@ -262,9 +262,17 @@ def _slopes(
 
 
 def _lengths(bounds: Tensor, rows: int) -> Tensor:
-    """How many rows each model has."""
-    start, end = bounds.clamp(0, rows).unbind(1)
+    """How many rows each model has, in 64 bits, as elements are counted by it."""
+    start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
     return (end - start).clamp(min=0)
+
+
+def beside_slopes(values: Tensor) -> Tensor:
+    """``values`` as a factor of slopes in the dtype of accumulation, of which float16 might hold nothing.
+
+    A product of two dtypes multiplies the narrower.
+    """
+    return values.float() if values.dtype == torch.float16 else values
 
 
 def _row_gradients(
@@ -278,7 +286,9 @@ def _row_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As needed, ``scale E W`` and ``-scale E`` in the shapes of input and target; scale is (B,)."""
     grad_input = grad_target = None
-    if output_mask[0]:
+    if output_mask[0] and error.dtype == torch.float16:  # which may have nothing left of a scaled weight
+        grad_input = _back(_scaled(error, scale, bounds, error.dtype), weight, input, bounds)
+    elif output_mask[0]:
         grad_input = _back(error, scale[:, None, None] * weight, input, bounds)
     if output_mask[1]:
         if target.dim() == error.dim():
@@ -419,7 +429,7 @@ def _general_backward(
         Q = part if Q is None else Q + part
     if d_grad_weight is not None:
         d_grad_weight = q.unsqueeze(-1) * d_grad_weight
-        part = _rows_by_models(input, d_grad_weight, bounds, acc)
+        part = _rows_by_models(beside_slopes(input), d_grad_weight, bounds, acc)
         Q = part if Q is None else Q + part
     R = Q if samples is None or Q is None else samples * Q
     if d_loss is not None:

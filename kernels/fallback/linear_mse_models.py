@@ -92,7 +92,7 @@ def linear_mse_models_forward(
         count: Tensor | int = target.shape[1] * K
     else:
         rows = len(input)
-        start, end = bounds.clamp(0, rows).unbind(1)
+        start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
         count = (end - start).clamp_(min=0) * K
         if rows == 0 or B == 0:
             return _of_no_rows(input, weight, target, count, reduction, output_mask, dtype, acc)

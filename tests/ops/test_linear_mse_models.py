@@ -3,6 +3,7 @@
 Over 500 lines, since each clause is tested of own, shared and ragged rows alike.
 """
 
+import sys
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import linear_mse_loss, linear_mse_loss_and_grad, use_backend
+from gradkernels import backends, linear_mse_loss, linear_mse_loss_and_grad, use_backend
+from gradkernels import linear_mse_models as module
 from gradkernels.ops import torch_linear_mse_loss
 from gradkernels.reference import linear_mse as reference
 from torch import Tensor
@@ -552,6 +554,88 @@ def test_a_sum_beyond_float16_reaches_the_gradient_of_a_mean(backend: str, devic
     w = torch.zeros(2, 1, 2, dtype=torch.float16, device=device)
     _, (_, grad_weight, _, _) = linear_mse_loss_and_grad(x, w, y)
     assert torch.equal(grad_weight, torch.full_like(w, -72.0))
+
+
+@pytest.fixture
+def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as a GPU makes them: where K is not short, in the narrower of the operands' dtypes."""
+    made = backends.module("fallback", "matmul").matmul_forward
+
+    def multiply(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
+        if left.shape[-1] > 4:
+            dtype = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
+            left, right = left.to(dtype), right.to(dtype)
+        return made(left, right, *rest)
+
+    for name in ("matmul", "linear_mse_models"):
+        monkeypatch.setattr(backends.module("fallback", name), "matmul_forward", multiply)
+
+
+def assert_close_in_float16(found: Tensor, expected: Tensor) -> None:
+    assert (found.double() - expected).abs().max() <= 2**-9 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["own", "shared", "ragged"])
+def test_slopes_below_float16_reach_the_gradient_of_input(matrix_instructions: None, kind: str) -> None:
+    """2 / (N K) times a weight is a few times the least float16; times errors first, as in torch, it is not."""
+    n, k, d = 4096, 8, 5
+    x = torch.randn(n, d).half() if kind == "shared" else torch.randn(2, n, d).half()
+    w, y = (0.01 * torch.randn(2, k, d)).half(), (300 * torch.randn(2, n, k)).half()
+    offsets = None
+    if kind == "ragged":
+        offsets = torch.tensor([0, n, 2 * n])
+        x, y = x.flatten(0, 1), y.flatten(0, 1)
+    _, (found, *_) = linear_mse_loss_and_grad(x, w, y, offsets=offsets, wrt=("input",))
+    wide = x.double().requires_grad_()
+    linear_mse_loss(wide, w.double(), y.double(), offsets=offsets).sum().backward()
+    assert found is not None
+    assert_close_in_float16(found, wide.grad)
+
+
+@pytest.mark.parametrize("models", [None, 2])
+def test_slopes_below_float16_reach_second_derivatives(
+    matrix_instructions: None, monkeypatch: pytest.MonkeyPatch, models: int | None
+) -> None:
+    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
+    n, k, d = 4096, 8, 5
+    own = () if models is None else (models,)
+    x, y = torch.randn(*own, n, d), 30 * torch.randn(*own, n, k)
+    w, z = 0.1 * torch.randn(*own, k, d), 0.01 * torch.randn(*own, k, d)
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        given = [tensor.half().to(dtype) for tensor in (x, w, y)]
+        for leaf in given[:2]:
+            leaf.requires_grad_()
+        upstream = torch.full(own, 3.0, dtype=dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad(linear_mse_loss(*given), given[1], upstream, create_graph=True)
+        results.append(torch.autograd.grad(grad, (*given, upstream)[:2], z.half().to(dtype)))
+    for found, expected in zip(*results, strict=True):
+        assert_close_in_float16(found, expected)
+
+
+def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
+    n, k, d = 4096, 8, 5
+    drawn = torch.randn(n, d), 0.1 * torch.randn(k, d), 30 * torch.randn(n, k), 0.01 * torch.randn(k, d)
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        x, w, y, z = (tensor.half().to(dtype) for tensor in drawn)
+        slope = grad(linear_mse_loss)
+        results.append(jvp(lambda w, x=x, y=y, slope=slope: slope(x, w, y), (w,), (z,))[1])
+    assert_close_in_float16(*results)
+
+
+def test_elements_of_ragged_rows_are_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """int32 offsets say which rows, of which there are fewer than elements."""
+    rows, columns = 2**20, 2**12
+    bounds = torch.tensor([[0, rows - 1], [rows - 1, rows]], dtype=torch.int32)
+    seen = []
+    monkeypatch.setattr(module, "_product", lambda flat, scale, edges, dtype: seen.append(edges) or flat)
+    module._scaled(torch.empty(rows, columns, device="meta"), torch.ones(2), bounds, torch.float32)
+    assert seen[0].tolist() == [[0, (rows - 1) * columns], [(rows - 1) * columns, rows * columns]]
+    weight, target = torch.empty(2, columns, 0), torch.empty(rows, columns, device="meta")
+    slopes = module._slopes(weight, target, bounds, "mean", torch.float32)
+    assert slopes.tolist() == pytest.approx([2 / ((rows - 1) * columns), 2 / columns])
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=str)
