@@ -192,8 +192,9 @@ def _run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, 
         kernel(picked(bucket.params, chosen), picked(bucket.grads, chosen), states, decision.scale)
         return
     dtype = bucket.params[0].dtype if native else acc_dtype(bucket.params[0])
+    divides = one_pass and dtype.itemsize == 2 and bucket.params[0].is_cpu
     for chunks in cut(bucket.params, chosen, _most(bucket, dtype)):
-        _run_batch(bucket, chunks, dtype, decision, kernel)
+        _run_batch(bucket, chunks, dtype, decision, kernel, divides)
 
 
 def is_native(bucket: Bucket) -> bool:
@@ -213,15 +214,18 @@ def is_native(bucket: Bucket) -> bool:
 
 
 def _run_batch(
-    bucket: Bucket, chunks: list[Chunk], dtype: torch.dtype, decision: Decision, kernel: Kernel
+    bucket: Bucket, chunks: list[Chunk], dtype: torch.dtype, decision: Decision, kernel: Kernel, divides: bool
 ) -> None:
-    grads = _Copies(bucket.grads, chunks, dtype)
+    """Update the chunks; ``divides``: the kernel clips, in float32, and writes what it has divided."""
+    grads, scale = _Copies(bucket.grads, chunks, dtype), None
     if decision.scale is not None:
         grads.replace(torch.div, decision.scale)
         grads.write_back()
+    if decision.clips and divides:
+        scale = (1 / torch.as_tensor(decision.clip)).float()
     if decision.clips and grads.values is grads.narrow:
-        grads.values = _clipped(bucket, tuple(chunks), grads.values, decision)
-    elif decision.clips:
+        grads.values = _clipped(bucket, tuple(chunks), grads.values, None if divides else decision.clip)
+    elif decision.clips and not divides:
         grads.replace(torch.mul, decision.clip)
     params = _Copies(bucket.states.get("master_param", bucket.params), chunks, dtype)
     if "master_param" in bucket.states:
@@ -234,7 +238,7 @@ def _run_batch(
     values = {key: copies.values for key, copies in states.items()}
     if "step" in bucket.states:
         values["step"] = [bucket.states["step"][i] for i, _, _ in chunks]
-    kernel(params.values, grads.values, values, None)
+    kernel(params.values, grads.values, values, scale)
 
     if bucket.seed is not None:
         _round_at_random(bucket, bucket.seed, chunks, [params, *states.values()])
@@ -254,8 +258,10 @@ def _follow(masters: list[Tensor], params: list[Tensor]) -> None:
         master.copy_(torch.where(master.to(param.dtype) == param, master, param))
 
 
-def _clipped(bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], decision: Decision) -> list[Tensor]:
-    """Clipped copies of the gradients; the originals stay unchanged.
+def _clipped(
+    bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], clip: float | Tensor | None
+) -> list[Tensor]:
+    """Copies of the gradients times ``clip``, if it is given; the originals stay unchanged.
 
     All batches share one scratch tensor, kept from step to step: fresh pages would cost more than the arithmetic.
     """
@@ -276,10 +282,11 @@ def _clipped(bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], decisi
     flat, copies = found
     if is_small(grads[0]):  # one call for all of them
         torch._foreach_copy_(copies, grads)
-        flat.mul_(decision.clip)
+        if clip is not None:
+            flat.mul_(clip)
     else:
         for grad, copy in zip(grads, copies, strict=True):
-            torch.mul(grad, decision.clip, out=copy)
+            copy.copy_(grad) if clip is None else torch.mul(grad, clip, out=copy)
     return copies
 
 

@@ -100,6 +100,23 @@ def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: tor
         assert_same_state(ours, theirs, reference, f"at step {step}")
 
 
+@pytest.mark.parametrize("backend", ["fallback", "triton"], indirect=True)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_clipped_gradients_that_float16_does_not_hold(
+    name: str, scale: float | None, device: torch.device
+) -> None:
+    """They stay in float32 up to the update: 1e-7 would be 1.2e-7, and move by 0.54."""
+    params = [torch.zeros(size, dtype=torch.float16, device=device) for size in (63, 1, 36_800)]
+    ours = ours_for(name)(params, lr=1.0, eps=1e-7, max_norm=1e-7 * 36_864**0.5)
+    for param in params:
+        param.grad = torch.full_like(param, scale or 1.0)
+    amp_step(ours, scale, None)
+    for param in params:
+        assert param.grad.eq(1).all()
+        torch.testing.assert_close(param, torch.full_like(param, -0.5))
+
+
 @on_both_backends
 def test_clipping_non_finite_gradients_does_what_clip_grad_norm_does(name: str, device: torch.device) -> None:
     for bad, most in itertools.product((float("inf"), float("nan")), (1.0, float("inf"))):

@@ -1,7 +1,6 @@
 """What torch's optimizers promise besides numbers: checkpoints, copies, hooks.
 
-Everything runs on the fallback but where tensors' values depend on the way they are updated. Over 500 lines, since it
-is a list of promises.
+Everything runs on the fallback but where tensors' values depend on the way they are updated.
 """
 
 import copy
