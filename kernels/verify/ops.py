@@ -86,6 +86,8 @@ class KernelReport:
 HEADER = ("op", "backend", "device", "dtype", "cases", "error / budget", "worst", "verdict")
 
 
+@torch.inference_mode(False)  # whatever block the caller is in
+@torch.enable_grad()
 def kernels(
     ops: Sequence[str] | None = None,
     *,

@@ -35,6 +35,13 @@ def check_w(gradient, fn=loss, inputs=None, **options):
     return gradcheck(fn, (w.clone().requires_grad_(), *rest), gradient=gradient, **options)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_s_block_does_not_matter(mode):
+    w, x, y = problem()
+    with mode():
+        assert gradcheck(loss, (w.requires_grad_(), x, y))
+
+
 def test_right_gradients_pass_without_a_diagnosis():
     assert check_w(by_hand).names == ()
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()

@@ -37,6 +37,15 @@ def test_every_op_passes_at_its_smallest_shape(op):
     }
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_caller_s_block_does_not_matter(mode):
+    """Gradients are made and checked under no_grad and in inference mode too."""
+    with mode():
+        assert verify.kernels(
+            ["mse"], shapes=[(5,)], dtypes=[torch.float32], backends=("fallback",), device="cpu"
+        )
+
+
 def test_a_wrong_gradient_is_a_failed_verdict(monkeypatch):
     original = launchers.mse_backward
     monkeypatch.setattr(launchers, "mse_backward", lambda *a: [1.001 * grad for grad in original(*a)])

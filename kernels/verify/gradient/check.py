@@ -15,6 +15,8 @@ from .suspect import Point, Suspect, weight_of
 from .upstream import Upstream
 
 
+@torch.inference_mode(False)  # whatever block the caller is in
+@torch.enable_grad()
 def gradcheck(
     fn: Callable[..., Any],
     inputs: Any,
