@@ -55,12 +55,12 @@ def _tile(
         mask = (element < batch)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
         row = tl.minimum(element, batch - 1) * rows + row_tile
     else:
-        row = row_tile * ROWS + tl.arange(0, ROWS)
+        row = (tl.zeros((), tl.int64) + row_tile) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
         element = first.to(tl.int64)
         if KEEP == "columns":
             element = element // tl.cdiv(n, COLS)
-        row = element * rows + tl.minimum(row, rows - 1).to(tl.int64)
+        row = element * rows + tl.minimum(row, rows - 1)
     return row[:, None], cols[None, :], mask
 
 

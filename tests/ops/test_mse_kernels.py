@@ -363,3 +363,22 @@ def test_columns_are_counted_in_64_bits():
     columns = torch.arange(2**32, 2**32 + COLS)
     assert torch.equal(out[0].cpu(), columns)
     assert torch.equal(out[1].cpu().bool(), columns < n // 16 * 16)
+
+
+@triton.jit
+def _rows_of_a_tile_kernel(out_ptr, tile, rows, ROWS: tl.constexpr):
+    """out_ptr: (2, ROWS), the rows of a tile of two columns, and whether they are there."""
+    row, cols, mask = _tile(tile * 0, tile, 1, rows, 2, ROWS, 16, 1, False, "nothing")
+    out = out_ptr + tl.arange(0, ROWS)[:, None] + cols * 0
+    tl.store(out, row + cols * 0)
+    tl.store(out + ROWS, mask.to(tl.int64), mask=(cols < 2) & (row * 0 == 0))
+
+
+def test_rows_are_counted_in_64_bits():
+    """The last tile of 2**31 + 40 rows that are not one: elementwise gradients have a program for each tile."""
+    rows, ROWS = 2**31 + 40, 64
+    out = torch.zeros(2, ROWS, dtype=torch.int64, device=DEVICE)
+    _rows_of_a_tile_kernel[(1,)](out, rows // ROWS, rows, ROWS)
+    expected = torch.arange(2**31, 2**31 + ROWS)
+    assert torch.equal(out[0].cpu(), expected.clamp(max=rows - 1))
+    assert torch.equal(out[1].cpu().bool(), expected < rows)
