@@ -42,13 +42,13 @@ GO = Decision(None, None, None)
 
 
 class Block:
-    """Rows and columns of the matrices, and memory for temporaries of that size.
+    """Rows and columns of the matrices, and memory for temporaries of that size, or the largest block's.
 
     The memory is kept from step to step: fresh pages would cost more than the arithmetic.
     """
 
-    def __init__(self, rows: slice, columns: slice, memory: list[Tensor], models: int) -> None:
-        self.rows, self.columns, self._memory = rows, columns, memory
+    def __init__(self, rows: slice, columns: slice, memory: list[Tensor], largest: int, models: int) -> None:
+        self.rows, self.columns, self._memory, self._largest = rows, columns, memory, largest
         self.shape = (rows.stop - rows.start, columns.stop - columns.start)
         self._has_all_models = self.shape[0] == models
         self._spreads = self.shape[1] < SHORT and self.shape[0] * self.shape[1] >= LARGE
@@ -65,7 +65,7 @@ class Block:
         if place == len(self._views):
             size = self.shape[0] * self.shape[1]
             if place == len(self._memory):
-                self._memory.append(torch.empty(size, dtype=like.dtype, device=like.device))
+                self._memory.append(torch.empty(self._largest, dtype=like.dtype, device=like.device))
             self._views.append(self._memory[place][:size].view(self.shape))
         return self._views[place]
 
@@ -205,12 +205,12 @@ def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
         most = batch_size(param.device, acc_dtype(param))
         wide = max(1, min(columns, most))
         high = max(1, most // wide)
-        shape = min(high, models), min(wide, columns)
-        memory = bucket.memory.setdefault("temporaries", {}).setdefault(shape[0] * shape[1], [])
+        largest = min(high, models) * min(wide, columns)
+        memory = bucket.memory.setdefault("temporaries", {}).setdefault(largest, [])
+        rows = [slice(top, min(top + high, models)) for top in range(0, models, high)]
+        pieces = [slice(left, min(left + wide, columns)) for left in range(0, columns, wide)]
         known = bucket.memory[f"blocks {i}"] = [
-            Block(slice(top, min(top + high, models)), slice(left, min(left + wide, columns)), memory, models)
-            for top in range(0, models, high)
-            for left in range(0, columns, wide)
+            Block(row, piece, memory, largest, models) for row in rows for piece in pieces
         ]
     return known
 

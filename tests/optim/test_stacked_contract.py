@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, backends
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -370,6 +370,20 @@ def test_masks_that_come_and_go_over_rates_of_16_bits(dtype: torch.dtype, first:
         return optimizer
 
     assert_equal_bits(run(False), run(True))
+
+
+def test_blocks_whose_models_go_apart_one_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of unequal steps has more temporaries; what a small block is first to need serves larger ones too."""
+    monkeypatch.setattr(backends.module("fallback", "stacked"), "batch_size", lambda *_: 9)
+    ours, runs, feed = make(name, shapes=TWO, **OPTIONS[name])  # of the first in blocks of 3 models and 2
+    for step, left_out in enumerate((4, 4, 0, 4, None, None), 1):
+        active = None if left_out is None else [b != left_out for b in range(B)]
+        ours.active = None if active is None else torch.tensor(active)
+        gradients = feed(step)
+        set_gradients(ours, gradients)
+        runs.step(gradients, active)
+        ours.step()
+        assert_same(ours, runs, f"at step {step}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
