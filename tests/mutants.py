@@ -108,10 +108,14 @@ MUTANTS = (
         "if output_mask[4]:",
         "derivatives",
     ),
-    Mutant("R = scale_and_add(q * d_loss, error, R)", "R = scale_and_add(q * d_loss, error)", "derivatives"),
     Mutant(
-        "slope = (q * d_grad_weight).to(weight.dtype)",
-        "slope = d_grad_weight.to(weight.dtype)",
+        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R)",
+        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error)",
+        "derivatives",
+    ),
+    Mutant(
+        "grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input",
+        "grad_input = product(left, d_grad_weight.to(left.dtype), grad_input",
         "derivatives",
     ),
     Mutant(
@@ -271,7 +275,8 @@ MUTANTS = (
         "torch.add(made.flip(0), 1, out=block.empty_row(p))",
         "stacked",
     ),
-    Mutant("step += 1 if decision.keep is None else decision.keep", "step += 1", "stacked"),
+    Mutant("step += 1 if keep is None else keep", "step += 1", "stacked"),
+    Mutant("counted = go & (momentum != 0)", "counted = go", "stacked"),
     Mutant(
         "out.copy_(value if keep is None else torch.where(keep, value, out))", "out.copy_(value)", "stacked"
     ),
@@ -306,7 +311,7 @@ MUTANTS = (
         "memory = (param.device, param.data_ptr())",
         "training",
     ),
-    Mutant('values["step"] = step.to(param.device).resolve_neg()', "pass", "training optim"),
+    Mutant('values["step"] = step.to(param.device, dtype).resolve_neg()', "pass", "training optim"),
     Mutant("counting = False\n        return True", "return True", "training"),
     Mutant(
         "if kind is None and (tensors is not self._bucket.grads or self._write_grads):",
@@ -348,7 +353,7 @@ MUTANTS = (
         survives="a matter of time",
     ),
     Mutant(
-        "grads.values = _clipped(bucket, tuple(chunks), grads.values, decision)",
+        "grads.values = _clipped(bucket, tuple(chunks), grads.values, None if divides else decision.clip)",
         "grads.replace(torch.mul, 1.0)",
         "optim",
     ),
@@ -438,14 +443,26 @@ MUTANTS = (
 )
 
 
+def sources(tree: Path) -> dict[str, str]:
+    """The texts of ``kernels/``, by their paths in a checkout."""
+    files = sorted((tree / "kernels").rglob("*.py"))
+    return {file.relative_to(tree).as_posix(): file.read_text() for file in files}
+
+
+def place_of(mutant: Mutant, texts: dict[str, str]) -> str | None:
+    """The file in which the fault is planted, or None if its text is not there once."""
+    counts = {file: text.count(mutant.old) for file, text in texts.items() if mutant.where in file}
+    found = [file for file, count in counts.items() if count]
+    return found[0] if len(found) == 1 and counts[found[0]] == 1 else None
+
+
 def plant(mutant: Mutant, tree: Path) -> str | None:
     """Write the fault into a copy of the checkout; gives the file's name, or None if the text is not there once."""
-    files = [file for file in sorted((tree / "kernels").rglob("*.py")) if mutant.where in file.as_posix()]
-    found = [file for file in files if mutant.old in file.read_text()]
-    if len(found) != 1 or found[0].read_text().count(mutant.old) != 1:
-        return None
-    found[0].write_text(found[0].read_text().replace(mutant.old, mutant.new))
-    return found[0].relative_to(tree).as_posix()
+    texts = sources(tree)
+    file = place_of(mutant, texts)
+    if file is not None:
+        (tree / file).write_text(texts[file].replace(mutant.old, mutant.new))
+    return file
 
 
 def judge(mutant: Mutant) -> tuple[str, str]:
