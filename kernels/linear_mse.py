@@ -347,20 +347,21 @@ def _general_backward(
     if error is None:
         predictions = product(input, weight.mT, bias, dtype=target.dtype)
         error = _weighted_error(predictions, target, sample_weight)
+    wide = torch.float32 if error.dtype == torch.float16 else error.dtype  # Q and R are slopes
     Q = d_error
     if d_grad_bias is not None:
-        bias_part = (q * d_grad_bias).to(error.dtype).expand_as(error)
-        Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part)
+        bias_part = (q * d_grad_bias).to(wide).expand_as(error)
+        Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part, wide)
     if d_grad_weight is not None:
         left = beside_slopes(input)
-        Q = product(left, (q * d_grad_weight).to(left.dtype).mT, Q, dtype=error.dtype)
+        Q = product(left, (q * d_grad_weight).to(left.dtype).mT, Q, dtype=wide)
     R = None if Q is None else _weighted(sample_weight, Q)
     if d_loss is not None:
-        R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R)
+        R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R, wide)
     assert R is not None
     grad_input = grad_sample_weight = None
     if output_mask[0]:
-        grad_input = product(R, weight, dtype=input.dtype)
+        grad_input = product(R, beside_slopes(weight), dtype=input.dtype)
         if d_grad_weight is not None:
             left = beside_slopes(error)
             grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input, dtype=input.dtype)
@@ -371,13 +372,13 @@ def _general_backward(
             grad_sample_weight = mse_backward.masked(*primals, "sum", 0, (False, False, True))[2]
         if Q is not None:
             residual = _weighted_error(predictions, target, None)
-            part = sum_to(_weighted(Q, residual), sample_weight.shape)
+            part = sum_to(_weighted(residual, Q), sample_weight.shape)
             grad_sample_weight = scale_and_add(
                 part.new_ones(()), part, grad_sample_weight, sample_weight.dtype
             )
     return [
         grad_input,
-        product(R.mT, input, dtype=weight.dtype) if output_mask[1] else None,
+        product(R.mT, beside_slopes(input), dtype=weight.dtype) if output_mask[1] else None,
         scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if output_mask[2] else None,
         sum_to(R, (R.shape[1],), bias.dtype) if output_mask[3] else None,
         grad_sample_weight,

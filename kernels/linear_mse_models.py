@@ -440,7 +440,7 @@ def _general_backward(
     R = R.expand_as(error)
     grad_input = grad_samples = None
     if needed[0]:
-        grad_input = _back(R, weight, input, bounds)
+        grad_input = _back(R, beside_slopes(weight), input, bounds)
         if d_grad_weight is not None:
             grad_input = grad_input + _back(error, d_grad_weight, input, bounds)
     if needed[4]:
@@ -453,7 +453,7 @@ def _general_backward(
         grad_samples = _to_shape(sum(parts[1:], parts[0]), samples)
     return [
         grad_input,
-        _rows_by_rows(R, input, bounds, weight.dtype) if needed[1] else None,
+        _rows_by_rows(R, beside_slopes(input), bounds, weight.dtype) if needed[1] else None,
         _to_shape(-R, target) if needed[2] else None,
         _sums(R, bounds).to(bias.dtype) if needed[3] else None,
         grad_samples,

@@ -109,8 +109,8 @@ MUTANTS = (
         "derivatives",
     ),
     Mutant(
-        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R)",
-        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error)",
+        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R, wide)",
+        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, None, wide)",
         "derivatives",
     ),
     Mutant(

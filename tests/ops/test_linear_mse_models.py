@@ -613,6 +613,29 @@ def test_slopes_below_float16_reach_second_derivatives(
         assert_close_in_float16(found, expected)
 
 
+@pytest.mark.parametrize("models", [None, 2])
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_slopes_below_float16_are_summed_over_rows(
+    matrix_instructions: None, monkeypatch: pytest.MonkeyPatch, models: int | None, of: str
+) -> None:
+    """A row's part of the second derivatives of weight and bias is a few times the least float16; their sum is not."""
+    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
+    n, k, d = 4096, 8, 5
+    own = () if models is None else (models,)
+    x, y = 1 + torch.rand(*own, n, d), torch.randn(*own, n, k)
+    w, b = 0.1 * torch.randn(*own, k, d), torch.randn(*own, k)
+    direction = torch.full_like(w if of == "weight" else b, 0.01)
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        given = [tensor.half().to(dtype) for tensor in (x, w, y, b)]
+        leaves = [given[i].requires_grad_() for i in (1, 3)]
+        loss = linear_mse_loss(*given).sum()
+        (grad,) = torch.autograd.grad(loss, leaves[of == "bias"], create_graph=True)
+        results.append(torch.autograd.grad(grad, leaves, direction.half().to(dtype)))
+    for found, expected in zip(*results, strict=True):
+        assert_close_in_float16(found, expected)
+
+
 def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
     n, k, d = 4096, 8, 5
