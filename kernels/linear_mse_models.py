@@ -286,7 +286,8 @@ def _row_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """As needed, ``scale E W`` and ``-scale E`` in the shapes of input and target; scale is (B,)."""
     grad_input = grad_target = None
-    if output_mask[0] and error.dtype == torch.float16:  # which may have nothing left of a scaled weight
+    if output_mask[0] and bounds is None and error.dtype == torch.float16:
+        # Which may have nothing left of a scaled weight; products of ragged rows multiply the wider dtype.
         grad_input = _back(_scaled(error, scale, bounds, error.dtype), weight, input, bounds)
     elif output_mask[0]:
         grad_input = _back(error, scale[:, None, None] * weight, input, bounds)

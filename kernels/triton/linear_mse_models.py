@@ -603,6 +603,12 @@ def _add_up_outputs(
         call.loss.copy_(losses.sum(1))
 
 
+def _precision(operand: torch.dtype, target: config.Target, D: int) -> str:
+    """Of a product of D columns. One column scales, spreads or adds up rows, by which torch never means tf32."""
+    setting = "ieee" if D == 1 else torch.backends.cuda.matmul.fp32_precision
+    return config.dot_precision(operand, target, setting)
+
+
 def _tiles(
     rows: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype, loads: bool
 ) -> tuple[_Pieces, dict[str, Any]]:
@@ -621,7 +627,7 @@ def _tiles(
     options = {
         "ALIGN": _alignment((rows, weight), D, x.model, x.row, w.model, w.row), "SHARED": shared,
         "OPERAND": DTYPES[multiplied], "ACC": DTYPES[acc],
-        "PRECISION": config.dot_precision(multiplied, target, torch.backends.cuda.matmul.fp32_precision),
+        "PRECISION": _precision(multiplied, target, D),
         **tile._asdict(), **config.registers(config.ALL_REGISTERS, target),
     }  # fmt: skip
     return _Pieces(bounds, 1 if shared else B, N, tile.BLOCK_M), options
@@ -678,7 +684,7 @@ def _by_outer(
         _linear_mse_models_outer_kernel, (pieces.slots * tiles,), Matrix(left, *left.stride()),
         Matrix(right, *right.stride()), _edges(bounds), out, partials, B, rows, K, D, span, factor,
         device=left.device, ALIGN=_alignment((right,), D, right.stride(0)), MEAN=mean, OPERAND=DTYPES[operand],
-        PRECISION=config.dot_precision(operand, target, torch.backends.cuda.matmul.fp32_precision),
+        PRECISION=_precision(operand, target, D),
         ACC=DTYPES[acc], **tile._asdict(), **config.registers(config.ALL_REGISTERS, target),
     )  # fmt: skip
     _add_up(pieces, partials, (out, None, None), (K * D, 0, 0), K, mean, every=False, factor=factor)

@@ -558,7 +558,7 @@ def test_a_sum_beyond_float16_reaches_the_gradient_of_a_mean(backend: str, devic
 
 @pytest.fixture
 def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products as a GPU makes them: where K is not short, in the narrower of the operands' dtypes."""
+    """Products as a GPU makes them, but for ragged rows: where K is not short, in the narrower of two dtypes."""
     made = backends.module("fallback", "matmul").matmul_forward
 
     def multiply(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
@@ -567,8 +567,7 @@ def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
             left, right = left.to(dtype), right.to(dtype)
         return made(left, right, *rest)
 
-    for name in ("matmul", "linear_mse_models"):
-        monkeypatch.setattr(backends.module("fallback", name), "matmul_forward", multiply)
+    monkeypatch.setattr(backends.module("fallback", "matmul"), "matmul_forward", multiply)
 
 
 def assert_close_in_float16(found: Tensor, expected: Tensor) -> None:
@@ -646,6 +645,25 @@ def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.Mo
         slope = grad(linear_mse_loss)
         results.append(jvp(lambda w, x=x, y=y, slope=slope: slope(x, w, y), (w,), (z,))[1])
     assert_close_in_float16(*results)
+
+
+def test_rows_are_scaled_and_added_up_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tf32, where it is asked for, is for products of matrices: not for a sum of weights, or a number times errors."""
+    pytest.importorskip("triton")
+    kernels, precisions = backends.module("triton", "linear_mse_models"), []
+    monkeypatch.setattr(kernels.config, "target_of", lambda _: kernels.config.Target("cuda", 90))
+    monkeypatch.setattr(kernels, "launch", lambda *_, **options: precisions.append(options.get("PRECISION")))
+    bounds = torch.tensor([[0, 4], [4, 9]])
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        for columns in (1, 2):
+            rows = torch.randn(9, columns)
+            kernels.linear_mse_models_product(rows, torch.randn(2, 3, columns), bounds, torch.float32)
+            kernels.linear_mse_models_outer(torch.randn(9, 3), rows, bounds, torch.float32)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert list(filter(None, precisions)) == ["tf32x3", "tf32x3", "tf32", "tf32"]
 
 
 def test_elements_of_ragged_rows_are_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
