@@ -432,7 +432,7 @@ def _general_backward(
         d_grad_weight = q.unsqueeze(-1) * d_grad_weight
         part = _rows_by_models(beside_slopes(input), d_grad_weight, bounds, acc)
         Q = part if Q is None else Q + part
-    R = Q if samples is None or Q is None else samples * Q
+    R = Q if samples is None or Q is None else _of_models(samples * Q, weight, bounds)
     if d_loss is not None:
         d_loss = (q * d_loss.to(acc).unsqueeze(-1)).squeeze(-1)
         part = _scaled(error, d_loss, bounds, acc)

@@ -647,6 +647,19 @@ def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.Mo
     assert_close_in_float16(*results)
 
 
+def test_second_derivatives_of_a_row_of_no_model_are_zero() -> None:
+    """Whatever its weight is."""
+    x, w, y, samples = torch.randn(6, 2), torch.randn(2, 3, 2), torch.randn(6, 3), torch.ones(6)
+    samples[5] = torch.inf
+    leaves = [tensor.requires_grad_() for tensor in (x, w, y)]
+    loss = linear_mse_loss(*leaves, sample_weight=samples, offsets=torch.tensor([0, 2, 5]))
+    grads = torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+    assert all(grad.isfinite().all() and grad.count_nonzero() for grad in second)
+    assert not second[0][5].any()
+    assert not second[2][5].any()
+
+
 def test_rows_are_scaled_and_added_up_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """tf32, where it is asked for, is for products of matrices: not for a sum of weights, or a number times errors."""
     pytest.importorskip("triton")
