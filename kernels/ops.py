@@ -215,7 +215,13 @@ def torch_mse_loss(
     reduction: str = "mean",
     dim: int | Sequence[int] | None = None,
 ) -> Tensor:
-    """``mse_loss`` in plain torch, whose own neither broadcasts a weight nor has ``dim``."""
+    """``mse_loss`` in plain torch, whose own neither broadcasts a weight nor has ``dim``.
+
+    Up to torch 2.11 its backward refuses two dtypes too.
+    """
+    if input.dtype != target.dtype:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
     if weight is None and dim is None:
         return functional.mse_loss(input, target, reduction=reduction)
     losses = functional.mse_loss(input, target, reduction="none")

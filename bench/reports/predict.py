@@ -197,7 +197,7 @@ def prepare(gpu: Gpu) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that another implementation was there
         for operator in OPERATORS:
-            _LIBRARY.impl(operator.name, operator.launch, "Meta")
+            _LIBRARY.impl(operator.name, operator.launch, "Meta", allow_override=True)
 
 
 def predict(case: Case) -> Prediction:

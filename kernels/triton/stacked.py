@@ -236,6 +236,12 @@ def _launch_step(
     )
 
 
+@triton.jit
+def in_vectors(n, VECTOR: tl.constexpr):
+    """``n``, a multiple of VECTOR, in a form that shows it: Triton 3.6 loses hints on what a function returns."""
+    return n // VECTOR * VECTOR
+
+
 @triton.jit(do_not_specialize=["B", "active_stride"])
 def _stacked_adam_kernel(
     chunks_ptr,
@@ -309,7 +315,7 @@ def _stacked_adam_kernel(
     key = keys_of(row, step)[:, None] if STOCHASTIC else 0
     first = (place % pieces) * CHUNK
     if tl.load(row + ALIGNED) != 0:
-        _update_adam(row, models, go, first, tl.multiple_of(n, VECTOR), scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G,
+        _update_adam(row, models, go, first, in_vectors(n, VECTOR), scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G,
                      DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
     else:
         _update_adam(row, models, go, first, n, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G,
@@ -433,7 +439,7 @@ def _stacked_sgd_kernel(
     )
     first = (place % pieces) * CHUNK
     if tl.load(row + ALIGNED) != 0:
-        _update_sgd(row, models, go, first, tl.multiple_of(n, VECTOR), scalars, fresh, key, UNSCALE, True, DTYPE_P,
+        _update_sgd(row, models, go, first, in_vectors(n, VECTOR), scalars, fresh, key, UNSCALE, True, DTYPE_P,
                     DTYPE_G, DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
     else:
         _update_sgd(row, models, go, first, n, scalars, fresh, key, UNSCALE, False, DTYPE_P, DTYPE_G,
@@ -535,7 +541,7 @@ def _stacked_norm_kernel(
         for piece in range((split + SPLITS - before % SPLITS) % SPLITS, pieces, SPLITS):
             first = (zero + piece) * CHUNK
             if aligned:
-                total, bad = _add_squares(row, models, go, first, tl.multiple_of(n, VECTOR), inverse, total, bad,
+                total, bad = _add_squares(row, models, go, first, in_vectors(n, VECTOR), inverse, total, bad,
                                           True, DTYPE_G, ACC, COLUMNS)  # fmt: skip
             else:
                 total, bad = _add_squares(row, models, go, first, n, inverse, total, bad,

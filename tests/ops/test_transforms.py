@@ -149,3 +149,15 @@ def test_vmap_of_vmap(backend: str, device: torch.device) -> None:
     assert_same_results(ours, theirs, tensors)
     ours, theirs = (vmap(vmap(grad(scalar(f), (0, 1)), inner), outer) for f in (case.ours, case.theirs))
     assert_same_results(ours, theirs, tensors)
+
+
+def test_the_backward_operator_over_weights_alone(backend: str, device: torch.device) -> None:
+    """The gradient of the target does not depend on them, and is one for each all the same."""
+    grad_output, error, weights = (torch.randn(size, device=device) for size in ((), (5, 2), (3, 2, 4)))
+
+    def gradients(weight: Tensor) -> list[Tensor]:
+        return torch.ops.gradkernels.linear_mse_backward(grad_output, error, weight, 0.1, [True, True])
+
+    found = vmap(gradients)(weights)
+    expected = [torch.stack(each) for each in zip(*map(gradients, weights), strict=True)]
+    torch.testing.assert_close(found, expected)

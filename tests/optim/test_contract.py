@@ -1,6 +1,7 @@
 """What torch's optimizers promise besides numbers: checkpoints, copies, hooks.
 
-Everything runs on the fallback but where tensors' values depend on the way they are updated.
+Everything runs on the fallback but where tensors' values depend on the way they are updated. Over 500 lines, since it
+is a list of promises.
 """
 
 import copy
