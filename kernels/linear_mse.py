@@ -25,7 +25,7 @@ from .linear_mse_models import (
     prepare,
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
-from .mse import mse, mse_backward, mse_hvp, total_weight
+from .mse import divisor, mse, mse_backward, mse_hvp
 from .operator import Operator, in_places, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
@@ -72,7 +72,7 @@ def linear_mse_loss(
         weight: of the same dtype and device.
         target: of the same dtype and device.
         bias: of the same dtype and device.
-        sample_weight: of the same dtype and device.
+        sample_weight: of the same dtype and device; the mean under weights whose sum is 0 is nan.
         offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has the
             mean nan, the sum 0 and gradients 0, a row of no model loss and gradients 0. On a device bad offsets are
             clamped, not found out.
@@ -119,7 +119,7 @@ def linear_mse_loss(
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
     acc = acc_dtype(input, target)
     total = _linear_mse(*matrices, "sum", [False] * 3, acc)[0]
-    return (total / total_weight(sample_weight, target, acc)).to(dtype)
+    return (total / divisor(sample_weight, target, acc)).to(dtype)
 
 
 def linear_mse_loss_and_grad(
@@ -183,7 +183,7 @@ def linear_mse_loss_and_grad(
     if sample_weight is not None and reduction == "mean" and target.numel():
         reduction, dtype = "sum", acc_dtype(input, target)
         with torch.no_grad():
-            total = total_weight(sample_weight, target, dtype)
+            total = divisor(sample_weight, target, dtype)
     outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, dtype)
     loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
     if total is not None:

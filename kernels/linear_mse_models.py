@@ -238,10 +238,12 @@ def _total_weights(
 ) -> tuple[Tensor, Tensor | None]:
     """``(B,)`` sums of weights over the elements of each model's target, and which models have no rows.
 
-    These have the sum 1, by which a gradient of 0 may be divided.
+    A sum of 0 is nan, as the mean and its gradients are; no rows have the sum 1, by which a gradient of 0 may be
+    divided.
     """
     each = weight.shape[1] if samples.shape[-1] == 1 else 1
     total = each * _sums(samples.to(acc), bounds).sum(-1)
+    total = torch.where(total == 0, torch.nan, total)
     if bounds is None:
         return total.expand(len(weight)), None
     empty = _lengths(bounds, len(samples)) == 0

@@ -104,7 +104,7 @@ def mse_loss(
     if weight.shape != input.shape:
         mean = _mean_weight(weight, acc, kept)
         return mse(input, target, (weight / mean).to(acc), "mean", kept, dtype)
-    return (mse(input, target, weight, "sum", kept, acc) / _divisor(weight, target, acc, kept)).to(dtype)
+    return (mse(input, target, weight, "sum", kept, acc) / divisor(weight, target, acc, kept)).to(dtype)
 
 
 def mse_loss_and_grad(
@@ -174,7 +174,7 @@ def _weighted_mean_and_grad(
 ) -> tuple[Tensor, list[Tensor | None]]:
     acc = acc_dtype(input, target, weight)
     if weight.shape == input.shape:
-        weight_sum = _divisor(weight, target, acc)
+        weight_sum = divisor(weight, target, acc)
         outputs = mse_forward_backward(input, target, weight, weight_sum, "sum", output_mask, dtype)
         loss, *gradients = in_places(outputs, output_mask)
         if gradients[2] is not None:
@@ -201,22 +201,18 @@ def _mean_weight(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> Tenso
     return torch.where(mean == 0, math.nan, mean)
 
 
-def total_weight(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
-    """``sum(w)`` over target's elements, as the loss of errors that are all 1: differentiable like any other loss.
+def divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
+    """What a weighted mean divides by: ``sum(w)`` over target's elements, nan where that is 0.
 
+    It is the loss of errors that are all 1: differentiable like any other loss.
     weight has target's shape but for dimensions of size 1; of the first ``batch_dims`` these are left so.
     """
     ones, zeros = (weight.new_full((), value, dtype=dtype).expand(weight.shape) for value in (1, 0))
     total = mse(ones, zeros, weight, "sum", batch_dims, dtype)
     repeats = _repeats(weight, target, batch_dims)
     if repeats == 0:  # a sum of nothing, without gradient: 0 times the nan that reaches it would be nan
-        return torch.zeros_like(total)
-    return total if repeats == 1 else total * repeats
-
-
-def _divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
-    """What a weighted mean divides by: ``total_weight``, nan where it is 0."""
-    total = total_weight(weight, target, dtype, batch_dims)
+        return torch.full_like(total, math.nan)
+    total = total if repeats == 1 else total * repeats
     return torch.where(total == 0, math.nan, total)
 
 

@@ -388,6 +388,7 @@ MUTANTS = (
     ),
     Mutant("first_new = first + (1.0 - beta1) * (1.0 - first)", "first_new = first + (1.0 - beta1)", "fit"),
     Mutant("divisor = tl.sum(tl.sum(total, 1), 0)", "divisor = divisor", "fit"),
+    Mutant('divisor = tl.where(divisor == 0, float("nan"), divisor)', "divisor = divisor", "fit"),
     Mutant("share = tl.where(count > 0, 2.0 / divisor, 0.0)", "share = 2.0 / divisor", "fit"),
     Mutant(
         "clip = max_norm / (tl.sqrt(squares.to(tl.float64)) + 1e-6)",

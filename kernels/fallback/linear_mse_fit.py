@@ -76,7 +76,8 @@ def linear_mse_fit_rounds(
             es = error
             if s is not None:
                 ss = cyclic(s, first, batch_size, 2)
-                share = 1.0 / (ss.sum((1, 2)) * (K // ss.shape[1]))
+                total = ss.sum((1, 2)) * (K // ss.shape[1])
+                share = (total != 0) / total  # 0 / 0 where the weights' sum is 0: nan
                 es = torch.mul(error, ss, out=weighted)
             torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
             loss.mul_(share)

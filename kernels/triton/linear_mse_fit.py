@@ -237,6 +237,7 @@ def _linear_mse_fit_kernel(
         divisor = tl.cast(count * K, ACC)  # a count of 1 is a constant
         if s is not None:
             divisor = tl.sum(tl.sum(total, 1), 0)
+            divisor = tl.where(divisor == 0, float("nan"), divisor)
         loss = tl.sum(tl.sum(square, 1), 0) / divisor
         tl.store(
             losses_ptr + t * tl.num_programs(0).to(tl.int64) + model, loss.to(losses_ptr.dtype.element_ty)

@@ -146,6 +146,25 @@ def test_long_sums_are_kept_wide(backend: str, device: torch.device, dtype: torc
     assert grad.item() == torch.tensor(-2.0 * (64 + 4096)).to(dtype).item()
 
 
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0]], ids=str)
+@pytest.mark.parametrize("outputs", [(), (3,)], ids=str)
+def test_a_zero_sum_of_sample_weights_gives_nan(
+    backend: str, device: torch.device, outputs: tuple[int, ...], weights: list[float]
+) -> None:
+    shapes = {"input": (2, 4), "weight": (*outputs, 4), "target": (2, *outputs), "bias": outputs or (1,)}
+    given = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    per_sample = torch.tensor(weights, device=device)
+    for samples in (per_sample, *([per_sample[:, None].expand(2, *outputs)] if outputs else [])):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*given.values(), samples)]
+        loss = linear_mse_loss(*leaves[:4], sample_weight=leaves[4])
+        alone, grads = linear_mse_loss_and_grad(**given, sample_weight=samples, wrt=WANTED)
+        arrays = [exactly(tensor) for tensor in leaves]
+        exact = (reference.forward(*arrays), *reference.backward(1.0, *arrays))
+        for found in (loss, alone, *torch.autograd.grad(loss, leaves), *grads, *map(torch.tensor, exact)):
+            assert found.isnan().all()
+        assert linear_mse_loss(**given, sample_weight=samples, reduction="sum").isfinite()
+
+
 @pytest.mark.parametrize("op", [linear_mse_loss, linear_mse_loss_and_grad])
 def test_errors(op: type) -> None:
     name = op.__name__

@@ -436,6 +436,23 @@ def test_a_gradient_that_is_not_finite_is_skipped(on: str, launched: list[bool])
     assert launched == [True]
 
 
+@pytest.mark.parametrize("per_output", [False, True])
+def test_a_zero_sum_of_sample_weights_gives_nan(on: str, per_output: bool, launched: list[bool]) -> None:
+    """The batch of rows 2 and 3 has such weights: it is skipped, and counted; the others go on."""
+    x, w, y, b, s = drawn(6)
+    s[2], s[3] = 1, -1
+    s = s[:, None].repeat(1, 2) if per_output else s
+    v, c = copies(w, b)
+    ours = FusedAdam([w, b], lr=0.1, on_nonfinite="skip")
+    theirs = FusedAdam([v, c], lr=0.1, on_nonfinite="skip")
+    losses = fit(x, w, y, b, optimizer=ours, steps=4, batch_size=2, sample_weight=s)
+    expected = by_rounds(x, v, y, c, s, theirs, 4, 2)
+    assert losses.isnan().tolist() == expected.isnan().tolist() == [False, True, False, False]
+    assert ours.steps_skipped == theirs.steps_skipped == 1
+    assert_same(everything(ours) | {"": losses}, everything(theirs) | {"": expected}, torch.float32)
+    assert launched == [True]
+
+
 def test_ignore_lets_it_in(on: str) -> None:
     w, x = leaf([1.0]), torch.tensor([[1.0], [math.inf]])
     fit(x, w, torch.zeros(2), optimizer=FusedSGD([w], lr=0.1), steps=1)

@@ -213,6 +213,22 @@ def test_a_model_that_is_not_finite_stops_alone(on: str, launched: list[bool]) -
     assert all(launched)
 
 
+@pytest.mark.parametrize("ends", [None, [0, 4, 4, 8]], ids=str)
+def test_a_zero_sum_of_sample_weights_gives_nan(on: str, ends: list[int] | None) -> None:
+    """To the first model alone; the second of the ragged rows has none, and stays as it is."""
+    rows = (8,) if ends else (B, 4)
+    x, y, s = torch.randn(*rows, D), torch.randn(*rows, K), torch.rand(rows) + 0.5
+    s.view(-1)[:4] = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    w, b = stacks((B, K, D), (B, K))
+    before = w[1].detach().clone()
+    given = {"sample_weight": s, "offsets": torch.tensor(ends) if ends else None}
+    losses = fit(x, w, y, b, optimizer=FusedSGD([w, b], lr=0.1), steps=2, **given)
+    assert losses.isnan().tolist() == [[True, ends is not None, False]] * 2
+    assert w.isnan().flatten(1).all(1).tolist() == b.isnan().all(1).tolist() == [True, False, False]
+    assert w[1:].isfinite().all()
+    assert torch.equal(w[1], before) == (ends is not None)
+
+
 def test_a_divergence_touches_no_other_model(on: str) -> None:
     x, y = torch.randn(N, D) * 1e12, torch.randn(N, K)
     (w,) = stacks((B, K, D))

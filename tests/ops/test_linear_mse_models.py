@@ -360,6 +360,44 @@ def test_models_without_rows(backend: str, device: torch.device) -> None:
                 torch.testing.assert_close(mine, leaves[name].grad)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((B, 4, D), (B, 4, K), ((B, 4), (B, 4, K), (4,))),
+        Layout((4, D), (4, K), ((B, 4), (4, K))),
+        Layout((9, D), (9, K), ((9,), (9, K)), cuts=(0, 4, 4, 8)),
+    ],
+    ids=str,
+)
+def test_a_zero_sum_of_sample_weights_gives_nan(backend: str, device: torch.device, layout: Layout) -> None:
+    """To the models that have such weights, and to what they share."""
+    cut = layout.offsets(device)
+    for shape in layout.samples:
+        given = layout.draw(torch.float32, device, samples=shape)
+        samples = given["sample_weight"]
+        first = samples[0] if shape[0] == B else samples
+        first[:4] = torch.tensor([1.0, -1.0, 2.0, -2.0], device=device).view(4, *[1] * (first.dim() - 1))
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        loss = linear_mse_loss(**leaves, offsets=cut)
+        alone, at_once = linear_mse_loss_and_grad(**given, offsets=cut, wrt=WANTED)
+        grads = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        arrays = {name: exactly(tensor) for name, tensor in given.items()}
+        losses = reference.forward(**arrays, offsets=layout.cuts)
+        exact = reference.backward(np.ones(B), **arrays, offsets=layout.cuts)
+        pairs = (
+            (loss, losses),
+            (alone, losses),
+            *zip(grads, exact, strict=True),
+            *zip(at_once, exact[:4], strict=True),
+        )
+        for found, wanted in pairs:
+            wanted = torch.tensor(wanted, dtype=torch.float32, device=device)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+        assert loss[0].isnan()
+        assert grads[1][0].isnan().all()
+        assert loss[2].isnan() == (shape[0] == 4)
+
+
 def test_non_finite_rows_of_no_model(backend: str, device: torch.device) -> None:
     x, w, y, s = (torch.randn(shape, device=device) for shape in ((6, 2), (2, 1, 2), (6, 1), (6,)))
     for tensor in (x, y, s):
