@@ -1,5 +1,7 @@
 """What the tests share: the dtypes, the awkward sizes, the tolerance policy as an assertion."""
 
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,12 @@ from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
 
 SIZES = (1, 3, 63, 65, 1000, 1023)
+CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
+
+
+def is_pinned(package: str) -> bool:
+    """Whether this version of a package is the one that the constraints name."""
+    return f"{package}=={metadata.version(package)}" in CONSTRAINTS.read_text().split()
 
 
 def assert_matches(

@@ -210,7 +210,8 @@ class StackedStep:
             self._check_active(self._active)
             self._check_lr_scale(self._lr_scale)
             self._refuse_overwritten()
-            self._checked = given
+            if not torch.compiler.is_compiling():  # torch 2.11's compiler refuses to write to an optimizer
+                self._checked = given
         assert self._models is not None
         return Models(self._models, self._active, self._lr_scale)
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from bench.reports.aot import AOT_CASES, CHIPS, Row, every_case, report
 
 from ..cases import each_kind_once
+from ..helpers import is_pinned
 from ..launch.test_launch import run
 
 SAMPLE = {  # of every run, in bfloat16: what the tests below look at
@@ -66,6 +67,11 @@ def rows() -> list[Row]:
     return sampled_rows("sm_90")
 
 
+# The registers of a thread are chosen for the Triton that is pinned. Another may lack a few, which the L1 holds;
+# hundreds would tell of a wrong plan.
+SPILLS = 0 if is_pinned("triton") else 32
+
+
 def narrow(counts: dict[str, int]) -> dict[str, int]:
     return {bits: count for bits, count in counts.items() if bits not in ("128", "tensor")}
 
@@ -78,7 +84,7 @@ def check(rows: list[Row]) -> None:
         if row.error:
             problems.append(where + row.error)
             continue
-        if row.spills:
+        if row.spills > SPILLS:
             problems.append(where + f"{row.spills} spilt")
         if row.shared > CHIPS[row.target].shared:
             problems.append(where + f"{row.shared} B of shared memory")
