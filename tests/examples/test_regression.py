@@ -109,8 +109,7 @@ def assert_four_panels(path: Path) -> None:
     picture = image.imread(path)[..., :3]
     assert picture.shape[:2] == (900, 1300)
     for panel in (half for row in np.split(picture[100:], 2) for half in np.split(row, 2, axis=1)):
-        colours = np.unique(panel.reshape(-1, 3), axis=0)
-        assert (np.ptp(colours, axis=1) > 0.3).sum() > 3, "something besides black lines is drawn"
+        assert (np.ptp(panel, axis=-1) > 0.3).sum() > 100, "something besides black lines is drawn"
 
 
 def test_losses_agree_with_the_plain_torch_loop(regression: ModuleType) -> None:
