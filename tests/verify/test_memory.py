@@ -511,13 +511,12 @@ def test_an_overflow_is_looked_for_only_where_it_is_told(monkeypatch, debug):
 
 def test_types_are_made_once(monkeypatch):
     made, init = [], tl.block_type.__init__
-    monkeypatch.setattr(tl.block_type, "__init__", lambda *args: (made.append(1), init(*args))[1])
     x, y = torch.arange(64.0), torch.empty(64)
     with memory_check():
         copy(x, y, 64)
-        first = len(made)
+        monkeypatch.setattr(tl.block_type, "__init__", lambda *args: (made.append(1), init(*args))[1])
         copy(x, y, 64)
-    assert 2 * (len(made) - first) < first
+    assert len(made) <= 4  # by 2 programs; the interpreter alone makes 46
     assert torch.equal(x, y)
 
 
