@@ -23,6 +23,7 @@ from .linear_mse_models import (
     models_loss,
     models_loss_and_grad,
     prepare,
+    slopes_dtype,
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import divisor, mse, mse_backward, mse_hvp
@@ -348,7 +349,7 @@ def _general_backward(
     if error is None:
         predictions = product(input, weight.mT, bias, dtype=target.dtype)
         error = _weighted_error(predictions, target, sample_weight)
-    wide = torch.float32 if error.dtype == torch.float16 else error.dtype  # Q and R are slopes
+    wide = slopes_dtype(error.dtype)  # of Q and R
     Q = d_error
     if d_grad_bias is not None:
         bias_part = (q * d_grad_bias).to(wide).expand_as(error)

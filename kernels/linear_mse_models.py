@@ -269,12 +269,14 @@ def _lengths(bounds: Tensor, rows: int) -> Tensor:
     return (end - start).clamp(min=0)
 
 
-def beside_slopes(values: Tensor) -> Tensor:
-    """``values`` as a factor of slopes in the dtype of accumulation, of which float16 might hold nothing.
+def slopes_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of slopes beside values of ``dtype``: float16 might hold nothing of them."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
-    A product of two dtypes multiplies the narrower.
-    """
-    return values.float() if values.dtype == torch.float16 else values
+
+def beside_slopes(values: Tensor) -> Tensor:
+    """``values`` as a factor of slopes: a product of two dtypes multiplies the narrower."""
+    return values.to(slopes_dtype(values.dtype))
 
 
 def _row_gradients(

@@ -8,6 +8,8 @@ from .backends import backend_for
 from .ops import OPS, OPTIMIZERS, Function, Shaped, Training
 
 
+@torch.inference_mode(False)  # whatever block the caller is in
+@torch.enable_grad()
 def warmup(
     op: str,
     shapes: Sequence[Sequence[int]],
@@ -43,21 +45,10 @@ def warmup(
     """
     if op not in OPS:
         raise ValueError(f"warmup: unknown op {op!r}; expected one of {', '.join(map(repr, OPS))}")
-    with torch.inference_mode(False), torch.enable_grad():  # whatever block the caller is in
-        if op in OPTIMIZERS:
-            if _has_kernels(device):
-                _step(op, shapes, dtype, device)
-        else:
-            _call(op, shapes, dtype, device, requires_grad)
-
-
-def _call(
-    op: str,
-    shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    requires_grad: Sequence[bool] | None,
-) -> None:
+    if op in OPTIMIZERS:
+        if _has_kernels(device):
+            _step(op, shapes, dtype, device)
+        return
     record = OPS[op]
     assert isinstance(record, Shaped)
     required, optional = record.arguments

@@ -276,7 +276,7 @@ MUTANTS = (
         "stacked",
     ),
     Mutant("step += 1 if keep is None else keep", "step += 1", "stacked"),
-    Mutant("counted = go & (momentum != 0)", "counted = go", "stacked"),
+    Mutant("counted = go if STOCHASTIC else go & (momentum != 0)", "counted = go", "stacked"),
     Mutant(
         "out.copy_(value if keep is None else torch.where(keep, value, out))", "out.copy_(value)", "stacked"
     ),

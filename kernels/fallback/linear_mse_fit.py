@@ -65,6 +65,7 @@ def linear_mse_fit_rounds(
         grads = [torch.empty_like(param, memory_format=torch.contiguous_format) for param in params]
         step = update.stepper(params, grads, update.states)
     error, weighted, square = (weight.new_empty(B, K, batch_size) for _ in range(3))
+    products = sums[None] if batch_size <= _ROWS else sums.new_empty(-(-batch_size // _ROWS), *sums.shape)
     with one_thread(is_small(error)):
         for t, loss in enumerate(losses):
             first = t * batch_size % N
@@ -81,7 +82,7 @@ def linear_mse_fit_rounds(
                 es = torch.mul(error, ss, out=weighted)
             torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
             loss.mul_(share)
-            _contract(es, xs, sums)
+            _contract(es, xs, products, sums)
             if bias is not None and batch_size >= _ROWS:
                 torch.sum(es, 2, out=sums[..., -1])
             sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
@@ -124,14 +125,13 @@ def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:
         error.add_(minus_y)
 
 
-def _contract(error: Tensor, x: Tensor, sums: Tensor) -> None:
-    """``sums = error x^T``."""
-    starts = range(0, error.shape[2], _ROWS)
-    parts = sums[None] if len(starts) == 1 else sums.new_empty(len(starts), *sums.shape)
-    for part, start in zip(parts, starts, strict=True):
-        _product(error[..., start : start + _ROWS], x[..., start : start + _ROWS], part)
-    if len(starts) > 1:
-        torch.sum(parts, 0, out=sums)
+def _contract(error: Tensor, x: Tensor, products: Tensor, sums: Tensor) -> None:
+    """``sums = error x^T``; products: memory for those of _ROWS rows each, of which a single one is the sum."""
+    for i, product in enumerate(products):
+        rows = slice(i * _ROWS, (i + 1) * _ROWS)
+        _product(error[..., rows], x[..., rows], product)
+    if len(products) > 1:
+        torch.sum(products, 0, out=sums)
 
 
 def _product(error: Tensor, x: Tensor, sums: Tensor) -> None:

@@ -458,7 +458,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             for part in plan.parts:
                 part.bucket.grads = local if len(plan.parts) == 1 else [local[slot] for slot in part.slots]
             self._apply(plan)
-            if plan.wrapped:  # autograd looks at a DTensor's own version, not at its local part's
+            if plan.dtensors:  # autograd looks at a DTensor's own version, not at its local part's
                 torch.autograd.graph.increment_version(plan.dtensors)
         finally:
             for part in plan.parts:

@@ -402,9 +402,8 @@ def _update(
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
         buffer = m if m_ptr is not None else None
         p_new, m_new = sgd_rule(p, g * factor, buffer, t == 0, scalars)
-    counted = (
-        go if ADAM else go & (rule[1] != 0)
-    )  # a model without momentum leaves buffer and step as they are
+    # A model without momentum leaves buffer and step as they are.
+    counted = go if ADAM else go & (rule[1] != 0)
     if m_ptr is not None:
         m_new = round_to(m_new, 0, m_ptr.dtype.element_ty, False).to(ACC)
         m = tl.where(counted, m_new, m)

@@ -418,11 +418,8 @@ def _stacked_sgd_kernel(
     fresh = tl.zeros((MODELS, 1), tl.int1)
     key = 0
     if DTYPE_STEP is not None:
-        counted = go
-        if (
-            not STOCHASTIC
-        ):  # a step without momentum leaves the first one with it to come; random numbers go by all
-            counted = go & (momentum != 0)
+        # A step without momentum leaves the first one with it to come; random numbers go by all steps.
+        counted = go if STOCHASTIC else go & (momentum != 0)
         step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, counted, DTYPE_STEP)
         fresh = (step == 0)[:, None]
         if STOCHASTIC:
