@@ -85,13 +85,19 @@ def declared(names: Sequence[str]) -> list[Any]:
 
 
 def pick_device(name: str | None) -> Any:
-    """Return the device asked for, by default the accelerator or else the CPU; ValueError if it is not there."""
+    """Return the device asked for, by default the accelerator or else the CPU, as the current one.
+
+    Raises:
+        ValueError, RuntimeError: it is not there.
+    """
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device(name) if name else accelerator or torch.device("cpu")
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise ValueError(f"--device {name}: this machine has no {device.type} device")
+    if device.type != "cpu" and device.index is not None:
+        torch.accelerator.set_device_index(device.index)  # events, streams and waits are the current device's
     return device
 
 

@@ -48,7 +48,7 @@ def test_throughput(benchmark: Any, case: Case, implementation: Implementation) 
     rotated = [inputs]
     for number in range(1, input_sets(case.bytes, runner.timer.cache_bytes)):
         rotated.append(runner.inputs(case, number))
-    with quiet():
+    with quiet(), implementation.within():
         calls = itertools.cycle([implementation.prepare(*one) for one in rotated])
 
         def synchronised() -> None:

@@ -55,7 +55,7 @@ class Budget:
         try:
             yield
         except SpentError:
-            self.begun.pop()
+            del self.begun[-1:]  # none, if the budget was spent before the first began
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

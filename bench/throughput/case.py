@@ -1,6 +1,7 @@
 """The records that a ``bench_<op>.py`` file declares (Op, Case, Implementation), and helpers to write them."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import re
@@ -32,6 +33,7 @@ class Implementation:
         unit: it does once another job than ours does in many calls, ``"steps"`` say: its column tells how many of them
             take as long, and it counts for no speedup.
         reference: of such a job's own results, as of a case's; a thousandth part or so may be lost to rounding.
+        within: makes the context that its calls run in; to enter it is not timed.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Implementation:
     per_set: bool = False
     unit: str = ""
     reference: Callable[..., Sequence[np.ndarray]] | None = None
+    within: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
@@ -243,13 +246,12 @@ def flag_gems(run: Callable[..., Results]) -> Implementation:
     if importlib.util.find_spec("flag_gems") is None:
         return Implementation("FlagGems", function("", run).prepare, absent="not installed")
 
-    def within(*inputs: Any) -> Results:
+    def within() -> contextlib.AbstractContextManager[Any]:
         import flag_gems
 
-        with flag_gems.use_gems():
-            return run(*inputs)
+        return flag_gems.use_gems()  # to enter it registers some hundred ops
 
-    return function("FlagGems", within)
+    return dataclasses.replace(function("FlagGems", run), within=within)
 
 
 def through_autograd(

@@ -10,6 +10,7 @@ from gradkernels.verify.console import Cell, print_line, print_table
 from .case import OURS
 from .results import (
     SHORT,
+    fitted,
     groups,
     is_tie,
     microseconds,
@@ -139,7 +140,7 @@ class Screen:
                 self.line(f"{s.op}: slower than {s.baseline}", "bold")
             for loss in s.losses:
                 self.line(f"  {times(loss.ratio)[0]}  {loss.case}{loss.remark}", "" if loss.remark else "bad")
-        if scale := document.get("scale"):
+        if scale := fitted(document):
             self.table("Scale: time = fixed + c size^p", *scale_table(scale))
         for remark in remarks(document):
             self.line(f"note: {remark}", "dim")

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .case import OURS
-from .results import SHORT, baselines, groups, rates, ratio, ratio_rounds
+from .results import SHORT, baselines, fitted, groups, rates, ratio, ratio_rounds
 
 INK, FAINT, PAPER = "#1f2933", "#9aa5b1", "#ffffff"
 COLOURS = ("#2f6fdb", "#e07b00", "#0c9b74", "#c43d7f", "#7654d4", "#8a6d3b")
@@ -239,7 +239,7 @@ def _middle(record: dict[str, Any], baseline: str) -> tuple[float, float]:
 
 def scale(document: dict[str, Any]) -> Figure:
     """Draw the scale study: measured points, the fitted curve, and the knee where launch cost stops dominating."""
-    sweeps: Sequence[dict[str, Any]] = document["scale"]
+    sweeps = fitted(document)
     columns = min(3, len(sweeps))
     rows = -(-len(sweeps) // columns)
     figure, all_axes = plt.subplots(

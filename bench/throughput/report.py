@@ -9,7 +9,7 @@ from typing import Any
 
 from .case import OURS
 from .console import Cell, header, scale_table, table, times
-from .results import groups, remarks, summaries
+from .results import fitted, groups, remarks, summaries
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -72,7 +72,7 @@ def pictures(document: dict[str, Any], folder: Path) -> dict[str, Path]:
     drawn = {"roofline": plots.roofline}
     for op in dict.fromkeys(record["op"] for record in document["cases"]):
         drawn[op] = lambda document, op=op: plots.ratios(document, op)
-    if document.get("scale"):
+    if fitted(document):
         drawn["scale"] = plots.scale
     paths = {}
     with plt.rc_context(plots.STYLE):
@@ -124,7 +124,7 @@ def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
         of_op = [record for record in records if record["op"] == op]
         for (_, variant), group in groups(of_op).items():
             body.append(f"<h3>{html.escape(variant)}</h3>" + _table(*table(group, limits)))
-    if scale := document.get("scale"):
+    if scale := fitted(document):
         body.append("<h2>Scale</h2>" + _image(paths["scale"], "time over size"))
         body.append(_table(*scale_table(scale)))
     body.append(f"<h2>Where {OURS} is slower</h2><ul>")

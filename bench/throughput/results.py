@@ -173,6 +173,11 @@ def remarks(document: dict[str, Any]) -> list[str]:
     return list(found)
 
 
+def fitted(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the sweeps of the scale study that have points enough to be shown."""
+    return [sweep for sweep in document.get("scale", ()) if sweep["ours"]]
+
+
 def all_right(document: dict[str, Any]) -> bool:
     """Return True if every result of ours that was checked is right."""
     stops = [sweep["stopped"] for sweep in document.get("scale", ())]

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
-from .timing import Timing, WallTimer, in_turns, input_sets, summarise
+from .timing import Sampler, Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
 LARGE = 1 << 26  # bytes
@@ -35,7 +35,9 @@ def to_numpy(inputs: Any) -> Any:
 def free_bytes(device: torch.device) -> int:
     """Return the memory that a case may take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch's allocator keeps of tensors that are gone, it gives again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with contextlib.suppress(OSError):  # memory that only caches files is not free, but to be had
         if available := re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()):
             return int(available[1]) << 10
@@ -143,7 +145,7 @@ class Runner:
         together = sets * each < free_bytes(self.device)
         for turn in [running] if together else [[implementation] for implementation in running]:
             calls = [[implementation.prepare(*one) for one in rotated] for implementation in turn]
-            for implementation, timings in zip(turn, self._timed(calls), strict=True):
+            for implementation, timings in zip(turn, self._timed(turn, calls), strict=True):
                 outcomes[implementation.name] |= timings
             del calls
         cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
@@ -164,7 +166,7 @@ class Runner:
         if implementation.slow_start and self.quick and not case.compile:
             return {"status": "left out", "note": "compiles for seconds: not at this shape with --quick"}, []
         try:
-            with poisoned(implementation.name == OURS), quiet():
+            with poisoned(implementation.name == OURS), quiet(), implementation.within():
                 call = implementation.prepare(*inputs)
                 results, seconds = self.timer.first_call(call)
                 for _ in range(case.calls - 1):
@@ -176,10 +178,12 @@ class Runner:
             note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
             return {"status": "failed", "note": note[:200]}, []
 
-    def _timed(self, calls: list[list[Call]]) -> list[dict[str, Any]]:
+    def _timed(self, turn: Sequence[Implementation], calls: list[list[Call]]) -> list[dict[str, Any]]:
         with quiet():
-            included = [self.timer.per_call(sets) for sets in calls]
-            free = [self.timer.on_device(sets) for sets in calls]
+            included = [
+                _within(each, self.timer.per_call, sets) for each, sets in zip(turn, calls, strict=True)
+            ]
+            free = [_within(each, self.timer.on_device, sets) for each, sets in zip(turn, calls, strict=True)]
             results: list[dict[str, Any]] = [{} for _ in calls]
             for key, samplers in (("call", included), ("device", free)):
                 taken = [(i, *found) for i, found in enumerate(samplers) if found is not None]
@@ -189,6 +193,25 @@ class Runner:
                 for (i, _, method), samples in zip(taken, rounds, strict=True):
                     results[i][key] = in_microseconds(summarise(samples, method))
         return results
+
+
+def _within(
+    implementation: Implementation,
+    make: Callable[[Sequence[Call]], tuple[Sampler, str] | None],
+    calls: Sequence[Call],
+) -> tuple[Sampler, str] | None:
+    """Make a sampler of what an implementation takes, without what it takes to enter its surroundings."""
+    with implementation.within():
+        made = make(calls)
+    if made is None:
+        return None
+    sampler, method = made
+
+    def sample() -> float:
+        with implementation.within():
+            return sampler()
+
+    return sample, method
 
 
 def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .results import microseconds, outcome
 from .runner import Runner
 
 LONGEST_US = 5e5  # no further point once a call takes so long
+LEAST = 4  # points of a sweep that is drawn
 
 
 def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | None]:
@@ -47,7 +48,10 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
 def study(
     op: Op, runner: Runner, dtype: torch.dtype, next_is: Callable[[str], bool] = lambda name: True
 ) -> Iterator[dict[str, Any]]:
-    """Yield the sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch."""
+    """Yield the sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch.
+
+    One that stopped before so many points as ``LEAST`` has no fit.
+    """
     for sweep in op.sweep(runner.device.type):
         position = op.axes.index(sweep.axis)
         points: list[dict[str, float]] = []
@@ -68,7 +72,8 @@ def study(
             points.append({"value": value, "ours_us": ours, "torch_us": plain})
             if max(ours, plain) > LONGEST_US:
                 break
-        if len(points) < 4:
+        enough = len(points) >= LEAST
+        if not (enough or stopped):
             continue
         values = [point["value"] for point in points]
         yield {
@@ -79,6 +84,8 @@ def study(
             "base": dict(zip(op.axes, sweep.base, strict=True)),
             "points": points,
             "stopped": stopped,
-            "ours": fit(values, [point["ours_us"] for point in points]),
-            "torch": fit(values, [point["torch_us"] for point in points]),
+            **{
+                who: fit(values, [point[f"{who}_us"] for point in points]) if enough else None
+                for who in ("ours", "torch")
+            },
         }

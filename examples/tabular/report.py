@@ -27,6 +27,8 @@ POINTS = 1000  # in a scatter plot
 def least_squares(data: Data) -> np.ndarray:
     """The weights (K, D) with the smallest squared error on the training rows, in closed form.
 
+    Where several have it, as of columns that add up to another, the smallest of them.
+
     Features and targets have mean zero over these rows, so the best bias is zero too. A block of rows at a time
     is folded into the triangle R of [X Y] = Q R, which has the same solution.
     """
@@ -35,7 +37,9 @@ def least_squares(data: Data) -> np.ndarray:
     for at in range(0, len(data.train_x), BLOCK):
         part = np.hstack([data.train_x[at : at + BLOCK], data.train_y[at : at + BLOCK]], dtype=float)
         triangle = np.linalg.qr(np.vstack([triangle, part]), mode="r")
-    solution, *_ = np.linalg.lstsq(triangle[:, :width], triangle[:, width:], rcond=None)
+    # Columns that depend on each other do so to float32's rounding, in a direction that says nothing.
+    rounding = 4 * np.finfo(np.float32).eps
+    solution, *_ = np.linalg.lstsq(triangle[:, :width], triangle[:, width:], rcond=rounding)
     return solution.T
 
 
@@ -94,6 +98,7 @@ def print_coefficients(
             console.print(f"{len(features) - SHOWN} weaker ones are in record.json")
 
 
+@pyplot.rc_context({"text.parse_math": False})  # a column's name may hold dollars
 def plot(
     path: Path, title: str, data: Data, ours: Training, plain: Training, best: np.ndarray, loss: float
 ) -> None:

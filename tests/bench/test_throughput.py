@@ -11,6 +11,7 @@ import dataclasses
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,28 @@ def test_failed_and_absent_implementations_are_named() -> None:
     assert "elsewhere is not installed" in said
 
 
+def test_to_enter_what_a_rival_runs_in_is_not_timed() -> None:
+    clock, inside = Clock(), []
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        clock.work(5000.0)
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def double(values: torch.Tensor) -> list[torch.Tensor]:
+        assert inside
+        clock.work(100.0)
+        return [values * 2]
+
+    rival = dataclasses.replace(function("rival", double), within=within)
+    found = document(doubling(clock, extra=(rival,)), clock=clock)["cases"][0]["contenders"]["rival"]
+    assert found["call"]["p80_us"] == pytest.approx(100, rel=1e-3)
+    assert found["first_call_s"] == pytest.approx(100e-6, rel=1e-3)
+    assert not inside
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_another_job_is_counted_in_steps_and_for_no_speedup(
     right: bool, capsys: pytest.CaptureFixture, tmp_path: Path
@@ -156,6 +179,12 @@ def test_free_memory_counts_what_only_caches_files(monkeypatch: pytest.MonkeyPat
     without = free_bytes(cpu)
     meminfo.write_text("MemTotal:  9 kB\nMemFree:       1 kB\nMemAvailable:       5 kB\n")
     assert free_bytes(cpu) == 5120 != without > 0
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (("mem_get_info", (10, 99)), ("memory_reserved", 60), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
+    assert free_bytes(torch.device("cuda")) == 10 + 60 - 20
 
 
 def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +289,25 @@ def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
     said = capsys.readouterr().out.splitlines()[-1]
     assert calls[0] not in said
     assert calls[1] in said
+
+
+def test_a_budget_spent_before_the_first_case_ends_quietly() -> None:
+    spent = budget.Budget(0.001, time.monotonic() - 1, lambda name: None)
+    with spent.enforced():
+        time.sleep(1)
+    assert spent.left_out(["a case"]) == ["a case"]
+
+
+def test_the_device_asked_for_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and streams are the current device's: those of another would time nothing."""
+    current = []
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    for name in (None, "cpu", "cuda", "cuda:1"):
+        cli.pick_device(name)
+    assert current == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

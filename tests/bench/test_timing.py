@@ -13,10 +13,11 @@ from gradkernels import use_backend
 from bench import __main__ as cli
 from bench.throughput import machine, results, scale
 from bench.throughput.case import Call, Case, Op, Sweep
+from bench.throughput.console import Screen
 from bench.throughput.runner import Runner
 from bench.throughput.timing import CudaTimer, Sampler, input_sets, summarise
 
-from .fakes import CPU, Clock, FakeCuda, RealClock, doubling, wall
+from .fakes import CPU, Clock, FakeCuda, RealClock, document, doubling, wall
 
 
 def test_summarise_and_input_sets() -> None:
@@ -185,3 +186,26 @@ def test_study_follows_an_axis_until_memory_or_patience_ends() -> None:
     assert found["ours"]["exponent"] == pytest.approx(1, abs=0.05)
     assert found["ours"]["knee"] == pytest.approx(320, rel=0.1)
     assert found["torch"]["knee"] == pytest.approx(920, rel=0.1)
+
+
+@pytest.mark.parametrize("right", [0, 2])
+def test_a_sweep_that_is_wrong_at_once_is_said_and_fails_the_run(
+    right: int, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    clock = Clock()
+
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
+        return [doubling(clock, n=shape[0], factor=2.0 if shape[0] < 10**right else 2.02)]
+
+    op = Op("doubling", ("n",), build, "", sweeps={"cpu": (Sweep("n", (1, 10, 100, 1000), (1,)),)})
+    runner = Runner(CPU, wall(clock), seconds=0.001, quick=True)
+    found = document(doubling(clock), clock=clock, scale=[*scale.study(op, runner, torch.float32)])
+    assert not results.all_right(found)
+    Screen().document(found)
+    said = capsys.readouterr().out
+    assert f"wrong at n = {10**right}" in said
+    assert "Scale" not in said
+    pytest.importorskip("matplotlib")
+    from bench.throughput import report
+
+    assert f"wrong at n = {10**right}" in report.write(found, tmp_path).read_text()

@@ -105,6 +105,16 @@ def test_diabetes_with_the_defaults(
     assert_four_panels(tmp_path / "loss.png")
 
 
+@pytest.mark.usefixtures("picture")
+def test_names_with_dollars_are_no_formulas(regression: ModuleType, tmp_path: Path) -> None:
+    """What stands between two would be one, and this is none that can be drawn."""
+    table = write_table(tmp_path / "t.csv", HOUSES.replace("area", "area_$_and_tax_$").splitlines())
+    assert (
+        run(regression, "--data", table, "--target", "price", "--epochs=1", "--output", tmp_path / "o") == 0
+    )
+    assert (tmp_path / "o" / "model.pt").exists()
+
+
 def assert_four_panels(path: Path) -> None:
     picture = image.imread(path)[..., :3]
     assert picture.shape[:2] == (900, 1300)
@@ -153,6 +163,14 @@ def test_least_squares_in_blocks_is_that_of_the_whole(
     expected, *_ = np.linalg.lstsq(data.train_x.astype(float), data.train_y.astype(float), rcond=None)
     monkeypatch.setattr(sys.modules["tabular.report"], "BLOCK", 100)
     np.testing.assert_allclose(regression.least_squares(data), expected.T, rtol=1e-9)
+
+
+def test_closed_form_of_columns_that_add_up_to_another(regression: ModuleType, houses: Path) -> None:
+    """rent is 10 - rooms + age, but for the rounding of standardised columns, which says nothing about prices."""
+    _, data = load(regression, data=str(houses), target="price")
+    x, y = data.train_x.astype(float), data.train_y.astype(float)
+    smallest = np.linalg.lstsq(x, y, rcond=1e-5)[0].T
+    np.testing.assert_allclose(regression.least_squares(data), smallest, atol=1e-6)
 
 
 def test_an_epochs_loss_is_the_mean_over_its_rows(regression: ModuleType) -> None:
