@@ -242,6 +242,23 @@ def test_stale_gradient_of_a_function_that_scales_what_it_saved():
     assert report.names == ("stale gradient",)
 
 
+@pytest.mark.parametrize("later", [float("nan"), None])
+def test_stale_gradient_that_is_none_or_no_number(later):
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.calls = 0
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            ctx.calls += 1
+            return 2 * grad if ctx.calls == 1 else None if later is None else later * grad
+
+    report = gradcheck(lambda x: Once.apply(x), torch.randn(4, dtype=F64))
+    assert report.names == ("stale gradient",)
+
+
 def test_no_signal_is_named_beside_a_pass():
     """Lesson C.5: a feature that is always zero."""
     w, x, y = problem()

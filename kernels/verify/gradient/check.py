@@ -326,13 +326,14 @@ def _name(dtype: torch.dtype) -> str:
 def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) -> Diagnosis | None:
     """Recognise a later backward that gives another gradient than the first."""
     first = rounds[0][position]
+    if first is None or not first.isfinite().all():
+        return None
+    one = first.double()
+    scale = float(one.abs().max()) if one.numel() else 0.0
     for later in (r[position] for r in rounds[1:]):
-        if first is None or later is None:
-            continue
-        one, two = first.double(), later.double()
-        scale = float(one.abs().max()) if one.numel() else 0.0
+        two = torch.zeros_like(one) if later is None else later.double()
         gap = float((two - one).abs().max()) if one.numel() else 0.0
-        if not gap > relative * scale:
+        if gap <= relative * scale:
             continue
         if float((two - 2 * one).abs().max()) <= relative * scale:
             return Diagnosis(
