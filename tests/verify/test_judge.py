@@ -125,6 +125,14 @@ RECTIFIERS = """
     ("verdict", "changes", "says"),
     [
         (v.VERIFIED, {}, ""),
+        (
+            v.VERIFIED,
+            {
+                "Relu, [": "lambda *xs: {'y': Relu.apply(*xs)}, [",
+                "torch.relu(x) * y": "{'y': torch.relu(x) * y}",
+            },
+            "",
+        ),
         (v.WRONG_VALUE, {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"}, "[negative values]"),
         (
             v.WRONG_VALUE,
@@ -142,6 +150,11 @@ RECTIFIERS = """
             "with the gradient of input 1 alone: KeyError: False",
         ),
         (
+            v.WRONG_GRADIENT,
+            {"torch.relu(x) * y": "torch.relu(x) * y.detach()"},
+            "a gradient reaches input 1,",
+        ),
+        (
             v.MUTATED,
             {
                 "launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"
@@ -149,13 +162,104 @@ RECTIFIERS = """
             "with no gradient: the forward writes into input 0",
         ),
     ],
-    ids=["right", "never negative", "no gradient", "one gradient", "one raises", "written without gradient"],
+    ids=[
+        "right",
+        "in a dictionary",
+        "never negative",
+        "no gradient",
+        "one gradient",
+        "one raises",
+        "detached",
+        "written without gradient",
+    ],
 )
 def test_what_the_given_values_and_the_training_do_not_show(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "rectifier.py"
     text = textwrap.dedent(RECTIFIERS)
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    file.write_text(text)
+    cases = judged(file, monkeypatch)
+    assert v.of_file(cases) == verdict, cases
+    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
+    assert any(says in fault for fault in faults) or not says
+
+
+ROWS = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def product_kernel(x_ptr, y_ptr, out_ptr, x_row, x_col, y_row, y_col, n, BLOCK: tl.constexpr):
+        row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * x_row + offs * x_col, mask=offs < n)
+        y = tl.load(y_ptr + row * y_row + offs * y_col, mask=offs < n)
+        tl.store(out_ptr + row * n + offs, x * y, mask=offs < n)
+
+    @torch.no_grad()
+    def product(x, y):
+        out = torch.empty(x.shape)
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        product_kernel[(len(x),)](x, y, out, *x.stride(), *y.stride(), x.shape[1], BLOCK=16)
+        return out
+
+    def check_product():
+        return product, [torch.randn(6, 5), torch.randn(6, 5)], torch.no_grad()(lambda x, y: x * y)
+
+    def check_batch():
+        return product, [torch.randn(3, 2, 5), torch.randn(3, 2, 5)], torch.no_grad()(lambda x, y: x * y)
+
+    @triton.jit
+    def add_kernel(total_ptr, x_ptr, n, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x, total = tl.load(x_ptr + offs, mask=offs < n), tl.load(total_ptr + offs, mask=offs < n)
+        tl.store(total_ptr + offs, total + FACTOR * x, mask=offs < n)
+
+    @torch.no_grad()
+    def added(total, x):
+        assert total.is_contiguous() and x.is_contiguous()
+        before = total.clone()
+        add_kernel[(triton.cdiv(x.numel(), 64),)](total, x, x.numel(), FACTOR=1, BLOCK=64)
+        return before
+
+    @torch.no_grad()
+    def reference(total, x):
+        before = total.clone()
+        total.add_(x)
+        return before
+
+    def check_added():
+        return added, [torch.randn(5, 7), torch.randn(5, 7)], reference
+"""
+
+
+@pytest.mark.parametrize(
+    ("verdict", "changes", "says"),
+    [
+        (v.VERIFIED, {}, ""),
+        (
+            v.UNSAFE,
+            {"*y.stride(), x.shape": "*x.stride(), x.shape"},
+            "product [strided copies] out-of-bounds",
+        ),
+        (
+            v.WRONG_VALUE,
+            {"x.flatten(0, -2),": "x.as_strided((len(out.flatten(0, -2)), x.shape[-1]), x.stride()[-2:]),"},
+            "batch [strided copies] at",
+        ),
+        (v.WRONG_VALUE, {"FACTOR=1": "FACTOR=2"}, "input 0 afterwards"),
+    ],
+    ids=["right", "strides of the other", "batch of rows", "leaves another number"],
+)
+def test_strides_of_several_inputs_and_what_is_left_in_them(
+    verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rows.py"
+    text = textwrap.dedent(ROWS)
     for old, new in changes.items():
         assert text.count(old) == 1
         text = text.replace(old, new)

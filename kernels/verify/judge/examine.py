@@ -231,13 +231,16 @@ class _Examination:
                 return
             outcomes, truths = self._draws(point, first, truth, once)
             yield from trials.value(outcomes, truths)
+            meant = bool(first.mutated and truth.native.mutated)
+            if meant:
+                yield from trials.writing(first, truth)
             yield from trials.arrival(first, truth)
             # At zeros a kink may lie: any of its slopes is right, NaN is not.
             compare = trials.finite if point.kind == "zeros" else trials.gradient
             wrong = list(compare(outcomes, truths))
             fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
             named = []
-            if wanted and first.attached and fits and (full or (wrong and not self.named)):
+            if wanted and first.attached and fits and not meant and (full or (wrong and not self.named)):
                 self.named = bool(wrong)
                 named = self._diagnosis(point, wanted, ELEMENTS)
             yield from named or wrong
@@ -275,6 +278,8 @@ class _Examination:
         """Make the experiments that one point is enough for."""
         yield from trials.idleness(self.subject, point.values, wanted, first)
         if truth is not None and wanted:
+            if others := [place for place in self.wanted if place not in wanted]:
+                yield from trials.strays(once(wanted=others))
             for places in ((), *((place,) for place in wanted if len(wanted) > 1)):
                 if time.monotonic() <= self.options.deadline:
                     yield from self._with_fewer_gradients(point, first, truth, once, places)

@@ -150,9 +150,9 @@ def _like(result: Tensor, value: Tensor) -> Tensor:
 def _layouts(values: Sequence[Any], arguments: int) -> Iterator[Point]:
     """The same numbers elsewhere in memory; what lies around them is NaN."""
 
-    def everywhere(change: Callable[[Tensor], Tensor]) -> list[Any]:
+    def everywhere(change: Callable[[Tensor, int], Tensor]) -> list[Any]:
         return [
-            _like(change(v.detach()), v) if isinstance(v, Tensor) and i < arguments else v
+            _like(change(v.detach(), i), v) if isinstance(v, Tensor) and i < arguments else v
             for i, v in enumerate(values)
         ]
 
@@ -170,22 +170,28 @@ def _surroundings(value: Tensor, *shape: int) -> Tensor:
     return torch.full(shape, filler, device=value.device).to(value.dtype)
 
 
-def _spaced(value: Tensor) -> Tensor:
-    """Every second element of a longer tensor; a matrix as the left columns of a wider one."""
+def _spaced(value: Tensor, place: int) -> Tensor:
+    """Every second element of a longer tensor; a matrix as a corner of a larger one, several with a gap after each.
+
+    Another input has other gaps: whoever reads it by the strides of the first meets NaN.
+    """
     if value.ndim == 0:
         return value.clone()
     if value.ndim == 1:
-        buffer = _surroundings(value, 2 * len(value))[::2]
+        buffer = _surroundings(value, (2 + place) * len(value))[:: 2 + place]
     else:
-        buffer = _surroundings(value, *value.shape[:-1], value.shape[-1] + 3)[..., : value.shape[-1]]
+        first, *inner = value.shape
+        buffer = _surroundings(value, first, *(size + 3 + place for size in inner))
+        for dim, size in enumerate(inner, 1):
+            buffer = buffer.narrow(dim, 0, size)
     return buffer.copy_(value)
 
 
-def _transposed(value: Tensor) -> Tensor:
+def _transposed(value: Tensor, place: int) -> Tensor:
     return value.mT.contiguous().mT if value.ndim > 1 else value.clone()
 
 
-def _shifted(value: Tensor) -> Tensor:
+def _shifted(value: Tensor, place: int) -> Tensor:
     """One element after an aligned address."""
     return _surroundings(value, value.numel() + 1)[1:].view(value.shape).copy_(value)
 

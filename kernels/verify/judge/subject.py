@@ -54,6 +54,7 @@ class Outcome:
         memory: what the memory checker saw.
         blank: per output, how many of its elements nothing has written.
         mutated: what the call wrote into, in words; empty if nothing.
+        after: the tensors among the values, by place, as the forward left them; copied.
         live: the tensors that it returned.
     """
 
@@ -63,6 +64,7 @@ class Outcome:
     memory: MemoryReport = field(default_factory=MemoryReport)
     blank: list[int] = field(default_factory=list)
     mutated: str = ""
+    after: dict[int, Tensor] = field(default_factory=dict)
     live: list[Tensor] = field(default_factory=list)
 
     @property
@@ -92,20 +94,38 @@ def call(
 ) -> Outcome:
     """Call the subject, and its backward for the values at ``wanted``; no exception is caught.
 
+    What it writes into the values is taken back at the end.
+
     Args:
         subject: what is called.
         leaves: its arguments.
         wanted: which of them get gradients.
         narrow: the outputs of the same call in the inputs' own dtypes, to which upstream gradients are rounded.
     """
-    outcome = Outcome()
     before = _contents(leaves)
+    try:
+        return _called(subject, leaves, wanted, narrow, before)
+    finally:
+        for i, content in before.items():
+            if not torch.equal(_bytes(leaves[i]), content):
+                _bytes(leaves[i]).copy_(content)
+
+
+def _called(
+    subject: Callable[..., Any],
+    leaves: Sequence[Any],
+    wanted: Sequence[int],
+    narrow: Sequence[Tensor] | None,
+    before: dict[int, Tensor],
+) -> Outcome:
+    outcome = Outcome()
     with torch.set_grad_enabled(bool(wanted)):
         result = subject(*leaves)
     outcome.live = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
     outcome.blank = [_blank(output) for output in outcome.live]
     outcome.outputs = [output.detach().clone() for output in outcome.live]
     outcome.mutated = _changed(before, leaves, "the forward")
+    outcome.after = {i: leaves[i].detach().clone() for i in before}
     roots = [(i, o) for i, o in enumerate(outcome.live) if is_real(o) and o.requires_grad]
     outcome.attached = bool(roots)
     if not roots or not wanted:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..gradient import gradcheck
 from ..gradient.function import is_real
@@ -82,6 +83,15 @@ def value(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Find
             yield Finding(v.WRONG_VALUE, text if ours == 1 else f"output {place}: {text}")
 
 
+def writing(outcome: Outcome, truth: Truth) -> Iterator[Finding]:
+    """Compare what a candidate that writes into its inputs, as the reference does, leaves in them."""
+    for place, left in outcome.after.items():
+        native, exact = (o.after[place] for o in (truth.native, truth.exact))
+        text = _judged([left], [exact], [native], truth.error("after", place))
+        if text:
+            yield Finding(v.WRONG_VALUE, f"input {place} afterwards: {text}")
+
+
 def _judged(ours: Sequence[Tensor], exact: Sequence[Tensor], theirs: Sequence[Tensor], sampled: float) -> str:
     """Say how ``ours`` leaves the tolerance policy; empty if it does not. ``sampled`` is torch's error close by."""
     for mine, other in zip(ours, theirs, strict=True):
@@ -115,6 +125,13 @@ def arrival(outcome: Outcome, truth: Truth) -> Iterator[Finding]:
     for place, gradient in truth.native.gradients.items():
         if gradient is not None and gradient.any() and outcome.gradients.get(place) is None:
             yield Finding(v.WRONG_GRADIENT, f"no gradient reaches input {place}")
+
+
+def strays(outcome: Outcome) -> Iterator[Finding]:
+    """Find gradients of the candidate's for inputs that the reference has none for."""
+    for place, gradient in outcome.gradients.items():
+        if gradient is not None and gradient.any():
+            yield Finding(v.WRONG_GRADIENT, f"a gradient reaches input {place}, the reference gives none")
 
 
 def gradient(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Finding]:
@@ -189,7 +206,7 @@ def _grafted(subject: Subject, reference: Reference) -> Callable[..., Any]:
             ctx.values = values
             wide = any(is_real(value) and value.dtype == torch.float64 for value in values)
             result = (reference.wide if wide else reference.subject)(*values)
-            outputs = [o for o in (result if isinstance(result, (tuple, list)) else [result]) if is_real(o)]
+            outputs = [o for o in tree_leaves(result) if is_real(o)]
             return outputs[0].clone() if len(outputs) == 1 else tuple(o.clone() for o in outputs)
 
         @staticmethod
@@ -200,7 +217,7 @@ def _grafted(subject: Subject, reference: Reference) -> Callable[..., Any]:
             )
             with torch.enable_grad():
                 result = subject(*leaves)
-            outputs = [o for o in (result if isinstance(result, (tuple, list)) else [result]) if is_real(o)]
+            outputs = [o for o in tree_leaves(result) if is_real(o)]
             pairs = [(o, u.to(o)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs], [leaves[i] for i in wanted], [u for _, u in pairs], allow_unused=True
@@ -309,5 +326,5 @@ def idleness(
             idle = call(subject, leaves_of(values, wanted), wanted)
     except Exception:  # it cannot do without what they write
         return
-    if agree(seen, idle):
+    if agree(seen, idle) and all(close(left, idle.after[place]) for place, left in seen.after.items()):
         yield Finding(v.NO_KERNEL, "the result does not depend on what the kernels write: torch did the work")
