@@ -3,6 +3,8 @@
 A stack is seen as a matrix, a row per model, and is updated in batches of rows (of columns too, where one row is long)
 that fit a cache. What has one value per model is a column beside them. Tensors of another dtype than the arithmetic's,
 and rows that may not be written, are worked on in copies.
+
+Over 500 lines, since the rules and torch's fused kernel share blocks and bias corrections.
 """
 
 import math
@@ -419,7 +421,12 @@ def _sgd_rule(bucket: Bucket, i: int, options: SGDOptions, models: Models) -> Ru
 def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> Rule:
     dtype = acc_dtype(bucket.params[i])
     lr = _rate(options.lr, models, dtype)
-    decay, beta1, beta2 = (_number(x, dtype) for x in (options.weight_decay, options.beta1, options.beta2))
+    decay = _number(options.weight_decay, dtype)
+    beta1, beta2 = (  # 1 - beta is rounded to dtype, beta before it is not
+        _number(beta, torch.promote_types(beta.dtype, dtype) if isinstance(beta, Tensor) else dtype)
+        for beta in (options.beta1, options.beta2)
+    )
+    less1, less2, kept2 = (_number(value, dtype) for value in (1 - beta1, 1 - beta2, beta2))
     step = bucket.states["step"][i]
 
     def rule(p: Tensor, g: Tensor, states: dict[str, Tensor], block: Block) -> None:
@@ -437,12 +444,12 @@ def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> 
             g = _add_scaled(block, g, p, block.column(shrink))
         elif not isinstance(shrink, float) or shrink != 0:
             p.mul_(block.column(1 - rate * shrink))
-        m.lerp_(g, block.column(1 - b1))
-        fresh = block.column(1 - b2)
+        m.lerp_(g, block.column(block.row(less1)))
+        fresh = block.column(block.row(less2))
         if isinstance(fresh, float):
             v.mul_(b2).addcmul_(g, g, value=fresh)
         else:
-            v.mul_(block.column(b2)).addcmul_(torch.mul(g, g, out=block.empty(g)), fresh)
+            v.mul_(block.column(block.row(kept2))).addcmul_(torch.mul(g, g, out=block.empty(g)), fresh)
         largest = v
         if "max_exp_avg_sq" in states:
             largest = torch.maximum(states["max_exp_avg_sq"], v, out=states["max_exp_avg_sq"])
@@ -456,7 +463,7 @@ def _descend(
 ) -> None:
     """``p -= rate inverse1 m / (sqrt(v inverse2) + eps)``; per model there are two values, each spread once."""
     root = inverse2.rsqrt_() if isinstance(inverse2, Tensor) else inverse2**-0.5
-    move = torch.sqrt(v, out=block.empty(v)).add_(block.column(_product(block, root, eps)))
+    move = torch.sqrt(v, out=block.empty(v)).add_(block.column(_product(block, root, float(eps))))
     torch.div(m, move, out=move)
     size = block.column(_product(block, _product(block, rate, root), inverse1))
     if isinstance(size, float):

@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD, backends
@@ -411,6 +412,36 @@ def test_rates_of_16_bit_models_are_rounded_once(dtype: torch.dtype, scaled: boo
 
 
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
+
+
+@EVERY_BACKEND
+def test_betas_of_float64_keep_their_digits(device: torch.device) -> None:
+    """1 - beta2 is rounded to float32, not beta2, of whose difference from 1 float32 has three digits fewer."""
+    runs = []
+    numbers = (0.9, 0.999)
+    each = tuple(torch.full((B,), beta, dtype=torch.float64, device=device) for beta in numbers)
+    for betas in (numbers, each):
+        optimizer = FusedAdam(copies(stacks((B, 3)), device), lr=0.1, betas=betas, stacked=True)
+        (param,) = parameters(optimizer)
+        for step in range(3):
+            optimizer.active = torch.arange(B, device=device) % 2 == 0 if step == 0 else None
+            param.grad = torch.linspace(1, 2, 3, device=device).expand(B, 3) * (step + 1)
+            optimizer.step()
+        runs.append(snapshot(optimizer))
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("eps", [1, np.float32(1)], ids=["int", "numpy"])
+def test_eps_of_any_kind_of_number(eps: Any) -> None:
+    runs = []
+    for given in (1.0, eps):
+        optimizer = FusedAdam(stacks((B, 3)), eps=given, max_norm=1.0, stacked=True)
+        for param in parameters(optimizer):
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        runs.append(snapshot(optimizer))
+    assert_equal(*runs)
 
 
 @EVERY_BACKEND
