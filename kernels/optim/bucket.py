@@ -47,6 +47,7 @@ class Bucket:
         indices: for each parameter its position in the optimizer; random numbers depend on it.
         seed: the seed of stochastic rounding, or None to round to nearest.
         memory: what a backend keeps from step to step for this bucket, such as its pointer tables.
+        captured: what it kept in the course of a captured step, as long as that step's graph may be replayed.
 
     All tensors of one entry, ``step`` aside, have the same shape and strides, without holes or overlaps.
     """
@@ -58,6 +59,7 @@ class Bucket:
     indices: list[int]
     seed: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    captured: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Guard(NamedTuple):

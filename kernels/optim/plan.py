@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import torch_private as private
-from ..backends import implementation
+from ..backends import capturing, implementation
 from .bucket import UNGUARDED, Bucket, Guard
 
 _AS_IT_IS = nullcontext()
@@ -192,7 +192,11 @@ def _refuse_step(entry: Entry, models: int | None) -> NoReturn:
 
 
 def measure_gradients(
-    parts: Sequence[Part], scale: Tensor | None, home: torch.device, extra: list[Tensor], norm_group: Any
+    parts: Sequence[Part],
+    scale: Tensor | None,
+    home: torch.device,
+    extra: list[tuple[tuple[Any, ...], Tensor]],
+    norm_group: Any,
 ) -> Tensor:
     """Rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
 
@@ -200,7 +204,7 @@ def measure_gradients(
         parts: their buckets hold the gradients.
         scale: what the gradients are to be divided by, or None.
         home: the device of the result.
-        extra: rows of gradients that no part has.
+        extra: rows of gradients that no part has, each after the process groups over which its gradient is sharded.
         norm_group: the process group whose other ranks have parameters of their own, or None.
     """
     devices = [part.bucket.params[0].device for part in parts]
@@ -216,14 +220,14 @@ def measure_gradients(
     if set(tables) == {home} and not extra and not any(sharded) and norm_group is None:
         return tables[home]
 
+    for shards, row in extra:
+        sharded[shards].append(row)
     total = torch.zeros_like(norm_table(1, home))
     for shards, rows in sharded.items():
-        subtotal = torch.stack([row.to(home) for row in rows]).sum(0, keepdim=True)
+        subtotal = torch.stack([row.to(total) for row in rows]).sum(0, keepdim=True)
         for group in shards:
             dist.all_reduce(subtotal, group=group)
         total += subtotal
-    for row in extra:
-        total += row.to(total)
     if norm_group is not None:
         dist.all_reduce(total, group=norm_group)
     return total
@@ -332,6 +336,8 @@ class DenseCopies(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         bucket = self._bucket
+        if capturing():  # a replay reads the memory of the host that tables were uploaded from
+            bucket.captured.append(dict(bucket.memory))
         bucket.memory.clear()  # the copies are new at each step
         lists = [bucket.grads, bucket.params, *(s for key, s in bucket.states.items() if key != "step")]
         for i in self._entries:

@@ -476,9 +476,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         if scale is not None or found_inf is not None:
             guard = local_guard(Guard(scale, found_inf), home)
         if self._measures():
-            norms = self._norms = measure_models(plan.parts, guard.grad_scale, models, home)
-            if self._row is not None:
-                self._norms = self._row.copy_(norms.sum(0, keepdim=True))
+            norms = measure_models(plan.parts, guard.grad_scale, models, home)
+            self._record(norms)
             if self.on_nonfinite == "raise" and found_inf is None and (where := nonfinite_models(norms)):
                 raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
             guard = guard._replace(
@@ -503,10 +502,9 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         home = next((local_part(param).device for param in plan.params), torch.device("cpu"))
         norms = None
         if self._measures():
-            extra = [_torch_norm(param, scale) for _, param in plan.delegated]
-            norms = self._norms = measure_gradients(plan.parts, scale, home, extra, self.norm_group)
-            if self._row is not None:
-                self._norms = self._row.copy_(norms.sum(0, keepdim=True))
+            extra = [(shards_of(param), _torch_norm(param, scale)) for _, param in plan.delegated]
+            norms = measure_gradients(plan.parts, scale, home, extra, self.norm_group)
+            self._record(norms)
             if self.on_nonfinite == "raise" and found_inf is None:
                 self._raise_if_nonfinite(norms)
         guard = Guard(scale, found_inf, norms, self.max_norm, self.on_nonfinite != "ignore")
@@ -516,6 +514,14 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         update_parameters(self._operator, plan.parts, options, guard)
         if plan.delegated:
             self._step_by_torch(plan, guard._replace(skipped=None) if plan.parts else guard)
+
+    def _record(self, norms: Tensor) -> None:
+        """Keep the measurements for ``grad_norm``: in one tensor for all CUDA graphs and the steps beside them."""
+        if self._row is None and capturing():
+            self._row = norms if len(norms) == 1 else norms.new_empty((1, *norms.shape[1:]))
+        self._norms = norms
+        if self._row is not None and self._row is not norms:
+            self._norms = self._row.copy_(norms.sum(0, keepdim=True))
 
     def _guard_of_rounds(self, device: torch.device) -> Guard:
         """The guard of many steps in one launch, which writes the last one's norm, and adds to the count."""
@@ -660,7 +666,7 @@ def _resolved(tensor: Tensor | None) -> Tensor | None:
 
 def _dense_values(param: Tensor) -> Tensor:
     """The gradient's stored elements, on this rank, as real numbers."""
-    grad = local_part(param.grad)  # type: ignore[arg-type]
+    grad = local_gradient(param.grad, param)
     if grad.is_sparse:
         grad = grad.coalesce()._values()
     return torch.view_as_real(grad) if grad.is_complex() else grad

@@ -1,5 +1,7 @@
 """FusedAdam and FusedAdamW: the update rule against NumPy and torch, the tables, one launch, CUDA graphs."""
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -271,6 +273,49 @@ def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
         capture(optimizer)
     optimizer.step()
     capture(optimizer)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)], ids=["part", "parts"])
+def test_graphs_and_steps_write_their_norms_to_one_tensor(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A replay writes to where its capture wrote, and grad_norm cannot know which graph was replayed last.
+    params = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in dtypes]
+    optimizer = FusedSGD(params, lr=0.1, capturable=True, max_norm=1.0)
+    places = []
+    for step, captured in enumerate((False, True, True, False), start=1):
+        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        for p in params:
+            p.grad = torch.full_like(p, step)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(2 * step * len(params) ** 0.5)
+        places.append(optimizer._norms.data_ptr())
+    assert len(set(places[1:])) == 1
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_graph_keeps_the_tables_of_copies(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The norm and the step have copies, and so tables, of their own; replays upload both from the host's memory.
+    from gradkernels.triton import multi_tensor
+
+    made = []
+
+    def note(self: Any, *args: Any) -> None:
+        make(self, *args)
+        made.append(weakref.ref(self))
+
+    make = multi_tensor.Tables.__init__
+    p = torch.nn.Parameter(torch.zeros(2, 3, device=device))
+    p.grad = torch.ones(3, 2, device=device).t()
+    optimizer = FusedSGD([p], lr=0.1, capturable=True, max_norm=1.0)
+    optimizer.step()
+    for module in ("step", "plan"):
+        monkeypatch.setattr(f"gradkernels.optim.{module}.capturing", lambda: True)
+    monkeypatch.setattr(multi_tensor.Tables, "__init__", note)
+    optimizer.step()
+    gc.collect()
+    assert len(made) == 2
+    assert all(tables() is not None for tables in made)
 
 
 @pytest.mark.gpu
