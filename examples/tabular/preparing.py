@@ -378,7 +378,7 @@ def expand_dates(frame: pd.DataFrame, dates: dict[str, str]) -> pd.DataFrame:
             continue
         # Each different date is parsed once; the code of a missing one, -1, takes the last.
         when = parse_dates(pd.Series([*column.cat.categories, None], dtype=object), dates[name])
-        days = (when - pd.Timestamp(0, tz="utc")) / pd.Timedelta(days=1)
+        days = (when - pd.Timestamp("1970-01-01", tz="utc")) / pd.Timedelta(days=1)
         parts[f"{name} (days)"] = days.to_numpy()[column.cat.codes]
         for part, words in (("month", when.dt.strftime("%m")), ("weekday", when.dt.day_name())):
             parts[f"{name} ({part})"] = pd.Categorical(words.to_numpy(dtype=object)[column.cat.codes])

@@ -396,6 +396,15 @@ def test_dates_are_read_one_way_only(regression: ModuleType, tmp_path: Path) -> 
         assert data.description["features"][0] == "d (days)"
 
 
+def test_dates_beyond_what_nanoseconds_count(regression: ModuleType, tmp_path: Path) -> None:
+    """9999-12-31 stands for "open" in many a table."""
+    pytest.importorskip("pandas", "3")  # earlier ones know no such date
+    lines = ["until,y", "9999-12-31,1", "9999-12-30,2", "9999-12-30,3"]
+    path = write_table(tmp_path / "table.csv", lines)
+    _, data = load(regression, data=str(path), target="y", dates="expand", validation=0.1)
+    assert 2932895 <= data.description["scaling"]["feature_mean"][0] <= 2932896
+
+
 def test_ids_are_hinted_at(regression: ModuleType, tmp_path: Path) -> None:
     lines = [f"{i + 1},{i * 7 % 20},{i * i % 17},{i * i % 17 + 0.5}" for i in range(20)]
     path = write_table(tmp_path / "table.csv", ["customer,orderId,a,y", *lines])
