@@ -155,7 +155,7 @@ def test_the_limits_can_fail(rows):
     for broken in (
         {"wide_loads": True},
         {"wide_stores": True},
-        {"spills": 1},
+        {"spills": SPILLS + 1},
         {"shared": 232449},
         {"error": "no"},
     ):

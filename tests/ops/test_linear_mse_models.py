@@ -470,6 +470,7 @@ def test_strides(backend: str, device: torch.device) -> None:
         )
         torch.testing.assert_close(found[0], expected[0])
         for mine, other in zip(found[1], expected[1], strict=True):
+            assert (mine is None) is (other is None)
             assert mine is None or torch.allclose(mine, other, atol=1e-5)
 
 
