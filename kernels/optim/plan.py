@@ -101,6 +101,7 @@ class Plan:
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.parts = partition(entries, models)
         self.wrapped = any(local_part(param) is not param for param in params)
+        self.locals = _local_parts(params, self.values) if self.wrapped else []
         updated = (p for p, none in zip(params, self.missing, strict=True) if not none)
         self.dtensors = [param for param in updated if local_part(param) is not param]
 
@@ -113,7 +114,9 @@ class Plan:
             or kinds != self.kinds
             or not _same(params, self.params)
             or not (self.complete or [grad is None for grad in grads] == self.missing)
-            or not _same(_values(state), self.values)
+            or not _same(values := _values(state), self.values)
+            # A DTensor that is moved keeps its identity, but has another tensor inside.
+            or (self.wrapped and not _same(_local_parts(params, values), self.locals))
             or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
         ):
             return None
@@ -286,6 +289,10 @@ def _values(state: dict[Any, Any]) -> list[Any]:
 def local_part(tensor: Tensor) -> Tensor:
     """The part of a DTensor that this rank holds; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def _local_parts(params: list[Tensor], values: list[Any]) -> list[Any]:
+    return list(map(local_part, chain(params, values)))
 
 
 def is_wrapper(tensor: Tensor) -> bool:

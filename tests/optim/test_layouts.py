@@ -248,6 +248,25 @@ def test_parameters_moved_to_other_memory_between_steps(name: str, device: torch
     assert_same_run(ours, theirs, after_step=move)
 
 
+def test_dtensors_moved_to_other_memory_between_steps(name: str, mesh: DeviceMesh) -> None:
+    """``model.to(...)`` puts another tensor into each DTensor, which stays the same object."""
+    results = []
+    for optimizer_class in (ours_for(name), theirs_for(name)):
+        model = torch.nn.Linear(3, 2)
+        for label, param in list(model.named_parameters()):
+            value = distribute_tensor(torch.zeros_like(param), mesh, [Shard(0)])
+            setattr(model, label, torch.nn.Parameter(value))
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        for _ in range(3):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optimizer.step()
+            model._apply(torch.clone)  # what ``to`` does where it must copy
+        results.append([param.full_tensor() for param in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @on_both_backends
 def test_a_parameter_that_becomes_another_view_of_its_memory(name: str, device: torch.device) -> None:
     """``param.data = param.data.t()`` and ``param.data = param.data[:5]``: the address stays."""
