@@ -5,12 +5,8 @@ from torch import Tensor
 
 from ..checks import cyclic
 from ..optim.bucket import Update
+from .matmul import ROWS, parts_of
 from .threads import is_small, one_thread
-
-# A product adds its rows one after the other, for each of its lanes; where that rounds to the same side (small
-# integers, constants) 2^19 rows lost 4,000 eps. So many rows a product at most, whose results torch's sum adds, as it
-# adds a bias's errors from so many on.
-_ROWS = 1 << 12
 
 
 def linear_mse_fit_rounds(
@@ -65,7 +61,8 @@ def linear_mse_fit_rounds(
         grads = [torch.empty_like(param, memory_format=torch.contiguous_format) for param in params]
         step = update.stepper(params, grads, update.states)
     error, weighted, square = (weight.new_empty(B, K, batch_size) for _ in range(3))
-    products = sums[None] if batch_size <= _ROWS else sums.new_empty(-(-batch_size // _ROWS), *sums.shape)
+    pieces = len(parts_of(batch_size))
+    products = sums[None] if pieces == 1 else sums.new_empty(pieces, *sums.shape)
     with one_thread(is_small(error)):
         for t, loss in enumerate(losses):
             first = t * batch_size % N
@@ -83,7 +80,7 @@ def linear_mse_fit_rounds(
             torch.sum(torch.mul(es, error, out=square).view(B, -1), 1, out=loss)
             loss.mul_(share)
             _contract(es, xs, products, sums)
-            if bias is not None and batch_size >= _ROWS:
+            if bias is not None and batch_size >= ROWS:
                 torch.sum(es, 2, out=sums[..., -1])
             sums.mul_(2.0 * share if isinstance(share, float) else (2.0 * share).view(-1, 1, 1))
             if not joined:
@@ -126,9 +123,8 @@ def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:
 
 
 def _contract(error: Tensor, x: Tensor, products: Tensor, sums: Tensor) -> None:
-    """``sums = error x^T``; products: memory for those of _ROWS rows each, of which a single one is the sum."""
-    for i, product in enumerate(products):
-        rows = slice(i * _ROWS, (i + 1) * _ROWS)
+    """``sums = error x^T``; products: memory for those of the rows' parts, of which a single one is the sum."""
+    for rows, product in zip(parts_of(x.shape[2]), products, strict=True):
         _product(error[..., rows], x[..., rows], product)
     if len(products) > 1:
         torch.sum(products, 0, out=sums)

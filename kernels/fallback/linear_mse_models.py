@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from .matmul import matmul_forward
+from .matmul import matmul_forward, parts_of
 
 
 class Tiles(NamedTuple):
@@ -122,7 +122,9 @@ def linear_mse_models_forward(
         # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
         operand = acc if input.dtype == torch.float16 else input.dtype
         left, right = error.to(operand).mT, input.to(operand)
-        grad_weight = torch.bmm(left, right) if right.dim() == 3 else torch.matmul(left, right)
+        product = torch.bmm if right.dim() == 3 else torch.matmul
+        products = [product(left[..., rows], right[..., rows, :]) for rows in parts_of(right.shape[-2])]
+        grad_weight = products[0] if len(products) == 1 else torch.stack(products).sum(0)
     grad_bias = error.sum(1) if output_mask[2] else None
     if tiles is not None:
         loss = tiles.sums(loss)
