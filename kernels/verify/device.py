@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._device import _device_constructors
+from torch.utils._device import DeviceContext, _device_constructors
 
 from .interpreted import arithmetic, converter, dot, functions, total
 
@@ -324,6 +324,7 @@ def cuda_on_cpu() -> Iterator[None]:
             put(torch, name, _placed(getattr(torch, name)))
         for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided"):
             put(Tensor, name, _placed(getattr(Tensor, name)))
+        put(DeviceContext, "__init__", _placed(DeviceContext.__init__))  # with torch.device("cuda")
         put(Tensor, "to", _moved(Tensor.to))
         put(Tensor, "cuda", _itself)
         put(Tensor, "pin_memory", _itself)

@@ -7,12 +7,36 @@ import numpy as np
 import torch
 
 
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    """Return the nearest integers, halves away from zero; torch's go to the even neighbour."""
+    whole = x.trunc()
+    return whole + torch.copysign(((x - whole).abs() >= 0.5).to(x.dtype), x)
+
+
+def _remainder(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return what is left of ``x`` beside the nearest multiple of ``y``, as C has it; torch's has the sign of ``y``."""
+    y = y.abs()
+    rest = torch.fmod(x, 2 * y).abs()
+    nearer = torch.where(2 * (rest - y) >= y, rest - y - y, rest - y)
+    rest = torch.where(2 * rest > y, nearer, rest)
+    return torch.where(x.signbit(), -rest, rest)
+
+
+# What torch calls otherwise, or calls by the same name and does otherwise.
+_OTHERS: dict[str, Callable[..., torch.Tensor]] = {
+    "round": _rounded,
+    "rint": torch.round,
+    "nearbyint": torch.round,
+    "remainder": _remainder,
+}
+
+
 def _named(name: str) -> Callable[..., torch.Tensor] | None:
     """Return torch's function of this name; names of the fast variants lose their affixes."""
     bare = name.removeprefix("fast_")
     if bare != name:
         bare = bare.removesuffix("f")
-    return getattr(torch, bare, None) or getattr(torch.special, bare, None)
+    return _OTHERS.get(name) or getattr(torch, bare, None) or getattr(torch.special, bare, None)
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -1,5 +1,7 @@
 """Where "cuda" is this CPU, an interpreted kernel answers as a compiled one to the code around Triton."""
 
+import math
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -7,6 +9,7 @@ import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
+from triton.language.extra import libdevice  # noqa: E402
 
 pytestmark = [
     pytest.mark.unwatched,
@@ -53,3 +56,29 @@ def test_a_launch_gives_a_kernel_to_launch_again() -> None:
         assert x.tolist() == [3, 3, 2, 1]  # a warmup launches nothing
         warmed[(1,)](x, 1)
         assert x.tolist() == [4, 3, 2, 1]
+
+
+def test_a_device_as_a_context() -> None:
+    with cuda_on_cpu(), torch.device("cuda"):
+        assert torch.zeros(2).add_(1).tolist() == [1, 1]
+        assert torch.nn.Linear(2, 3).weight.is_cuda
+
+
+@triton.jit
+def libdevice_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    x, y = tl.load(x_ptr + offs), tl.load(y_ptr + offs)
+    tl.store(out_ptr + offs, libdevice.round(x))
+    tl.store(out_ptr + N + offs, libdevice.rint(x))
+    tl.store(out_ptr + 2 * N + offs, libdevice.remainder(x, y))
+
+
+def test_libdevice_rounds_as_c_does() -> None:
+    numbers = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 7.25, -7.25]
+    divisors = [1.0, -1.0, 2.0, 1.0, 3.0, -2.0, 1.5, 4.0]
+    out = torch.empty(3, 8)
+    with cuda_on_cpu():
+        libdevice_kernel[(1,)](torch.tensor(numbers), torch.tensor(divisors), out, N=8)
+    assert out[0].tolist() == [-3, -2, -1, 1, 2, 3, 7, -7]
+    assert out[1].tolist() == [round(x) for x in numbers]
+    assert out[2].tolist() == [math.remainder(x, y) for x, y in zip(numbers, divisors, strict=True)]
