@@ -18,6 +18,7 @@ from . import checks
 from .checks import acc_dtype
 from .linear_mse_models import (
     autocast,
+    beside_errors,
     beside_slopes,
     models_forward,
     models_loss,
@@ -27,7 +28,7 @@ from .linear_mse_models import (
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
 from .mse import divisor, mse, mse_backward, mse_hvp
-from .operator import Operator, in_places, use_torch_fast_path
+from .operator import Operator, in_places, uncast, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
 
@@ -113,14 +114,11 @@ def linear_mse_loss(
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
     if reduction == "none":
         return mse(linear(input, weight, bias), target, sample_weight, "none", 0, target.dtype)
-    matrices = _normal_form(input, weight, target, bias, sample_weight)
+    matrices, total = _weighting(*_normal_form(input, weight, target, bias, sample_weight), reduction)
     dtype = checks.loss_dtype(target)
-    # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
-    if sample_weight is None or reduction == "sum" or target.numel() == 0:
+    if total is None:
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
-    acc = acc_dtype(input, target)
-    total = _linear_mse(*matrices, "sum", [False] * 3, acc)[0]
-    return (total / divisor(sample_weight, target, acc)).to(dtype)
+    return (_linear_mse(*matrices, "sum", [False] * 3, acc_dtype(input, target))[0] / total).to(dtype)
 
 
 def linear_mse_loss_and_grad(
@@ -177,14 +175,14 @@ def linear_mse_loss_and_grad(
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)
-    matrices = _normal_form(input, weight, target, bias, sample_weight)
+    matrices, total = _normal_form(input, weight, target, bias, sample_weight), None
+    if sample_weight is not None:
+        with torch.no_grad():
+            matrices, total = _weighting(*matrices, reduction)
     output_mask = [want_input or want_target, want_weight, want_bias]
     dtype = checks.loss_dtype(target)
-    total = None
-    if sample_weight is not None and reduction == "mean" and target.numel():
+    if total is not None:
         reduction, dtype = "sum", acc_dtype(input, target)
-        with torch.no_grad():
-            total = divisor(sample_weight, target, dtype)
     outputs = _linear_mse.without_autograd(*matrices, reduction, output_mask, dtype)
     loss, error, grad_weight, grad_bias = in_places(outputs, output_mask)
     if total is not None:
@@ -240,6 +238,26 @@ def _normal_form(
         None if bias is None else bias.reshape(outputs),
         sample_weight,
     )
+
+
+def _weighting(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor | None]:
+    """The matrices as the kernels take them, and what sums by their weights are divided by; None: by nothing."""
+    total = None
+    # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
+    if sample_weight is not None and target.numel():
+        sample_weight, factor = beside_errors(sample_weight, input)
+        if reduction == "mean":
+            total = divisor(sample_weight, target, acc_dtype(input, target))
+        elif factor is not None:
+            total = factor.reshape(()).reciprocal()
+    return (input, weight, target, bias, sample_weight), total
 
 
 def _slope(count: int, reduction: str) -> float:
@@ -508,5 +526,10 @@ _linear_mse = Operator(
     autocast=autocast,
 )
 _linear_mse_backward = Operator(
-    "linear_mse", "backward", fake=_backward_fake, vmap=_backward_vmap, derivative=LinearMseBackwardFunction
+    "linear_mse",
+    "backward",
+    fake=_backward_fake,
+    vmap=_backward_vmap,
+    derivative=LinearMseBackwardFunction,
+    autocast=uncast,
 )

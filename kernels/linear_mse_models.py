@@ -13,6 +13,7 @@ one another.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from . import checks
 from .checks import acc_dtype
 from .matmul import product, sum_to
-from .operator import Operator, autocast_cast, in_places, needs_derivative
+from .operator import Operator, autocast_cast, in_places, needs_derivative, uncast
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -32,14 +33,14 @@ def models_loss(
     """``linear_mse_loss`` of a batch of models. ``arguments``: input, weight, target and bias by name."""
     checks.reduction(op, reduction)
     operands = _normal_form(op, arguments, sample_weight, offsets)
-    input, weight, target, _, samples, bounds = operands
+    input, _, target, *_ = operands
     dtype = checks.loss_dtype(target)
     if reduction == "none":
         return _losses(*operands).to(dtype)
-    if samples is None or reduction == "sum" or target.numel() == 0:
+    operands, total, empty = _weighting(operands, reduction)
+    if total is None:
         return models_forward(*operands, reduction, [False] * 3, dtype)[0]
     acc = acc_dtype(input, target)
-    total, empty = _total_weights(samples, weight, bounds, acc)
     loss = models_forward(*operands, "sum", [False] * 3, acc)[0] / total
     return (loss if empty is None else loss.masked_fill(empty, torch.nan)).to(dtype)
 
@@ -55,16 +56,14 @@ def models_loss_and_grad(
     """``linear_mse_loss_and_grad`` of a batch of models: the gradients of the sum of their losses."""
     checks.reduction(op, reduction, ("mean", "sum"))
     operands = _normal_form(op, arguments, sample_weight, offsets)
-    input, weight, target, _, samples, bounds = operands
+    input, weight, target, _, _, bounds = operands
     want_input, want_weight, want_target, want_bias = checks.output_mask(op, wrt, arguments)
     output_mask = [want_input or want_target, want_weight, want_bias]
     dtype = checks.loss_dtype(target)
-    total = empty = None
     acc = acc_dtype(input, target)
     with torch.no_grad():
-        if samples is not None and reduction == "mean" and target.numel():
-            total, empty = _total_weights(samples, weight, bounds, acc)
-            reduction = "sum"
+        operands, total, empty = _weighting(operands, reduction)
+        reduction = reduction if total is None else "sum"
         outputs = models_forward.without_autograd(
             *operands, reduction, output_mask, dtype if total is None else acc
         )
@@ -78,15 +77,18 @@ def models_loss_and_grad(
         if error is not None:
             scale = _slopes(weight, target, bounds, reduction, acc)
             scale = scale if total is None else scale / total
-            grad_input, grad_target = _row_gradients(
-                scale.to(acc).expand(len(weight)),
-                error,
-                input,
-                weight,
-                target,
-                bounds,
-                (want_input, want_target),
-            )
+            # Not products that autocast knows: float16 holds nothing of a scale of many rows.
+            casting = checks.autocast_enabled(input)
+            with torch.autocast(input.device.type, enabled=False) if casting else nullcontext():
+                grad_input, grad_target = _row_gradients(
+                    scale.to(acc).expand(len(weight)),
+                    error,
+                    input,
+                    weight,
+                    target,
+                    bounds,
+                    (want_input, want_target),
+                )
     grads = zip((grad_input, grad_weight, grad_target, grad_bias), arguments.values(), strict=True)
     d_input, d_weight, d_target, d_bias = (
         None if grad is None else grad.to(argument.dtype) for grad, argument in grads
@@ -233,6 +235,22 @@ def _losses(
     return losses if samples is None else losses * samples
 
 
+def _weighting(
+    operands: tuple[Any, ...], reduction: str
+) -> tuple[tuple[Any, ...], Tensor | None, Tensor | None]:
+    """The operands as the kernels take them, what sums by their weights are divided by (None: by nothing), and
+    which models have no rows."""
+    input, weight, target, bias, samples, bounds = operands
+    total = empty = None
+    if samples is not None and target.numel():
+        samples, factor = beside_errors(samples, input)
+        if reduction == "mean":
+            total, empty = _total_weights(samples, weight, bounds, acc_dtype(input, target))
+        elif factor is not None:
+            total = factor.reshape(-1).reciprocal()
+    return (input, weight, target, bias, samples, bounds), total, empty
+
+
 def _total_weights(
     samples: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
@@ -277,6 +295,23 @@ def slopes_dtype(dtype: torch.dtype) -> torch.dtype:
 def beside_slopes(values: Tensor) -> Tensor:
     """``values`` as a factor of slopes: a product of two dtypes multiplies the narrower."""
     return values.to(slopes_dtype(values.dtype))
+
+
+def beside_errors(samples: Tensor, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Sample weights ``(*, N, .)`` as factors of errors that are multiplied in ``input``'s dtype or that of autocast,
+    and what is missing in them, if anything: in float16 the largest is 1, lest products be inf or 0.
+
+    A loss is linear in them, so that no derivative sees by what they are divided.
+    """
+    operand = input.dtype
+    if operand != torch.float64 and checks.autocast_enabled(input):
+        operand = torch.get_autocast_dtype(input.device.type)
+    if operand != torch.float16:
+        return samples, None
+    wide = samples.to(acc_dtype(samples))
+    most = wide.detach().abs().amax((-2, -1), keepdim=True)
+    factor = torch.where((most > 0) & most.isfinite(), most, 1)
+    return wide / factor, factor
 
 
 def _row_gradients(
@@ -664,5 +699,5 @@ _outer = Operator(
     vmap=_rows_vmap,
     derivative=OuterFunction,
     launch=_launch_rows,
-    autocast=_autocast_rows,
+    autocast=uncast,  # under autocast it adds up sample weights alone
 )

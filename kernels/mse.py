@@ -175,11 +175,11 @@ def _weighted_mean_and_grad(
     acc = acc_dtype(input, target, weight)
     if weight.shape == input.shape:
         weight_sum = divisor(weight, target, acc)
-        outputs = mse_forward_backward(input, target, weight, weight_sum, "sum", output_mask, dtype)
+        outputs = mse_forward_backward(input, target, weight, weight_sum, "sum", output_mask, acc)
         loss, *gradients = in_places(outputs, output_mask)
         if gradients[2] is not None:
             gradients[2] = gradients[2].sub_(loss / weight_sum)
-        return loss, gradients
+        return loss.to(dtype), gradients
     mean = _mean_weight(weight, acc)
     scaled = weight / mean
     outputs = mse_forward_backward(input, target, scaled.to(acc), None, "mean", output_mask, dtype)

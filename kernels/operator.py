@@ -415,6 +415,11 @@ def autocast_cast(tensor: Any) -> Any:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
+def uncast(*args: Any) -> tuple[Any, ...]:
+    """For ``autocast``: the arguments as they are, and torch's ops in a launcher do not cast either."""
+    return args
+
+
 def _this_level() -> AbstractContextManager[None]:
     return (
         private.single_level()

@@ -231,7 +231,7 @@ MUTANTS = (
         "if input.numel() == 0\n        else input.new_empty(",
         "trainers",
     ),
-    Mutant("tiles = rows * tl.cdiv(n, COLS)", "tiles = tl.cdiv(n, COLS)", "trainers"),
+    Mutant("tiles = rows * tiles_of(n, COLS)", "tiles = tiles_of(n, COLS)", "trainers"),
     Mutant("if own == size != 1]", "if own == size != 1][:1]", "trainers"),
     Mutant("weight.new_empty(weight.shape, dtype=acc)", "weight.new_empty(weight.shape)", "trainers"),
     Mutant("sums.new_empty((P, sums.numel()), dtype=acc)", "sums.new_empty((P, sums.numel()))", "trainers"),

@@ -34,7 +34,7 @@ from . import config
 from .dims import Matrix
 from .launch import cdiv, launch
 from .matmul import write_scaled_product
-from .shared import DTYPES, ordered_sum, store_product, tile_of
+from .shared import DTYPES, ordered_sum, store_product, tile_of, tiles_of
 
 
 class Partials(NamedTuple):
@@ -81,7 +81,7 @@ def _linear_mse_chunks_kernel(
     AHEAD: tl.constexpr = y.ptr.dtype.element_ty.primitive_bitwidth < 32
     if AHEAD:
         ahead = _targets(y, tl.cast(program, tl.int64) * ROWS + tl.arange(0, ROWS), N, K)
-    for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(program, tiles_of(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = rows < N
         if AHEAD:
@@ -168,7 +168,7 @@ def _linear_mse_dot_kernel(
     grads = tl.zeros((COLS, OUTPUTS), ACC)
     bias_grads = tl.zeros((OUTPUTS,), ACC)
     losses = tl.zeros((OUTPUTS,), ACC)
-    for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(program, tiles_of(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         x_at = x.ptr + rows[:, None] * (x.row // ALIGN * ALIGN) + cols.to(tl.int64)[None, :] * x.col
         values = tl.load(x_at, mask=(rows < N)[:, None] & inside_d[None, :], other=0.0).to(OPERAND)
@@ -218,7 +218,7 @@ def _product(
 
     a, b: Matrix A and B, or B^T if TRANSPOSED; ALIGN divides their row strides. With DESCRIPTORS: descriptors.
     """
-    m_tiles = tl.cdiv(M, BLOCK_M)
+    m_tiles = tiles_of(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), m_tiles, n_tiles, GROUP_M)
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -499,7 +499,7 @@ def _multiplied(operand: torch.dtype, acc: torch.dtype, target: config.Target) -
 def plan(input: Tensor, weight: Tensor, acc: torch.dtype) -> config.LinearMsePlan:
     """How the fused loss of these operands is computed."""
     K, D = weight.shape
-    operand = torch.promote_types(input.dtype, weight.dtype)
+    operand = acc if acc == torch.float64 else torch.promote_types(input.dtype, weight.dtype)
     target = config.target_of(input.device)
     return config.linear_mse_plan(K, D, input.element_size(), acc, operand, target)
 

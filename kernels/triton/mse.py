@@ -21,7 +21,7 @@ from ..checks import acc_dtype, empty_gradients
 from . import config
 from .dims import Operand, Walk, coalesce_dims
 from .launch import cdiv, launch
-from .shared import DTYPES, convert, ordered_sum
+from .shared import DTYPES, convert, ordered_sum, tiles_of
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _tile(
         row_tile = 0
         col_tile = tile
     else:
-        col_tiles = tl.cdiv(n, COLS)
+        col_tiles = tiles_of(n, COLS)
         if KEEP == "columns":
             row_tile = tile
             col_tile = first % col_tiles
@@ -59,7 +59,7 @@ def _tile(
         mask = (row < rows)[:, None] & (cols < n // ALIGN * ALIGN)[None, :]
         element = first.to(tl.int64)
         if KEEP == "columns":
-            element = element // tl.cdiv(n, COLS)
+            element = element // tiles_of(n, COLS)
         row = element * rows + tl.minimum(row, rows - 1)
     return row[:, None], cols[None, :], mask
 
@@ -68,11 +68,11 @@ def _tile(
 def _tiles(rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, KEEP: tl.constexpr):
     """How many tiles are added up to a sum, or to a tile's row or column of sums."""
     if KEEP == "columns":
-        tiles = tl.cdiv(rows, ROWS)
+        tiles = tiles_of(rows, ROWS)
     elif KEEP == "rows":
-        tiles = rows * tl.cdiv(n, COLS)
+        tiles = rows * tiles_of(n, COLS)
     else:
-        tiles = tl.cdiv(rows, ROWS) * tl.cdiv(n, COLS)
+        tiles = tiles_of(rows, ROWS) * tiles_of(n, COLS)
     return tiles
 
 
@@ -135,7 +135,7 @@ def _store_sums(
         total = convert(tl.sum(sums, axis=1) / divisor, ptr.dtype.element_ty)
         tl.store(ptr + program * batch + out, total, mask=out < batch)
     elif KEEP == "columns":
-        col_tiles = tl.cdiv(n, COLS)
+        col_tiles = tiles_of(n, COLS)
         cols = first % col_tiles * COLS + tl.arange(0, COLS)
         total = convert(tl.sum(sums, axis=0) / divisor, ptr.dtype.element_ty)
         out = program * (tl.num_programs(0) // col_tiles) + first // col_tiles

@@ -21,6 +21,12 @@ def convert(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def tiles_of(size, BLOCK: tl.constexpr):
+    """How many tiles of BLOCK cover ``size``, which is not 0: ``tl.cdiv`` would pass 2^31 on the way there."""
+    return (size - 1) // BLOCK + 1
+
+
+@triton.jit
 def tile_of(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     """Row and column of the ``tile``-th tile: GROUP_M rows run side by side, sharing columns in the cache."""
     group = tile // (GROUP_M * n_tiles)

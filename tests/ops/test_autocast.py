@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gradkernels import mse_loss_and_grad
+from gradkernels import linear_mse_loss, linear_mse_loss_and_grad, mse_loss_and_grad
 
 from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
 from ..helpers import assert_matches, exactly
@@ -91,3 +91,28 @@ def test_the_loss_beside_its_gradients_is_float32(
     assert loss.dtype == expected.dtype == torch.float32
     assert grad.dtype == dtype
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("models", ["one", "own rows", "ragged"])
+def test_weights_that_float16_does_not_hold(backend: str, device: torch.device, models: str) -> None:
+    """Neither they, nor their sum, nor the slope 2 / sum(s) are in float16: a mean does not change with their unit."""
+    batch = () if models == "one" else (1,)
+    input, target = torch.randn(8, 3, device=device), torch.randn(8, 2, device=device)
+    weight, bias = torch.randn(*batch, 2, 3, device=device), torch.randn(*batch, 2, device=device)
+    offsets = torch.tensor([0, 8], device=device) if models == "ragged" else None
+    arguments, wrt = (input, weight, target, bias), ("input", "weight", "target", "bias")
+    expected, gradients = linear_mse_loss_and_grad(*arguments, offsets=offsets, wrt=wrt)
+    sample_weight = torch.full((8,), 1e8, device=device)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        loss = linear_mse_loss(*arguments, sample_weight=sample_weight, offsets=offsets)
+        return loss, *linear_mse_loss_and_grad(
+            *arguments, sample_weight=sample_weight, offsets=offsets, wrt=wrt
+        )
+
+    torch._dynamo.reset()
+    with torch.autocast(device.type, torch.float16):
+        for run in (both, torch.compile(both, backend="aot_eager", fullgraph=True)):
+            loss, other, mine = run()
+            torch.testing.assert_close([loss, other], [expected] * 2, rtol=4e-3, atol=0)
+            torch.testing.assert_close(mine, gradients, rtol=4e-3, atol=4e-3)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import use_backend
+from gradkernels import linear_mse_loss, use_backend
 from gradkernels.backends import implementation
 from gradkernels.reference import linear_mse as reference
 from torch import Tensor
@@ -336,6 +336,34 @@ def test_programs_come_from_the_shape(linear_mse):
             if N >= 8192:
                 assert moved <= (1.10 if K == 1 else 1.66)
                 assert moved <= 1 + 1 / 16 or P <= 132
+
+
+def test_float64_beside_16_bits_is_not_multiplied_by_tiles_of_16_bits(linear_mse):
+    """As under autocast a float64 target beside bfloat16 rows: four times the bytes do not fit the shared memory."""
+    input, weight = (torch.ones(rows, 512, dtype=torch.bfloat16, device=DEVICE) for rows in (64, 16))
+    assert linear_mse.plan(input, weight, torch.float32).name == "dot"
+    assert linear_mse.plan(input, weight, torch.float64).name == "tiles"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["one model", "models"])
+def test_errors_times_weights_leave_float16(linear_mse, monkeypatch, batch, size, reduction):
+    """Under float16 autocast matrix instructions multiply ``s e``, whatever the unit of the weights."""
+    if not GPU:  # the interpreter multiplies float32
+        for module in (linear_mse, implementation("linear_mse_models", torch.empty(0, device=DEVICE))):
+            monkeypatch.setattr(module, "_multiplied", lambda operand, acc, target: operand)
+    x, w, y = (torch.randn(*sizes, device=DEVICE) for sizes in ((33, 16), (*batch, 8, 16), (*batch, 33, 8)))
+    s = torch.rand(33, device=DEVICE) + 1
+
+    def gradient(unit: float) -> Tensor:
+        given = w.clone().requires_grad_()
+        with torch.autocast(DEVICE.type, torch.float16):
+            loss = linear_mse_loss(x, given, y, sample_weight=unit * s, reduction=reduction)
+        scale = 1 / unit if reduction == "sum" else 1  # as of torch.amp.GradScaler
+        return torch.autograd.grad(scale * loss.sum(), given)[0]
+
+    torch.testing.assert_close(gradient(size), gradient(1.0), rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.skipif(GPU, reason="the interpreter's address space")

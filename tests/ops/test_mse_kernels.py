@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from gradkernels.triton.mse import _tile
+from gradkernels.triton.mse import _tile, _tiles
 
 from ..conftest import DEVICES, GPU
 from ..helpers import DTYPES, assert_matches, exactly
@@ -363,6 +363,19 @@ def test_columns_are_counted_in_64_bits():
     columns = torch.arange(2**32, 2**32 + COLS)
     assert torch.equal(out[0].cpu(), columns)
     assert torch.equal(out[1].cpu().bool(), columns < n // 16 * 16)
+
+
+@triton.jit
+def _tiles_kernel(out_ptr, n, COLS: tl.constexpr):
+    """out_ptr: (1,), the tiles of one flat row."""
+    tl.store(out_ptr, _tiles(1, n, 1, COLS, "nothing"))
+
+
+def test_tiles_of_almost_2_to_31_elements():
+    """A row that 32 bits count, and do not when its last tile is full."""
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _tiles_kernel[(1,)](out, 2**31 - 5, 2048)
+    assert out.item() == 2**20
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """mse_loss as trainers write it: mixed dtypes, weights that broadcast, sums over ``dim``."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -443,3 +444,16 @@ def test_transforms_with_mixed_dtypes(backend: str, device: torch.device) -> Non
                 1 if mine.dtype == torch.bfloat16 else 2**4
             )
     assert backend_for(tensors[0]) == backend
+
+
+def test_the_weights_gradient_of_a_loss_that_float16_does_not_hold(
+    backend: str, device: torch.device
+) -> None:
+    """The loss is inf; each weight's gradient, a small part of it, is not."""
+    input, weight = (torch.linspace(first, 320, 300, device=device).half() for first in (300, 310))
+    loss, (_, _, gradient) = mse_loss_and_grad(input, input * 0, weight=weight, wrt=("weight",))
+    assert gradient is not None
+    squares, total = input.double().square(), weight.double().sum()
+    expected = (squares - (squares * weight.double()).sum() / total) / total
+    assert loss.item() == math.inf
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=4e-3)
