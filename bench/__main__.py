@@ -105,7 +105,10 @@ def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str
     """Return the cases that the arguments select."""
     import torch
 
-    dtypes = [getattr(torch, name) for name in arguments.dtype or ()]
+    dtypes = [getattr(torch, name, None) for name in arguments.dtype or ()]
+    for name, dtype in zip(arguments.dtype or (), dtypes, strict=True):
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"--dtype {name}: expected float32, bfloat16, ...")
     cases = []
     for op in ops:
         if arguments.shape:
@@ -152,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
         device = pick_device("cpu" if arguments.busy else arguments.device)
         ops = declared(arguments.ops)
         cases = cases_of(ops, arguments, device.type)
-    except (ValueError, AttributeError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         made.error(str(error))
     if arguments.precision:
         torch.backends.cuda.matmul.fp32_precision = arguments.precision

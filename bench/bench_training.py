@@ -178,7 +178,12 @@ def block(width: int, layers: int, dtype: torch.dtype) -> Case:
 
 def build(shape: tuple[Any, ...], dtype: torch.dtype) -> Iterator[Case]:
     kind, *sizes = shape
-    yield {"regression": regression, "mlp": mlp, "block": block}[kind](*sizes, dtype)
+    kinds = {"regression": (regression, 2), "mlp": (mlp, 1), "block": (block, 2)}
+    case, count = kinds.get(kind, (None, 0))
+    if case is None or len(sizes) != count or not all(isinstance(size, int) for size in sizes):
+        text = ",".join(map(str, shape))
+        raise ValueError(f"--shape {text}: expected regression,N,D or mlp,N or block,WIDTH,LAYERS")
+    yield case(*sizes, dtype)
 
 
 OP = Op(

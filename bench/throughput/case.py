@@ -152,6 +152,8 @@ class Op:
         named = self.axes[0] == "kind"  # the kind decides how many sizes follow
         if not named and (len(sizes) != len(self.axes) or any(isinstance(size, str) for size in sizes)):
             raise ValueError(f"--shape {text}: expected {'x'.join(self.axes)} as numbers")
+        if 0 in sizes:
+            raise ValueError(f"--shape {text}: there is nothing to time of a size of 0")
         return sizes
 
     def declared(self, device_type: str, quick: bool) -> list[tuple[Any, ...]]:

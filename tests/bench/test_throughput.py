@@ -217,6 +217,10 @@ def test_command_line(capsys: pytest.CaptureFixture) -> None:
         (["nonsense"], "unknown op 'nonsense'"),
         (["mse", "--shape", "3x4"], "expected n as numbers"),
         (["mse", "--dtype", "float31"], "float31"),
+        (["mse", "--dtype", "int64"], "--dtype int64"),
+        (["adam", "--shape", "0x5"], "a size of 0"),
+        (["training", "--shape", "perceptron,4"], "expected regression,N,D"),
+        (["training", "--shape", "mlp,4,4"], "mlp,N"),
         (["--device", "xpu"], "has no xpu device"),
     ):
         with pytest.raises(SystemExit, match="2"):
