@@ -270,16 +270,6 @@ def test_strides_of_several_inputs_and_what_is_left_in_them(
     assert any(says in fault for fault in faults) or not says
 
 
-def test_what_a_mask_takes_from_a_load_is_undefined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU leaves there what its registers held; the interpreter's 0 would be right in a sum by luck."""
-    text = (SPECIMENS / "row_sum.py").read_text()
-    assert text.count(", other=0.0") == 1
-    file = tmp_path / "undefined.py"
-    file.write_text(text.replace(", other=0.0", ""))
-    (case,) = judged(file, monkeypatch)
-    assert (case.verdict, "without other=" in case.message) == (v.UNSAFE, True)
-
-
 def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
     """All samples are drawn before the comparison, and count even where it would pass without them."""
     calls = []

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..gradient.function import cast, is_real
 from ..memory import memory_check
-from ..memory.interpreter import interpreted, undefined_lanes
+from ..memory.interpreter import interpreted
 from ..memory.regions import CREATORS, METHODS, markable, unwritten
 from ..memory.report import MemoryReport
 
@@ -150,19 +150,17 @@ def watched(
     configuration: int = 0,
     zeroed: bool = False,
 ) -> tuple[Outcome, Exception | None]:
-    """Call the subject under the memory checker; unwritten memory holds marks, or zeros, and so do undefined lanes.
+    """Call the subject under the memory checker; unwritten memory holds marks, or zeros.
 
     What it raises is returned, beside what the checker had seen by then.
     """
     outcome, failure = Outcome(), None
     checked: Any = nullcontext(MemoryReport())
-    lanes: Any = nullcontext()
     byte: int | None = 0 if zeroed else 0xFF  # on a GPU, where nothing is marked
     if interpreted():
         checked = memory_check(raise_exception=False, configuration=configuration)
         byte = 0 if zeroed else None
-        lanes = nullcontext() if zeroed else undefined_lanes()
-    with checked as report, filled(byte), lanes:
+    with checked as report, filled(byte):
         try:
             outcome = call(subject, leaves, wanted)
         except Exception as error:

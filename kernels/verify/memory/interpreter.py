@@ -330,30 +330,6 @@ def _language_prepared_once() -> Iterator[None]:
 
 
 @contextmanager
-def undefined_lanes() -> Iterator[None]:
-    """What a load without ``other`` gives where its mask is false is undefined: here all bits are set, not none.
-
-    Of a floating-point number they make NaN. Blocks of one element are left out: the interpreter takes an ``other`` of
-    0 there for none.
-    """
-    import triton.runtime.interpreter as interpreter
-
-    builder = interpreter.InterpreterBuilder
-    original = builder.create_masked_load
-
-    def load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
-        if other is None and ptrs.data.size > 1 and not mask.data.all():
-            element = ptrs.get_element_ty()
-            dtype = np.dtype(interpreter._get_np_dtype(element))
-            ones = np.ones(1, bool) if dtype.kind == "b" else np.frombuffer(b"\xff" * dtype.itemsize, dtype)
-            other = interpreter.TensorHandle(np.broadcast_to(ones, ptrs.data.shape).copy(), element)
-        return original(self, ptrs, mask, other, *rest, **options)
-
-    with _replaced(builder, "create_masked_load", load):
-        yield
-
-
-@contextmanager
 def watch(observer: Observer, configuration: int | None = None) -> Iterator[None]:
     """Report every launch and access of interpreted kernels to ``observer`` inside the block.
 
