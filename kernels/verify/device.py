@@ -337,6 +337,8 @@ def cuda_on_cpu() -> Iterator[None]:
             put(torch.cuda, name, answer)
         put(torch.accelerator, "is_available", lambda: not _told_the_truth())
         put(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+        for name, told in {"synchronize": None, "current_device_index": 0}.items():
+            put(torch.accelerator, name, _giving(told))
         put(torch, "Generator", _generator(torch.Generator))
         _autocast(put)
         if importlib.util.find_spec("triton") is not None:

@@ -58,10 +58,12 @@ def test_a_launch_gives_a_kernel_to_launch_again() -> None:
         assert x.tolist() == [4, 3, 2, 1]
 
 
-def test_a_device_as_a_context() -> None:
+def test_a_device_as_a_context_and_the_accelerator() -> None:
     with cuda_on_cpu(), torch.device("cuda"):
         assert torch.zeros(2).add_(1).tolist() == [1, 1]
         assert torch.nn.Linear(2, 3).weight.is_cuda
+        torch.accelerator.synchronize()
+        assert torch.device("cuda", torch.accelerator.current_device_index()) == torch.zeros(1).device
 
 
 @triton.jit

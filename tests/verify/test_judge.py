@@ -406,6 +406,16 @@ def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
     assert status == 0, said + errors
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what happens without a GPU")
+def test_beside_the_interpreter_kernels_are_compiled(tmp_path: Path) -> None:
+    """Even those of a file that asks for the interpreter, as the documentation's example does."""
+    text = (SPECIMENS / "square.py").read_text().replace(', device="cuda"', "")
+    (tmp_path / "asks.py").write_text(f"import os\nos.environ['TRITON_INTERPRET'] = '1'\n{text}")
+    (case,) = judge(tmp_path / "asks.py", interpreted=False)
+    assert case.verdict == v.NOT_JUDGED
+    assert "active drivers" in case.message
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

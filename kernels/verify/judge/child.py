@@ -6,6 +6,7 @@
 import builtins
 import contextlib
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -142,6 +143,10 @@ def main() -> None:
     with ExitStack() as stack:
         if orders["interpreted"]:
             stack.enter_context(cuda_on_cpu())
+        elif importlib.util.find_spec("triton") is not None:
+            import triton
+
+            triton.knobs.runtime.interpret = False  # whatever the file sets in the environment
         tools = _Tools()
         guard.active = True
         try:
