@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -95,6 +96,20 @@ ROWS = {
     "FSDP2's DTensors": "optim/test_distributed::test_same_losses_as_one_process",
     "one launch for any number of tensors": "optim/test_adam::test_one_launch_for_any_number_of_tensors",
 }
+
+
+def test_the_two_commands_find_a_triton_for_each_python() -> None:
+    """3.9.0 has no wheel for Python 3.10; there it is the pair that noxfile.py runs."""
+    lines = (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
+    named = [Requirement(line) for line in lines if not line.startswith("#")]
+    for python, *pair in (
+        ("3.10", "2.12.1", "3.7.1"),
+        ("3.11", "2.13.0", "3.9.0"),
+        ("3.13", "2.13.0", "3.9.0"),
+    ):
+        found = {each.name: each for each in named if each.marker.evaluate({"python_version": python})}
+        for name, version in zip(("torch", "triton"), pair, strict=True):
+            assert found[name].specifier.contains(version), (python, name)
 
 
 def test_every_row_of_the_optimizers_table_has_its_test() -> None:
