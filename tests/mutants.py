@@ -16,7 +16,9 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from .gpu import in_order
 
 ROOT = Path(__file__).parents[1]
 GOAL = 0.95
@@ -490,6 +492,8 @@ def judge(mutant: Mutant) -> tuple[str, str]:
             "not full",
             "-p",
             "no:cacheprovider",
+            "-p",
+            "tests.mutants",
             *tests,
         ]
         environment = {**os.environ, "PYTHONPATH": str(tree / "build" / "here")}
@@ -507,6 +511,11 @@ def judge(mutant: Mutant) -> tuple[str, str]:
             if done.returncode == 0
             else ("broken", f"{file}: pytest ended in {done.returncode}")
         )
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """A first case of every test, then a second: the one that fails is soon met."""
+    items[:] = in_order(items)
 
 
 def main() -> int:
