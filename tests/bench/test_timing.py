@@ -73,6 +73,35 @@ def test_cuda_timer_flushes_where_a_graph_cannot_be_captured() -> None:
     assert not timer.flush.any()
 
 
+class Queue(FakeCuda):
+    """A device that works off what the host has launched; a flush takes it 60 us, and the host 1."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        super().__init__(lambda: max(self.host, self.device))
+
+    def launch(self, host_us: float, device_us: float) -> None:
+        self.host += 1e-6 * host_us
+        self.device = max(self.host, self.device) + 1e-6 * device_us
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device)
+
+    def CUDAGraph(self) -> None:  # noqa: N802
+        raise RuntimeError("not capturable")
+
+
+def test_after_a_flush_what_the_host_takes_is_not_timed() -> None:
+    """A step over thousands of tensors keeps the host for milliseconds, and the device for microseconds."""
+    cuda = Queue()
+    timer = CudaTimer(CPU, cuda)
+    timer.clock = lambda: cuda.host
+    timer.flush = SimpleNamespace(zero_=lambda: cuda.launch(1.0, 60.0))
+    for host in (10.0, 5000.0):
+        free, _ = timer.on_device([lambda host=host: cuda.launch(host, 3.0)])
+        assert free() == pytest.approx(3e-6, rel=1e-3)
+
+
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line believes in a CUDA device, whose tensors stay on the CPU."""
