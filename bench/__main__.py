@@ -252,18 +252,22 @@ def report_command(argv: Sequence[str]) -> int:
         prog="python -m bench report", description="Pictures and an HTML page from results."
     )
     made.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    made.add_argument("--out", type=Path, metavar="DIR", help="default: beside each file")
+    made.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: beside each file; of several, a folder each"
+    )
     arguments = made.parse_args(argv)
     from .throughput import machine
     from .throughput.console import Screen
 
-    several = len(arguments.files) > 1
-    drawn = []
-    for path, document in zip(arguments.files, read(made, *arguments.files), strict=True):
-        folder = arguments.out or path.parent
-        if arguments.out and several:
-            folder = folder / machine.slug(document["machine"])
-        drawn.append(draw(document, folder, Screen()))
+    documents = read(made, *arguments.files)
+    folders = [arguments.out or path.parent for path in arguments.files]
+    if arguments.out and len(folders) > 1:
+        folders = [arguments.out / machine.slug(document["machine"]) for document in documents]
+    if len(set(folders)) < len(folders):  # runs before and after something, in one folder or of one machine
+        folders = [folder / path.stem for folder, path in zip(folders, arguments.files, strict=True)]
+    if len(set(folders)) < len(folders):
+        made.error("files of one name would be drawn into one folder")
+    drawn = [draw(document, folder, Screen()) for document, folder in zip(documents, folders, strict=True)]
     return 0 if all(drawn) else 1
 
 

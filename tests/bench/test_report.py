@@ -40,6 +40,27 @@ def test_report_is_drawn_from_files_alone(tmp_path: Path, capsys: pytest.Capture
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_report_of_several_is_drawn_over_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock, drawn = Clock(), []
+    monkeypatch.setattr(cli, "draw", lambda document, folder, screen: bool(drawn.append(folder)) or True)
+    for name in ("before", "after", "elsewhere/after"):
+        results.write_json(document(doubling(clock), clock=clock), tmp_path / f"{name}.json")
+    before, after, elsewhere = (
+        str(tmp_path / f"{name}.json") for name in ("before", "after", "elsewhere/after")
+    )
+    assert cli.main(["report", before, elsewhere]) == 0
+    assert cli.main(["report", before, after]) == 0
+    assert cli.main(["report", before, after, "--out", str(tmp_path / "out")]) == 0
+    device = tmp_path / "out" / "a-clock"
+    assert drawn == [
+        *(tmp_path, tmp_path / "elsewhere"),
+        *(tmp_path / "before", tmp_path / "after"),
+        *(device / "before", device / "after"),
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["report", after, elsewhere, "--out", str(tmp_path / "out")])
+
+
 @pytest.fixture(scope="module")
 def committed() -> dict[str, Any]:
     """The results of a real run."""

@@ -73,6 +73,14 @@ def test_cuda_timer_flushes_where_a_graph_cannot_be_captured() -> None:
     assert not timer.flush.any()
 
 
+def test_the_last_cache_of_amd_is_reckoned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No property tells its size; a gigabyte of inputs comes from memory."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert CudaTimer(CPU, FakeCuda(Clock(), cache_bytes=4 << 20)).cache_bytes == 4 << 20
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert input_sets(1 << 26, CudaTimer(CPU, FakeCuda(Clock(), cache_bytes=4 << 20)).cache_bytes) == 16
+
+
 class Queue(FakeCuda):
     """A device that works off what the host has launched; a flush takes it 60 us, and the host 1."""
 
