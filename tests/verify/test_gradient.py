@@ -426,6 +426,20 @@ def test_nan_is_named():
     assert gradcheck(lambda x: (x - 2).log().sum(), torch.ones(2, dtype=F64)).names == ("non-finite",)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("max_elements", [256, 1])
+def test_a_gradient_that_is_not_finite_fails(value, max_elements):
+    """At an element that is not differenced too; an infinite one must not widen the tolerance."""
+    x = torch.randn(64, dtype=F64)
+
+    def gradient(x):
+        return torch.where(torch.arange(64) == 17, value, 2 * x)
+
+    report = gradcheck(lambda x: x.square().sum(), x, gradient=gradient, max_elements=max_elements)
+    assert report.names == ("non-finite",)
+    assert f"is {value} at [17]" in str(report)
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "fn",

@@ -270,6 +270,23 @@ def test_strides_of_several_inputs_and_what_is_left_in_them(
     assert any(says in fault for fault in faults) or not says
 
 
+@pytest.mark.parametrize(
+    ("backward", "verdict"), [("(grad - inner)", v.VERIFIED), ("grad", v.WRONG_GRADIENT)]
+)
+def test_scores_that_a_mask_has_set_to_infinity(
+    backward: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no differences at infinity: the gradient is held against the reference's."""
+    text = (SPECIMENS / "softmax.py").read_text()
+    given = 'torch.randn(7, 20, device="cuda")'
+    assert text.count(given) == text.count("(grad - inner)") == 1
+    masked = text.replace(given, "torch.randn(7, 20).masked_fill(torch.rand(7, 20) < 0.2, -torch.inf)")
+    file = tmp_path / "masked.py"
+    file.write_text(masked.replace("(grad - inner)", backward))
+    cases = judged(file, monkeypatch)
+    assert v.of_file(cases) == verdict, [case for case in cases if case.verdict != v.VERIFIED]
+
+
 def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
     """All samples are drawn before the comparison, and count even where it would pass without them."""
     calls = []

@@ -249,7 +249,8 @@ class _Check:
             return self._entry(index, elements, gradient.reshape(-1), gradient.reshape(-1), 0.0, True, ())
         analytic = gradient.reshape(-1)[elements]
         numerical, bend = slopes(self.function, self.values, index, elements, self.weight, self.step)
-        scale = max(float(np.abs(analytic).max()), float(np.abs(numerical).max()))
+        slopes_found = np.abs([analytic, numerical])
+        scale = float(slopes_found[np.isfinite(slopes_found)].max(initial=0.0))
         narrow = torch.finfo(max(value.dtype, self.dtype, key=lambda dtype: torch.finfo(dtype).eps))
         eps = narrow.eps
         relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
@@ -257,11 +258,17 @@ class _Check:
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
         rounding += 4 * eps * bend * max(1.0, float(value.abs().max()))
         allowed = relative * scale + rounding
-        passed = bool((np.abs(analytic - numerical) <= allowed).all())
+        errors = np.abs(analytic - numerical)
+        finite = bool(np.isfinite(gradient).all())
+        passed = finite and bool((np.isfinite(errors) & (errors <= allowed)).all())
         stale = _stale(rounds, position, relative)
         upstream = None if self.upstream is None else self.upstream.fault(position, gradient, allowed)
         found = [fault for fault in (stale, upstream) if fault is not None]
-        if not passed:
+        if not finite:
+            worst = np.unravel_index(int(np.argmin(np.isfinite(gradient))), gradient.shape)
+            text = f"the gradient is {gradient[worst]} at {[int(c) for c in worst]}, the function is finite"
+            found.append(Diagnosis("non-finite", text))
+        elif not passed:
             suspect = Suspect(
                 self.function,
                 position,

@@ -38,7 +38,7 @@ non-differentiable        a kink (relu, abs, max) at or near the point: the slop
 non-deterministic         dropout, unseeded randomness, a state that changes: two calls differ
 uphill                    the update's sign (with ``lr``): the loss rises after a step of any size
 step too large            the learning rate (with ``lr``): the loss rises, after a smaller step it falls
-non-finite                the function returns NaN or infinity
+non-finite                the function returns NaN or infinity, or the gradient is one
 unknown                   anything else; what was looked for is listed
 ========================= ================================================================================
 """

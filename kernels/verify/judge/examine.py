@@ -240,7 +240,11 @@ class _Examination:
             wrong = list(compare(outcomes, truths))
             fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
             named = []
-            if wanted and first.attached and fits and not meant and (full or (wrong and not self.named)):
+            # Differences need finite numbers, and a function that leaves its inputs alone.
+            differenced = (
+                truth.finite and not meant and all(bool(point.values[i].isfinite().all()) for i in wanted)
+            )
+            if wanted and first.attached and fits and differenced and (full or (wrong and not self.named)):
                 self.named = bool(wrong)
                 named = self._diagnosis(point, wanted, ELEMENTS)
             yield from named or wrong
