@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from .preparing import expand_dates, numbers_in
+from .preparing import expand_dates, numbers_in, parse_dates
 from .reading import find_dialect, read_columns
 from .settings import InputError, Settings
 
@@ -66,8 +66,13 @@ def predict(model: dict, path: Path, console: Console) -> tuple[pd.DataFrame, li
     texts = {
         derived.get(feature["column"], feature["column"]) for feature in encoding if "category" in feature
     }
-    frame = read_columns(path, dialect, wanted, texts, console)
+    frame = read_columns(path, dialect, wanted, texts | set(model["dates"]), console)
     problems, notes = [], []
+    for name, form in model["dates"].items():
+        words = pd.Series(frame[name].dropna().unique(), dtype=object)
+        if (other := parse_dates(words, form).isna()).any():
+            examples = ", ".join(map(repr, words[other][:3]))
+            problems.append(f"column {name!r} holds no dates of the form {form}, as in training: {examples}")
     for name in wanted:
         if name in texts or name in model["dates"]:
             continue

@@ -603,6 +603,29 @@ def test_predict_refuses_what_does_not_fit(
     assert "1 of 2 rows lack a value: they have no prediction" in printed.err
 
 
+def test_predict_refuses_dates_of_another_form(
+    regression: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is read as missing would be filled in. All of these are Fridays in March: days are all that there is."""
+    lines = [f"2024-03-{1 + 7 * (i % 4):02d},{i % 4 + i / 50}" for i in range(20)]
+    table = write_table(tmp_path / "table.csv", ["when,y", *lines])
+    how = ("--dates=expand", "--missing=mean", "--epochs=1", "--output", tmp_path / "out", "--quiet")
+    assert run(regression, "--data", table, "--target", "y", *how) == 0
+    for cells, said in (
+        (
+            ["2024-03-08", "08/03/2024"],
+            "^error: .*column 'when' holds no dates of the form %Y-%m-%d.*'08/03/2024'",
+        ),
+        (["20240308"], "^error: .*no dates of the form"),
+        (["NA"], "1 of 1 rows lack a value: filled in"),
+        (["2024-03-08"], ""),
+    ):
+        new = write_table(tmp_path / "new.csv", ["when", *cells])
+        status = regression.main(["predict", str(tmp_path / "out" / "model.pt"), str(new)])
+        assert status == (2 if "error" in said else 0)
+        assert_found(said, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "plateau", "none"])
 def test_a_complete_run_goes_on_for_longer(
     regression: ModuleType, tmp_path: Path, houses: Path, schedule: str
