@@ -276,7 +276,7 @@ HOST_CALLS: tuple[HostCall, ...] = ()
 def traffic_jobs() -> Iterator[Job]:
     """The losses with the gradients of weights: rows are read once, however many models there are.
 
-    Where the models share them, a program reads them for 128 models at once; each reads the weights.
+    Where the models share them, a program reads them for 64 models at once; each reads the weights.
     """
     b, n, d = 20, 512, 8
     weight, target = randn(b, 1, d), randn(b * n, 1)

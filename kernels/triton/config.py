@@ -596,8 +596,10 @@ MODELS_PROGRAMS = 8 * SMS
 # The tile (models, partial sums, columns) in which a program adds partial sums.
 MODELS_SUM_BLOCK = (8, 16, 16)
 # D times the outputs of a program that reads shared rows, both rounded up to powers of two: the 16-bit weights and
-# gradients that its registers hold. float32 products are made of three.
+# gradients that its registers hold. float32 products are made of three. Beside them are a target and a sample weight
+# of each row for each output: of so many outputs at most.
 MODELS_SHARED_AREA = 2048
+MODELS_SHARED_OUTPUTS = 64
 # Float32 values of a tile of rows for each thread, at least: small models have few rows, and fewer warps a program.
 MODELS_VALUES = 16
 
@@ -639,7 +641,7 @@ def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) ->
     area = MODELS_SHARED_AREA * 2 // operand.itemsize
     if cols * 16 > area:
         return f"products of {cols} inputs do not fit registers ({area})"
-    OUTPUTS = min(128, area // cols, max(16, triton.next_power_of_2(outputs)))
+    OUTPUTS = min(MODELS_SHARED_OUTPUTS, area // cols, max(16, triton.next_power_of_2(outputs)))
     stages = 1 if target.backend == "hip" else 2
     return LinearMseDot(32 if operand.itemsize > 2 else DOT_ROWS, cols, OUTPUTS, stages, 4)
 

@@ -51,6 +51,14 @@ def test_float64_has_one_tile_on_nvidia(arch):
     assert config.dot_precision(FP64, target, "tf32") == "ieee"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, FP32, FP64], ids=str)
+def test_targets_and_weights_of_shared_rows_fit_beside_the_errors(dtype):
+    """Of each at most 32 elements a thread: with 64 a float32 target and its weights spilt 344 words on sm_90."""
+    for D in (1, 16, 17, 64):
+        chosen = config.models_shared(1000, D, dtype, H100)
+        assert isinstance(chosen, str) or 32 * 32 * chosen.num_warps >= chosen.ROWS * chosen.OUTPUTS
+
+
 def test_a_sum_over_matrices_is_never_elementwise_or_outer():
     for K in (1, 8):
         assert matmul_plan(FP32, (64, 64, K), 1, 100, ALIGNED, H100).name == "gemm"
