@@ -13,7 +13,6 @@ from .multi_tensor import (
     STATES,
     begin_chunk,
     draw_words,
-    dtype_of,
     key_at,
     launch_step,
     load_grad,
@@ -40,8 +39,7 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
         options: of each group, by the index that ``bucket.groups`` holds.
         guard: scale, clipping and whether to skip.
     """
-    momentum = dtype_of(bucket.states.get("momentum_buffer"))
-    launch_step(_sgd_step_kernel, bucket, options, guard, DTYPE_M=momentum)
+    launch_step(_sgd_step_kernel, bucket, options, guard, DTYPE_M="momentum_buffer")
 
 
 @triton.jit
