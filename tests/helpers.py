@@ -57,7 +57,7 @@ class Draws:
 
 def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
     """The values as float64, exactly."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.float64).numpy()
+    return None if tensor is None else tensor.detach().cpu().double().numpy()
 
 
 def exactly(tensor: Tensor | None) -> np.ndarray | None:

@@ -28,7 +28,7 @@ MEMINFO = Path("/proc/meminfo")
 def to_numpy(inputs: Any) -> Any:
     """Convert tensors, also in lists and tuples, to float64 arrays."""
     if isinstance(inputs, Tensor):
-        return inputs.detach().to("cpu", torch.float64).numpy()
+        return inputs.detach().cpu().double().numpy()
     return type(inputs)(map(to_numpy, inputs)) if isinstance(inputs, (list, tuple)) else inputs
 
 
@@ -105,7 +105,10 @@ class Runner:
         Raises:
             NoBaselineError: plain torch's own result cannot be had.
         """
-        inputs = self.inputs(case, 0)
+        try:
+            inputs = self.inputs(case, 0)
+        except TypeError as error:  # MPS has no float64
+            raise NoBaselineError(str(error)) from error
         arrays = to_numpy(inputs)
         expected = case.reference(*arrays)
         of_another_job = {

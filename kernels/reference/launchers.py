@@ -19,7 +19,8 @@ State = dict[str, Array]
 
 
 def _array(tensor: Tensor) -> Array:
-    return tensor.detach().to("cpu", torch.float64).numpy()
+    # In two steps: of a copy from MPS into float64 torch 2.14 writes nothing, and earlier versions raise.
+    return tensor.detach().cpu().double().numpy()
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:
@@ -145,9 +146,9 @@ def mse_forward_backward(
 ) -> list[Tensor]:
     share = torch.ones((), dtype=torch.float64, device="cpu")
     share = share if weight_sum is None else share / weight_sum.cpu()
-    loss = mse_forward(input, target, weight, reduction, 0, torch.float64) * share.to(input.device)
+    loss = mse_forward(input.cpu(), target, weight, reduction, 0, torch.float64) * share
     gradients = mse_backward(share, input, target, weight, reduction, 0, output_mask)
-    return [loss.to(dtype), *gradients]
+    return [loss.to(input.device, dtype), *gradients]
 
 
 def linear_mse_forward(

@@ -55,7 +55,7 @@ class Comparison:
 
 def exactly(tensor: Tensor) -> np.ndarray:
     """Return the values as input for a reference: in float64, or wider if they are float64 themselves."""
-    values = tensor.detach().to("cpu", torch.float64).numpy()
+    values = tensor.detach().cpu().double().numpy()
     return values.astype(np.longdouble) if tensor.dtype == torch.float64 else values
 
 

@@ -204,6 +204,12 @@ def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.Monkey
         found = document(replaced, clock=clock)
         assert word in found["cases"][0]["skipped"]
         assert word in results.remarks(found)[0]
+
+    def no_such_dtype(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
+        raise TypeError("this device has no float64")
+
+    found = document(dataclasses.replace(case, make=no_such_dtype), clock=clock)
+    assert "no float64" in found["cases"][0]["skipped"]
     huge = dataclasses.replace(case, bytes=1 << 60)
     assert "GiB" in document(huge, clock=clock)["cases"][0]["skipped"]
     padded = dataclasses.replace(case, beside=1 << 60)

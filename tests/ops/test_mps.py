@@ -10,6 +10,8 @@ import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from gradkernels.fallback import linear_mse, matmul, mse
+from gradkernels.reference import launchers
+from gradkernels.verify.tolerance import exactly
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -98,6 +100,24 @@ def test_the_fallback_calls_only_what_mps_has(
 
     with _as_on_mps():
         launchers(make)
+
+
+class _Copies(TorchDispatchMode):
+    """Refuses what torch does not do from MPS: a copy into float64 of another device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is torch.ops.aten._to_copy.default:
+            assert given.get("dtype") != torch.float64 or given.get("device") is None
+        return func(*args, **given)
+
+
+def test_values_are_widened_on_the_cpu() -> None:
+    x, y = torch.randn(2, 5)
+    with _Copies():
+        assert (exactly(x) == x.numpy()).all()
+        loss, *_ = launchers.mse_forward_backward(x, y, None, None, "sum", [True, False, False], x.dtype)
+    torch.testing.assert_close(loss, (x - y).square().sum())
 
 
 @pytest.mark.parametrize("clipped", [False, True])
