@@ -11,6 +11,7 @@ import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from gradkernels.fallback import linear_mse, matmul, mse
 from gradkernels.reference import launchers
+from gradkernels.verify import gradcheck
 from gradkernels.verify.tolerance import exactly
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -118,6 +119,37 @@ def test_values_are_widened_on_the_cpu() -> None:
         assert (exactly(x) == x.numpy()).all()
         loss, *_ = launchers.mse_forward_backward(x, y, None, None, "sum", [True, False, False], x.dtype)
     torch.testing.assert_close(loss, (x - y).square().sum())
+
+
+class _OnMps(torch.Tensor):
+    """A tensor of the CPU that refuses float64 until it is copied there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        named = [arg for arg in (*args, *given.values()) if isinstance(arg, torch.dtype)]
+        if func is torch.Tensor.double or torch.float64 in named:
+            raise TypeError("no float64")
+        result = super().__torch_function__(func, types, args, given)
+        return result.as_subclass(torch.Tensor) if func is torch.Tensor.cpu else result
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"), [(None, "passed"), (2.0, "passed"), (1.0, "the 2 of the square")]
+)
+def test_gradcheck_without_float64(factor: float | None, said: str) -> None:
+    x, y = (torch.randn(shape).as_subclass(_OnMps) for shape in ((8, 3), (8,)))
+    w = torch.randn(3).as_subclass(_OnMps).requires_grad_()
+
+    def by_hand(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return factor * x.T @ (x @ w - y) / len(y)
+
+    report = gradcheck(
+        lambda w, x, y: (x @ w - y).square().mean(), (w, x, y), gradient=None if factor is None else by_hand
+    )
+    assert bool(report) is (said == "passed")
+    assert said in str(report)
+    assert "does not run on float64 copies" in str(report)
 
 
 @pytest.mark.parametrize("clipped", [False, True])

@@ -240,7 +240,7 @@ class _Check:
         value = self.native[index]
         first = rounds[0][position]
         count = value.numel()
-        gradient = np.zeros(tuple(value.shape)) if first is None else first.double().cpu().numpy()
+        gradient = np.zeros(tuple(value.shape)) if first is None else first.cpu().double().numpy()
         elements = np.arange(count)
         if count > self.max_elements:
             chosen = np.random.default_rng(self.seed).choice(count, self.max_elements, replace=False)
@@ -323,7 +323,7 @@ class _Check:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.detach().double().cpu().numpy())
+    return np.asarray(tensor.detach().cpu().double().numpy())
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -335,10 +335,10 @@ def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) ->
     first = rounds[0][position]
     if first is None or not first.isfinite().all():
         return None
-    one = first.double()
+    one = first.cpu().double()
     scale = float(one.abs().max()) if one.numel() else 0.0
     for later in (r[position] for r in rounds[1:]):
-        two = torch.zeros_like(one) if later is None else later.double()
+        two = torch.zeros_like(one) if later is None else later.cpu().double()
         gap = float((two - one).abs().max()) if one.numel() else 0.0
         if gap <= relative * scale:
             continue

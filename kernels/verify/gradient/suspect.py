@@ -132,7 +132,7 @@ class Suspect:
             found = self.function.analytic(native, cotangents)[0][self.position]
             if found is None:
                 return []
-            full, weight = found.double().cpu().numpy(), weight_of(cotangents)
+            full, weight = found.cpu().double().numpy(), weight_of(cotangents)
             numerical, _ = slopes(self.function, self._wide(native), self.index, elements, weight, self.step)
         except Exception:  # whatever a user's function raises at a point that it was not written for
             return []
@@ -183,4 +183,4 @@ class Suspect:
 
 def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
     """Return the cotangents as one float64 vector."""
-    return torch.cat([c.detach().double().reshape(-1) for c in cotangents])
+    return torch.cat([c.detach().cpu().double().reshape(-1) for c in cotangents])

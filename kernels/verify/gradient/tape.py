@@ -215,7 +215,7 @@ class Tape(TorchDispatchMode):
             raise NotRecordedError(str(error)) from error
         flat = [torch.zeros_like(base) if gradient is None else gradient for gradient in found]
         return [
-            (name, gradient.double().reshape(-1).cpu().numpy())
+            (name, gradient.cpu().double().reshape(-1).numpy())
             for (name, _), gradient in list(zip(leaves, flat, strict=True))[int(split) :]
         ]
 

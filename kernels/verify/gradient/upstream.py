@@ -55,7 +55,7 @@ class Upstream:
 
         def array(found: list[Tensor | None]) -> np.ndarray:
             tensor = found[position]
-            return np.zeros_like(gradient) if tensor is None else tensor.double().cpu().numpy()
+            return np.zeros_like(gradient) if tensor is None else tensor.cpu().double().numpy()
 
         zero = array(self.zero)
         if zero.any():  # NaN too
