@@ -133,6 +133,15 @@ RECTIFIERS = """
             },
             "",
         ),
+        (
+            v.VERIFIED,
+            {
+                "Relu, [": "lambda xs, y: Relu.apply(xs[0], y), [",
+                "[torch.randn(5, 7), torch": "[[torch.randn(5, 7)], torch",
+                "x, y: torch.relu(x)": "xs, y: torch.relu(xs[0])",
+            },
+            "",
+        ),
         (v.WRONG_VALUE, {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"}, "[negative values]"),
         (
             v.WRONG_VALUE,
@@ -165,6 +174,7 @@ RECTIFIERS = """
     ids=[
         "right",
         "in a dictionary",
+        "of a list",
         "never negative",
         "no gradient",
         "one gradient",

@@ -244,6 +244,10 @@ def reuse(
         wanted: the places of the inputs that get gradients.
         right: whether an outcome is right at some values, as far as can be told.
     """
+    # Numbers and lists stay as they are, as in the storage that is refilled.
+    others = [
+        other if isinstance(other, Tensor) else value for value, other in zip(values, others, strict=True)
+    ]
     for places in ([], wanted) if wanted else ([],):  # an old result has no graph left to go back through
         if found := list(_reuse(subject, values, others, places, right)):
             yield from found
