@@ -280,6 +280,46 @@ def test_strides_of_several_inputs_and_what_is_left_in_them(
     assert any(says in fault for fault in faults) or not says
 
 
+NORM = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def norm_kernel(x_ptr, w_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        row, cols = tl.program_id(0), tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * n + cols, mask=cols < n, other=0.0)
+        w = tl.load(w_ptr + cols, mask=cols < n, other=0.0)
+        tl.store(y_ptr + row * n + cols, x * tl.rsqrt(tl.sum(x * x, axis=0) / n + 1e-5) * w, mask=cols < n)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.rand(11))
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+    class ModelNew(Model):
+        def forward(self, x):
+            x, y = x.contiguous(), torch.empty(x.shape)
+            if len(x):
+                norm_kernel[(len(x),)](x, self.weight, y, x.shape[1], BLOCK=16)
+            return y
+
+    def get_inputs():
+        return [torch.randn(5, 11)]
+"""
+
+
+def test_an_input_keeps_the_sizes_of_a_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would broadcast an input of one column; a kernel need not."""
+    (tmp_path / "norm.py").write_text(textwrap.dedent(NORM))
+    cases = judged(tmp_path / "norm.py", monkeypatch, forward_only=True)
+    assert v.of_file(cases) == v.VERIFIED, [case for case in cases if case.verdict != v.VERIFIED]
+    assert {case.shape for case in cases} == {(n, 11) for n in (0, 1, 3, 5, 7, 9)}
+
+
 @pytest.mark.parametrize(
     ("backward", "verdict"), [("(grad - inner)", v.VERIFIED), ("grad", v.WRONG_GRADIENT)]
 )

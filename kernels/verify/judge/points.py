@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..gradient.function import is_real
 from .subject import LARGE
@@ -38,13 +39,23 @@ def smaller(values: Sequence[Any], arguments: int, reference: bool) -> Point | N
         values, arguments, reference
     ):
         return None
-    sizes = {size for v in values[:arguments] if isinstance(v, Tensor) for size in v.shape if size > REDUCED}
+    sizes = {size for size in _sizes(values, arguments) if size > REDUCED}
     changed = resized(values, arguments, dict.fromkeys(sizes, REDUCED))
     return Point(f"sizes above {REDUCED} reduced to it", changed, "shape") if sizes else None
 
 
+def _sizes(values: Sequence[Any], arguments: int) -> list[int]:
+    """Return the sizes that can be changed: parameters keep theirs, and torch would broadcast an input of size 1."""
+    fixed = {size for v in values[arguments:] for size in v.shape}
+    sizes = (size for v in values[:arguments] if isinstance(v, Tensor) for size in v.shape)
+    return list(dict.fromkeys(size for size in sizes if size > 1 and size not in fixed))
+
+
 def _tied(values: Sequence[Any], arguments: int, reference: bool) -> bool:
-    """Return whether a number among the inputs goes with the sizes: it would have to change, in a way unknown here."""
+    """Return whether what is no tensor among the inputs goes with the sizes, and would have to change with them."""
+    others = [v for v in values[:arguments] if not isinstance(v, Tensor)]
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(others)):
+        return True
     given = [v for v in values[:arguments] if isinstance(v, Tensor)]
     known = {size for v in given for size in v.shape if size > 1} | {v.numel() for v in given}
     fixed = {v for v in values[:arguments] if isinstance(v, int) and not isinstance(v, bool)}
@@ -66,8 +77,7 @@ def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
 
 def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[Point]:
     """Sizes that are equal in the given inputs are taken for one size, and change together."""
-    given = [v for v in values[:arguments] if isinstance(v, Tensor)]
-    sizes = list(dict.fromkeys(size for v in given for size in v.shape if size > 1))
+    sizes = _sizes(values, arguments)
     if _tied(values, arguments, reference):
         return
     around = {size: 2 ** math.ceil(math.log2(size)) for size in sizes}
