@@ -82,7 +82,8 @@ def linear_mse_loss(
 
     Returns:
         The loss in the tensors' dtype, accumulated in float32 (float64 for float64). Under autocast input, weight
-        and bias are taken in the autocast dtype; target, predictions and loss are float32.
+        and bias are taken in the autocast dtype; target, predictions (but for none, as of ``linear``) and loss are
+        float32.
 
     Raises:
         ValueError: ``target``, ``bias``, ``sample_weight`` or ``offsets`` has the wrong shape, ``reduction`` is

@@ -87,6 +87,8 @@ def linear_mse_models_forward(
     """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
     B, K, _ = weight.shape
+    if input.dtype != weight.dtype:  # under autocast, which leaves float64 as it is
+        input, weight = input.to(acc), weight.to(acc)
     tiles = None
     if bounds is None:
         count: Tensor | int = target.shape[1] * K

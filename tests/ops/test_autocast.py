@@ -116,3 +116,23 @@ def test_weights_that_float16_does_not_hold(backend: str, device: torch.device, 
             loss, other, mine = run()
             torch.testing.assert_close([loss, other], [expected] * 2, rtol=4e-3, atol=0)
             torch.testing.assert_close(mine, gradients, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("rows", ["own", "ragged"])
+@pytest.mark.parametrize("wide", [0, 1], ids=["input", "weight"])
+def test_models_of_float64_beside_float32(backend: str, device: torch.device, wide: int, rows: str) -> None:
+    """As for one model: autocast leaves float64 as it is."""
+    shapes = ((1, 5, 3), (1, 2, 3), (1, 5, 2))
+    tensors = [torch.randint(-4, 5, shape, device=device).float() for shape in shapes]
+    tensors[wide] = tensors[wide].double()
+    input, weight, target = (tensor.requires_grad_() for tensor in tensors)
+    offsets = torch.tensor([0, 5], device=device) if rows == "ragged" else None
+    arguments = (input[0], weight, target[0]) if rows == "ragged" else (input, weight, target)
+    with torch.autocast(device.type, torch.float16):
+        found = linear_mse_loss(*arguments, offsets=offsets).sum()
+        expected = linear_mse_loss(input[0], weight[0], target[0])
+    assert torch.equal(found.float(), expected.float())
+    for one, other in zip(
+        *(torch.autograd.grad(loss, (input, weight, target)) for loss in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
