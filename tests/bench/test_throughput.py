@@ -204,6 +204,12 @@ def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.Monkey
         found = document(replaced, clock=clock)
         assert word in found["cases"][0]["skipped"]
         assert word in results.remarks(found)[0]
+    found = document(
+        dataclasses.replace(case, implementations=(*case.implementations, function("rival", exhausted))),
+        clock=clock,
+    )
+    rows = found["cases"][0]["contenders"]
+    assert [rows[name]["status"] for name in (OURS, "eager", "rival")] == ["ok", "ok", "failed"]
 
     def no_such_dtype(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         raise TypeError("this device has no float64")
