@@ -136,6 +136,14 @@ RECTIFIERS = """
         (
             v.VERIFIED,
             {
+                "Relu, [": "lambda x, y: (Relu.apply(x, y), launch(x.detach())), [",
+                "torch.relu(x) * y": "(torch.relu(x) * y, torch.relu(x.detach()))",
+            },
+            "",
+        ),
+        (
+            v.VERIFIED,
+            {
                 "Relu, [": "lambda xs, y: Relu.apply(xs[0], y), [",
                 "[torch.randn(5, 7), torch": "[[torch.randn(5, 7)], torch",
                 "x, y: torch.relu(x)": "xs, y: torch.relu(xs[0])",
@@ -174,6 +182,7 @@ RECTIFIERS = """
     ids=[
         "right",
         "in a dictionary",
+        "beside a detached one",
         "of a list",
         "never negative",
         "no gradient",

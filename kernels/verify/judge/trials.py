@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,7 @@ def diagnosis(
     names = [f"input {i}" for i in range(len(values))]
     function: Callable[..., Any] = subject
     if reference is not None:
-        function = _grafted(subject, reference)
+        function = _grafted(subject, reference, values, wanted)
     inputs = [
         value.detach().clone().requires_grad_(i in wanted) if isinstance(value, Tensor) else value
         for i, value in enumerate(values)
@@ -197,8 +198,16 @@ def _named(report: GradientReport, lenient: bool) -> str:
     return "; ".join(texts)
 
 
-def _grafted(subject: Subject, reference: Reference) -> Callable[..., Any]:
-    """Return the reference with the backward of the subject."""
+def _grafted(
+    subject: Subject, reference: Reference, values: Sequence[Any], wanted: Sequence[int]
+) -> Callable[..., Any]:
+    """Return the reference with the backward of the subject, and without outputs that it gives no gradient to."""
+    leaves = leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in values], wanted)
+    with torch.enable_grad():
+        attached = [o.requires_grad for o in tree_leaves(reference.subject(*leaves)) if is_real(o)]
+
+    def outputs_of(result: Any) -> list[Tensor]:
+        return list(compress([o for o in tree_leaves(result) if is_real(o)], attached))
 
     class Grafted(torch.autograd.Function):
         @staticmethod
@@ -206,7 +215,7 @@ def _grafted(subject: Subject, reference: Reference) -> Callable[..., Any]:
             ctx.values = values
             wide = any(is_real(value) and value.dtype == torch.float64 for value in values)
             result = (reference.wide if wide else reference.subject)(*values)
-            outputs = [o for o in tree_leaves(result) if is_real(o)]
+            outputs = outputs_of(result)
             return outputs[0].clone() if len(outputs) == 1 else tuple(o.clone() for o in outputs)
 
         @staticmethod
@@ -217,7 +226,7 @@ def _grafted(subject: Subject, reference: Reference) -> Callable[..., Any]:
             )
             with torch.enable_grad():
                 result = subject(*leaves)
-            outputs = [o for o in tree_leaves(result) if is_real(o)]
+            outputs = outputs_of(result)
             pairs = [(o, u.to(o)) for o, u in zip(outputs, upstream, strict=True) if o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs], [leaves[i] for i in wanted], [u for _, u in pairs], allow_unused=True
