@@ -172,6 +172,14 @@ RECTIFIERS = """
             "a gradient reaches input 1,",
         ),
         (
+            v.VERIFIED,
+            {
+                "torch.relu(x) * y": "torch.relu(x) * y.detach()",
+                "grad * x.relu()": "{True: None}[ctx.needs_input_grad[0]]",
+            },
+            "",
+        ),
+        (
             v.MUTATED,
             {
                 "launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"
@@ -189,6 +197,7 @@ RECTIFIERS = """
         "one gradient",
         "one raises",
         "detached",
+        "detached, and raises there",
         "written without gradient",
     ],
 )
