@@ -28,6 +28,7 @@ be traced with one.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,8 @@ _AUTOCAST_KEYS = private.autocast_keys(_DEVICE_KEYS)
 _OPTIONS = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 _STRIDED = torch.strided
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+_cast_already: ContextVar[bool] = ContextVar("gradkernels_cast_already", default=False)
 
 OPERATORS: list["Operator"] = []
 LAUNCHES: list["Launches"] = []  # the operators, and what repeats beside them
@@ -202,7 +205,7 @@ class Operator(Launches):
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
-            args = cast(*args)
+            args = args if _cast_already.get() else cast(*args)
             with without_autocast():
                 return self.overload(*args)
 
@@ -403,9 +406,18 @@ def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
     return [*outputs[:first], *places] if first else places
 
 
-def without_autocast() -> AbstractContextManager[None]:
-    """The operators called inside see their arguments' own dtypes."""
-    return private.exclude_keys(_AUTOCAST_KEYS)
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """The operators called inside see their arguments' own dtypes.
+
+    torch.func brings excluded keys back on the way from one of its levels to the next.
+    """
+    token = _cast_already.set(True)
+    try:
+        with private.exclude_keys(_AUTOCAST_KEYS):
+            yield
+    finally:
+        _cast_already.reset(token)
 
 
 def autocast_cast(tensor: Any) -> Any:

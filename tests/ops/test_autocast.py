@@ -136,3 +136,21 @@ def test_models_of_float64_beside_float32(backend: str, device: torch.device, wi
         *(torch.autograd.grad(loss, (input, weight, target)) for loss in (found, expected)), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
+
+
+def test_tangents_are_float32(backend: str, device: torch.device) -> None:
+    """As the loss is: inside torch.func too, which would cast the products that a derivative is made of."""
+    input, weight, target = (
+        torch.ones(4, 2, device=device),
+        *torch.zeros(2, 4, 4, device=device).split([1, 1]),
+    )
+    weight, target = weight[0, :, :2], target[0]
+    sample_weight = torch.ones(4, device=device)
+
+    def loss(sample_weight: torch.Tensor) -> torch.Tensor:
+        return linear_mse_loss(input, weight, target + 1, sample_weight=sample_weight, reduction="sum")
+
+    with torch.autocast(device.type, torch.float16):
+        value, tangent = torch.func.jvp(loss, (sample_weight,), (1e5 * sample_weight,))
+    assert value.dtype == tangent.dtype == torch.float32
+    assert tangent.item() == 1e5 * value.item() == 16e5
