@@ -170,7 +170,8 @@ def mse_forward(
     if weight is None and input.dtype == target.dtype == dtype and (reduction == "none" or batch_dims == 0):
         if reduction != "none" and numel >= _MANY and _are_plain(input, target):
             return _mean(_sum_of_squares(input, target), input, reduction)
-        if reduction == "none" or numel <= _FEW * _BLOCK:
+        # A sum of float16 is not torch's, which squares in float16: 300 is too much.
+        if reduction == "none" or (numel <= _FEW * _BLOCK and dtype != torch.float16):
             loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
             return _like(loss, input) if reduction == "none" else loss
     wide = acc_dtype(input, target, weight)
@@ -240,6 +241,7 @@ def mse_backward(
         weight is None
         and batch_dims == 0
         and input.dtype == target.dtype == grad_output.dtype
+        and input.dtype != torch.float16  # torch rounds 2 / n to float16
         and any(output_mask)
     ):
         first, second = (input, target) if output_mask[0] else (target, input)

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from gradkernels import mse_loss, mse_loss_and_grad
+from gradkernels import linear_mse_loss, mse_loss, mse_loss_and_grad
 from gradkernels.fallback import mse as launchers
 from gradkernels.reference import mse as reference
 from torch.nn import functional
@@ -107,6 +107,22 @@ def test_a_weighted_float16_mean_is_not_lost_to_overflow(backend: str, device: t
     loss, (grad, _, _) = mse_loss_and_grad(**given)
     assert loss.item() == 1
     assert grad[0].item() == torch.tensor(2e-5).half().item()
+
+
+@pytest.mark.parametrize("n", [100, 300_000])
+def test_float16_is_added_up_in_float32(backend: str, device: torch.device, n: int) -> None:
+    """300^2 does not fit, and 2 / n is rounded to 2^-24; torch's own loss takes both in float16."""
+    input = torch.zeros(n, 1, dtype=torch.float16, device=device)
+    input[0] = 300
+    target = torch.zeros_like(input)
+    one = torch.ones(1, 1, dtype=torch.float16, device=device, requires_grad=True)
+    for call in (mse_loss, lambda input, target: linear_mse_loss(input, one, target)):
+        x = input.clone().requires_grad_()
+        loss = call(x, target)
+        loss.backward(loss.new_tensor(1024.0))
+        torch.testing.assert_close(loss, loss.new_tensor(90_000 / n))
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad[0], input.new_tensor([600 * 1024 / n]), rtol=2**-11, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
