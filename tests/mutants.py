@@ -30,6 +30,7 @@ TESTS = {
     "mse": "tests/ops/test_mse_kernels.py tests/ops/test_mse.py",
     "trainers": "tests/ops/test_mse_trainers.py -k triton",
     "linear_mse": "tests/ops/test_linear_mse_kernels.py tests/ops/test_linear_mse.py",
+    "models": "tests/ops/test_linear_mse_models.py",
     "fit": "tests/ops/test_linear_mse_fit_models.py tests/ops/test_linear_mse_fit.py",
     "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
     "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
@@ -39,7 +40,10 @@ TESTS = {
     "work": "tests/ops/test_our_kernels_do_the_work.py",
     "reference": "tests/ops/test_reference.py tests/optim/test_reference.py",
     "launch": "tests/launch tests/host/test_launches.py",
-    "config": "tests/launch/test_config.py tests/launch/test_same_bits.py tests/ops/test_matmul_kernels.py",
+    "config": (
+        "tests/launch/test_config.py tests/launch/test_explain.py tests/launch/test_same_bits.py "
+        "tests/ops/test_matmul_kernels.py"
+    ),
     "optim": (
         "tests/optim/test_contract.py tests/optim/test_groups.py tests/optim/test_layouts.py "
         "tests/optim/test_rare_tensors.py tests/optim/test_options.py tests/optim/test_batches.py "
@@ -187,7 +191,7 @@ MUTANTS = (
         "inside = mask[None, :] & (rows >= 0)[:, None]",
         "linear_mse",
     ),
-    Mutant("error = tl.where(inside, error, 0.0)", "error = error", "linear_mse"),
+    Mutant("error = tl.where(inside, error, 0.0)", "error = error", "models"),
     Mutant(
         "weighted = error * scale.to(ACC)\n            losses",
         "weighted = error\n            losses",
@@ -245,7 +249,9 @@ MUTANTS = (
     Mutant("sums * share, total * share", "sums, total", "mse"),
     # The optimizers' kernels.
     Mutant(
-        'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else', "pass\n        else", "optim"
+        'bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1\n        else',
+        "pass\n        else",
+        "training",
     ),
     Mutant(
         "arrived == tl.maximum(tl.cdiv(numel, tl.load(row + CHUNKS) * CHUNK), 1) - 1",
@@ -253,7 +259,7 @@ MUTANTS = (
         "optim",
     ),
     Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
-    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "optim", "triton/multi_tensor"),
+    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "training", "triton/multi_tensor"),
     # stacked models: another one's step, a skipped one counted, an inactive one's moments, another one's norm
     Mutant(
         "steps = tl.load(steps_ptr, mask=inside", "steps = tl.load(steps_ptr - models, mask=inside", "stacked"

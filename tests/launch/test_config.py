@@ -59,9 +59,15 @@ def test_targets_and_weights_of_shared_rows_fit_beside_the_errors(dtype):
         assert isinstance(chosen, str) or 32 * 32 * chosen.num_warps >= chosen.ROWS * chosen.OUTPUTS
 
 
-def test_a_sum_over_matrices_is_never_elementwise_or_outer():
-    for K in (1, 8):
-        assert matmul_plan(FP32, (64, 64, K), 1, 100, ALIGNED, H100).name == "gemm"
+@pytest.mark.parametrize("sizes", [(64, 64, 1), (64, 64, 8), (4096, 4096, 4096)])
+def test_a_sum_over_matrices_is_a_gemm(sizes):
+    assert matmul_plan(FP32, sizes, 1, 100, ALIGNED, H100).name == "gemm"
+
+
+@pytest.mark.parametrize(("target", "size"), [(H100, 32), (MI300, 64), (Target("hip", "gfx1100"), 32)])
+def test_the_size_of_a_warp(target, size):
+    assert config.warp_size(target) == size
+    assert config.warps(target) * size == 128
 
 
 def test_tiles_are_legal_everywhere():

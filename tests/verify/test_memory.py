@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from gradkernels.verify import InterpreterChangedError, MemoryFaultError, memory_check  # noqa: E402
 from gradkernels.verify.memory import interpreter as hooks  # noqa: E402
+from gradkernels.verify.memory.regions import Region  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
 
 pytestmark = [
@@ -130,6 +131,22 @@ def test_int32_offset_that_wraps():
         rows_kernel[(4,)](rows, y, 2**30, WIDE=True)
     assert y.tolist() == [1, 1, 1, 1]
     assert any("too large" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [((2, 2, 3), (20, 5, 1)), ((3,), (1,)), ((3, 2), (1, 4)), ((2, 3, 1), (0, 2, 9)), ((4, 2), (3, 4))],
+    ids=str,
+)
+def test_legal_addresses_of_a_view(sizes, strides):
+    """Those of its elements: not of what lies around it, between its matrices, rows or columns."""
+    view = torch.zeros(60).as_strided(sizes, strides, 4)
+    elements = {int(np.dot(index, strides)) for index in np.ndindex(*sizes)}
+    places = np.arange(-4, 50)
+    addresses = (np.int64(view.data_ptr()) + 4 * places).astype(np.uint64)
+    legal = Region.of("x", view).legal(addresses, 4)
+    assert legal is not None
+    assert legal.tolist() == [place in elements for place in places]
 
 
 @pytest.mark.parametrize("layout", ["every other", "columns", "overlapping"])
