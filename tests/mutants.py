@@ -305,7 +305,7 @@ MUTANTS = (
     # The optimizers on the host.
     Mutant("or kinds != self.kinds\n", "", "optim training"),
     Mutant("or not _same(params, self.params)\n", "", "optim"),
-    Mutant("return live if self.alike(*live, *stepped) else None", "return live", "optim"),
+    Mutant("return live if self.alike(*live, *self.stepped) else None", "return live", "optim"),
     Mutant("if _NUMBERS.issuperset(map(type, values)):", "if True:", "optim"),
     Mutant(", tensor.data_ptr() % 16 == 0)", ")", "launch", "triton/multi_tensor"),
     Mutant(

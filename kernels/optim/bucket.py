@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -48,8 +47,6 @@ class Bucket:
         indices: for each parameter its position in the optimizer; random numbers depend on it.
         seed: the seed of stochastic rounding, or None to round to nearest.
         memory: what a backend keeps from step to step for this bucket, such as its pointer tables.
-        known: the states between two steps, when ``states`` is not set: kept, they would keep memory that the user
-            lets go. Many steps need none of them.
         captured: what it kept in the course of a captured step, as long as that step's graph may be replayed.
 
     All tensors of one entry, ``step`` aside, have the same shape and strides, without holes or overlaps.
@@ -63,14 +60,6 @@ class Bucket:
     seed: int | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     captured: list[dict[str, Any]] = field(default_factory=list)
-    known: dict[str, list[ref[Tensor]]] = field(default_factory=dict)
-
-    def __getattr__(self, name: str) -> Any:
-        if name != "states":
-            raise AttributeError(name)
-        tensors: Any = {key: [known() for known in refs] for key, refs in self.known.items()}
-        self.states = tensors
-        return self.states
 
 
 class Guard(NamedTuple):

@@ -9,11 +9,10 @@ torch.compile captures (compiled.py) call them too.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, NoReturn
-from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,6 @@ from ..backends import capturing, implementation
 from .bucket import UNGUARDED, Bucket, Guard
 
 _AS_IT_IS = nullcontext()
-# Devices whose memory a plan keeps from step to step: to let it go, and find it again, takes the host some time.
-KEPT = ("cpu",)
-
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -59,8 +55,6 @@ class Part:
         copied: the entries for which a launch needs copies: their tensors differ in layout, or their parameter has
             holes.
         shards: the process groups over which the parameters are sharded.
-        lets_go: whether the bucket has no states between two steps.
-        known: its parameters between two steps, if they are local parts of DTensors.
     """
 
     bucket: Bucket
@@ -68,22 +62,6 @@ class Part:
     copied: list[int]
     shards: tuple[Any, ...]
     stacked: bool = False
-    lets_go: bool = False
-    known: list[ref[Tensor]] = field(default_factory=list)
-
-    def fill(self, grads: list[Tensor]) -> None:
-        """Enter the tensors of a step, of which ``grads`` has the gradients of all parts."""
-        self.bucket.grads = grads if len(self.slots) == len(grads) else [grads[slot] for slot in self.slots]
-        if self.known:
-            self.bucket.params = [known() for known in self.known]  # type: ignore[misc]
-
-    def clear(self) -> None:
-        """Let the tensors go: between two steps a device's memory is the user's to free."""
-        self.bucket.grads = []
-        if self.lets_go:
-            vars(self.bucket).pop("states", None)
-        if self.known:
-            self.bucket.params = []
 
     def dense(self, write_grads: bool) -> AbstractContextManager[None]:
         """Inside the block the tensors of each entry have one layout without holes."""
@@ -114,32 +92,16 @@ class Plan:
         self.params, self.kinds, self.delegated = params, kinds, delegated
         self.missing = [grad is None for grad in grads]
         self.complete = True not in self.missing
-        stepped = [entry.param for entry in entries]
-        tensors = [*stepped, *(value for entry in entries for value in entry.state.values())]
+        self.stepped = [entry.param for entry in entries]
         # The modes count too: memory that is made in inference mode is written there alone.
-        self.alike = private.alike([*(entry.grad for entry in entries), *stepped])
+        self.alike = private.alike([*(entry.grad for entry in entries), *self.stepped])
+        self.values = _values(state)
+        # In the order in which they were made, as a rule: the processor waits less for neighbours in memory.
+        self.tensors = [*self.stepped, *(value for entry in entries for value in entry.state.values())]
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.parts = partition(entries, models)
         self.wrapped = any(local_part(param) is not param for param in params)
-        keeps = all(tensor.device.type in KEPT for tensor in stepped)
-        for part in () if keeps else self.parts:
-            part.lets_go = True
-            part.bucket.known = {key: list(map(ref, tensors)) for key, tensors in part.bucket.states.items()}
-            if self.wrapped:
-                part.known = list(map(ref, part.bucket.params))
-        values = _values(state)
-        self.plain = not self.wrapped and all(
-            type(value) in _PLAIN_TYPES and value.layout == torch.strided for value in values
-        )
-        self.stepped = [] if self.wrapped else stepped
-        self.count = len(stepped)
-        found = values if self.plain else _local_parts(params, values)
-        # Tensors that are not kept are known by their identities, which hold while none of them is gone.
-        self.kept = found if keeps else []
-        self.identities = [] if keeps else list(map(id, found))
-        self.gone: list[Any] = []
-        self.known = [ref(tensor, self.gone.append) for tensor in (values if self.plain else tensors)]
-        # In the order in which they were made, as a rule: the processor waits less for neighbours in memory.
-        self.addresses = list(map(Tensor.data_ptr, chain(stepped, values) if self.plain else tensors))
+        self.locals = _local_parts(params, self.values) if self.wrapped else []
         updated = (p for p, none in zip(params, self.missing, strict=True) if not none)
         self.dtensors = [param for param in updated if local_part(param) is not param]
 
@@ -149,26 +111,21 @@ class Plan:
         """The local gradients in the plan's order, or None if the plan no longer fits."""
         if (
             self.delegated
-            or self.gone
             or kinds != self.kinds
             or not _same(params, self.params)
             or not (self.complete or [grad is None for grad in grads] == self.missing)
+            or not _same(values := _values(state), self.values)
+            # A DTensor that is moved keeps its identity, but has another tensor inside.
+            or (self.wrapped and not _same(_local_parts(params, values), self.locals))
+            or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
         ):
-            return None
-        values = _values(state)
-        found = values if self.plain else _local_parts(params, values)
-        if not _same(found, self.kept) if self.kept else list(map(id, found)) != self.identities:
-            return None
-        tensors: Any = chain(self.stepped, values) if self.plain else [known() for known in self.known]
-        stepped = tensors[: self.count] if self.wrapped else self.stepped
-        if list(map(Tensor.data_ptr, tensors)) != self.addresses:
             return None
         live: Any = grads if self.complete else [grad for grad in grads if grad is not None]
         if self.wrapped:
             owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
             live = [local_gradient(grad, param) for grad, param in zip(live, owners, strict=True)]
         # Addresses do not say what the gradients are, nor that a ``.data`` is another view of its memory.
-        return live if self.alike(*live, *stepped) else None
+        return live if self.alike(*live, *self.stepped) else None
 
 
 def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]:
@@ -335,7 +292,6 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _local_parts(params: list[Tensor], values: list[Any]) -> list[Any]:
-    """A DTensor that is moved stays the same object, but has another tensor inside."""
     return list(map(local_part, chain(params, values)))
 
 

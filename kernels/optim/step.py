@@ -124,7 +124,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         self.active = None
         self._counts: dict[Tensor, dict[str, Tensor]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
-        self._captured: list[Any] = []
+        self._captured: list[Plan] = []
         self._loading: dict[str, Any] | None = None
         self._forget()
 
@@ -448,8 +448,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             plan = Plan(params, grads, kinds, entries, delegated, self.state, self._models)
             local = [entry.grad for entry in entries]
             if is_captured:
-                # The graph reads tables, parameters and states for as long as it lives.
-                self._captured.append((plan, [(entry.param, entry.state) for entry in entries]))
+                self._captured.append(plan)  # the graph reads its tables for as long as it lives
             else:
                 self._plan = plan
         else:
@@ -457,13 +456,13 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             plan = self._plan
         try:
             for part in plan.parts:
-                part.fill(local)
+                part.bucket.grads = local if len(plan.parts) == 1 else [local[slot] for slot in part.slots]
             self._apply(plan)
             if plan.dtensors:  # autograd looks at a DTensor's own version, not at its local part's
                 torch.autograd.graph.increment_version(plan.dtensors)
         finally:
             for part in plan.parts:
-                part.clear()
+                part.bucket.grads = []  # a plan that kept gradients would keep their memory
 
     def _apply_stacked(self, plan: Plan) -> None:
         models = self._models_of_step()

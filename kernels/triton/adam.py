@@ -13,6 +13,7 @@ from .multi_tensor import (
     STATES,
     begin_chunk,
     draw_words,
+    dtype_of,
     key_at,
     launch_step,
     load_grad,
@@ -44,9 +45,9 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
         bucket,
         options,
         guard,
-        DTYPE_M="exp_avg",
-        DTYPE_V="exp_avg_sq",
-        DTYPE_W="max_exp_avg_sq",
+        DTYPE_M=dtype_of(bucket.states["exp_avg"]),
+        DTYPE_V=dtype_of(bucket.states["exp_avg_sq"]),
+        DTYPE_W=dtype_of(bucket.states.get("max_exp_avg_sq")),
     )
 
 

@@ -257,7 +257,7 @@ def step_constants(bucket: Bucket, guard: Guard) -> dict[str, Any]:
 
 
 def launch_step(
-    kernel: Any, bucket: Bucket, options: Sequence[tuple[Any, ...]], guard: Guard, **dtypes: str
+    kernel: Any, bucket: Bucket, options: Sequence[tuple[Any, ...]], guard: Guard, **dtypes: Any
 ) -> None:
     """Launch an optimizer's kernel over a bucket: one program for each chunk of each parameter.
 
@@ -266,7 +266,7 @@ def launch_step(
         bucket: the tensors.
         options: of each group, by the index that ``bucket.groups`` holds.
         guard: scale, clipping and whether to skip.
-        dtypes: further constexpr parameters of the kernel: the keys of the states whose dtypes they are.
+        dtypes: further constexpr parameters of the kernel.
     """
     tables = tables_of(bucket)
     option_table = tables.options(options, guard.max_norm)  # first, so that all tables go up together
@@ -282,7 +282,7 @@ def launch_step(
             *tensors,
             device=device,
             **step_constants(bucket, guard),
-            **{name: dtype_of(bucket.states.get(key)) for name, key in dtypes.items()},
+            **dtypes,
             **config.optimizer(widest, config.target_of(device)),
         )
         return []

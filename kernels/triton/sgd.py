@@ -13,6 +13,7 @@ from .multi_tensor import (
     STATES,
     begin_chunk,
     draw_words,
+    dtype_of,
     key_at,
     launch_step,
     load_grad,
@@ -39,7 +40,8 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
         options: of each group, by the index that ``bucket.groups`` holds.
         guard: scale, clipping and whether to skip.
     """
-    launch_step(_sgd_step_kernel, bucket, options, guard, DTYPE_M="momentum_buffer")
+    momentum = dtype_of(bucket.states.get("momentum_buffer"))
+    launch_step(_sgd_step_kernel, bucket, options, guard, DTYPE_M=momentum)
 
 
 @triton.jit

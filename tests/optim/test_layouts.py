@@ -1,8 +1,6 @@
 """Tensors as they lie in memory: strides, views, the negative bit, sizes, addresses that change."""
 
-import gc
 import itertools
-import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -267,49 +265,6 @@ def test_dtensors_moved_to_other_memory_between_steps(name: str, mesh: DeviceMes
         results.append([param.full_tensor() for param in model.parameters()])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
-
-
-@on_both_backends
-def test_memory_that_is_let_go_between_steps_is_free(
-    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who offloads the state puts other tensors into ``optimizer.state``."""
-    monkeypatch.setattr("gradkernels.optim.plan.KEPT", ())
-    ours, _ = make_pair(name, device, shapes=SMALL, **FULL_OPTIONS[name])
-    run(ours, some_gradients(ours, 3))
-    let_go = []
-    for state in ours.state.values():
-        for key, value in state.items():
-            let_go.append(weakref.ref(value))
-            state[key] = value.clone()
-        del value
-    gc.collect()
-    assert let_go
-    assert all(known() is None for known in let_go)
-    run(ours, some_gradients(ours, 1))
-
-
-@pytest.mark.parametrize("kind", ["parameters", "state"])
-def test_dtensors_that_are_let_go_between_steps_are_free(
-    name: str, kind: str, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gradkernels.optim.plan.KEPT", ())
-    value = distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)])
-    model = torch.nn.ParameterList([torch.nn.Parameter(value)])
-    optimizer = ours_for(name)(model.parameters(), **FULL_OPTIONS[name])
-    (param,) = model.parameters()
-    param.grad = torch.ones_like(param)
-    optimizer.step()
-    held = [param] if kind == "parameters" else [v for v in optimizer.state[param].values() if v.dim()]
-    let_go = [weakref.ref(tensor._local_tensor) for tensor in held]
-    assert all(known() is not None for known in let_go)
-    del held, value
-    if kind == "parameters":
-        model._apply(torch.clone)
-    else:
-        optimizer.state[param] = {key: state.clone() for key, state in optimizer.state[param].items()}
-    gc.collect()
-    assert all(known() is None for known in let_go)
 
 
 @on_both_backends
