@@ -301,7 +301,8 @@ def beside_errors(samples: Tensor, input: Tensor) -> tuple[Tensor, Tensor | None
     """Sample weights ``(*, N, .)`` as factors of errors that are multiplied in ``input``'s dtype or that of autocast,
     and what is missing in them, if anything: in float16 the largest is 1, lest products be inf or 0.
 
-    A loss is linear in them, so that no derivative sees by what they are divided.
+    A loss is linear in them, so that no derivative sees by what they are divided. Ragged rows have one largest for all
+    models: beside weights 10^6 times as large those of another lose digits.
     """
     operand = input.dtype
     if operand != torch.float64 and checks.autocast_enabled(input):

@@ -48,7 +48,8 @@ _OPTIONS = frozenset((type(None), bool, int, float, str, list, torch.dtype))
 _STRIDED = torch.strided
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
-_cast_already: ContextVar[bool] = ContextVar("gradkernels_cast_already", default=False)
+# How deep in blocks of torch.autocast arguments have been cast already.
+_cast_at: ContextVar[int] = ContextVar("gradkernels_cast_at", default=-1)
 
 OPERATORS: list["Operator"] = []
 LAUNCHES: list["Launches"] = []  # the operators, and what repeats beside them
@@ -205,7 +206,7 @@ class Operator(Launches):
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
         def autocast(*args: Any) -> Any:
-            args = args if _cast_already.get() else cast(*args)
+            args = args if _cast_at.get() == private.autocast_depth() else cast(*args)
             with without_autocast():
                 return self.overload(*args)
 
@@ -410,14 +411,15 @@ def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
 def without_autocast() -> Iterator[None]:
     """The operators called inside see their arguments' own dtypes.
 
-    torch.func brings excluded keys back on the way from one of its levels to the next.
+    torch.func brings excluded keys back on the way from one of its levels to the next. A block of autocast inside
+    counts again: a backward may run a forward, which a checkpoint has put off.
     """
-    token = _cast_already.set(True)
+    token = _cast_at.set(private.autocast_depth())
     try:
         with private.exclude_keys(_AUTOCAST_KEYS):
             yield
     finally:
-        _cast_already.reset(token)
+        _cast_at.reset(token)
 
 
 def autocast_cast(tensor: Any) -> Any:

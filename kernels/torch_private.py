@@ -193,6 +193,12 @@ def autocast_keys(device_keys: tuple[str, ...]) -> Any:
 exclude_keys: Callable[[Any], AbstractContextManager[None]] = torch._C._ExcludeDispatchKeyGuard
 
 
+def autocast_depth() -> int:
+    """How many blocks of torch.autocast are open in this thread."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
 def operations_are_traced() -> bool:
     """True if make_fx, FakeTensorMode or functionalization is active; other dispatch modes see values."""
     return _dispatch_modes() > 0 and any(

@@ -125,7 +125,9 @@ def linear_mse_models_forward(
         operand = acc if input.dtype == torch.float16 else input.dtype
         left, right = error.to(operand).mT, input.to(operand)
         product = torch.bmm if right.dim() == 3 else torch.matmul
-        products = [product(left[..., rows], right[..., rows, :]) for rows in parts_of(right.shape[-2])]
+        # Parts of 16 bits would be rounded to them before they are added.
+        parts = [slice(None)] if operand.itemsize == 2 else parts_of(right.shape[-2])
+        products = [product(left[..., rows], right[..., rows, :]) for rows in parts]
         grad_weight = products[0] if len(products) == 1 else torch.stack(products).sum(0)
     grad_bias = error.sum(1) if output_mask[2] else None
     if tiles is not None:

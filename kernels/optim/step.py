@@ -518,7 +518,10 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
     def _record(self, norms: Tensor) -> None:
         """Keep the measurements for ``grad_norm``: in one tensor for all CUDA graphs and the steps beside them."""
         if self._row is None and capturing():
-            self._row = norms if len(norms) == 1 else norms.new_empty((1, *norms.shape[1:]))
+            self._row = norms
+            if len(norms) > 1 or norms.is_inference():
+                with torch.inference_mode(False):  # else steps outside could not write there
+                    self._row = norms.new_empty((1, *norms.shape[1:]))
         self._norms = norms
         if self._row is not None and self._row is not norms:
             self._norms = self._row.copy_(norms.sum(0, keepdim=True))

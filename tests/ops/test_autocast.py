@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from gradkernels import linear_mse_loss, linear_mse_loss_and_grad, mse_loss_and_grad
+from gradkernels import linear, linear_mse_loss, linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
+from torch.utils.checkpoint import checkpoint
 
 from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case, label, value_and_gradients
 from ..helpers import assert_matches, exactly
@@ -136,6 +137,32 @@ def test_models_of_float64_beside_float32(backend: str, device: torch.device, wi
         *(torch.autograd.grad(loss, (input, weight, target)) for loss in (found, expected)), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_forward_that_a_checkpoint_runs_in_a_backward(
+    backend: str, device: torch.device, inside: bool
+) -> None:
+    """It is cast as the first time, though the backward around it casts nothing."""
+    x, *weights = torch.randn(3, 4, 4, device=device).unbind()
+    weights = [weight.requires_grad_() for weight in weights]
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = linear(x, weight)
+        return x
+
+    with torch.autocast(device.type, torch.bfloat16):
+        expected = torch.autograd.grad(layers(x).float().sum(), weights)
+        loss = checkpoint(layers, x, use_reentrant=False).float().sum()
+        if inside:
+            loss.backward()
+    if not inside:
+        with use_backend("reference"):  # another than that of the forward
+            loss.backward()
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, gradient)
 
 
 def test_tangents_are_float32(backend: str, device: torch.device) -> None:

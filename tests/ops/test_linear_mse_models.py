@@ -787,6 +787,17 @@ def test_opcheck() -> None:
     torch.library.opcheck(models.overload, own, test_utils=tests)
 
 
+def test_bfloat16_gradients_that_cancel_over_many_rows(backend: str, device: torch.device) -> None:
+    """Parts of the sum are not rounded to bfloat16 before they are added."""
+    x = torch.full((1, 8192, 1), 1.5, dtype=torch.bfloat16, device=device)
+    target = torch.ones_like(x)
+    target[:, 4096:] = -1
+    target[:, 0] += 2
+    weight = torch.zeros(1, 1, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(linear_mse_loss(x, weight, target).sum(), weight)
+    assert gradient.item() == -2 * 2 * 1.5 / 8192
+
+
 def test_weights_of_one_model_without_autograd(backend: str, device: torch.device) -> None:
     """``linear_mse_loss_and_grad`` takes sample weights for a single model too."""
     for weight, target, samples in (((2, 3), (5, 2), (5,)), ((2, 3), (5, 2), (5, 2)), ((3,), (5,), (5,))):

@@ -293,6 +293,17 @@ def test_graphs_and_steps_write_their_norms_to_one_tensor(
     assert len(set(places[1:])) == 1
 
 
+def test_a_step_beside_a_graph_that_was_captured_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = FusedSGD([param], lr=0.1, capturable=True, max_norm=1.0)
+    for captured in (False, True, False):
+        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        param.grad = torch.ones(4)
+        with torch.inference_mode(captured):
+            optimizer.step()
+        assert optimizer.grad_norm.item() == 2
+
+
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_a_graph_keeps_the_tables_of_copies(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     # The norm and the step have copies, and so tables, of their own; replays upload both from the host's memory.

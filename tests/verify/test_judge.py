@@ -24,7 +24,7 @@ from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
 from gradkernels.verify.judge.load import load, targets  # noqa: E402
 from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
-from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject  # noqa: E402
+from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject, call  # noqa: E402
 from gradkernels.verify.judge.verdict import Case  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
@@ -383,6 +383,16 @@ def test_random_numbers_are_the_same_in_float64() -> None:
     truth = Reference(Subject(lambda x: torch.nn.functional.dropout(x, 0.5)))([torch.randn(64)], [])
     assert trials.agree(truth.native, replace(truth.exact, outputs=[o.float() for o in truth.exact.outputs]))
     assert truth.error("outputs", 0) == 0
+
+
+def test_a_value_that_was_given_other_memory_is_a_write() -> None:
+    def exchanging(x: torch.Tensor) -> torch.Tensor:
+        x.data = x.data.contiguous()
+        return 2 * x
+
+    given = torch.arange(6.0)[::2]
+    assert call(exchanging, [given.detach()], ()).mutated == "the forward writes into input 0"
+    assert given.tolist() == [0, 2, 4]
 
 
 def test_the_order_of_the_verdicts() -> None:

@@ -102,13 +102,14 @@ def call(
         wanted: which of them get gradients.
         narrow: the outputs of the same call in the inputs' own dtypes, to which upstream gradients are rounded.
     """
-    before = _contents(leaves)
+    memory = {i: _bytes(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    before = {i: content.clone() for i, content in memory.items()}
     try:
         return _called(subject, leaves, wanted, narrow, before)
     finally:
         for i, content in before.items():
-            if not torch.equal(_bytes(leaves[i]), content):
-                _bytes(leaves[i]).copy_(content)
+            if not torch.equal(memory[i], content):
+                memory[i].copy_(content)
 
 
 def _called(
@@ -193,11 +194,6 @@ def filled(byte: int | None) -> Iterator[None]:
 
 def _blank(tensor: Tensor) -> int:
     return int(unwritten(tensor).sum()) if markable(tensor) else 0
-
-
-def _contents(values: Sequence[Any]) -> dict[int, Tensor]:
-    """Return a copy of the bytes of each tensor's storage."""
-    return {i: _bytes(v).clone() for i, v in enumerate(values) if isinstance(v, Tensor)}
 
 
 def _bytes(tensor: Tensor) -> Tensor:
