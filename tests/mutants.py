@@ -47,7 +47,7 @@ TESTS = {
     "optim": (
         "tests/optim/test_contract.py tests/optim/test_groups.py tests/optim/test_layouts.py "
         "tests/optim/test_rare_tensors.py tests/optim/test_options.py tests/optim/test_batches.py "
-        "tests/optim/test_adam.py"
+        "tests/optim/test_adam.py tests/optim/test_graphs.py"
     ),
     "distributed": "tests/optim/test_distributed.py",
     "sgd": "tests/optim/test_sgd.py",

@@ -1,0 +1,155 @@
+"""Steps that a CUDA graph captures: what is refused, what replays see, and where they write their norms."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD
+
+from .test_adam import leaves
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ours", [FusedAdam, FusedAdamW])
+def test_a_captured_step_replays_with_live_rates(ours: type) -> None:
+    device = torch.device("cuda")
+    start = [torch.randn(size) for size in (7, 5000)]
+    params, eager = leaves(start, device), leaves(start, device)
+    rates = [torch.tensor(1e-3, device=device) for _ in range(2)]
+    optimizer = ours(
+        params, lr=rates[0], weight_decay=0.1, capturable=True, max_norm=1.0, on_nonfinite="skip"
+    )
+    plain = ours(eager, lr=rates[1], weight_decay=0.1, capturable=True, max_norm=1.0, on_nonfinite="skip")
+    for p, q in zip(params, eager, strict=True):
+        p.grad, q.grad = torch.randn_like(p), torch.zeros_like(q)
+        q.grad.copy_(p.grad)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(4):
+        for p, q in zip(params, eager, strict=True):
+            p.grad.copy_(torch.randn_like(p) if step != 2 else torch.full_like(p, torch.nan))
+            q.grad.copy_(p.grad)
+        for rate in rates:
+            rate.fill_(1e-2 / (step + 1))
+        graph.replay()
+        plain.step()
+        for p, q in zip(params, eager, strict=True):
+            assert torch.equal(p, q)
+            for key, value in optimizer.state[p].items():
+                assert torch.equal(value, plain.state[q][key]), key
+        assert torch.equal(optimizer.grad_norm, plain.grad_norm) or step == 2
+    assert optimizer.steps_skipped == plain.steps_skipped == 1
+
+
+def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same conditions as below, with the stream's state pretended; FusedSGD's capturable runs on a CPU.
+    def capture(optimizer: torch.optim.Optimizer) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("gradkernels.optim.step.capturing", lambda: True)
+            optimizer.step()
+
+    params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    params[0].grad = torch.randn(5)
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        capture(FusedSGD(params))
+    with pytest.raises(RuntimeError, match="on the host"):
+        capture(FusedSGD(params, capturable=True, on_nonfinite="raise"))
+    optimizer = FusedSGD(params, capturable=True, momentum=0.9)
+    with pytest.raises(RuntimeError, match="parameter 0 has made no step yet"):
+        capture(optimizer)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="parameter 1 has no gradient"):
+        capture(optimizer)
+    params[1].grad = torch.randn(5)  # its state would be made inside the graph
+    with pytest.raises(RuntimeError, match="parameter 1 has made no step yet"):
+        capture(optimizer)
+    optimizer.step()
+    capture(optimizer)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)], ids=["part", "parts"])
+def test_graphs_and_steps_write_their_norms_to_one_tensor(
+    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A replay writes to where its capture wrote, and grad_norm cannot know which graph was replayed last.
+    params = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in dtypes]
+    optimizer = FusedSGD(params, lr=0.1, capturable=True, max_norm=1.0)
+    places = []
+    for step, captured in enumerate((False, True, True, False), start=1):
+        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        for p in params:
+            p.grad = torch.full_like(p, step)
+        optimizer.step()
+        assert optimizer.grad_norm.item() == pytest.approx(2 * step * len(params) ** 0.5)
+        places.append(optimizer._norms.data_ptr())
+    assert len(set(places[1:])) == 1
+
+
+def test_a_step_beside_a_graph_that_was_captured_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = FusedSGD([param], lr=0.1, capturable=True, max_norm=1.0)
+    for captured in (False, True, False):
+        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        param.grad = torch.ones(4)
+        with torch.inference_mode(captured):
+            optimizer.step()
+        assert optimizer.grad_norm.item() == 2
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_a_graph_keeps_the_tables_of_copies(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The norm and the step have copies, and so tables, of their own; replays upload both from the host's memory.
+    from gradkernels.triton import multi_tensor
+
+    made = []
+
+    def note(self: Any, *args: Any) -> None:
+        make(self, *args)
+        made.append(weakref.ref(self))
+
+    make = multi_tensor.Tables.__init__
+    p = torch.nn.Parameter(torch.zeros(2, 3, device=device))
+    p.grad = torch.ones(3, 2, device=device).t()
+    optimizer = FusedSGD([p], lr=0.1, capturable=True, max_norm=1.0)
+    optimizer.step()
+    for module in ("step", "plan"):
+        monkeypatch.setattr(f"gradkernels.optim.{module}.capturing", lambda: True)
+    monkeypatch.setattr(multi_tensor.Tables, "__init__", note)
+    optimizer.step()
+    gc.collect()
+    assert len(made) == 2
+    assert all(tables() is not None for tables in made)
+
+
+@pytest.mark.gpu
+def test_capture_is_refused_where_it_cannot_be_right() -> None:
+    device = torch.device("cuda")
+    params = [torch.nn.Parameter(torch.randn(5, device=device)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    reasons = [
+        ({"capturable": False}, "capturable is False"),
+        ({"capturable": True}, "has made no step yet"),
+        ({"capturable": True, "on_nonfinite": "raise"}, "on the host"),
+    ]
+    for options, reason in reasons:
+        optimizer = FusedAdam(params, **options)
+        with pytest.raises(RuntimeError, match=reason), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            optimizer.step()
+    optimizer = FusedAdam(params, capturable=True)
+    optimizer.step()
+    params[1].grad = None
+    with (
+        pytest.raises(RuntimeError, match="parameter 1 has no gradient"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
