@@ -19,6 +19,14 @@ def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """The values on the CPU.
+
+    They come there first: of a copy from MPS into float64 torch 2.14 writes nothing, and earlier versions raise.
+    """
+    return tensor.detach().cpu().double()
+
+
 def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
     """Memory for the gradients that are wanted, in the layout of input, the first tensor, where they have its shape.
 

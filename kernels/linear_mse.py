@@ -116,7 +116,7 @@ def linear_mse_loss(
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
     if reduction == "none":
         return mse(linear(input, weight, bias), target, sample_weight, "none", 0, target.dtype)
-    matrices, total = _weighting(*_normal_form(input, weight, target, bias, sample_weight), reduction)
+    matrices, total = _weighting(_normal_form(input, weight, target, bias, sample_weight), reduction)
     dtype = checks.loss_dtype(target)
     if total is None:
         return _linear_mse(*matrices, reduction, [False] * 3, dtype)[0]
@@ -180,7 +180,7 @@ def linear_mse_loss_and_grad(
     matrices, total = _normal_form(input, weight, target, bias, sample_weight), None
     if sample_weight is not None:
         with torch.no_grad():
-            matrices, total = _weighting(*matrices, reduction)
+            matrices, total = _weighting(matrices, reduction)
     output_mask = [want_input or want_target, want_weight, want_bias]
     dtype = checks.loss_dtype(target)
     if total is not None:
@@ -242,24 +242,18 @@ def _normal_form(
     )
 
 
-def _weighting(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    reduction: str,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor | None]:
+def _weighting(matrices: tuple[Any, ...], reduction: str) -> tuple[tuple[Any, ...], Tensor | None]:
     """The matrices as the kernels take them, and what sums by their weights are divided by; None: by nothing."""
+    input, weight, target, bias, samples = matrices
     total = None
     # The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
-    if sample_weight is not None and target.numel():
-        sample_weight, factor = beside_errors(sample_weight, input)
+    if samples is not None and target.numel():
+        samples, factor = beside_errors(samples, input)
         if reduction == "mean":
-            total = divisor(sample_weight, target, acc_dtype(input, target))
+            total = divisor(samples, target, acc_dtype(input, target))
         elif factor is not None:
             total = factor.reshape(()).reciprocal()
-    return (input, weight, target, bias, sample_weight), total
+    return (input, weight, target, bias, samples), total
 
 
 def _slope(count: int, reduction: str) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import checks
 from .checks import acc_dtype
 from .matmul import product, sum_to
-from .operator import Operator, autocast_cast, in_places, needs_derivative, uncast
+from .operator import Operator, autocast_cast, autocast_dtype, in_places, needs_derivative, uncast
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -304,9 +304,7 @@ def beside_errors(samples: Tensor, input: Tensor) -> tuple[Tensor, Tensor | None
     A loss is linear in them, so that no derivative sees by what they are divided. Ragged rows have one largest for all
     models: beside weights 10^6 times as large those of another lose digits.
     """
-    operand = input.dtype
-    if operand != torch.float64 and checks.autocast_enabled(input):
-        operand = torch.get_autocast_dtype(input.device.type)
+    operand = autocast_dtype(input) if checks.autocast_enabled(input) else input.dtype
     if operand != torch.float16:
         return samples, None
     wide = samples.to(acc_dtype(samples))

@@ -422,11 +422,14 @@ def without_autocast() -> Iterator[None]:
         _cast_at.reset(token)
 
 
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast takes ``tensor`` in: float64 as it is."""
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
+
+
 def autocast_cast(tensor: Any) -> Any:
-    """``tensor`` in the autocast dtype of its device; float64 and None as they are."""
-    if tensor is None or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    """``tensor`` in the autocast dtype of its device; None as it is."""
+    return None if tensor is None else tensor.to(autocast_dtype(tensor))
 
 
 def uncast(*args: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from gradkernels.checks import DTYPES as DTYPES
+from gradkernels.checks import in_float64
 from gradkernels.verify import tolerance
 from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
@@ -57,7 +58,7 @@ class Draws:
 
 def to_numpy(tensor: Tensor | None) -> np.ndarray | None:
     """The values as float64, exactly."""
-    return None if tensor is None else tensor.detach().cpu().double().numpy()
+    return None if tensor is None else in_float64(tensor).numpy()
 
 
 def exactly(tensor: Tensor | None) -> np.ndarray | None:

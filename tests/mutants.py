@@ -105,7 +105,7 @@ MUTANTS = (
         "if False:\n        return acc_dtype",
         "autocast",
     ),
-    Mutant("if tensor is None or tensor.dtype == torch.float64:", "if tensor is None:", "autocast"),
+    Mutant("return tensor.dtype if tensor.dtype == torch.float64 else", "return", "autocast"),
     Mutant("return [name in names and tensor is not None for", "return [name in names for", "linear_mse"),
     # The fused loss: its derivatives.
     Mutant("needed = (input or target, weight, bias)", "needed = (input, weight, bias)", "derivatives"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gradkernels.checks import in_float64
 from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
@@ -28,7 +29,7 @@ MEMINFO = Path("/proc/meminfo")
 def to_numpy(inputs: Any) -> Any:
     """Convert tensors, also in lists and tuples, to float64 arrays."""
     if isinstance(inputs, Tensor):
-        return inputs.detach().cpu().double().numpy()
+        return in_float64(inputs).numpy()
     return type(inputs)(map(to_numpy, inputs)) if isinstance(inputs, (list, tuple)) else inputs
 
 

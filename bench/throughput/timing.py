@@ -143,9 +143,8 @@ class CudaTimer(WallTimer):
         self.clock, self.least = time.perf_counter, 2e-3
         self.cuda, self.synchronize = cuda, cuda.synchronize
         self.cache_bytes = cuda.get_device_properties(device).L2_cache_size
-        if (
-            torch.version.hip
-        ):  # beside an L2 of 4 MB an MI300 has 256 MB of Infinity Cache, which no property tells
+        # Beside an L2 of 4 MB an MI300 has 256 MB of Infinity Cache, which no property tells.
+        if torch.version.hip:
             self.cache_bytes = max(self.cache_bytes, 1 << 28)
         self.flush = torch.empty(
             max(4 * self.cache_bytes, 1 << 28) if device.type == "cuda" else 1 << 10,

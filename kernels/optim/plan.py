@@ -100,8 +100,8 @@ class Plan:
         self.tensors = [*self.stepped, *(value for entry in entries for value in entry.state.values())]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.parts = partition(entries, models)
-        self.wrapped = any(local_part(param) is not param for param in params)
-        self.locals = _local_parts(params, self.values) if self.wrapped else []
+        wrapped = any(local_part(param) is not param for param in params)
+        self.locals = _local_parts(params, self.values) if wrapped else []
         updated = (p for p, none in zip(params, self.missing, strict=True) if not none)
         self.dtensors = [param for param in updated if local_part(param) is not param]
 
@@ -116,12 +116,12 @@ class Plan:
             or not (self.complete or [grad is None for grad in grads] == self.missing)
             or not _same(values := _values(state), self.values)
             # A DTensor that is moved keeps its identity, but has another tensor inside.
-            or (self.wrapped and not _same(_local_parts(params, values), self.locals))
+            or (self.locals and not _same(_local_parts(params, values), self.locals))
             or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
         ):
             return None
         live: Any = grads if self.complete else [grad for grad in grads if grad is not None]
-        if self.wrapped:
+        if self.locals:
             owners = [param for param, none in zip(params, self.missing, strict=True) if not none]
             live = [local_gradient(grad, param) for grad, param in zip(live, owners, strict=True)]
         # Addresses do not say what the gradients are, nor that a ``.data`` is another view of its memory.

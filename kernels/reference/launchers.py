@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import acc_dtype
+from ..checks import acc_dtype, in_float64
 from ..optim.bucket import AdamOptions, Bucket, Guard, Models, SGDOptions, Update
 from . import adam, linear_mse, matmul, mse, sgd
 from .precision import Array
@@ -19,8 +19,7 @@ State = dict[str, Array]
 
 
 def _array(tensor: Tensor) -> Array:
-    # In two steps: of a copy from MPS into float64 torch 2.14 writes nothing, and earlier versions raise.
-    return tensor.detach().cpu().double().numpy()
+    return in_float64(tensor).numpy()
 
 
 def _arrays(*tensors: Tensor | None) -> list[Any]:

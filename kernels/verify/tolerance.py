@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import in_float64
+
 DRAWS = 4
 
 
@@ -55,7 +57,7 @@ class Comparison:
 
 def exactly(tensor: Tensor) -> np.ndarray:
     """Return the values as input for a reference: in float64, or wider if they are float64 themselves."""
-    values = tensor.detach().cpu().double().numpy()
+    values = in_float64(tensor).numpy()
     return values.astype(np.longdouble) if tensor.dtype == torch.float64 else values
 
 

@@ -54,6 +54,24 @@ def judged(file: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> li
     return cases
 
 
+def edited(text: str, changes: dict[str, str]) -> str:
+    """A file's text with other passages, each of which stands there once."""
+    text = textwrap.dedent(text)
+    for old, new in changes.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    return text
+
+
+def assert_verdict(verdict: str, file: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verdict of a file with this text, one of whose faults, if it has any, says so."""
+    file.write_text(text)
+    cases = judged(file, monkeypatch)
+    assert v.of_file(cases) == verdict, cases
+    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
+    assert any(says in fault for fault in faults) or not says
+
+
 def command(
     file: Path | str, *arguments: str, environment: dict[str, str] | None = None
 ) -> tuple[int, str, str]:
@@ -207,16 +225,7 @@ RECTIFIERS = """
 def test_what_the_given_values_and_the_training_do_not_show(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "rectifier.py"
-    text = textwrap.dedent(RECTIFIERS)
-    for old, new in changes.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    file.write_text(text)
-    cases = judged(file, monkeypatch)
-    assert v.of_file(cases) == verdict, cases
-    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
-    assert any(says in fault for fault in faults) or not says
+    assert_verdict(verdict, tmp_path / "rectifier.py", edited(RECTIFIERS, changes), says, monkeypatch)
 
 
 ROWS = """
@@ -289,16 +298,7 @@ ROWS = """
 def test_strides_of_several_inputs_and_what_is_left_in_them(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "rows.py"
-    text = textwrap.dedent(ROWS)
-    for old, new in changes.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    file.write_text(text)
-    cases = judged(file, monkeypatch)
-    assert v.of_file(cases) == verdict, cases
-    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
-    assert any(says in fault for fault in faults) or not says
+    assert_verdict(verdict, tmp_path / "rows.py", edited(ROWS, changes), says, monkeypatch)
 
 
 NORM = """

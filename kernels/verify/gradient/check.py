@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import in_float64
 from .diagnosis import diagnose, diagnose_update
 from .function import Function, Gradient, MutationError, ShapeError, cast, is_real, slopes
 from .report import Diagnosis, GradientReport, InputReport
@@ -240,7 +241,7 @@ class _Check:
         value = self.native[index]
         first = rounds[0][position]
         count = value.numel()
-        gradient = np.zeros(tuple(value.shape)) if first is None else first.cpu().double().numpy()
+        gradient = np.zeros(tuple(value.shape)) if first is None else in_float64(first).numpy()
         elements = np.arange(count)
         if count > self.max_elements:
             chosen = np.random.default_rng(self.seed).choice(count, self.max_elements, replace=False)
@@ -323,7 +324,7 @@ class _Check:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.detach().cpu().double().numpy())
+    return np.asarray(in_float64(tensor).numpy())
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -335,10 +336,10 @@ def _stale(rounds: list[list[Tensor | None]], position: int, relative: float) ->
     first = rounds[0][position]
     if first is None or not first.isfinite().all():
         return None
-    one = first.cpu().double()
+    one = in_float64(first)
     scale = float(one.abs().max()) if one.numel() else 0.0
     for later in (r[position] for r in rounds[1:]):
-        two = torch.zeros_like(one) if later is None else later.cpu().double()
+        two = torch.zeros_like(one) if later is None else in_float64(later)
         gap = float((two - one).abs().max()) if one.numel() else 0.0
         if gap <= relative * scale:
             continue

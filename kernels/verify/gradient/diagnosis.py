@@ -50,6 +50,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...checks import in_float64
 from .function import is_real
 from .mistakes import constants, derivatives, paths
 from .report import Diagnosis
@@ -96,7 +97,7 @@ def _precision(suspect: Suspect) -> Diagnosis | None:
         return None
     if wide is None:
         return None
-    exact = wide.cpu().double().numpy().reshape(-1)[here.elements]
+    exact = in_float64(wide).numpy().reshape(-1)[here.elements]
     if not (np.abs(exact - here.numerical) <= suspect.tolerance).all():
         return None
     name = str(narrow).removeprefix("torch.")
@@ -266,7 +267,7 @@ def _transposed(suspect: Suspect) -> Diagnosis | None:
     for name, operand in zip(suspect.function.names, here.values, strict=True):
         if name == suspect.name or not is_real(operand) or operand.ndim != 2 or len(set(operand.shape)) != 1:
             continue
-        w = operand.detach().cpu().double().numpy()
+        w = in_float64(operand).numpy()
         if np.linalg.cond(w) > 1e4 or suspect.equal(w, w.T):
             continue
         # The true slope is e w^T and the wrong gradient e w, or the two swapped; likewise from the left.
@@ -307,7 +308,7 @@ def _scaled(suspect: Suspect, point: Point, i: int, left: np.ndarray, right: np.
     value = point.values[i]
     if not is_real(value) or not value.numel():
         return False
-    array = value.detach().cpu().double().numpy()
+    array = in_float64(value).numpy()
     for candidate in (array, array.T, array.reshape(-1)):
         if candidate.size == 1:
             candidate = candidate.reshape(())

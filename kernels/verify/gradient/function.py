@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import in_float64
+
 _SHAPE = re.compile(r"\[([\d, ]*)\]")  # in torch's message
 Gradient = Callable[..., Any] | Sequence[Any]
 
@@ -116,7 +118,7 @@ class Function:
     def flat(self, values: Sequence[Any]) -> Tensor:
         """Return all outputs at ``values`` in one float64 vector, without a graph."""
         with torch.no_grad():
-            return torch.cat([output.detach().cpu().double().reshape(-1) for output in self.outputs(values)])
+            return torch.cat([in_float64(output).reshape(-1) for output in self.outputs(values)])
 
     def analytic(self, values: Sequence[Any], cotangents: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Return the gradients of the checked inputs, up to three times: twice on one graph, once on another."""

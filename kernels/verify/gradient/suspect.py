@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import in_float64
 from .function import Function, is_real, slopes
 from .mistakes import Mistake
 from .report import Diagnosis
@@ -132,7 +133,7 @@ class Suspect:
             found = self.function.analytic(native, cotangents)[0][self.position]
             if found is None:
                 return []
-            full, weight = found.cpu().double().numpy(), weight_of(cotangents)
+            full, weight = in_float64(found).numpy(), weight_of(cotangents)
             numerical, _ = slopes(self.function, self._wide(native), self.index, elements, weight, self.step)
         except Exception:  # whatever a user's function raises at a point that it was not written for
             return []
@@ -183,4 +184,4 @@ class Suspect:
 
 def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
     """Return the cotangents as one float64 vector."""
-    return torch.cat([c.detach().cpu().double().reshape(-1) for c in cotangents])
+    return torch.cat([in_float64(c).reshape(-1) for c in cotangents])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ...checks import in_float64
 from .function import Function
 
 DETACHES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -215,7 +216,7 @@ class Tape(TorchDispatchMode):
             raise NotRecordedError(str(error)) from error
         flat = [torch.zeros_like(base) if gradient is None else gradient for gradient in found]
         return [
-            (name, gradient.cpu().double().reshape(-1).numpy())
+            (name, in_float64(gradient).reshape(-1).numpy())
             for (name, _), gradient in list(zip(leaves, flat, strict=True))[int(split) :]
         ]
 

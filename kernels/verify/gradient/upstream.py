@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...checks import in_float64
 from .function import Function
 from .report import Diagnosis
 
@@ -55,7 +56,7 @@ class Upstream:
 
         def array(found: list[Tensor | None]) -> np.ndarray:
             tensor = found[position]
-            return np.zeros_like(gradient) if tensor is None else tensor.cpu().double().numpy()
+            return np.zeros_like(gradient) if tensor is None else in_float64(tensor).numpy()
 
         zero = array(self.zero)
         if zero.any():  # NaN too
