@@ -67,6 +67,8 @@ PLANTS = (
     Plant("square", "BLOCK=64)\n        return y", "BLOCK=128)\n        return y.view(-1)", VALUE, "shape"),
     Plant("square", "        y = torch.empty_like(x)\n", "        y = torch.empty_like(x, dtype=torch.float64)\n", VALUE, "dtype"),
     Plant("square", "(triton.cdiv(x.numel(), 64),)](x, y, x", "(x.numel() // 64,)](x, y, x", UNSAFE, "unwritten"),
+    Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "grad_x = torch.empty_like(x)", UNSAFE, "loads grad_ptr"),
+    Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "assert grad.is_contiguous()\n        grad_x = torch.empty_like(x)", "verified"),
     # mse
     Plant("mse", "tl.sum(part, axis=0) / n)", "tl.sum(part, axis=0))", VALUE),
     Plant("mse", "    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)", "    x = tl.load(x_ptr + offs, mask=offs < n, other=1.0)", VALUE),
@@ -99,6 +101,7 @@ PLANTS = (
     Plant("layer_norm", "        return grad_x, grad_w, grad_b", "        return grad_x, grad_w, None", GRADIENT, "no gradient reaches input 2"),
     Plant("layer_norm", "sum_w = tl.zeros((BLOCK,), tl.float32)", "sum_w = tl.load(grad_w_ptr + cols, mask=mask)", UNSAFE, "unwritten"),
     Plant("layer_norm", "rstd = 1 / tl.sqrt(tl.sum(d * d, axis=0) / n + eps)", "rstd = 1 / (tl.sqrt(tl.sum(d * d, axis=0) / n) + eps)", VALUE),
+    Plant("layer_norm", "        grad = grad.contiguous()\n", "", UNSAFE, "loads grad_ptr"),
     # matmul
     Plant("matmul", "for start in range(0, k, TK)", "for start in range(0, k - TK + 1, TK)", VALUE),
     Plant("matmul", "mask=(rows[:, None] < m) & (inner[None, :] < k),", "mask=(rows[:, None] < m),", UNSAFE, "a_ptr"),

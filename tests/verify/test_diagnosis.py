@@ -52,6 +52,9 @@ UPSTREAM = {
     ),
     "rows": (lambda p, t: (p * t).sum(1), lambda g, p, t: (t.clone(), None), "multiplied"),
     "added": (lambda p, t: (p * t).sum(), lambda g, p, t: (t * (g - 1) + t, None), None),
+    "strides": (
+        lambda p, t: p * t, lambda g, p, t: (t * g.as_strided(p.shape, p.stride()), None), "y.sum() and y.T",
+    ),
 }  # fmt: skip
 
 
@@ -81,6 +84,16 @@ def test_the_upstream_gradient_of_one_output_of_two():
         (randn(4).requires_grad_(), randn(4, seed=1)),
     )
     assert report, report
+
+
+def test_a_backward_may_refuse_a_strided_upstream_gradient():
+    def backward(g, x):
+        assert g.is_contiguous()
+        return 2 * x * g
+
+    report = gradcheck(function(torch.square, backward), randn(4, 3).requires_grad_())
+    assert report, report
+    assert "strided ones, which the function refuses (AssertionError)" in str(report.tried)
 
 
 def test_differences_that_fail_are_not_blamed_on_the_upstream_gradient():

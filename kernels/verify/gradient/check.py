@@ -38,8 +38,8 @@ def gradcheck(
     computed in the inputs' own dtypes. An output that is no scalar is weighted with seeded random numbers.
     The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where ``rounding`` is
     what the dtype's ``eps`` does to the function's value and, through its curvature, to the gradient. The gradient of
-    autograd has to be linear in the upstream gradient as well: the check takes it for zero, and with the upstream
-    gradient of each output scaled and left out.
+    autograd has to be linear in the upstream gradient as well: the check takes it for zero, with the upstream
+    gradient of each output scaled and left out, and with the same upstream gradients in strided memory.
 
     Args:
         fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or a tuple,
@@ -163,7 +163,9 @@ class _Check:
                 return self._report([], [mutated])
             if function.gradient is None:
                 self.upstream = Upstream.of(function, self.native, self.cotangents)
-                self.tried.append("upstream gradients of zero, and each output's times -2")
+                self.tried.append("upstream gradients of zero, each output's times -2, and strided ones")
+                if (refusal := self.upstream.refusal) is not None:
+                    self.tried[-1] += f", which the function refuses ({type(refusal).__name__})"
         except ShapeError as error:
             return self._report([], [self._misshapen(error)])
         except MutationError as error:

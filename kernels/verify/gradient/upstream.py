@@ -1,10 +1,14 @@
-"""Whether a backward is linear in its upstream gradient: zero, each output's left out, each output's scaled."""
+"""Whether a backward serves any upstream gradient: zero, each output's left out or scaled, strided ones.
+
+It has to be linear in them, and to read them by their own strides: ``y.sum()`` hands over one number with strides of 0.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ...checks import in_float64
@@ -14,6 +18,26 @@ from .report import Diagnosis
 # Powers of two, so that nothing rounds. The second serves where the first overflows.
 SCALES = (-2.0, -0.5)
 IGNORED = "not multiplied by grad_output"
+STRIDES = "strides of grad_output"
+GAP = 3  # elements after each row of a strided tensor
+
+
+def strided(value: Tensor, place: int = 0) -> Tensor:
+    """Return a copy with gaps in every dimension, of NaN, so that no two strides are those of a dense tensor.
+
+    Args:
+        value: a tensor of floating-point numbers.
+        place: tensors of other places get other gaps.
+    """
+    if not value.ndim:
+        return value.clone()
+    *outer, last = value.shape
+    step, gap = 2 + place, GAP + place
+    memory = torch.full([*(size + gap for size in outer), step * last], float("nan")).to(value)
+    memory = memory[..., ::step]
+    for dim, size in enumerate(outer):
+        memory = memory.narrow(dim, 0, size)
+    return memory.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -24,11 +48,15 @@ class Upstream:
         zero: under zero for every output.
         without: per output, under zero for this one.
         scaled: per scale and output, under this one's times the scale.
+        strided: under the same numbers in other memory; empty where none has several elements.
+        refusal: what the function raised there, in which case there is nothing to compare.
     """
 
     zero: list[Tensor | None]
     without: list[list[Tensor | None]]
     scaled: dict[float, list[list[Tensor | None]]]
+    strided: list[Tensor | None]
+    refusal: Exception | None
 
     @staticmethod
     def of(function: Function, values: Sequence[Any], cotangents: Sequence[Tensor]) -> "Upstream":
@@ -41,10 +69,21 @@ class Upstream:
             return [pulled([scale if i == k else 1.0 for i in range(count)]) for k in range(count)]
 
         zero = pulled([0.0] * count)
-        return Upstream(zero, [zero] if count == 1 else one(0.0), {scale: one(scale) for scale in SCALES})
+        without = [zero] if count == 1 else one(0.0)
+        scaled = {scale: one(scale) for scale in SCALES}
+        elsewhere: list[Tensor | None] = []
+        refusal = None
+        if any(cotangent.numel() > 1 for cotangent in cotangents):
+            try:
+                elsewhere = function.pullback(
+                    values, [strided(c, place) for place, c in enumerate(cotangents)]
+                )
+            except Exception as error:
+                refusal = error
+        return Upstream(zero, without, scaled, elsewhere, refusal)
 
     def fault(self, position: int, gradient: np.ndarray, allowed: float) -> Diagnosis | None:
-        """How the gradient of a checked input depends on the upstream gradient, if not linearly.
+        """How the gradient of a checked input depends on the upstream gradient, if not as it has to.
 
         Args:
             position: which of the checked inputs.
@@ -80,6 +119,12 @@ class Upstream:
             else:
                 which = f" of output {k}" if len(self.without) > 1 else ""
                 return _nonlinear(base, change, scale, which, 4 * allowed)
+        if self.strided and not np.abs(array(self.strided) - gradient).max() <= 4 * allowed:
+            return Diagnosis(
+                STRIDES,
+                "the same grad_output in strided memory gives another gradient: the backward reads it by other strides "
+                "than its own; y.sum() and y.T hand over such memory, grad_output.contiguous() makes it dense",
+            )
         return None
 
 

@@ -61,6 +61,7 @@ class _Examination:
         self.shape, self.dtype = shape, dtype
         self.values: list[Any] = []
         self.configurations, self.count, self.stochastic, self.named = 1, 0, False, False
+        self.several = False  # elements of an output that gradients come back from
 
     def run(self) -> Iterator[Case]:
         """Yield the case of the given inputs, then those of the derived ones."""
@@ -96,7 +97,7 @@ class _Examination:
             if time.monotonic() + each > self.options.deadline:
                 yield self._case(point, v.NOT_JUDGED, "no time was left for it", refusal=True)
                 continue
-            if huge and point.label.startswith("huge"):
+            if (huge and point.label.startswith("huge")) or (point.placed and not self.several):
                 continue
             case = self._judge(point)
             if case is not None:
@@ -203,7 +204,8 @@ class _Examination:
         ) -> Outcome:
             if self.stochastic:
                 seed_all(self.options.seed)
-            outcome, error = watched(self.subject, leaves_of(values, wanted), wanted, configuration, zeroed)
+            leaves = leaves_of(values, wanted)
+            outcome, error = watched(self.subject, leaves, wanted, configuration, zeroed, point.placed)
             if error is not None:
                 raise _FaultyError(outcome) if harmful(outcome.memory) else _RefusedError(error)
             return outcome
@@ -215,6 +217,7 @@ class _Examination:
                 return
             if not first.outputs:
                 raise _RefusedError(TypeError("it returned no tensor"))
+            self.several |= bool(first.gradients) and any(o.numel() > 1 for o in first.outputs if is_real(o))
             if first.mutated and (truth is None or not truth.native.mutated):
                 yield Finding(v.MUTATED, first.mutated)
             if full and not self.stochastic:
@@ -245,6 +248,7 @@ class _Examination:
             differenced = (
                 truth.finite and not meant and all(bool(point.values[i].isfinite().all()) for i in wanted)
             )
+            differenced &= point.placed is None  # finite differences know nothing of it
             if wanted and first.attached and fits and differenced and (full or (wrong and not self.named)):
                 self.named = bool(wrong)
                 named = self._diagnosis(point, wanted, ELEMENTS)

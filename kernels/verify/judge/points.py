@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..gradient.function import is_real
+from ..gradient.upstream import strided
 from .subject import LARGE
 
 LARGEST = 1 << 20  # elements of a derived input
@@ -25,12 +26,14 @@ class Point:
     Attributes:
         label: what distinguishes them; empty for the given ones.
         values: the inputs, the parameters after them.
-        kind: "given", "shape", "empty", "layout", "scale" or "zeros".
+        kind: "given", "shape", "empty", "layout", "upstream", "scale" or "zeros".
+        placed: copies an upstream gradient, given its output's place, to where it shall lie; None leaves it dense.
     """
 
     label: str
     values: list[Any]
     kind: str
+    placed: Callable[[Tensor, int], Tensor] | None = None
 
 
 def smaller(values: Sequence[Any], arguments: int, reference: bool) -> Point | None:
@@ -71,6 +74,7 @@ def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
         reference: whether there is a reference, that tells a shape that makes no sense.
     """
     yield from _layouts(values, arguments)
+    yield Point("strided upstream gradients", list(values), "upstream", strided)
     yield from _scales(values, arguments)
     yield from _shapes(values, arguments, reference)
 

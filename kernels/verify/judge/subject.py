@@ -81,7 +81,7 @@ def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
 
 
 def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
-    """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``."""
+    """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``, in dense memory."""
     generator = torch.Generator().manual_seed(7 + place)
     return torch.randn(output.shape, generator=generator).to(narrow.dtype).to(output)
 
@@ -91,6 +91,7 @@ def call(
     leaves: Sequence[Any],
     wanted: Sequence[int],
     narrow: Sequence[Tensor] | None = None,
+    placed: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Outcome:
     """Call the subject, and its backward for the values at ``wanted``; no exception is caught.
 
@@ -101,11 +102,12 @@ def call(
         leaves: its arguments.
         wanted: which of them get gradients.
         narrow: the outputs of the same call in the inputs' own dtypes, to which upstream gradients are rounded.
+        placed: copies the upstream gradient of an output, whose place it gets too, to where it shall lie in memory.
     """
     memory = {i: _bytes(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     before = {i: content.clone() for i, content in memory.items()}
     try:
-        return _called(subject, leaves, wanted, narrow, before)
+        return _called(subject, leaves, wanted, narrow, placed, before)
     finally:
         for i, content in before.items():
             if not torch.equal(memory[i], content):
@@ -117,6 +119,7 @@ def _called(
     leaves: Sequence[Any],
     wanted: Sequence[int],
     narrow: Sequence[Tensor] | None,
+    placed: Callable[[Tensor, int], Tensor] | None,
     before: dict[int, Tensor],
 ) -> Outcome:
     outcome = Outcome()
@@ -132,6 +135,8 @@ def _called(
     if not roots or not wanted:
         return outcome
     given = [_upstream(o, i, (narrow or outcome.live)[i]) for i, o in roots]
+    if placed is not None:
+        given = [placed(tensor, place) for place, tensor in enumerate(given)]
     kept = [tensor.clone() for tensor in given]
     found = torch.autograd.grad([o for _, o in roots], [leaves[i] for i in wanted], given, allow_unused=True)
     outcome.blank += [_blank(g) for g in found if g is not None]
@@ -150,6 +155,7 @@ def watched(
     wanted: Sequence[int],
     configuration: int = 0,
     zeroed: bool = False,
+    placed: Callable[[Tensor, int], Tensor] | None = None,
 ) -> tuple[Outcome, Exception | None]:
     """Call the subject under the memory checker; unwritten memory holds marks, or zeros.
 
@@ -163,7 +169,7 @@ def watched(
         byte = 0 if zeroed else None
     with checked as report, filled(byte):
         try:
-            outcome = call(subject, leaves, wanted)
+            outcome = call(subject, leaves, wanted, placed=placed)
         except Exception as error:
             failure = error
     outcome.memory = report
