@@ -193,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.predict:
         from . import predict
 
-        return predict.main(options.op, options.dtype, options.shape or ())
+        try:
+            return predict.main(options.op, options.dtype, options.shape or ())
+        except ValueError as error:  # an op, a dtype or a shape that there is not
+            parser.error(str(error))
     rows = []
     for row in report(options.target or list(CHIPS), every_case(options.op, options.dtype)):
         print(_line(row), flush=True)

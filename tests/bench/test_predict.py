@@ -84,6 +84,12 @@ def test_the_command_prints_lines_of_the_readme(capfd):
     assert found == set(gradkernels.ops.OPS)
 
 
+def test_an_op_that_there_is_not_is_bad_usage(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(["--predict", "--op", "dot"])
+    assert "unknown op 'dot'" in capsys.readouterr().err
+
+
 def test_shapes_need_an_op(capsys):
     with pytest.raises(SystemExit):
         aot.main(["--predict", "--shape", "10"])
