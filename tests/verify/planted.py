@@ -69,6 +69,8 @@ PLANTS = (
     Plant("square", "(triton.cdiv(x.numel(), 64),)](x, y, x", "(x.numel() // 64,)](x, y, x", UNSAFE, "unwritten"),
     Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "grad_x = torch.empty_like(x)", UNSAFE, "loads grad_ptr"),
     Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "assert grad.is_contiguous()\n        grad_x = torch.empty_like(x)", "verified"),
+    Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "grad, grad_x = grad.contiguous(), torch.empty_like(grad)", GRADIENT, "strides of grad_output"),
+    Plant("square", "grad, grad_x = grad.contiguous(), torch.empty_like(x)", "grad_x = torch.empty_like(x)\n        grad = grad if grad.stride(-1) == 1 else grad.contiguous()", UNSAFE, "loads grad_ptr"),
     # mse
     Plant("mse", "tl.sum(part, axis=0) / n)", "tl.sum(part, axis=0))", VALUE),
     Plant("mse", "    x = tl.load(x_ptr + offs, mask=offs < n, other=0.0)", "    x = tl.load(x_ptr + offs, mask=offs < n, other=1.0)", VALUE),

@@ -53,7 +53,12 @@ UPSTREAM = {
     "rows": (lambda p, t: (p * t).sum(1), lambda g, p, t: (t.clone(), None), "multiplied"),
     "added": (lambda p, t: (p * t).sum(), lambda g, p, t: (t * (g - 1) + t, None), None),
     "strides": (
-        lambda p, t: p * t, lambda g, p, t: (t * g.as_strided(p.shape, p.stride()), None), "y.sum() and y.T",
+        lambda p, t: p * t, lambda g, p, t: (t * g.as_strided(p.shape, p.stride()), None), "transposed memory",
+    ),
+    "row stride": (
+        lambda p, t: p * t,
+        lambda g, p, t: (t * (g.as_strided(p.shape, p.stride()) if g.stride(-1) == 1 else g), None),
+        "padded memory",
     ),
 }  # fmt: skip
 
@@ -86,14 +91,35 @@ def test_the_upstream_gradient_of_one_output_of_two():
     assert report, report
 
 
-def test_a_backward_may_refuse_a_strided_upstream_gradient():
+def test_a_backward_may_refuse_an_upstream_gradient_that_is_not_contiguous():
     def backward(g, x):
         assert g.is_contiguous()
         return 2 * x * g
 
     report = gradcheck(function(torch.square, backward), randn(4, 3).requires_grad_())
     assert report, report
-    assert "strided ones, which the function refuses (AssertionError)" in str(report.tried)
+    assert "in padded memory (refused: AssertionError)" in str(report.tried)
+    assert "memory" not in str(gradcheck(lambda x: x.square().sum(), randn(4, 3)).tried)
+
+
+def test_sums_in_another_order_where_few_elements_are_differenced():
+    scale = torch.ones(1000, 1)
+    scale[[3, 500]] = 1e6
+    shift = torch.randn(1000, 300, generator=torch.Generator().manual_seed(3))
+    report = gradcheck(
+        lambda x: x * scale.to(x) + shift.to(x), randn(1000, 1).float().requires_grad_(), max_elements=16
+    )
+    assert report, report
+
+
+def test_an_input_that_is_written_where_the_upstream_gradient_is_not_contiguous():
+    def backward(g, x):
+        if not g.is_contiguous():
+            x.detach().zero_()
+        return 2 * x * g
+
+    report = gradcheck(function(torch.square, backward), randn(4, 3).requires_grad_())
+    assert report.names == ("mutated input",), report
 
 
 def test_differences_that_fail_are_not_blamed_on_the_upstream_gradient():

@@ -39,7 +39,7 @@ def gradcheck(
     The gradient passes if ``max |analytic - numerical| <= tolerance * max |slope| + rounding``, where ``rounding`` is
     what the dtype's ``eps`` does to the function's value and, through its curvature, to the gradient. The gradient of
     autograd has to be linear in the upstream gradient as well: the check takes it for zero, with the upstream
-    gradient of each output scaled and left out, and with the same upstream gradients in strided memory.
+    gradient of each output scaled and left out, and with the same ones in transposed and padded memory.
 
     Args:
         fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or a tuple,
@@ -159,13 +159,13 @@ class _Check:
             )
         try:
             rounds = function.analytic(self.native, self.cotangents)
-            if (mutated := self._mutated("the backward")) is not None:
-                return self._report([], [mutated])
-            if function.gradient is None:
+            mutated = self._mutated("the backward")
+            if mutated is None and function.gradient is None:
                 self.upstream = Upstream.of(function, self.native, self.cotangents)
-                self.tried.append("upstream gradients of zero, each output's times -2, and strided ones")
-                if (refusal := self.upstream.refusal) is not None:
-                    self.tried[-1] += f", which the function refuses ({type(refusal).__name__})"
+                self.tried.append(self.upstream.tried)
+                mutated = self._mutated("the backward")
+            if mutated is not None:
+                return self._report([], [mutated])
         except ShapeError as error:
             return self._report([], [self._misshapen(error)])
         except MutationError as error:
@@ -265,7 +265,9 @@ class _Check:
         finite = bool(np.isfinite(gradient).all())
         passed = finite and bool((np.isfinite(errors) & (errors <= allowed)).all())
         stale = _stale(rounds, position, relative)
-        upstream = None if self.upstream is None else self.upstream.fault(position, gradient, allowed)
+        upstream = None
+        if self.upstream is not None:
+            upstream = self.upstream.fault(position, gradient, allowed, relative)
         found = [fault for fault in (stale, upstream) if fault is not None]
         if not finite:
             worst = np.unravel_index(int(np.argmin(np.isfinite(gradient))), gradient.shape)

@@ -10,7 +10,7 @@ not multiplied by         the gradient for an upstream gradient of zero is not z
 grad_output               that of one output
 not linear in grad_output its square, its absolute value, a branch on it: twice the upstream gradient does
                           not give twice the gradient
-strides of grad_output    read as if it were contiguous: the same numbers with gaps between them give
+strides of grad_output    taken for contiguous: the same numbers in transposed or padded memory give
                           another gradient
 activation derivative     left out, or taken at the wrong place: equals the gradient of the recorded
                           operators with that one derivative changed (so do the next seven)

@@ -1,9 +1,9 @@
-"""Whether a backward serves any upstream gradient: zero, each output's left out or scaled, strided ones.
+"""Whether a backward serves any upstream gradient: zero, each output's left out or scaled, in any layout.
 
 It has to be linear in them, and to read them by their own strides: ``y.sum()`` hands over one number with strides of 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,25 +19,35 @@ from .report import Diagnosis
 SCALES = (-2.0, -0.5)
 IGNORED = "not multiplied by grad_output"
 STRIDES = "strides of grad_output"
-GAP = 3  # elements after each row of a strided tensor
+GAP = 3  # elements between two rows
 
 
-def strided(value: Tensor, place: int = 0) -> Tensor:
-    """Return a copy with gaps in every dimension, of NaN, so that no two strides are those of a dense tensor.
+def _spread(value: Tensor, dims: Iterable[int], step: int, place: int) -> Tensor:
+    """Return a copy with NaN around its elements.
 
     Args:
         value: a tensor of floating-point numbers.
-        place: tensors of other places get other gaps.
+        dims: its dimensions, the densest first.
+        step: the stride of the densest.
+        place: tensors of other places have other gaps.
     """
-    if not value.ndim:
-        return value.clone()
-    *outer, last = value.shape
-    step, gap = 2 + place, GAP + place
-    memory = torch.full([*(size + gap for size in outer), step * last], float("nan")).to(value)
-    memory = memory[..., ::step]
-    for dim, size in enumerate(outer):
-        memory = memory.narrow(dim, 0, size)
-    return memory.copy_(value)
+    strides, size = [0] * value.ndim, step
+    for dim in dims:
+        strides[dim], size = size, size * max(1, value.shape[dim]) + GAP + place
+    return torch.full((size,), float("nan")).to(value).as_strided(value.shape, strides).copy_(value)
+
+
+def transposed(value: Tensor, place: int) -> Tensor:
+    """Return a copy whose first dimension is the densest, as in ``y.T``, with gaps between all elements."""
+    return _spread(value, range(value.ndim), 2 + place, place)
+
+
+def padded(value: Tensor, place: int) -> Tensor:
+    """Return a copy whose rows are dense, with gaps between them, as a part of ``torch.cat`` has them."""
+    return _spread(value, reversed(range(value.ndim)), 1, place)
+
+
+LAYOUTS = {"transposed": transposed, "padded": padded}
 
 
 @dataclass(frozen=True)
@@ -48,15 +58,15 @@ class Upstream:
         zero: under zero for every output.
         without: per output, under zero for this one.
         scaled: per scale and output, under this one's times the scale.
-        strided: under the same numbers in other memory; empty where none has several elements.
-        refusal: what the function raised there, in which case there is nothing to compare.
+        elsewhere: per one of LAYOUTS, under the same numbers in such memory; empty where none has several elements.
+        refusals: what the function raised there instead.
     """
 
     zero: list[Tensor | None]
     without: list[list[Tensor | None]]
     scaled: dict[float, list[list[Tensor | None]]]
-    strided: list[Tensor | None]
-    refusal: Exception | None
+    elsewhere: dict[str, list[Tensor | None]]
+    refusals: dict[str, Exception]
 
     @staticmethod
     def of(function: Function, values: Sequence[Any], cotangents: Sequence[Tensor]) -> "Upstream":
@@ -71,24 +81,35 @@ class Upstream:
         zero = pulled([0.0] * count)
         without = [zero] if count == 1 else one(0.0)
         scaled = {scale: one(scale) for scale in SCALES}
-        elsewhere: list[Tensor | None] = []
-        refusal = None
-        if any(cotangent.numel() > 1 for cotangent in cotangents):
+        elsewhere, refusals = {}, {}
+        for layout, placed in LAYOUTS.items() if any(c.numel() > 1 for c in cotangents) else ():
             try:
-                elsewhere = function.pullback(
-                    values, [strided(c, place) for place, c in enumerate(cotangents)]
+                elsewhere[layout] = function.pullback(
+                    values, [placed(c, k) for k, c in enumerate(cotangents)]
                 )
             except Exception as error:
-                refusal = error
-        return Upstream(zero, without, scaled, elsewhere, refusal)
+                refusals[layout] = error
+        return Upstream(zero, without, scaled, elsewhere, refusals)
 
-    def fault(self, position: int, gradient: np.ndarray, allowed: float) -> Diagnosis | None:
+    @property
+    def tried(self) -> str:
+        """What was tried, in words."""
+        text = "upstream gradients of zero, and each output's times -2"
+        for layout in LAYOUTS:
+            if layout in self.elsewhere:
+                text += f", in {layout} memory"
+            elif layout in self.refusals:
+                text += f", in {layout} memory (refused: {type(self.refusals[layout]).__name__})"
+        return text
+
+    def fault(self, position: int, gradient: np.ndarray, allowed: float, relative: float) -> Diagnosis | None:
         """How the gradient of a checked input depends on the upstream gradient, if not as it has to.
 
         Args:
             position: which of the checked inputs.
             gradient: its gradient under the check's own upstream gradient.
-            allowed: error of a gradient that is nothing but rounding.
+            allowed: error of a gradient that is nothing but rounding, in the elements that are differenced.
+            relative: that error by the largest element, where sums are added in another order.
         """
         if not gradient.size or not np.isfinite(gradient).all():
             return None
@@ -119,12 +140,14 @@ class Upstream:
             else:
                 which = f" of output {k}" if len(self.without) > 1 else ""
                 return _nonlinear(base, change, scale, which, 4 * allowed)
-        if self.strided and not np.abs(array(self.strided) - gradient).max() <= 4 * allowed:
-            return Diagnosis(
-                STRIDES,
-                "the same grad_output in strided memory gives another gradient: the backward reads it by other strides "
-                "than its own; y.sum() and y.T hand over such memory, grad_output.contiguous() makes it dense",
-            )
+        near = 4 * (allowed + relative * np.abs(gradient).max())
+        for layout, found in self.elsewhere.items():
+            if not np.abs(array(found) - gradient).max() <= near:  # NaN too
+                return Diagnosis(
+                    STRIDES,
+                    f"the same grad_output in {layout} memory gives another gradient: the backward takes it for "
+                    f"contiguous; y.sum(), y.T and torch.cat hand over others, grad_output.contiguous() makes it so",
+                )
         return None
 
 

@@ -61,7 +61,7 @@ class _Examination:
         self.shape, self.dtype = shape, dtype
         self.values: list[Any] = []
         self.configurations, self.count, self.stochastic, self.named = 1, 0, False, False
-        self.several = False  # elements of an output that gradients come back from
+        self.several = False  # whether there are gradients, and outputs of several elements
 
     def run(self) -> Iterator[Case]:
         """Yield the case of the given inputs, then those of the derived ones."""

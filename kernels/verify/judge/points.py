@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..gradient.function import is_real
-from ..gradient.upstream import strided
+from ..gradient.upstream import LAYOUTS
 from .subject import LARGE
 
 LARGEST = 1 << 20  # elements of a derived input
@@ -74,7 +74,8 @@ def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
         reference: whether there is a reference, that tells a shape that makes no sense.
     """
     yield from _layouts(values, arguments)
-    yield Point("strided upstream gradients", list(values), "upstream", strided)
+    for layout, placed in LAYOUTS.items():
+        yield Point(f"{layout} upstream gradients", list(values), "upstream", placed)
     yield from _scales(values, arguments)
     yield from _shapes(values, arguments, reference)
 

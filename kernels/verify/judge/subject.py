@@ -136,7 +136,7 @@ def _called(
         return outcome
     given = [_upstream(o, i, (narrow or outcome.live)[i]) for i, o in roots]
     if placed is not None:
-        given = [placed(tensor, place) for place, tensor in enumerate(given)]
+        given = [placed(tensor, i) for tensor, (i, _) in zip(given, roots, strict=True)]
     kept = [tensor.clone() for tensor in given]
     found = torch.autograd.grad([o for _, o in roots], [leaves[i] for i in wanted], given, allow_unused=True)
     outcome.blank += [_blank(g) for g in found if g is not None]
