@@ -222,7 +222,8 @@ def _run_batch(
         grads.replace(torch.div, decision.scale)
         grads.write_back()
     if decision.clips and divides:
-        scale = (1 / torch.as_tensor(decision.clip)).float()
+        device = bucket.params[0].device
+        scale = 1 / torch.as_tensor(decision.clip, dtype=torch.float32, device=device)
     if decision.clips and grads.values is grads.narrow:
         grads.values = _clipped(bucket, tuple(chunks), grads.values, None if divides else decision.clip)
     elif decision.clips and not divides:

@@ -128,7 +128,8 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
         grads = torch._foreach_add(grads, params, alpha=decay)
     if buffers:
         # A bare number would be rounded to the buffers' dtype, which Tensor.mul_ does not do.
-        torch._foreach_mul_(buffers, torch.tensor(options.momentum, dtype=acc_dtype(buffers[0])))
+        momentum = buffers[0].new_tensor(options.momentum, dtype=acc_dtype(buffers[0]))
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads, alpha=1 - options.dampening)
         grads = (
             torch._foreach_add(grads, buffers, alpha=float(options.momentum)) if options.nesterov else buffers

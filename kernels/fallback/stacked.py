@@ -318,7 +318,8 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
         matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
         views = [{key: block.of(matrix) for key, matrix in matrices.items()} for block in blocks]
         starts = [block.of(_matrix(param, models.B)) for block in blocks]
-        known = bucket.memory[f"fused {i}"] = list(zip(blocks, starts, views, strict=True)), torch.zeros(())
+        count = torch.zeros((), dtype=torch.float32, device=param.device)
+        known = bucket.memory[f"fused {i}"] = list(zip(blocks, starts, views, strict=True)), count
     parts, count = known
     grad = _matrix(bucket.grads[i], models.B)
     rate = _rate(options.lr, models, param.dtype)

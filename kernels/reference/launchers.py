@@ -355,7 +355,7 @@ def _step(
 
 def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models, out: Tensor) -> None:
     for b in range(models.B):
-        out[:, b] = torch.tensor([np.nan, 0.0])
+        out[:, b] = out.new_tensor([np.nan, 0.0])
         if _is_active(models, b):
             grad_norm(_model(bucket, b), grad_scale, out[:, b])
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradkernels import use_backend
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -308,6 +309,36 @@ def test_step_has_the_dtype_that_torch_gives_it(name: str, default: torch.dtype,
         steps.append(optimizer.state[parameters(optimizer)[0]]["step"])
     assert steps[0] == steps[1] == 3
     assert steps[0].dtype == steps[1].dtype
+
+
+@pytest.mark.unwatched  # as tests/ops/test_corners.py says
+@pytest.mark.parametrize(
+    ("backend", "dtype", "options"),
+    [
+        ("fallback", torch.bfloat16, {"max_norm": 0.3}),
+        ("fallback", torch.float32, {"stacked": True}),
+        ("reference", torch.float32, {"stacked": True, "max_norm": 0.3}),
+    ],
+    ids=str,
+)
+def test_another_default_device_and_dtype(
+    name: str, backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    usual = ours_for(name)(make_params(((5, 3), (5,)), dtype), **FULL_OPTIONS[name], **options)
+    other = copy.deepcopy(usual)
+    gradients = some_gradients(usual, 3)
+    before = torch.get_default_dtype()
+    with use_backend(backend):
+        run(usual, gradients)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("meta"):
+                run(other, gradients)
+        finally:
+            torch.set_default_dtype(before)
+    for one, two in zip(parameters(usual), parameters(other), strict=True):
+        assert torch.equal(one, two)
+        assert two.device.type == "cpu"
 
 
 @cases_on_both_backends("amsgrad", [(False,), (True,)], lambda amsgrad: amsgrad)
