@@ -136,11 +136,10 @@ class _Sums:
 
     def add(self, part: Tensor, values: Tensor) -> None:
         """Add ``values`` up to ``part``, a block of ``parts``."""
-        values = values.sum_to_size(part.shape)
         if self.parts.numel() == 1:
-            self._alone.append(values.clone())  # of one element they may be the next block's memory
+            self._alone.append(values.sum())  # of any shape: contiguous blocks have one dimension
         else:
-            part += values
+            part += values.sum_to_size(part.shape)
 
     def result(self) -> Tensor:
         if self._alone:

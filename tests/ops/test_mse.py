@@ -89,6 +89,18 @@ def test_the_fallback_in_blocks(
     check(Case("mse_loss", dict.fromkeys(names, x.shape), {"reduction": reduction}), dtype, x.device)
 
 
+@pytest.mark.parametrize("weight", [None, (), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=label)
+def test_loss_and_grad_of_one_element_in_two_dimensions(
+    backend: str, device: torch.device, dtype: torch.dtype, weight: tuple[int, ...] | None
+) -> None:
+    input, target = (torch.full((1, 1), value, dtype=dtype, device=device) for value in (4.0, 1.0))
+    weights = None if weight is None else torch.full(weight, 2.0, dtype=dtype, device=device)
+    loss, (gradient, _, _) = mse_loss_and_grad(input, target, weight=weights)
+    assert loss == 9
+    assert gradient.tolist() == [[6.0]]
+
+
 def test_loss_and_grad_pays_no_heed_to_requires_grad(backend: str, device: torch.device) -> None:
     input = torch.randn(5, device=device, requires_grad=True)
     loss, (grad_input, grad_target, _) = mse_loss_and_grad(input, torch.zeros_like(input), wrt="target")
