@@ -76,6 +76,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
     __tracebackhide__ = True
     watch = _watch(item)
+    watch.reports.clear()  # of a run before, where a plugin runs a test again
     watch.start()
     try:
         result = yield

@@ -343,6 +343,7 @@ def cuda_on_cpu() -> Iterator[None]:
         _autocast(put)
         if importlib.util.find_spec("triton") is not None:
             import triton
+            import triton.language.extra.cuda.libdevice
             import triton.language.extra.libdevice
             import triton.runtime.interpreter as interpreter
 
@@ -354,8 +355,10 @@ def cuda_on_cpu() -> Iterator[None]:
             for name, operands in {"binary_op": 2, "unary_op": 1}.items():
                 put(builder, name, arithmetic(getattr(builder, name), operands))
             put(interpreter.ReduceOps, "sum", total(interpreter.ReduceOps.sum))
+            extra = triton.language.extra
             for name, function in functions():
-                put(triton.language.extra.libdevice, name, function)
+                for library in (extra.libdevice, extra.cuda.libdevice):  # kernels import either
+                    put(library, name, function)
             for name in ("do_bench", "do_bench_cudagraph"):
                 put(triton.testing, name, _once)
             put(triton.testing.Mark, "run", _giving(None))

@@ -28,14 +28,17 @@ _OTHERS: dict[str, Callable[..., torch.Tensor]] = {
     "rint": torch.round,
     "nearbyint": torch.round,
     "remainder": _remainder,
+    "finitef": torch.isfinite,
+    "isfinited": torch.isfinite,
 }
 
 
 def _named(name: str) -> Callable[..., torch.Tensor] | None:
-    """Return torch's function of this name; names of the fast variants lose their affixes."""
+    """Return torch's function of this name; names of the fast variants, and of rounding to nearest, lose affixes."""
     bare = name.removeprefix("fast_")
     if bare != name:
         bare = bare.removesuffix("f")
+    bare = bare.removesuffix("_rn")
     return _OTHERS.get(name) or getattr(torch, bare, None) or getattr(torch.special, bare, None)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl  # noqa: E402
 from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
+from triton.language.extra.cuda import libdevice as cuda_libdevice  # noqa: E402
 
 pytestmark = [
     pytest.mark.unwatched,
@@ -73,14 +74,16 @@ def libdevice_kernel(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + offs, libdevice.round(x))
     tl.store(out_ptr + N + offs, libdevice.rint(x))
     tl.store(out_ptr + 2 * N + offs, libdevice.remainder(x, y))
+    tl.store(out_ptr + 3 * N + offs, cuda_libdevice.div_rn(x, y))
 
 
 def test_libdevice_rounds_as_c_does() -> None:
     numbers = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 7.25, -7.25]
     divisors = [1.0, -1.0, 2.0, 1.0, 3.0, -2.0, 1.5, 4.0]
-    out = torch.empty(3, 8)
+    out = torch.empty(4, 8)
     with cuda_on_cpu():
         libdevice_kernel[(1,)](torch.tensor(numbers), torch.tensor(divisors), out, N=8)
     assert out[0].tolist() == [-3, -2, -1, 1, 2, 3, 7, -7]
     assert out[1].tolist() == [round(x) for x in numbers]
     assert out[2].tolist() == [math.remainder(x, y) for x, y in zip(numbers, divisors, strict=True)]
+    assert torch.equal(out[3], torch.tensor(numbers) / torch.tensor(divisors))

@@ -464,3 +464,70 @@ def test_no_false_alarm(fn, dtype):
         inputs = torch.randn(2, 4, 5, generator=generator, dtype=F64).to(dtype).unbind()
         report = gradcheck(fn, inputs)
         assert report, report
+
+
+def in_float32(x: Tensor, w: Tensor) -> Tensor:
+    """RMS norm as language models have it."""
+    wide = x.to(torch.float32)
+    return w * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_a_function_that_computes_in_float32_whatever_it_is_given(dtype):
+    x, w = torch.randn(4, 8, dtype=dtype), torch.randn(8, dtype=dtype)
+    report = gradcheck(in_float32, (x, w))
+    assert report, report
+    scores = torch.randn(3, 4, dtype=dtype)
+    assert gradcheck(lambda x: torch.softmax(x, -1, dtype=torch.float32).to(x.dtype), scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_kink_does_not_widen_the_tolerance(dtype):
+    x = torch.tensor([0.0, 1.0, -1.0, 0.5], dtype=dtype)
+    assert not gradcheck(lambda x: x.relu().sum(), x, gradient=lambda x: 3 * (x > 0))
+    report = gradcheck(lambda x: x.relu().sum(), x)
+    assert report.names == ("non-differentiable",)
+    assert report.inputs[0].tolerance < 0.5
+
+
+def test_a_kink_whose_slope_is_small_beside_others():
+    report = gradcheck(lambda x: (x.relu() * torch.tensor([1, 1e-3])).sum(), torch.zeros(2))
+    assert report.names == ("non-differentiable",)
+
+
+def test_differences_at_the_edge_of_where_the_function_is_finite():
+    report = gradcheck(torch.log, torch.tensor([1e-7, 0.5], dtype=F64))
+    assert report.names == ("difference step too large",)
+    assert gradcheck(torch.log, torch.tensor([1e-7, 0.5], dtype=F64), step=1e-12)
+
+
+class NestedWrong(torch.autograd.Function):
+    """x and its square, whose derivative lacks the 2."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone(), x * x
+
+    @staticmethod
+    def backward(ctx, one, two):
+        return one + two * ctx.saved_tensors[0]
+
+
+def test_nested_outputs_and_those_without_a_gradient():
+    x = torch.randn(5, dtype=F64)
+
+    def nested(x):
+        first, second = NestedWrong.apply(x)
+        return first, (second, {"norm": x.detach().norm()})
+
+    assert not gradcheck(nested, x)
+    assert gradcheck(lambda x: {"loss": x.square().sum(), "size": x.detach().abs().sum()}, x)
+    assert not gradcheck(lambda x: x.detach().square(), x)
+
+
+def test_sparse_gradients_and_tensors_of_inference_mode():
+    embedding = torch.nn.Embedding(7, 3, sparse=True)
+    assert gradcheck(embedding, torch.tensor([1, 5, 1]))
+    with torch.inference_mode():
+        assert gradcheck(torch.sin, torch.randn(3, dtype=F64))

@@ -301,6 +301,107 @@ def test_strides_of_several_inputs_and_what_is_left_in_them(
     assert_verdict(verdict, tmp_path / "rows.py", edited(ROWS, changes), says, monkeypatch)
 
 
+LARGEST = """
+    import torch
+    import triton
+    import triton.language as tl
+    from inspect import currentframe as check_frame
+
+    check_bounds = True
+
+    def check_input(x):
+        assert x.ndim == 2
+
+    @triton.jit
+    def largest_kernel(x_ptr, y_ptr, place_ptr, n, BLOCK: tl.constexpr):
+        row, offs = tl.program_id(0), tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * n + offs, mask=offs < n, other=-float("inf"))
+        tl.store(y_ptr + row, tl.max(x, axis=0))
+        tl.store(place_ptr + row, tl.max(tl.where(x == tl.max(x, axis=0), offs, 0), axis=0))
+
+    class Largest(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            check_input(x)
+            x, y = x.contiguous(), torch.empty(x.shape[0])
+            place = torch.empty(x.shape[0], dtype=torch.int64)
+            largest_kernel[(len(x),)](x, y, place, x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+            ctx.save_for_backward(place)
+            ctx.shape = x.shape
+            ctx.mark_non_differentiable(place)
+            return y, place
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            zeros = torch.zeros(ctx.shape)
+            return zeros.scatter_(1, ctx.saved_tensors[0][:, None], grad[:, None])
+
+    def check_Largest():
+        return Largest.apply, [torch.randn(4, 5)], lambda x: (x.amax(1), x.argmax(1))
+"""
+RECTIFIED = """
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < n)
+        tl.store(y_ptr + offs, tl.where(x > 0, x, 0.0), mask=offs < n)
+
+    class Relu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            x, y = x.contiguous(), torch.empty(x.shape)
+            kernel[(triton.cdiv(x.numel(), 64),)](x, y, x.numel(), BLOCK=64)
+            ctx.save_for_backward(x)
+            total = x.sum()
+            ctx.mark_non_differentiable(total)
+            return y, total
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            return torch.where(ctx.saved_tensors[0] > 0, grad, 0.0)
+
+    def check_Relu():
+        return Relu.apply, [torch.randn(6, 7)], lambda x: (x.relu(), x.sum().detach())
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "changes", "says"),
+    [
+        (LARGEST, v.VERIFIED, {}, ""),
+        (LARGEST, v.WRONG_VALUE, {"offs, 0), axis=0))": "offs * 0, 0), axis=0))"}, "output 1"),
+        (RECTIFIED, v.VERIFIED, {"torch.randn(6, 7)": "torch.randn(6, 7).relu()"}, ""),
+        (RECTIFIED, v.VERIFIED, {", lambda x: (x.relu(), x.sum().detach())": ""}, ""),
+        (
+            RECTIFIED,
+            v.WRONG_GRADIENT,
+            {", lambda x: (x.relu(), x.sum().detach())": "", "> 0, grad": "> 1, grad"},
+            "no signal",
+        ),
+        (
+            RECTIFIED,
+            v.WRONG_GRADIENT,
+            {", lambda x: (x.relu(), x.sum().detach())": "", "torch.where(ctx": "None  # (ctx"},
+            "no signal",
+        ),
+    ],
+    ids=["largest", "another place", "at kinks", "no reference", "too few", "none"],
+)
+def test_kinks_ties_and_what_is_called_check(
+    text: str,
+    verdict: str,
+    changes: dict[str, str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert_verdict(verdict, tmp_path / "kinks.py", edited(text, changes), says, monkeypatch)
+
+
 NORM = """
     import torch
     import triton
@@ -379,6 +480,22 @@ def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
         moved = replace(truth.native, gradients={0: (exact + factor * error).float()})
         assert bool(list(trials.gradient([moved], [truth]))) is not passes
     assert len(calls) == 2 * (SAMPLES - 1)
+
+
+def test_a_reference_that_computes_in_float32_whatever_it_is_given() -> None:
+    x = torch.randn(1, 1, requires_grad=True)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True, dtype=torch.float32) + 1e-6)).to(
+            x.dtype
+        )
+
+    found = Reference(Subject(norm))([x], [0]).exact
+    wide = x.detach().double().requires_grad_()
+    wanted = call(lambda x: x * torch.rsqrt(x.square() + 1e-6), [wide], [0])
+    for mine, exact in zip(found.tensors, wanted.tensors, strict=True):
+        assert torch.allclose(mine, exact, rtol=1e-9, atol=0)
 
 
 def test_random_numbers_are_the_same_in_float64() -> None:

@@ -684,3 +684,39 @@ def test_a_fault_of_one_configuration_names_it_and_leaves_nothing():
         partial[(4,)](x, y, 100, ADD=False)
     assert (found(report).kind, found(report).cells) == ("unwritten output", 7)
     assert (x == 0).all(), "its hooks ran"
+
+
+def test_a_launch_after_the_one_that_tunes_resets_nothing():
+    kernel = tuned([{"BLOCK": 32, "LIMIT": 0}, {"BLOCK": 64, "LIMIT": 0}], reset_to_zero=["y_ptr"])
+    x, y = torch.ones(100), torch.empty(100)
+    for total in (1, 2):
+        with memory_check():
+            kernel[(4,)](x, y, 100)
+        assert (y == total).all()
+
+
+@triton.jit
+def onto_kernel(y_ptr, EXCHANGE: tl.constexpr):
+    if EXCHANGE:
+        tl.atomic_xchg(y_ptr, 1)
+    else:
+        tl.atomic_add(y_ptr, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32], ids=str)
+def test_an_atomic_reads_what_it_adds_to(dtype):
+    with memory_check(raise_exception=False) as report:
+        onto_kernel[(2,)](torch.empty(1, dtype=dtype), EXCHANGE=False)
+    assert found(report).kind == "read of unwritten memory"
+    with memory_check():
+        onto_kernel[(2,)](torch.zeros(1, dtype=dtype), EXCHANGE=False)
+        if dtype == torch.int32:
+            onto_kernel[(2,)](torch.empty(1, dtype=dtype), EXCHANGE=True)
+
+
+def test_tensors_that_triton_takes_for_another_dtype():
+    x, y = torch.arange(8, dtype=torch.int8), torch.zeros(7, dtype=torch.int8)
+    with memory_check(raise_exception=False) as report:
+        copy(triton.reinterpret(x, tl.uint8), triton.reinterpret(y, tl.uint8), 8)
+    assert y.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert (found(report).kind, found(report).tensor) == ("out-of-bounds store", "y_ptr")

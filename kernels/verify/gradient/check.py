@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ...checks import in_float64
 from .diagnosis import diagnose, diagnose_update
-from .function import Function, Gradient, MutationError, ShapeError, cast, is_real, slopes
+from .function import (
+    Function,
+    Gradient,
+    MutationError,
+    Narrowed,
+    ShapeError,
+    cast,
+    epsilon,
+    is_real,
+    slopes,
+)
 from .report import Diagnosis, GradientReport, InputReport
 from .suspect import Point, Suspect, weight_of
 from .upstream import Upstream
@@ -42,8 +52,8 @@ def gradcheck(
     gradient of each output scaled and left out, and with the same ones in transposed and padded memory.
 
     Args:
-        fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or a tuple,
-            list or dict of them.
+        fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or tuples,
+            lists and dicts of them. An output that requires no gradient is left out, beside others that do.
         inputs: its positional arguments, one tensor or a sequence. Those with ``requires_grad`` are checked; if none
             has it, every floating-point tensor is. Tensors that are not checked still serve the diagnosis: a feature
             that ``fn`` only captures cannot be named.
@@ -52,7 +62,7 @@ def gradcheck(
             return a scalar.
         names: the names of the inputs in the report; by default those in the signature of ``fn``.
         step: the difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that ``fn``
-            computes in (6e-6 for float64).
+            computes in, the narrowest on the way (6e-6 for float64).
         tolerance: the relative error allowed; by default the square root of the gradient's ``eps``, at least 1e-6.
         lr: a learning rate; the check then tries one step of gradient descent too (scalar ``fn``).
         max_elements: the number of elements differenced per input, chosen at random (seeded) where there are more.
@@ -115,22 +125,30 @@ class _Check:
             narrow = ", ".join(sorted(_name(dtype) for dtype in native if dtype != torch.float64))
             try:
                 double = cast(self.native, torch.float64)
-                outputs = self.function.outputs(double)
+                dtypes = self._computed_in(double)
             except Exception as error:  # a kernel or a closure that wants the given dtype
                 self.tried.append(
                     f"{narrow} inputs: the function does not run on float64 copies ({type(error).__name__}), so the "
                     f"differences carry {narrow} noise; float64 inputs would see more"
                 )
             else:
-                lowest = max((output.dtype for output in outputs), key=lambda dtype: torch.finfo(dtype).eps)
+                lowest = max(dtypes, key=epsilon)
                 self.tried.append(
                     f"{narrow} inputs: the differences were taken on float64 copies"
                     + ("" if lowest == torch.float64 else f", but the function computes in {_name(lowest)}")
                 )
                 return double, lowest
-        outputs = self.function.outputs(self.native)
-        dtypes = {output.dtype for output in outputs} | {self.native[i].dtype for i in self.function.checked}
-        return list(self.native), max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        dtypes = self._computed_in(self.native) | {self.native[i].dtype for i in self.function.checked}
+        return list(self.native), max(dtypes, key=epsilon)
+
+    def _computed_in(self, values: list[Any]) -> set[torch.dtype]:
+        """Return the dtypes of the outputs, and those that the function narrows something to on the way."""
+        try:
+            with Narrowed() as narrowed:
+                outputs = self.function.outputs(values)
+        except Exception:  # it may not run where somebody looks on
+            return {output.dtype for output in self.function.outputs(values)}
+        return narrowed.dtypes | {output.dtype for output in outputs}
 
     def run(self) -> GradientReport:
         function = self.function
@@ -138,6 +156,10 @@ class _Check:
             outputs = function.outputs(self.native)
         if (mutated := self._mutated("the function")) is not None:
             return self._report([], [mutated])
+        if len(outputs) > 1 and function.gradient is None:
+            function.leave_out_detached(self.native)
+            with torch.no_grad():
+                outputs = function.outputs(self.native)
         self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
         if not self.scalar and (function.gradient is not None or self.lr is not None):
             raise ValueError(
@@ -251,15 +273,16 @@ class _Check:
         if not count:
             return self._entry(index, elements, gradient.reshape(-1), gradient.reshape(-1), 0.0, True, ())
         analytic = gradient.reshape(-1)[elements]
-        numerical, bend = slopes(self.function, self.values, index, elements, self.weight, self.step)
+        numerical, bends = slopes(self.function, self.values, index, elements, self.weight, self.step)
         slopes_found = np.abs([analytic, numerical])
         scale = float(slopes_found[np.isfinite(slopes_found)].max(initial=0.0))
-        narrow = torch.finfo(max(value.dtype, self.dtype, key=lambda dtype: torch.finfo(dtype).eps))
+        narrow = torch.finfo(max(value.dtype, self.dtype, key=epsilon))
         eps = narrow.eps
         relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / self.best_step
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
-        rounding += 4 * eps * bend * max(1.0, float(value.abs().max()))
+        per_bend = 4 * eps * max(1.0, float(value.abs().max()))
+        rounding += per_bend * self._curvature(index, elements, bends, 0.1 * relative * scale / per_bend)
         allowed = relative * scale + rounding
         errors = np.abs(analytic - numerical)
         finite = bool(np.isfinite(gradient).all())
@@ -295,6 +318,19 @@ class _Check:
             )
         passed = passed and stale is None and upstream is None
         return self._entry(index, elements, analytic, numerical, allowed, passed, tuple(found))
+
+    def _curvature(self, index: int, elements: np.ndarray, bends: np.ndarray, least: float) -> float:
+        """Return the largest second difference that is no kink's, which doubles with half the step."""
+        bends = np.nan_to_num(bends, nan=0.0, posinf=np.inf)
+        for k in np.argsort(bends)[::-1]:
+            if not bends[k] > least:  # it does not matter
+                return float(bends[k])
+            _, (closer,) = slopes(
+                self.function, self.values, index, elements[[k]], self.weight, 0.5 * self.step
+            )
+            if bends[k] / 2 <= closer <= 1.5 * bends[k]:
+                return float(bends[k])
+        return 0.0
 
     def _entry(
         self,

@@ -34,7 +34,8 @@ wrong shape               a gradient of another shape than its input
 unreduced gradient        of the broadcast shape: its sum over those dimensions is the slope
 dtype noise               nothing, but a step too small for float32: larger steps agree; or rounding on
                           the way: on float64 copies the gradient is right
-difference step too large nothing, but a curved function: smaller steps agree, the error goes as step^2
+difference step too large nothing, but a curved function: smaller steps agree, the error goes as step^2;
+                          or one that is not finite a step away
 non-differentiable        a kink (relu, abs, max) at or near the point: the slopes from left and right
                           differ, or agreement sets in suddenly as the step shrinks
 non-deterministic         dropout, unseeded randomness, a state that changes: two calls differ
@@ -114,6 +115,12 @@ def _step(suspect: Suspect) -> Diagnosis | None:
     """Recognise a right gradient at a point or with a step for which the differences are wrong."""
     failing = np.flatnonzero(suspect.failing)[:16]
     wanted, step = suspect.here.analytic[failing], suspect.step
+    if not np.isfinite(suspect.here.numerical[suspect.failing]).any():
+        return Diagnosis(
+            "difference step too large",
+            f"within {step:.1e} x max(1, |x|) of this point, where the differences are taken, the function is not "
+            f"finite: they say nothing; take a smaller step, or another point",
+        )
 
     def agree(errors: np.ndarray) -> bool:
         return bool((errors <= suspect.tolerance).all())
@@ -160,7 +167,7 @@ def _kinked(suspect: Suspect, failing: np.ndarray) -> bool:
     wanted, tolerance = suspect.here.analytic[failing], suspect.tolerance
     low, high = np.minimum(left, right), np.maximum(left, right)
     between = (wanted >= low - tolerance) & (wanted <= high + tolerance)
-    return bool(((close_jump > 0.5 * jump) & (jump > 8 * tolerance) & between).all())
+    return bool(((close_jump > 0.5 * jump) & (jump > tolerance) & between).all())
 
 
 def _zero(suspect: Suspect) -> Diagnosis | None:

@@ -4,11 +4,14 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ...checks import in_float64
 
@@ -24,6 +27,29 @@ def is_real(value: Any) -> bool:
 def cast(values: Sequence[Any], dtype: torch.dtype | None) -> list[Any]:
     """Return the values detached, with every floating-point tensor in ``dtype`` (None keeps its own)."""
     return [value.detach().to(dtype or value.dtype) if is_real(value) else value for value in values]
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """Return the distance from 1 to the next number, by which dtypes are ordered."""
+    return torch.finfo(dtype).eps
+
+
+class Narrowed(TorchDispatchMode):
+    """Inside the block ``dtypes`` collects what operators give that are handed a wider floating-point dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        widest = min(
+            (epsilon(leaf.dtype) for leaf in tree_leaves((args, kwargs)) if is_real(leaf)), default=1.0
+        )
+        self.dtypes |= {
+            leaf.dtype for leaf in tree_leaves(result) if is_real(leaf) and epsilon(leaf.dtype) > widest
+        }
+        return result
 
 
 class ShapeError(Exception):
@@ -75,7 +101,8 @@ class Function:
         self.name = getattr(fn, "__name__", type(fn).__name__)
         self.arguments = len(inputs)
         self.parameters: list[str] = []
-        self.values = list(inputs)
+        self.values = [_own(value) for value in inputs]
+        self.attached: list[bool] | None = None  # which outputs count; None for all
         self.names = list(names) if names is not None else _argument_names(fn, len(inputs))
         if len(self.names) != len(inputs):
             raise ValueError(f"names: expected {len(inputs)} names, one per input, got {len(self.names)}")
@@ -106,14 +133,18 @@ class Function:
             result = torch.func.functional_call(self.fn, state, tuple(arguments))
         else:
             result = self.fn(*arguments)
-        items = list(result.values()) if isinstance(result, dict) else result
-        outputs = (
-            [items] if isinstance(items, Tensor) else list(items) if isinstance(items, (list, tuple)) else []
-        )
-        outputs = [output for output in outputs if is_real(output)]
+        outputs = [output for output in tree_leaves(result) if is_real(output)]
         if not outputs:
             raise TypeError(f"{self.name} must return real tensors, got {type(result).__name__}")
-        return outputs
+        return outputs if self.attached is None else list(compress(outputs, self.attached))
+
+    def leave_out_detached(self, values: Sequence[Any]) -> None:
+        """Leave out, from here on, the outputs that no gradient comes back from, unless those are all there are."""
+        leaves = [v.detach().requires_grad_() if i in self.checked else v for i, v in enumerate(values)]
+        with torch.enable_grad():
+            attached = [output.requires_grad for output in self.outputs(leaves)]
+        if any(attached):
+            self.attached = attached
 
     def flat(self, values: Sequence[Any]) -> Tensor:
         """Return all outputs at ``values`` in one float64 vector, without a graph."""
@@ -169,7 +200,7 @@ class Function:
                     "refuses to read it",
                 ) from error
             raise
-        return [None if g is None else g.detach().clone() for g in found]
+        return [None if g is None else g.detach().to_dense().clone() for g in found]
 
     def _given(self, gradients: Any, values: Sequence[Any]) -> list[Tensor | None]:
         if isinstance(gradients, (Tensor, np.ndarray, float, int)):
@@ -194,6 +225,13 @@ class Function:
         return result
 
 
+def _own(value: Any) -> Any:
+    """Return a copy of a tensor of inference mode, which cannot require a gradient outside of it."""
+    if isinstance(value, Tensor) and value.is_inference():
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    return value
+
+
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
@@ -213,8 +251,8 @@ def slopes(
     weight: Tensor,
     step: float,
     one_sided: int = 0,
-) -> tuple[np.ndarray, float]:
-    """Return the first differences of ``weight . outputs`` for some elements of one input, and the largest second one.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first differences of ``weight . outputs`` for some elements of one input, and the size of the second.
 
     Args:
         function, values: the function and the point.
@@ -225,7 +263,7 @@ def slopes(
         one_sided: 0 for centered differences, +1 or -1 for a forward or backward one.
     """
     base = values[index]
-    result, bend = np.empty(len(elements)), 0.0
+    result, bends = np.empty(len(elements)), np.empty(len(elements))
     centre_output = function.flat(values)
     moved = list(values)
     for k, element in enumerate(elements):
@@ -240,5 +278,5 @@ def slopes(
             ends.append((float(moved[index][where]), function.flat(moved)))
         (high, above), (low, below) = ends
         result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
-        bend = max(bend, abs(float(weight @ (above + below - 2 * centre_output))) / h**2)
-    return result, bend
+        bends[k] = abs(float(weight @ (above + below - 2 * centre_output))) / h**2
+    return result, bends

@@ -234,7 +234,7 @@ class _Examination:
             if truth is None:
                 return
             outcomes, truths = self._draws(point, first, truth, once)
-            yield from trials.value(outcomes, truths)
+            yield from trials.value(outcomes, truths, ties=point.kind == "zeros")
             meant = bool(first.mutated and truth.native.mutated)
             if meant:
                 yield from trials.writing(first, truth)
@@ -251,7 +251,7 @@ class _Examination:
             differenced &= point.placed is None  # finite differences know nothing of it
             if wanted and first.attached and fits and differenced and (full or (wrong and not self.named)):
                 self.named = bool(wrong)
-                named = self._diagnosis(point, wanted, ELEMENTS)
+                named = self._diagnosis(point, wanted, ELEMENTS, lenient=not wrong)
             yield from named or wrong
         except _FaultyError as faulty:
             yield from trials.memory(faulty.outcome)
@@ -313,7 +313,7 @@ class _Examination:
             once()
             each = time.monotonic() - began
             elements = max(2, min(ELEMENTS, int(4 / each / len(wanted))))
-            yield from self._diagnosis(point, wanted, elements)
+            yield from self._diagnosis(point, wanted, elements, lenient=True)
 
     def _with_fewer_gradients(
         self,
@@ -358,9 +358,11 @@ class _Examination:
             return False
         return True
 
-    def _diagnosis(self, point: Point, wanted: list[int], elements: int) -> list[Finding]:
+    def _diagnosis(self, point: Point, wanted: list[int], elements: int, lenient: bool) -> list[Finding]:
         try:
-            return list(trials.diagnosis(self.subject, self.reference, point.values, wanted, elements))
+            return list(
+                trials.diagnosis(self.subject, self.reference, point.values, wanted, elements, lenient)
+            )
         except Exception as error:
             raise _RefusedError(error) from error
 

@@ -75,7 +75,8 @@ def load(path: Path) -> types.ModuleType:
 
 def targets(module: types.ModuleType, name: str | None) -> list[Target]:
     """Return what the file offers to judge, or the one of that name."""
-    found = [_checked(module, check) for check in vars(module) if check.startswith(CHECK)]
+    checks = [check for check in vars(module) if check.startswith(CHECK) and _speaks(module, check, name)]
+    found = [_checked(module, check) for check in checks]
     if hasattr(module, "Model") and hasattr(module, "ModelNew") and hasattr(module, "get_inputs"):
         place = where(module.ModelNew)
         found.insert(0, Target("ModelNew", place, place, lambda seed: _models(module, seed)))
@@ -91,6 +92,16 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
         names = ", ".join(target.name for target in found)
         raise NotJudgedError(f"there is no {name} to judge here, only {names}")
     return chosen
+
+
+def _speaks(module: types.ModuleType, check: str, name: str | None) -> bool:
+    """Return whether ``check`` can be called without arguments and stands in this file, or is the one asked for."""
+    thing = getattr(module, check)
+    imported = inspect.isfunction(thing) and thing.__module__ != module.__name__
+    if imported or not callable(thing):
+        return name in (check, check.removeprefix(CHECK))
+    parameters = inspect.signature(thing).parameters.values()
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 def _checked(module: types.ModuleType, check: str) -> Target:

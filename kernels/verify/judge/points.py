@@ -108,7 +108,10 @@ def _shape_of(values: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def resized(values: Sequence[Any], arguments: int, mapping: dict[int, int]) -> list[Any]:
-    """Return the values with other sizes: cut, or their elements over again; indices stay within the new sizes."""
+    """Return the values with other sizes; indices stay within the new ones.
+
+    They are cut, or come over again, each time smaller: equal numbers would have no order, and no largest one.
+    """
 
     def resize(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -116,7 +119,11 @@ def resized(values: Sequence[Any], arguments: int, mapping: dict[int, int]) -> l
         result = value.detach()
         for dim, size in enumerate(value.shape):
             if (new := mapping.get(size, size)) != size:
-                result = result.index_select(dim, torch.arange(new, device=value.device) % size)
+                places = torch.arange(new, device=value.device)
+                result = result.index_select(dim, places % size)
+                if new > size > 0 and is_real(value):
+                    again = (1 + places // size).view([-1] + [1] * (value.ndim - dim - 1))
+                    result = (result / again).to(value.dtype)
         if not value.is_floating_point() and value.dtype != torch.bool and value.numel():
             bounds = [new for old, new in mapping.items() if int(value.max()) < old and 0 < new < old]
             if bounds and int(value.min()) >= 0:

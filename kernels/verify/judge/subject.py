@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..gradient.function import cast, is_real
@@ -264,13 +265,29 @@ class Truth:
         return all(bool(t.isfinite().all()) for t in results if is_real(t))
 
 
+class _Wider(TorchDispatchMode):
+    """Inside the block what asks for float32 of a float64 tensor gets float64: ``x.float()``, ``x.sum(dtype=...)``."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        given = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        if options.get("dtype") == torch.float32 and any(t.dtype == torch.float64 for t in given):
+            options["dtype"] = torch.float64
+        return func(*args, **options)
+
+
 class Reference:
     """The reference, and its copy in float64."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject = self.wide = subject
+        self.subject = self._double = subject
         if isinstance(subject.fn, torch.nn.Module):
-            self.wide = Subject(deepcopy(subject.fn).double(), subject.parameters)
+            self._double = Subject(deepcopy(subject.fn).double(), subject.parameters)
+
+    def wide(self, *values: Any) -> Any:
+        """Call the copy, which computes in float64 what the reference computes in float32 whatever it is given."""
+        with _Wider():
+            return self._double(*values)
 
     def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
         """Return the truth at dense copies of the values; raises what the reference raises."""

@@ -31,10 +31,10 @@ def memory_check(
 
     - loads, stores and atomics outside the memory that a tensor argument's view can reach, gaps between its strides
       included. They are kept from happening, so that the process survives them;
-    - loads of unwritten memory. The checker fills ``outputs``, and what ``torch.empty``, ``empty_like``,
-      ``empty_strided``, ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` return inside the block, with a
-      mark (a NaN that no arithmetic gives); where the mark still stands, nothing was written. One-byte and 16-bit
-      integers have no value to spare and are not tracked;
+    - loads of unwritten memory, and atomics that read it. The checker fills ``outputs``, and what ``torch.empty``,
+      ``empty_like``, ``empty_strided``, ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` return inside the
+      block, with a mark (a NaN that no arithmetic gives); where the mark still stands, nothing was written. One-byte
+      and 16-bit integers have no value to spare and are not tracked;
     - races: two programs of a launch touch one address, one of them writes, not both atomically, and no
       acquire/release atomic orders them;
     - elements without a writer, of ``outputs`` and of tensors made inside the block that kernels stored to and never
@@ -43,7 +43,8 @@ def memory_check(
     The argument that a pointer was computed from tells its tensor. The checker looks up addresses that a kernel loads
     from memory (a table of pointers) among ``tensors``, those whose ``data_ptr()`` was called inside the block, and the
     launch's arguments. It launches an autotuned kernel in each of its configurations; the tensors are put back in
-    between, and results and traffic are those of the first configuration.
+    between, and results and traffic are those of the first configuration. As on a GPU, ``reset_to_zero`` is for the
+    first launch with a key.
 
     Args:
         tensors: the tensors that kernels reach through tables of pointers, by name or in a sequence.
@@ -279,14 +280,14 @@ class _Checker(Observer):
         if reads:
             entry.loaded += moved
             entry.reread += shadow.already_read(distinct, itemsize, self.clock) * itemsize
-            if base in self.empties and itemsize == region.tensor.element_size():
-                self.pending.append((region, addresses, lanes))
         elif stores:
             entry.stored += moved
         else:
             entry.atomics += moved
         if not stores:
             self.read.add(base)
+            if base in self.empties and itemsize == region.tensor.element_size():
+                self.pending.append((region, addresses, lanes))
         if not reads:
             self.stored[base] = (self.kernel, region.name)
         if kind.startswith("atomic"):
@@ -307,7 +308,7 @@ class _Checker(Observer):
                 self._fault(
                     "read of unwritten memory",
                     region.name,
-                    f"program {self.index} loads {region}, {offset} elements from its start, where nothing has "
+                    f"program {self.index} reads {region}, {offset} elements from its start, where nothing has "
                     f"been written since torch.empty",
                     address,
                     int(raw.sum()),

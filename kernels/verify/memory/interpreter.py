@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Observer:
         return mask
 
     def loaded(self, values: np.ndarray) -> None:
-        """Receive the values of the load announced last."""
+        """Receive the values of the load announced last, or what an atomic announced last found."""
 
 
 def interpreted() -> bool:
@@ -121,6 +122,11 @@ def _tensors(name: str, argument: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, argument
 
 
+def _unwrapped(argument: Any) -> torch.Tensor:
+    """Return the tensor inside ``triton.reinterpret``'s wrapper."""
+    return argument if isinstance(argument, torch.Tensor) else argument.base
+
+
 class _Proxy:
     """A proxy for ``_interpreter``: it reports the four memory functions and passes the rest through."""
 
@@ -152,13 +158,18 @@ class _Proxy:
 
     def atomic_rmw(self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, sem: Any) -> Any:
         addresses, allowed = self._announce("atomic", pointers, mask, value.dtype.itemsize)
-        return self._original.atomic_rmw(op, addresses, value, allowed, sem)
+        values = self._original.atomic_rmw(op, addresses, value, allowed, sem)
+        if op != self._original.RMW_OP.XCHG:  # a store, as far as it goes
+            self._observer.loaded(values)
+        return values
 
     def atomic_cas(self, pointers: np.ndarray, compare: np.ndarray, value: np.ndarray, sem: Any) -> Any:
         addresses, allowed = self._announce("atomic", pointers, None, value.dtype.itemsize)
         if not allowed.all():  # it takes no mask, and one lane out of bounds would fault
             return np.zeros_like(value)
-        return self._original.atomic_cas(addresses, compare, value, sem)
+        values = self._original.atomic_cas(addresses, compare, value, sem)
+        self._observer.loaded(values)
+        return values
 
 
 ATOMICS = tuple(f"create_atomic_{kind}" for kind in ("rmw", "cas", "load", "store", "poll"))
@@ -346,6 +357,11 @@ def watch(observer: Observer, configuration: int | None = None) -> Iterator[None
         yield
 
 
+_tuned: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = (
+    WeakKeyDictionary()
+)  # by autotuner: the keys it has met
+
+
 @contextmanager
 def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
     """Replace what launches, converts, loads and stores inside the block by what reports it too."""
@@ -372,10 +388,17 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
             observer.launched()
 
     def autotuned(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Launch an autotuned kernel in each of its configurations, the first one last, and time none."""
+        """Launch an autotuned kernel in each of its configurations, the first one last, and time none.
+
+        As on a GPU, ``reset_to_zero`` is for the launch that tunes, and resets nothing in those after it.
+        """
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         configurations = list(self.prune_configs(kwargs)) if len(self.configs) > 1 else self.configs
         observer.autotuned(self.base_fn.__name__, len(configurations))
+        given = {name: value for name, value in {**self.nargs, **kwargs}.items() if name in self.arg_names}
+        key = tuple(given[name] for name in self.keys if name in given)
+        key += tuple(str(value.dtype) for value in given.values() if hasattr(value, "dtype"))
+        tunes = len(configurations) > 1 and key not in _tuned.setdefault(self, set())
         if configuration is not None:
             configurations = [configurations[configuration % len(configurations)]]
         result = None
@@ -387,12 +410,15 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
             chosen[0] = f" ({', '.join(f'{key}={value}' for key, value in shown.items())})"
             with nullcontext() if last else observer.trial(self.base_fn.__name__, len(configurations)):
                 try:
-                    self.pre_hook(named, reset_only=True)
+                    if tunes:
+                        self.pre_hook(named, reset_only=True)
                     if config.pre_hook is not None:
                         config.pre_hook(named)
                     result = self.fn.run(*args, **kwargs, **options)
                 finally:
                     chosen[0] = ""
+        if tunes:
+            _tuned[self].add(key)
         self.best_config, self.nargs = configurations[0], None
         return result
 
@@ -401,7 +427,7 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
         named = [*zip(self.arg_names, args_hst, strict=False), *kwargs_hst.items()]
         found = [pair for name, argument in named for pair in _tensors(name, argument)]
         tags.update((id(tensor), place) for place, (_, tensor) in enumerate(found, 1))
-        observer.launch(running[0], found)
+        observer.launch(running[0], [(name, _unwrapped(tensor)) for name, tensor in found])
         return args_hst, kwargs_hst
 
     def convert(argument: Any) -> Any:
