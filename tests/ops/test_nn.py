@@ -5,7 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from gradkernels import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from ..cases import REDUCTIONS
 
@@ -60,6 +63,20 @@ def test_parameters_are_the_modules_own() -> None:
         parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.shape))
     model(torch.randn(4, 3), torch.randn(4, 1)).backward()
     assert sorted(seen) == [(1,), (1, 3)]
+
+
+def test_fsdp2_gathers_the_parameters_for_predict_where_it_is_told_to() -> None:
+    model, input = nn.LinearMSELoss(3, 2), torch.randn(4, 3)
+    expected = model.predict(input)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match="DTensor"):
+            model.predict(input)
+        register_fsdp_forward_method(model, "predict")
+        assert torch.equal(model.predict(input), expected)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
