@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._device import DeviceContext, _device_constructors
 
-from .interpreted import arithmetic, converter, dot, functions, total
+from .interpreted import along_an_axis, arithmetic, converter, dot, functions
 
 CUDA = torch.device("cuda", 0)
 _Source = TypeVar("_Source")
@@ -354,7 +354,8 @@ def cuda_on_cpu() -> Iterator[None]:
             put(builder, "create_dot", dot(builder.create_dot))
             for name, operands in {"binary_op": 2, "unary_op": 1}.items():
                 put(builder, name, arithmetic(getattr(builder, name), operands))
-            put(interpreter.ReduceOps, "sum", total(interpreter.ReduceOps.sum))
+            operations = interpreter.ReduceScanOpInterface
+            put(operations, "apply", along_an_axis(operations.apply))
             extra = triton.language.extra
             for name, function in functions():
                 for library in (extra.libdevice, extra.cuda.libdevice):  # kernels import either

@@ -121,14 +121,25 @@ def dot(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda builder, a, b, *rest: original(builder, _widened(a), _widened(b), *rest)
 
 
-def total(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the interpreter's sum along an axis, of the values of bfloat16."""
+def along_an_axis(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the interpreter's reductions and scans, of the values of bfloat16."""
+    import triton.language as tl
 
-    def add(reduction: Any, tile: Any) -> Any:
-        wide = _widened(tile.handle)
-        if wide is tile.handle:
-            return original(reduction, tile)
-        values = np.asarray(np.sum(wide.data, axis=reduction.axis, keepdims=reduction.keep_dims))
-        return reduction.to_tensor(_bits(values), tile.dtype)
+    def typed(tile: Any, handle: Any) -> Any:
+        block = tl.block_type(handle.dtype, tile.type.shape) if tile.type.is_block() else handle.dtype
+        return tl.tensor(handle, block)
 
-    return add
+    def apply(operation: Any, tiles: Any) -> Any:
+        if not isinstance(tiles, tuple):
+            return apply(operation, (tiles,))[0]
+        wide = [_widened(tile.handle) for tile in tiles]
+        taken = [w is not tile.handle for w, tile in zip(wide, tiles, strict=True)]
+        if not any(taken):
+            return original(operation, tiles)
+        results = original(operation, tuple(map(typed, tiles, wide)))
+        return tuple(
+            typed(result, _narrowed(result.handle)) if narrow else result
+            for result, narrow in zip(results, taken, strict=True)
+        )
+
+    return apply

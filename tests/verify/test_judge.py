@@ -27,7 +27,7 @@ from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
 from gradkernels.verify.judge.load import load, targets  # noqa: E402
 from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
-from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject, call  # noqa: E402
+from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject, call, watched  # noqa: E402
 from gradkernels.verify.judge.verdict import Case  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
@@ -505,6 +505,26 @@ def test_random_numbers_are_the_same_in_float64() -> None:
     assert truth.error("outputs", 0) == 0
 
 
+def test_memory_that_still_holds_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An allocator hands out what was freed a moment ago; whoever does not write there has done no work."""
+    x = torch.randn(20, 16)
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        copying_kernel[(1,)](x, y, N=x.numel())
+        return y
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        rows(x)
+        return x.clone()
+
+    monkeypatch.setattr(torch, "empty_like", lambda x: x.clone())
+    for function, found in ((rows, []), (copied, [v.NO_KERNEL])):
+        seen, _ = watched(Subject(function), [x], [])
+        idle = trials.idleness(Subject(function), [x], [], seen)
+        assert [finding.verdict for finding in idle] == found
+
+
 def test_a_value_that_was_given_other_memory_is_a_write() -> None:
     def exchanging(x: torch.Tensor) -> torch.Tensor:
         x.data = x.data.contiguous()
@@ -577,14 +597,31 @@ def gaps_kernel(x_ptr, y_ptr, out_ptr, scale, N: tl.constexpr):
     tl.store(out_ptr, tl.sum(tl.sum(x * x - y, axis=1), axis=0).to(tl.float32))
     tl.store(out_ptr + 1, tl.sum(tl.sum(tl.dot(x, y), axis=1), axis=0))
     tl.store(out_ptr + 2, libdevice.tanh(scale.to(tl.float32)))
+    largest, place = tl.max(x, axis=1, return_indices=True)
+    tl.store(out_ptr + 3 + offs, largest)
+    tl.store(out_ptr + 3 + N + offs, place)
+    tl.store(out_ptr + 3 + 2 * N + offs, tl.min(x, axis=1))
+    tl.store(out_ptr + 3 + 3 * N + square, tl.cumsum(x, axis=1))
+
+
+@triton.jit
+def copying_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    for i in range(N):
+        tl.store(y_ptr + i, tl.load(x_ptr + i))
 
 
 def test_what_the_interpreter_lacks_is_there() -> None:
     """Arithmetic of bfloat16 on values, not on bits; libdevice; a float argument that is a float32."""
     x, y = (torch.randn(16, 16).bfloat16() for _ in range(2))
-    out = torch.empty(3)
+    out = torch.empty(3 + 3 * 16 + 256)
     with cuda_on_cpu():
         gaps_kernel[(1,)](x, y, out, 0.1, N=16)
+    largest, place, least, running = (*out[3:51].view(3, 16).unbind(), out[51:].view(16, 16))
+    assert torch.equal(largest, x.amax(1).float())
+    assert torch.equal(place, x.argmax(1).float())
+    assert torch.equal(least, x.amin(1).float())
+    assert (running - x.double().cumsum(1)).abs().max() < 0.1
+    out = out[:3]
     wanted = [(x * x - y).double().sum(), (x.double() @ y.double()).sum(), torch.tensor(0.1).tanh()]
     scale = torch.tensor([(x * x - y).double().abs().sum() * 0.02, 1e-3, 1e-6])
     assert ((out - torch.stack([w.float() for w in wanted])).abs() <= scale).all(), (out, wanted)

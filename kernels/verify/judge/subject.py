@@ -178,14 +178,16 @@ def watched(
 
 
 @contextmanager
-def filled(byte: int | None) -> Iterator[None]:
-    """Fill what torch.empty and its variants return with this byte; None fills what has no mark."""
+def filled(byte: int | None, number: int | None = None) -> Iterator[None]:
+    """Fill what torch.empty and its variants return with this byte, or number; None fills what has no mark."""
 
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
             tensor = original(*args, **kwargs)
             dense = type(tensor) is Tensor and tensor.layout == torch.strided
-            if dense and (byte is not None or not markable(tensor)):
+            if dense and number is not None:
+                tensor.detach().fill_(number)
+            elif dense and (byte is not None or not markable(tensor)):
                 _bytes(tensor).fill_(0x5A if byte is None else byte)
             return tensor
 

@@ -18,7 +18,7 @@ from ..memory.interpreter import Observer, interpreted, watch
 from ..memory.report import harmful
 from ..tolerance import compare
 from . import verdict as v
-from .subject import Outcome, Reference, Subject, Truth, call, close, leaves_of, same, watched
+from .subject import Outcome, Reference, Subject, Truth, call, close, filled, leaves_of, same, watched
 from .verdict import Finding
 
 REFUSED = (
@@ -356,7 +356,8 @@ def idleness(
     if not any(t.numel() for t in seen.outputs):
         return
     try:
-        with watch(_Idle(100_000), 0):
+        # Memory that was free may still hold the results; as an index a small number leads nowhere far.
+        with watch(_Idle(100_000), 0), filled(None, number=3):
             idle = call(subject, leaves_of(values, wanted), wanted)
     except Exception:  # it cannot do without what they write
         return
