@@ -34,7 +34,8 @@ def forward(
     Shapes: input's for ``"none"``, otherwise input's without ``dim``.
 
     Raises:
-        ValueError: the shapes differ, ``reduction`` is none of the three, or ``dim`` is given with ``"none"``.
+        ValueError: the shapes differ, ``reduction`` is none of the three, or ``dim`` is given with ``"none"``, is out
+            of range (an IndexError too) or names a dimension twice.
 
     Example:
         >>> forward([1, 2], [3, 2])
@@ -102,8 +103,7 @@ def _parts(
     except ValueError:
         raise ValueError(f"weight {weight.shape} does not broadcast to input's shape {input.shape}") from None
     given = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
-    axes = tuple(axis % max(input.ndim, 1) for axis in given) if input.ndim else ()
-    return input - target, weight, axes or tuple(range(input.ndim))
+    return input - target, weight, (given if input.ndim else ()) or tuple(range(input.ndim))
 
 
 def _counts(weight: Array, axes: tuple[int, ...]) -> Array:

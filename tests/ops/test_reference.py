@@ -8,6 +8,7 @@ import doctest
 import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import gradkernels
 import numpy as np
@@ -271,6 +272,16 @@ def test_mismatched_shapes_are_refused() -> None:
 def test_unknown_reduction_is_refused() -> None:
     with pytest.raises(ValueError, match="median is not a valid value for reduction"):
         mse.forward([1.0], [1.0], reduction="median")
+
+
+@pytest.mark.parametrize("dim", [2, -3, (0, 0), (1, -1)], ids=str)
+def test_a_dimension_that_is_not_there_or_named_twice_is_refused(dim: Any) -> None:
+    x, y = np.ones((2, 3)), np.zeros((2, 3))
+    with pytest.raises(ValueError, match="axis"):
+        mse.forward(x, y, dim=dim)
+    with pytest.raises(ValueError, match="axis"):
+        mse.backward(np.ones(3), x, y, dim=dim)
+    assert mse.forward(x, y, dim=-2).tolist() == [1, 1, 1]
 
 
 def test_nonfinite_numbers_travel_without_a_warning() -> None:
