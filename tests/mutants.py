@@ -425,7 +425,7 @@ MUTANTS = (
     Mutant("(), False, nan, died)", "(), True, nan, died)", "verify"),
     Mutant("        tensor = unwrapped(tensor)\n", "        break\n", "memory"),
     Mutant("                storage.copy_(content)\n", "                pass\n", "memory"),
-    Mutant("for config in reversed(configurations):", "for config in configurations[:1]:", "memory"),
+    Mutant("trials = order[:0:-1] if configuration is None else []", "trials = []", "memory"),
     Mutant("self.upstream = Upstream.of(function, self.native, self.cotangents)", "pass", "gradient"),
     Mutant(
         "passed = passed and stale is None and upstream is None",

@@ -696,6 +696,28 @@ def test_a_launch_after_the_one_that_tunes_resets_nothing():
 
 
 @triton.jit
+def small_kernel(x_ptr, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK <= 32, "too large")
+    offs = tl.arange(0, BLOCK)
+    tl.store(x_ptr + offs, tl.load(x_ptr + offs) + 1)
+
+
+@pytest.mark.parametrize("configuration", [None, 0, 1])
+def test_configurations_that_would_not_compile_are_left_out(configuration):
+    def kernel(*blocks):
+        return triton.autotune([triton.Config({"BLOCK": block}) for block in blocks], key=[])(small_kernel)
+
+    x = torch.zeros(64)
+    with memory_check(configuration=configuration) as report:
+        kernel(64, 32)[(1,)](x)
+        kernel(16, 64)[(1,)](x)
+    assert [entry.stored for entry in report.traffic] == [128, 64]
+    assert x.sum() == 48
+    with pytest.raises(triton.runtime.errors.InterpreterError), memory_check(configuration=configuration):
+        kernel(64, 128)[(1,)](x)
+
+
+@triton.jit
 def onto_kernel(y_ptr, EXCHANGE: tl.constexpr):
     if EXCHANGE:
         tl.atomic_xchg(y_ptr, 1)

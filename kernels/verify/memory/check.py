@@ -144,6 +144,9 @@ class _Checker(Observer):
     def launched(self) -> None:
         self.arguments = []
 
+    def dropped(self) -> None:
+        self.report.traffic.pop()
+
     def autotuned(self, kernel: str, configurations: int) -> None:
         self.report.configurations = max(self.report.configurations, configurations)
 

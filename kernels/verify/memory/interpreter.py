@@ -38,6 +38,9 @@ class Observer:
     def launched(self) -> None:
         """Receive the end of the launch."""
 
+    def dropped(self) -> None:
+        """Receive that the launch would not have compiled, so that there was none."""
+
     def autotuned(self, kernel: str, configurations: int) -> None:
         """Receive the number of configurations of an autotuned kernel that is about to be launched."""
 
@@ -357,6 +360,16 @@ def watch(observer: Observer, configuration: int | None = None) -> Iterator[None
         yield
 
 
+def _would_not_compile(error: BaseException) -> bool:
+    """Return whether a kernel ended at a ``tl.static_assert``, which the compiler refuses."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name == "_new_static_assert"
+
+
 _tuned: WeakKeyDictionary[Any, set[tuple[Any, ...]]] = (
     WeakKeyDictionary()
 )  # by autotuner: the keys it has met
@@ -383,6 +396,10 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
         self.grid = (lambda arguments: tuple(grid(arguments))) if callable(grid) else tuple(grid)
         try:
             return original_call(self, *args_dev, **kwargs)
+        except Exception as error:
+            if _would_not_compile(error):
+                observer.dropped()
+            raise
         finally:
             tags.clear()
             observer.launched()
@@ -390,7 +407,8 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
     def autotuned(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Launch an autotuned kernel in each of its configurations, the first one last, and time none.
 
-        As on a GPU, ``reset_to_zero`` is for the launch that tunes, and resets nothing in those after it.
+        As on a GPU, those in which a ``tl.static_assert`` fails are left out, and ``reset_to_zero`` is for the launch
+        that tunes, and resets nothing in those after it.
         """
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         configurations = list(self.prune_configs(kwargs)) if len(self.configs) > 1 else self.configs
@@ -399,27 +417,42 @@ def _observed(observer: Observer, configuration: int | None) -> Iterator[None]:
         key = tuple(given[name] for name in self.keys if name in given)
         key += tuple(str(value.dtype) for value in given.values() if hasattr(value, "dtype"))
         tunes = len(configurations) > 1 and key not in _tuned.setdefault(self, set())
-        if configuration is not None:
-            configurations = [configurations[configuration % len(configurations)]]
-        result = None
-        for config in reversed(configurations):
+
+        def run(config: Any) -> Any:
             options = config.all_kwargs()
             named = {**self.nargs, **kwargs, **options}
-            last = config is configurations[0]
             shown = {**config.kwargs, "num_warps": config.num_warps}
             chosen[0] = f" ({', '.join(f'{key}={value}' for key, value in shown.items())})"
-            with nullcontext() if last else observer.trial(self.base_fn.__name__, len(configurations)):
+            try:
+                if tunes:
+                    self.pre_hook(named, reset_only=True)
+                if config.pre_hook is not None:
+                    config.pre_hook(named)
+                return self.fn.run(*args, **kwargs, **options)
+            finally:
+                chosen[0] = ""
+
+        start = (configuration or 0) % len(configurations)
+        order = [*configurations[start:], *configurations[:start]]
+        trials = order[:0:-1] if configuration is None else []
+        for config in trials:
+            with observer.trial(self.base_fn.__name__, len(configurations)):
                 try:
-                    if tunes:
-                        self.pre_hook(named, reset_only=True)
-                    if config.pre_hook is not None:
-                        config.pre_hook(named)
-                    result = self.fn.run(*args, **kwargs, **options)
-                finally:
-                    chosen[0] = ""
+                    run(config)
+                except Exception as error:
+                    if not _would_not_compile(error):
+                        raise
+        result = None
+        for config in order:
+            try:
+                result = run(config)
+                break
+            except Exception as error:
+                if config is order[-1] or not _would_not_compile(error):
+                    raise
         if tunes:
             _tuned[self].add(key)
-        self.best_config, self.nargs = configurations[0], None
+        self.best_config, self.nargs = config, None
         return result
 
     def copy(self: Any, args_dev: Any, kwargs: Any) -> Any:
