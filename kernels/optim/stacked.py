@@ -89,10 +89,11 @@ class StackedStep:
                 raise ValueError(
                     f"{name} stacks {len(param)} models, the parameters before it {self._models}"
                 )
-            home = self.param_groups[0]["params"][0].device
+            home = self._home()
             if param.device != home:
                 raise RuntimeError(f"{name} is on {param.device}, the first parameter on {home}")
-        self._check_rates(group)
+        if self._models is not None:  # without a parameter so far the first step finds out
+            self._check_rates(group)
         given = {name: group[name] for name in RATES if name in group and any(_per_model(name, group[name]))}
         self._per_model.append(set(given))
         if given:
@@ -112,9 +113,13 @@ class StackedStep:
             raise ValueError(
                 f"{label} has shape {tuple(value.shape)}; expected a number or ({self._models},), one for each model"
             )
-        home = self.param_groups[0]["params"][0].device
+        home = self._home()
         if value.device != home:
             raise RuntimeError(f"{label} is on {value.device}, the parameters on {home}")
+
+    def _home(self) -> torch.device:
+        """The device of the first parameter, and so of all."""
+        return next(param.device for group in self.param_groups for param in group["params"])
 
     def _note_rates(self) -> None:
         """Take the options of a loaded state for those of construction, on the parameters' device."""

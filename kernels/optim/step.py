@@ -489,7 +489,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
 
     def _apply(self, plan: Plan) -> None:
         if self.stacked:
-            self._apply_stacked(plan)
+            if self._models is not None:  # else there are no parameters
+                self._apply_stacked(plan)
             return
         scale = _resolved(getattr(self, "grad_scale", None))
         found_inf = _resolved(getattr(self, "found_inf", None))
@@ -560,10 +561,6 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             shape, _ = self._record_shapes()
             self._skipped[device] = torch.zeros(shape, dtype=torch.int64, device=device)
         return self._skipped[device]
-
-    def _home(self) -> torch.device:
-        """The device of the first parameter; with ``stacked=True`` that of all."""
-        return next(local_part(param).device for group in self.param_groups for param in group["params"])
 
     def _raise_if_nonfinite(self, norms: Tensor) -> None:
         if not norms[:, 1].sum().item():

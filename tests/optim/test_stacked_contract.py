@@ -680,6 +680,25 @@ def test_a_stacked_checkpoint_is_refused_by_a_plain_optimizer() -> None:
 # Groups and schedulers.
 
 
+def test_a_first_group_without_parameters(name: str) -> None:
+    """As that of the weights that decay may be."""
+    rates = torch.tensor([0.1, 0.2])
+    params = [nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    usual = ours_for(name)(params[:1], lr=rates, stacked=True, max_norm=1.0)
+    other = ours_for(name)([{"params": []}, {"params": params[1:2]}], lr=rates, stacked=True, max_norm=1.0)
+    later = ours_for(name)([{"params": []}], lr=rates, stacked=True, max_norm=1.0)
+    later.step()
+    later.add_param_group({"params": params[2:]})
+    for optimizer in (usual, other, later):
+        for param in parameters(optimizer):
+            param.grad = torch.arange(6.0).view(2, 3)
+        optimizer.step()
+    assert torch.equal(params[0], params[1])
+    assert torch.equal(params[0], params[2])
+    with pytest.raises(ValueError, match="lr has shape"):
+        ours_for(name)([{"params": []}, {"params": params}], lr=torch.ones(3), stacked=True)
+
+
 def test_groups_have_their_own_rates(name: str) -> None:
     first, second = make_params(TWO)
     runs = [SeparateRuns(name, [first], lr=VECTOR), SeparateRuns(name, [second], lr=0.2, weight_decay=VECTOR)]
