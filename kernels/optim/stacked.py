@@ -95,11 +95,11 @@ class StackedStep:
         if self._models is not None:  # without a parameter so far the first step finds out
             self._check_rates(group)
         given = {name: group[name] for name in RATES if name in group and any(_per_model(name, group[name]))}
-        self._per_model.append(set(given))
         if given:
             own = {name: group[name] for name in ("nesterov", "dampening") if name in group}
             rates = {name: _worst(name, group[name]) for name in RATES if name in group}
             self._torch_class([torch.zeros(1)], **own, **rates)  # raises in torch's words
+        self._per_model.append(set(given))
 
     def _check_rates(self, group: dict[str, Any]) -> None:
         """Refuse options of a shape or on a device that the kernels cannot read."""

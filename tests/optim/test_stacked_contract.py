@@ -680,6 +680,17 @@ def test_a_stacked_checkpoint_is_refused_by_a_plain_optimizer() -> None:
 # Groups and schedulers.
 
 
+def test_a_refused_group_leaves_the_optimizer_as_it_was(name: str) -> None:
+    first, second = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = ours_for(name)([first], lr=torch.tensor([0.1, 0.2]), stacked=True)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.add_param_group({"params": [second], "lr": torch.tensor([0.1, -1.0])})
+    first.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert len(optimizer.param_groups) == 1
+    assert bool((first != 1).all())
+
+
 def test_a_first_group_without_parameters(name: str) -> None:
     """As that of the weights that decay may be."""
     rates = torch.tensor([0.1, 0.2])
