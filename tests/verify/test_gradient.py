@@ -531,3 +531,10 @@ def test_sparse_gradients_and_tensors_of_inference_mode():
     assert gradcheck(embedding, torch.tensor([1, 5, 1]))
     with torch.inference_mode():
         assert gradcheck(torch.sin, torch.randn(3, dtype=F64))
+
+
+def test_a_factor_of_one_explains_nothing():
+    """Two elements, so that 2 / 2 is a size's factor too."""
+    x = torch.tensor([1.0, 2.0], dtype=F64)
+    report = gradcheck(lambda x: x.square().sum(), x, gradient=lambda x: 2 * x + torch.tensor([5e-4, -5e-4]))
+    assert report.names == ("unknown",)

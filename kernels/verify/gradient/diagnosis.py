@@ -74,7 +74,7 @@ def diagnose(suspect: Suspect) -> tuple[Diagnosis, ...]:
             return (found,)
     ratio = _ratio(suspect, [suspect.here, *suspect.elsewhere])
     explanations = suspect.explanations(derivatives)
-    if ratio is not None:
+    if ratio is not None and abs(ratio - 1) > suspect.slack:
         explanations += _factor(suspect, ratio)
     explanations += [d for look in (_transposed, _feature, _path) if (d := look(suspect)) is not None]
     if not explanations:
