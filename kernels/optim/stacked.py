@@ -136,6 +136,8 @@ class StackedStep:
 
     def _refuse_overwritten(self) -> None:
         """Refuse what a scheduler made of options per model."""
+        if len(self._per_model) != len(self.param_groups):  # groups were taken out, or put in, by hand
+            self._note_rates()
         for group, names in zip(self.param_groups, self._per_model, strict=True):
             self._check_rates(group)
             for name in names:

@@ -691,6 +691,19 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(name: str) -> None:
     assert bool((first != 1).all())
 
 
+def test_groups_that_are_taken_out(name: str) -> None:
+    first, second = (nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    rates = torch.tensor([0.1, 0.2])
+    optimizer = ours_for(name)([{"params": [first]}, {"params": [second], "lr": rates}], stacked=True)
+    del optimizer.param_groups[0]
+    second.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert bool((second != 1).all())
+    optimizer.param_groups[0]["lr"] = 0.1
+    with pytest.raises(ValueError, match="overwritten"):
+        optimizer.step()
+
+
 def test_a_first_group_without_parameters(name: str) -> None:
     """As that of the weights that decay may be."""
     rates = torch.tensor([0.1, 0.2])
