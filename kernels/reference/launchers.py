@@ -36,6 +36,7 @@ def _in_layout(array: Array, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(_tensor(array, like))
 
 
+@np.errstate(all="ignore")
 def matmul_forward(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -180,6 +181,7 @@ def linear_mse_forward(
     ]
 
 
+@np.errstate(all="ignore")
 def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:

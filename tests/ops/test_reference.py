@@ -14,7 +14,7 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD, use_backend
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear, linear_mse_loss_and_grad, use_backend
 from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
 
@@ -437,3 +437,14 @@ def test_reference_backend_refuses_stochastic_rounding() -> None:
     param.grad = torch.ones_like(param)
     with use_backend("reference"), pytest.raises(RuntimeError, match="no stochastic rounding"):
         FusedSGD([param], lr=0.1, stochastic_rounding=True).step()
+
+
+def test_reference_backend_takes_infinity_without_a_warning() -> None:
+    x = torch.tensor([[math.inf, 1.0]])
+    with use_backend("reference"):
+        assert linear(x, torch.ones(1, 2), torch.tensor([-math.inf])).isnan().all()
+        _, (gradient, _, _, _) = linear_mse_loss_and_grad(
+            x, torch.tensor([[1.0, 0.0]]), torch.ones(1, 1), wrt=("input",)
+        )
+    assert gradient is not None
+    assert gradient.isinf().tolist() == [[True, False]]
