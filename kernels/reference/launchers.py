@@ -36,13 +36,13 @@ def _in_layout(array: Array, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(_tensor(array, like))
 
 
-@np.errstate(all="ignore")
 def matmul_forward(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
     left, right, plus = _arrays(input, other, bias)
-    result = matmul.forward(left, right).sum(axis=tuple(sum_dims), keepdims=True)
-    return _tensor(result if plus is None else result + plus, input, dtype)
+    with np.errstate(all="ignore"):
+        result = matmul.forward(left, right).sum(axis=tuple(sum_dims), keepdims=True)
+        return _tensor(result if plus is None else result + plus, input, dtype)
 
 
 def _per_element(grad: Any, shape: Sequence[int], reduction: str, batch_dims: int) -> Any:
@@ -181,11 +181,11 @@ def linear_mse_forward(
     ]
 
 
-@np.errstate(all="ignore")
 def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
-    scaled = factor * _array(grad_output) * _array(error)
+    with np.errstate(all="ignore"):
+        scaled = factor * _array(grad_output) * _array(error)
     results = ((matmul.forward(scaled, _array(weight)), weight), (-scaled, error))
     return [_tensor(value, like) for (value, like), need in zip(results, output_mask, strict=True) if need]
 

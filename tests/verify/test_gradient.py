@@ -1,4 +1,7 @@
-"""Each fault planted in a gradient gets its own name, and a right gradient gets none."""
+"""Each fault planted in a gradient gets its own name, and a right gradient gets none.
+
+Over 500 lines, since each fault is a function of its own.
+"""
 
 import json
 import math

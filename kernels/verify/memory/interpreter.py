@@ -6,6 +6,8 @@ module-level name ``_interpreter`` in ``triton.runtime.interpreter``: ``load``, 
 gets a tag there, in the 16 upper bits that no address uses, so that whatever a kernel computes from a pointer still
 tells which argument it came from. ``watch`` raises ``InterpreterChangedError`` where the interpreter is not as
 expected, and ``check_canary`` runs a kernel once per process to see that no access escapes.
+
+Over 500 lines, since no other file may know of those internals.
 """
 
 import dataclasses
