@@ -119,7 +119,8 @@ class StackedStep:
 
     def _home(self) -> torch.device:
         """The device of the first parameter, and so of all."""
-        return next(param.device for group in self.param_groups for param in group["params"])
+        devices = (param.device for group in self.param_groups for param in group["params"])
+        return next(devices, torch.device("cpu"))
 
     def _note_rates(self) -> None:
         """Take the options of a loaded state for those of construction, on the parameters' device."""

@@ -199,6 +199,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         own count: an int64 tensor (B,) on the parameters' device, which waits for nothing.
         """
         if self.stacked:
+            if self._models is None:  # there are no parameters yet
+                return torch.zeros(0, dtype=torch.int64)
             return self._skip_count(self._home()).clone()
         return sum(int(count.item()) for count in self._skipped.values())
 

@@ -103,6 +103,8 @@ def _parts(
     except ValueError:
         raise ValueError(f"weight {weight.shape} does not broadcast to input's shape {input.shape}") from None
     given = () if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    if not input.ndim and given not in ((), (0,), (-1,)):  # torch takes a number for a vector here
+        raise np.exceptions.AxisError(f"axis {dim} of a number")
     return input - target, weight, (given if input.ndim else ()) or tuple(range(input.ndim))
 
 

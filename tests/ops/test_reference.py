@@ -282,6 +282,9 @@ def test_a_dimension_that_is_not_there_or_named_twice_is_refused(dim: Any) -> No
     with pytest.raises(ValueError, match="axis"):
         mse.backward(np.ones(3), x, y, dim=dim)
     assert mse.forward(x, y, dim=-2).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="axis"):
+        mse.forward(1.0, 2.0, dim=dim)
+    assert mse.forward(1.0, 2.0, dim=-1) == 1
 
 
 def test_nonfinite_numbers_travel_without_a_warning() -> None:

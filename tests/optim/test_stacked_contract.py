@@ -702,6 +702,10 @@ def test_groups_that_are_taken_out(name: str) -> None:
     optimizer.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match="overwritten"):
         optimizer.step()
+    optimizer = ours_for(name)([second], stacked=True, max_norm=1.0)
+    optimizer.param_groups.clear()
+    optimizer.step()
+    assert optimizer.steps_skipped.tolist() == [0, 0]
 
 
 def test_a_first_group_without_parameters(name: str) -> None:
@@ -712,6 +716,7 @@ def test_a_first_group_without_parameters(name: str) -> None:
     other = ours_for(name)([{"params": []}, {"params": params[1:2]}], lr=rates, stacked=True, max_norm=1.0)
     later = ours_for(name)([{"params": []}], lr=rates, stacked=True, max_norm=1.0)
     later.step()
+    assert not len(later.steps_skipped)
     later.add_param_group({"params": params[2:]})
     for optimizer in (usual, other, later):
         for param in parameters(optimizer):

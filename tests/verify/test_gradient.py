@@ -498,6 +498,63 @@ def test_a_kink_whose_slope_is_small_beside_others():
     assert report.names == ("non-differentiable",)
 
 
+class Near(torch.autograd.Function):
+    """The square of x, whose derivative is 5 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.1 * ctx.saved_tensors[0] * grad
+
+
+@pytest.mark.parametrize(
+    "beside", [lambda x: x.detach().bfloat16().mean(), lambda x: x.detach().bfloat16() > 0]
+)
+def test_what_is_narrow_beside_the_function_widens_nothing(beside):
+    def function(x):
+        beside(x)
+        return Near.apply(x)
+
+    assert not gradcheck(function, torch.randn(4, 3, dtype=F64))
+
+
+def test_noise_in_a_function_that_computes_in_bfloat16():
+    report = gradcheck(
+        lambda x: x.bfloat16().double() * (1 + 0.05 * torch.rand(1)), torch.randn(4, 3, dtype=F64)
+    )
+    assert report.names == ("non-deterministic",)
+
+
+def test_outputs_in_a_class_of_ones_own():
+    class Output(dict):
+        pass
+
+    x = torch.randn(4, 3, dtype=F64)
+    report = gradcheck(lambda x: Output(loss=(x * 2).sum(), count=x.detach().sum()), x)
+    assert report, report
+    assert "without the outputs that require no gradient: 1" in report.tried
+
+
+def test_an_infinite_difference_does_not_widen_the_tolerance():
+    class Wall(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.where(x <= 3, x, torch.inf)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * grad
+
+    report = gradcheck(Wall.apply, torch.tensor([1.0, 2.0, 3.0], dtype=F64))
+    assert not report
+    assert report.inputs[0].tolerance < 1e-3
+    assert "difference step too large" not in report.names
+
+
 def test_differences_at_the_edge_of_where_the_function_is_finite():
     report = gradcheck(torch.log, torch.tensor([1e-7, 0.5], dtype=F64))
     assert report.names == ("difference step too large",)

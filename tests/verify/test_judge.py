@@ -9,6 +9,8 @@ import random
 import subprocess
 import sys
 import textwrap
+import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +26,17 @@ from gradkernels.verify.judge import command as judge_command  # noqa: E402
 from gradkernels.verify.judge import trials  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
-from gradkernels.verify.judge.load import load, targets  # noqa: E402
+from gradkernels.verify.judge.load import _speaks, load, targets  # noqa: E402
 from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
-from gradkernels.verify.judge.subject import SAMPLES, Reference, Subject, call, watched  # noqa: E402
+from gradkernels.verify.judge.subject import (  # noqa: E402
+    SAMPLES,
+    Outcome,
+    Reference,
+    Subject,
+    call,
+    watched,
+)
 from gradkernels.verify.judge.verdict import Case  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
@@ -388,8 +397,19 @@ RECTIFIED = """
             {", lambda x: (x.relu(), x.sum().detach())": "", "torch.where(ctx": "None  # (ctx"},
             "no signal",
         ),
+        (
+            RECTIFIED,
+            v.VERIFIED,
+            {
+                ", lambda x: (x.relu(), x.sum().detach())": "",
+                "forward(ctx, x)": "forward(ctx, x, mask)",
+                "grad, 0.0)": "grad, 0.0), None",
+                "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]",
+            },
+            "",
+        ),
     ],
-    ids=["largest", "another place", "at kinks", "no reference", "too few", "none"],
+    ids=["largest", "another place", "at kinks", "no reference", "too few", "none", "a mask"],
 )
 def test_kinks_ties_and_what_is_called_check(
     text: str,
@@ -496,6 +516,35 @@ def test_a_reference_that_computes_in_float32_whatever_it_is_given() -> None:
     wanted = call(lambda x: x * torch.rsqrt(x.square() + 1e-6), [wide], [0])
     for mine, exact in zip(found.tensors, wanted.tensors, strict=True):
         assert torch.allclose(mine, exact, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda x: torch.rand_like(x, dtype=torch.float32), lambda x: torch.rand_like(x.float())]
+)
+def test_random_numbers_of_a_dtype_of_their_own(draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Other numbers in float64 would look like torch's error, and allow anything."""
+    x = torch.randn(8, 16, dtype=torch.bfloat16)
+    truth = Reference(Subject(lambda x: torch.where(draw(x) > 0.5, 2 * x, 0 * x)))([x], [])
+    assert truth.error("outputs", 0) < 0.1
+    assert torch.equal(truth.exact.outputs[0] == 0, truth.native.outputs[0] == 0)
+
+
+def test_checks_made_elsewhere_speak_and_helpers_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made.py").write_text("def check_shared(x): ...\ndef make(check): return lambda: check\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = types.ModuleType("kernels_to_judge")
+    exec("from made import check_shared, make\ncheck_one = make(1)\ncheck_c = len", vars(module))
+    assert [name for name in ("check_shared", "check_one") if _speaks(module, name, None)] == ["check_one"]
+    assert _speaks(module, "check_shared", "shared")
+
+
+def test_integers_that_are_no_places_are_compared_among_zeros() -> None:
+    x = torch.zeros(6)
+    truth = Reference(Subject(lambda x: (x * 8).int()))([x], [])
+    for result, faults in ((x.int() + 7, 1), (x.long(), 1), (x.int() + 5, 0)):
+        assert len(list(trials.value([Outcome(outputs=[result])], [truth], places=6))) == faults
 
 
 def test_random_numbers_are_the_same_in_float64() -> None:

@@ -697,9 +697,10 @@ def test_a_launch_after_the_one_that_tunes_resets_nothing():
 
 @triton.jit
 def small_kernel(x_ptr, BLOCK: tl.constexpr):
-    tl.static_assert(BLOCK <= 32, "too large")
     offs = tl.arange(0, BLOCK)
-    tl.store(x_ptr + offs, tl.load(x_ptr + offs) + 1)
+    x = tl.load(x_ptr + offs)
+    tl.static_assert(BLOCK <= 32, "too large")
+    tl.store(x_ptr + offs, x + 1)
 
 
 @pytest.mark.parametrize("configuration", [None, 0, 1])
@@ -707,7 +708,7 @@ def test_configurations_that_would_not_compile_are_left_out(configuration):
     def kernel(*blocks):
         return triton.autotune([triton.Config({"BLOCK": block}) for block in blocks], key=[])(small_kernel)
 
-    x = torch.zeros(64)
+    x = torch.zeros(32)  # what is read before the assertion fails was never launched
     with memory_check(configuration=configuration) as report:
         kernel(64, 32)[(1,)](x)
         kernel(16, 64)[(1,)](x)

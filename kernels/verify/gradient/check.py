@@ -143,12 +143,15 @@ class _Check:
 
     def _computed_in(self, values: list[Any]) -> set[torch.dtype]:
         """Return the dtypes of the outputs, and those that the function narrows something to on the way."""
+        narrowed = Narrowed()
         try:
-            with Narrowed() as narrowed:
-                outputs = self.function.outputs(values)
+            with narrowed, torch.enable_grad():
+                outputs = self.function.outputs(self.function.leaves(values))
         except Exception:  # it may not run where somebody looks on
-            return {output.dtype for output in self.function.outputs(values)}
-        return narrowed.dtypes | {output.dtype for output in outputs}
+            outputs = self.function.outputs(values)
+        returned = {output.dtype for output in outputs}
+        self.returned = max(map(epsilon, returned))
+        return narrowed.dtypes | returned
 
     def run(self) -> GradientReport:
         function = self.function
@@ -158,6 +161,9 @@ class _Check:
             return self._report([], [mutated])
         if len(outputs) > 1 and function.gradient is None:
             function.leave_out_detached(self.native)
+            if function.attached is not None and not all(function.attached):
+                places = ", ".join(str(k) for k, attached in enumerate(function.attached) if not attached)
+                self.tried.append(f"without the outputs that require no gradient: {places}")
             with torch.no_grad():
                 outputs = function.outputs(self.native)
         self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
@@ -251,7 +257,7 @@ class _Check:
         if torch.equal(first, second) or (first.isnan().any() and torch.equal(first.isnan(), second.isnan())):
             return None
         gap = float((first - second).abs().max())
-        if gap <= 64 * torch.finfo(self.dtype).eps * float(first.abs().max()):
+        if gap <= 64 * self.returned * float(first.abs().max()):
             self.tried.append(f"the two calls differ by {gap:.1e}, in the last bits only")
             return None
         return Diagnosis(
@@ -321,7 +327,7 @@ class _Check:
 
     def _curvature(self, index: int, elements: np.ndarray, bends: np.ndarray, least: float) -> float:
         """Return the largest second difference that is no kink's, which doubles with half the step."""
-        bends = np.nan_to_num(bends, nan=0.0, posinf=np.inf)
+        bends = np.nan_to_num(bends, nan=0.0, posinf=0.0)  # the differences say so themselves
         for k in np.argsort(bends)[::-1]:
             if not bends[k] > least:  # it does not matter
                 return float(bends[k])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ...checks import in_float64
@@ -34,20 +34,25 @@ def epsilon(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-class Narrowed(TorchDispatchMode):
-    """Inside the block ``dtypes`` collects what operators give that are handed a wider floating-point dtype."""
+class Narrowed(TorchFunctionMode):
+    """Inside the block ``dtypes`` collects what functions give that are handed a wider floating-point dtype.
+
+    Results without a gradient do not count: a mask, a number for the log.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         widest = min(
             (epsilon(leaf.dtype) for leaf in tree_leaves((args, kwargs)) if is_real(leaf)), default=1.0
         )
         self.dtypes |= {
-            leaf.dtype for leaf in tree_leaves(result) if is_real(leaf) and epsilon(leaf.dtype) > widest
+            leaf.dtype
+            for leaf in tree_leaves(result)
+            if is_real(leaf) and leaf.requires_grad and epsilon(leaf.dtype) > widest
         }
         return result
 
@@ -133,16 +138,19 @@ class Function:
             result = torch.func.functional_call(self.fn, state, tuple(arguments))
         else:
             result = self.fn(*arguments)
-        outputs = [output for output in tree_leaves(result) if is_real(output)]
+        outputs = [output for output in _leaves(result) if is_real(output)]
         if not outputs:
             raise TypeError(f"{self.name} must return real tensors, got {type(result).__name__}")
         return outputs if self.attached is None else list(compress(outputs, self.attached))
 
+    def leaves(self, values: Sequence[Any]) -> list[Any]:
+        """Return the values, the checked ones as leaves that require a gradient."""
+        return [v.detach().requires_grad_() if i in self.checked else v for i, v in enumerate(values)]
+
     def leave_out_detached(self, values: Sequence[Any]) -> None:
         """Leave out, from here on, the outputs that no gradient comes back from, unless those are all there are."""
-        leaves = [v.detach().requires_grad_() if i in self.checked else v for i, v in enumerate(values)]
         with torch.enable_grad():
-            attached = [output.requires_grad for output in self.outputs(leaves)]
+            attached = [output.requires_grad for output in self.outputs(self.leaves(values))]
         if any(attached):
             self.attached = attached
 
@@ -171,9 +179,7 @@ class Function:
         self, values: Sequence[Any], cotangents: Sequence[Tensor]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
         """Return the outputs that require a gradient, each with its cotangent, and the leaves."""
-        leaves = [
-            value.detach().requires_grad_() if i in self.checked else value for i, value in enumerate(values)
-        ]
+        leaves = self.leaves(values)
         with torch.enable_grad():
             outputs = self.outputs(leaves)
         return [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad], leaves
@@ -223,6 +229,15 @@ class Function:
                 raise ShapeError(message, got, wanted, position, tensor)
             result.append(tensor)
         return result
+
+
+def _leaves(result: Any) -> list[Any]:
+    """Return what is in tuples, lists and dicts, and in classes derived from them, which a pytree takes whole."""
+    found = []
+    for leaf in tree_leaves(result):
+        inner = leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, (list, tuple)) else None
+        found += [leaf] if inner is None else _leaves(list(inner))
+    return found
 
 
 def _own(value: Any) -> Any:

@@ -234,7 +234,9 @@ class _Examination:
             if truth is None:
                 return
             outcomes, truths = self._draws(point, first, truth, once)
-            yield from trials.value(outcomes, truths, ties=point.kind == "zeros")
+            ties = point.kind == "zeros"
+            count = max((x.numel() for x in point.values if isinstance(x, Tensor)), default=0)
+            yield from trials.value(outcomes, truths, places=count if ties else 0)
             meant = bool(first.mutated and truth.native.mutated)
             if meant:
                 yield from trials.writing(first, truth)
@@ -309,6 +311,10 @@ class _Examination:
                     finding.verdict, f"configuration {configuration}: {finding.message}", finding.where
                 )
         if truth is None and wanted and first.attached:
+            if not any(
+                v.requires_grad for v in point.values if is_real(v)
+            ):  # nobody says that a mask has a gradient
+                wanted = [i for i in wanted if first.gradients.get(i) is not None] or wanted
             began = time.monotonic()
             once()
             each = time.monotonic() - began

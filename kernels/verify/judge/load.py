@@ -97,10 +97,15 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
 def _speaks(module: types.ModuleType, check: str, name: str | None) -> bool:
     """Return whether ``check`` can be called without arguments and stands in this file, or is the one asked for."""
     thing = getattr(module, check)
-    imported = inspect.isfunction(thing) and thing.__module__ != module.__name__
+    home = sys.modules.get(getattr(thing, "__module__", None) or "")
+    imported = home is not None and home is not module and any(x is thing for x in vars(home).values())
     if imported or not callable(thing):
         return name in (check, check.removeprefix(CHECK))
-    parameters = inspect.signature(thing).parameters.values()
+    try:
+        function = getattr(thing, "fn", thing)  # that of a Triton kernel
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # it is written in C
+        return True
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 

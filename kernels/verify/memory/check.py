@@ -108,6 +108,7 @@ class _Checker(Observer):
         self.stored: dict[int, tuple[str, str]] = {}  # storage -> kernel and argument that stored to it
         self.sites: dict[tuple[str, int], int] = {}
         self.found: dict[tuple[str, str, str, str], int] = {}
+        self.known = list(self.report.faults), dict(self.found)  # before the launch that is under way
         self.pending: list[tuple[Region, np.ndarray, np.ndarray]] = []
         self.kernel, self.site, self.line = "", 0, ""
         self.index: tuple[int, int, int] | None = None
@@ -140,12 +141,14 @@ class _Checker(Observer):
         self.table = None
         self.kept += [tensor.untyped_storage() for _, tensor in arguments]
         self.report.traffic.append(Traffic(kernel.partition(" ")[0]))
+        self.known = list(self.report.faults), dict(self.found)
 
     def launched(self) -> None:
         self.arguments = []
 
     def dropped(self) -> None:
         self.report.traffic.pop()
+        self.report.faults[:], self.found = self.known
 
     def autotuned(self, kernel: str, configurations: int) -> None:
         self.report.configurations = max(self.report.configurations, configurations)
