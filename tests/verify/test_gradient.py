@@ -529,6 +529,29 @@ def test_noise_in_a_function_that_computes_in_bfloat16():
     assert report.names == ("non-deterministic",)
 
 
+class SquareInBfloat16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.bfloat16().square().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_what_is_narrow_where_autograd_does_not_look():
+    x = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    assert gradcheck(SquareInBfloat16.apply, x)
+    assert gradcheck(lambda x: torch.func.vmap(lambda y: y.float().pow(3))(x).to(x.dtype), x)
+    narrow = gradcheck(
+        lambda x: x.detach().bfloat16().square().sum().to(x.dtype), x, gradient=lambda x: 2 * x
+    )
+    assert narrow, narrow
+    noisy = gradcheck(lambda x: (x.float() * (1 + 1e-6 * torch.rand(()))).square().sum().to(x.dtype), x)
+    assert noisy, noisy
+
+
 def test_outputs_in_a_class_of_ones_own():
     class Output(dict):
         pass

@@ -547,6 +547,16 @@ def test_integers_that_are_no_places_are_compared_among_zeros() -> None:
         assert len(list(trials.value([Outcome(outputs=[result])], [truth], places=6))) == faults
 
 
+def test_new_memory_of_a_dtype_of_its_own() -> None:
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x, dtype=torch.float32).copy_(x.exp().cumsum(-1)).to(x.dtype)
+
+    x = torch.randn(1000)
+    truth = Reference(Subject(reference))([x], [])
+    assert torch.allclose(truth.exact.outputs[0], x.double().exp().cumsum(0), rtol=1e-12)
+    assert not torch.allclose(truth.native.outputs[0].double(), truth.exact.outputs[0], rtol=1e-12)
+
+
 def test_random_numbers_are_the_same_in_float64() -> None:
     """Otherwise the difference of two masks would count as torch's error, and anything would pass."""
     truth = Reference(Subject(lambda x: torch.nn.functional.dropout(x, 0.5)))([torch.randn(64)], [])

@@ -37,24 +37,41 @@ def epsilon(dtype: torch.dtype) -> float:
 class Narrowed(TorchFunctionMode):
     """Inside the block ``dtypes`` collects what functions give that are handed a wider floating-point dtype.
 
-    Results without a gradient do not count: a mask, a number for the log.
+    Results without a gradient do not count: ``aside`` has those of a mask or a number for the log, ``hidden`` those
+    that come without grad mode, as inside a custom Function.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
+        self.aside: set[torch.dtype] = set()
+        self.hidden: set[torch.dtype] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         widest = min(
             (epsilon(leaf.dtype) for leaf in tree_leaves((args, kwargs)) if is_real(leaf)), default=1.0
         )
-        self.dtypes |= {
-            leaf.dtype
-            for leaf in tree_leaves(result)
-            if is_real(leaf) and leaf.requires_grad and epsilon(leaf.dtype) > widest
-        }
+        for leaf in tree_leaves(result):
+            if is_real(leaf) and epsilon(leaf.dtype) > widest:
+                seen = leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+                (self.dtypes if seen else self.aside if torch.is_grad_enabled() else self.hidden).add(
+                    leaf.dtype
+                )
         return result
+
+
+def is_opaque(outputs: Sequence[Tensor]) -> bool:
+    """Return whether autograd has not seen all of the way: a custom Function is on it, or an output has no graph."""
+    nodes, met = [output.grad_fn for output in outputs], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node not in met:
+            met.add(node)
+            nodes += [following for following, _ in node.next_functions if following is not None]
+    return False
 
 
 class ShapeError(Exception):

@@ -235,7 +235,7 @@ class _Examination:
                 return
             outcomes, truths = self._draws(point, first, truth, once)
             ties = point.kind == "zeros"
-            count = max((x.numel() for x in point.values if isinstance(x, Tensor)), default=0)
+            count = sum(x.numel() for x in point.values if isinstance(x, Tensor))
             yield from trials.value(outcomes, truths, places=count if ties else 0)
             meant = bool(first.mutated and truth.native.mutated)
             if meant:
@@ -311,10 +311,12 @@ class _Examination:
                     finding.verdict, f"configuration {configuration}: {finding.message}", finding.where
                 )
         if truth is None and wanted and first.attached:
-            if not any(
-                v.requires_grad for v in point.values if is_real(v)
-            ):  # nobody says that a mask has a gradient
-                wanted = [i for i in wanted if first.gradients.get(i) is not None] or wanted
+            if not any(x.requires_grad for x in point.values if is_real(x)):
+                # Nobody says that a mask has a gradient.
+                found = first.gradients
+                wanted = [
+                    i for i in wanted if found.get(i) is not None or not _is_mask(point.values[i])
+                ] or wanted
             began = time.monotonic()
             once()
             each = time.monotonic() - began
@@ -427,6 +429,10 @@ def _differentiable(values: Sequence[Any], arguments: int) -> list[int]:
     real = [i for i, value in enumerate(values) if is_real(value)]
     marked = [i for i in real if i < arguments and values[i].requires_grad]
     return (marked or [i for i in real if i < arguments]) + [i for i in real if i >= arguments]
+
+
+def _is_mask(value: Tensor) -> bool:
+    return bool(((value == 0) | (value == 1) | value.isneginf()).all())
 
 
 def _cast(function: Any, dtype: torch.dtype) -> Any:

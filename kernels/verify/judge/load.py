@@ -98,11 +98,14 @@ def _speaks(module: types.ModuleType, check: str, name: str | None) -> bool:
     """Return whether ``check`` can be called without arguments and stands in this file, or is the one asked for."""
     thing = getattr(module, check)
     home = sys.modules.get(getattr(thing, "__module__", None) or "")
-    imported = home is not None and home is not module and any(x is thing for x in vars(home).values())
+    others = [other for other in sys.modules.values() if other is not module]
+    imported = any(getattr(other, "__dict__", {}).get(check) is thing for other in others) or (
+        home in others and any(x is thing for x in vars(home).values())
+    )
     if imported or not callable(thing):
         return name in (check, check.removeprefix(CHECK))
     try:
-        function = getattr(thing, "fn", thing)  # that of a Triton kernel
+        function = thing.fn if type(thing).__module__.startswith("triton.") else thing
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # it is written in C
         return True

@@ -268,12 +268,21 @@ class Truth:
 
 
 class _Wider(TorchDispatchMode):
-    """Inside the block what asks for float32 of a float64 tensor gets float64: ``x.float()``, ``x.sum(dtype=...)``."""
+    """Inside the block what asks for float32 of a float64 tensor gets float64: ``x.float()``, ``x.sum(dtype=...)``.
+
+    Args:
+        empties: whether new memory does too, which random numbers may be drawn into: then they are others.
+    """
+
+    def __init__(self, empties: bool) -> None:
+        super().__init__()
+        self.empties = empties
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
         given = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        drawn = torch.Tag.nondeterministic_seeded in func.tags or "empty" in func.name()
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        drawn |= "empty" in func.name() and not self.empties
         wide = any(t.dtype == torch.float64 for t in given)
         if options.get("dtype") == torch.float32 and wide and not drawn:
             options["dtype"] = torch.float64
@@ -285,12 +294,13 @@ class Reference:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = self._double = subject
+        self._empties = True
         if isinstance(subject.fn, torch.nn.Module):
             self._double = Subject(deepcopy(subject.fn).double(), subject.parameters)
 
     def wide(self, *values: Any) -> Any:
         """Call the copy, which computes in float64 what the reference computes in float32 whatever it is given."""
-        with _Wider():
+        with _Wider(self._empties):
             return self._double(*values)
 
     def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
@@ -314,12 +324,13 @@ class Reference:
         drawn = torch.get_rng_state()
         if not any(v.dtype == torch.float64 for v in values if is_real(v)):
             # It may hold tensors, or ask for dtypes, of its own.
-            with contextlib.suppress(Exception):
-                torch.set_rng_state(state)
-                wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
-                alike = torch.equal(torch.get_rng_state(), drawn)  # else its random numbers are others
-                if alike and all(o.dtype == torch.float64 for o in wide.outputs if is_real(o)):
-                    return native, wide
+            for self._empties in (True, False):
+                with contextlib.suppress(Exception):
+                    torch.set_rng_state(state)
+                    wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
+                    alike = torch.equal(torch.get_rng_state(), drawn)  # else its random numbers are others
+                    if alike and all(o.dtype == torch.float64 for o in wide.outputs if is_real(o)):
+                        return native, wide
         return native, native
 
 
