@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -170,8 +171,7 @@ class _Check:
             if function.attached is not None and not all(function.attached):
                 places = ", ".join(str(k) for k, attached in enumerate(function.attached) if not attached)
                 self.tried.append(f"without the outputs that require no gradient: {places}")
-            with torch.no_grad():
-                outputs = function.outputs(self.native)
+                outputs = list(compress(outputs, function.attached))
         self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
         if not self.scalar and (function.gradient is not None or self.lr is not None):
             raise ValueError(

@@ -97,11 +97,8 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
 def _speaks(module: types.ModuleType, check: str, name: str | None) -> bool:
     """Return whether ``check`` can be called without arguments and stands in this file, or is the one asked for."""
     thing = getattr(module, check)
-    home = sys.modules.get(getattr(thing, "__module__", None) or "")
-    others = [other for other in sys.modules.values() if other is not module]
-    imported = any(getattr(other, "__dict__", {}).get(check) is thing for other in others) or (
-        home in others and any(x is thing for x in vars(home).values())
-    )
+    others = [getattr(other, "__dict__", {}) for other in list(sys.modules.values()) if other is not module]
+    imported = any(x is thing for names in others for x in list(names.values()))
     if imported or not callable(thing):
         return name in (check, check.removeprefix(CHECK))
     try:
