@@ -1,10 +1,14 @@
-"""What the tests share: the dtypes, the awkward sizes, the tolerance policy as an assertion."""
+"""What the tests share: the dtypes, the awkward sizes, the tolerance policy as an assertion, the example scripts."""
 
+import importlib.util
+import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from gradkernels.checks import DTYPES as DTYPES
 from gradkernels.checks import in_float64
@@ -14,11 +18,23 @@ from torch import Tensor
 
 SIZES = (1, 3, 63, 65, 1000, 1023)
 CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def is_pinned(package: str) -> bool:
     """Whether this version of a package is the one that the constraints name."""
     return f"{package}=={metadata.version(package)}" in CONSTRAINTS.read_text().split()
+
+
+def example(name: str) -> ModuleType:
+    """``examples/<name>.py`` as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)  # as a script finds the modules beside it
+        spec.loader.exec_module(module)
+    return module
 
 
 def assert_matches(

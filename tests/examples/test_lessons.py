@@ -4,7 +4,6 @@ A figure written as a number is exact and must hold to nine digits; one written 
 was printed and must hold to half a unit in its last place.
 """
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -12,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,19 +19,11 @@ from gradkernels import use_backend
 from gradkernels.reference import linear_mse
 
 from ..conftest import DEVICES
-from ..helpers import assert_matches, to_numpy
+from ..helpers import EXAMPLES, assert_matches, example, to_numpy
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "lessons.py"
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lessons", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-LESSONS = load().LESSONS
+SCRIPT = str(EXAMPLES / "lessons.py")
+lessons = example("lessons")
+LESSONS = lessons.LESSONS
 
 PRINTED = {
     "A1": {
@@ -182,7 +171,6 @@ def test_a9_guard_stops_before_the_weights_are_touched(backend: str) -> None:
 
 
 def test_c3_adam_follows_torch_at_every_step(backend: str) -> None:
-    lessons = load()
     _, exact = lessons.deliveries(lambda p: torch.optim.Adam(p, lr=0.05, foreach=False), 20, torch.float64)
     figures = run("C3")
     assert len(figures["weights"]) == 20
@@ -225,7 +213,7 @@ def test_d1_bowl(backend: str) -> None:
 def test_d2_matrix_form(backend: str) -> None:
     figures = run("D2")
     assert figures["shape"] == [5]
-    x, w, y = load().hundred_samples()
+    x, w, y = lessons.hundred_samples()
     torch.nn.functional.mse_loss(x @ w, y).backward()
     _, exact, *_ = linear_mse.backward(1.0, *(to_numpy(tensor) for tensor in (x, w, y)))
     for name in ("backward", "(2/n) X^T (X w - y)"):
@@ -264,7 +252,7 @@ def test_every_lesson_says_what_its_figures_show() -> None:
 
 
 def test_the_script_prints_what_it_is_asked_for() -> None:
-    command = [sys.executable, str(SCRIPT), "--backend", "reference", "A2", "A5"]
+    command = [sys.executable, SCRIPT, "--backend", "reference", "A2", "A5"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "[2.5008, 5.0016, 2.56e-06, 0.0064]" in output
     assert "gradient: 6" in output
@@ -273,6 +261,6 @@ def test_the_script_prints_what_it_is_asked_for() -> None:
 
 
 def test_the_script_refuses_an_unknown_lesson() -> None:
-    result = subprocess.run([sys.executable, str(SCRIPT), "Z9"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, SCRIPT, "Z9"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "no lesson Z9" in result.stderr

@@ -1,8 +1,5 @@
 """examples/minimal.py: as short as it says, and as good as least squares."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,14 +7,12 @@ pytest.importorskip("sklearn")
 
 from sklearn.datasets import load_diabetes
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "minimal.py"
+from ..helpers import EXAMPLES, example
 
 
 def test_the_loss_is_that_of_least_squares(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(SCRIPT.read_text().splitlines()) <= 40
-    spec = importlib.util.spec_from_file_location("minimal_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    assert len((EXAMPLES / "minimal.py").read_text().splitlines()) <= 40
+    module = example("minimal")
     loss = module.main()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"epoch 60: train loss {loss:.4f}, validation loss ")

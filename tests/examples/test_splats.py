@@ -1,8 +1,6 @@
 """examples/splats.py: only the Gaussians in sight take a step, each counts its own, and the picture gets better."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -13,18 +11,12 @@ pytest.importorskip("sklearn")
 
 from matplotlib import image
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "splats.py"
+from ..helpers import example
+
+splats = example("splats")
 
 
-@pytest.fixture(scope="module")
-def splats() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("splats_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_row_takes_the_steps_that_see_it(splats: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_takes_the_steps_that_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     visible = splats.visible
     monkeypatch.setattr(splats, "visible", lambda *tile: seen.append(visible(*tile)) or seen[-1])
@@ -40,9 +32,7 @@ def test_a_row_takes_the_steps_that_see_it(splats: ModuleType, monkeypatch: pyte
             assert moved[counts > 0].all()
 
 
-def test_the_picture_gets_better(
-    splats: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_picture_gets_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, rows_in_sight, _ = splats.main(
         ["--side", "12", "--steps", "60", "--output", str(tmp_path)]
     ).values()

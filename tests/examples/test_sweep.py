@@ -1,12 +1,10 @@
 """examples/sweep.py: rates diverge where theory says, resamples and groups end at the closed form; over processes."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,20 +15,13 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "sweep.py"
+from ..helpers import EXAMPLES, example
 
-
-@pytest.fixture(scope="module")
-def sweep() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("sweep_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+sweep = example("sweep")
 
 
 @pytest.mark.unwatched
-def test_it_runs(sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(["--models", "40", "--steps", "300", "--output", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "sweep.json").read_text())
     spacing = 10 ** (4 / 39)
@@ -48,13 +39,13 @@ def test_it_runs(sweep: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("arguments", [["--models", "1"], ["--steps", "0"]])
-def test_arguments(sweep: ModuleType, arguments: list[str]) -> None:
+def test_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         sweep.main(arguments)
 
 
 @pytest.mark.parametrize("models", [1, 3, 8, 11])
-def test_each_model_has_one_process(sweep: ModuleType, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_model_has_one_process(models: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.own_share(models) == slice(0, models)
     found, sizes = [], []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -70,7 +61,7 @@ def test_each_model_has_one_process(sweep: ModuleType, models: int, monkeypatch:
 
 @pytest.mark.unwatched
 @pytest.mark.parametrize(("world", "models"), [(2, 7), pytest.param(4, 3, marks=pytest.mark.full)])
-def test_processes_find_what_one_finds(sweep: ModuleType, world: int, models: int, tmp_path: Path) -> None:
+def test_processes_find_what_one_finds(world: int, models: int, tmp_path: Path) -> None:
     """Uneven shares, and of three models one of four processes has none.
 
     The CPU's products round a model by how many are computed at once: the same to the policy's tolerance, with the
@@ -78,7 +69,7 @@ def test_processes_find_what_one_finds(sweep: ModuleType, world: int, models: in
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     result = subprocess.run(
-        [*launcher, str(SCRIPT), f"--models={models}", "--steps=20", f"--output={tmp_path}"],
+        [*launcher, str(EXAMPLES / "sweep.py"), f"--models={models}", "--steps=20", f"--output={tmp_path}"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -88,7 +79,7 @@ def test_processes_find_what_one_finds(sweep: ModuleType, world: int, models: in
     assert result.returncode == 0, result.stdout[-3000:]
     assert result.stdout.count("written:") == 1, "one process reports"
     shared = dict(np.load(tmp_path / "sweep.npz"))
-    alone, expected = (in_one_process(sweep, models, dtype) for dtype in (torch.float32, torch.float64))
+    alone, expected = (in_one_process(models, dtype) for dtype in (torch.float32, torch.float64))
     assert np.array_equal(shared.pop("rates"), torch.logspace(-3, 1, models).numpy())
     converged = expected["losses"] <= 1.5  # a divergence multiplies each error in each round
     for results in (shared, alone, expected):
@@ -99,7 +90,7 @@ def test_processes_find_what_one_finds(sweep: ModuleType, world: int, models: in
         assert comparison.passed, f"{key}: {comparison}"
 
 
-def in_one_process(sweep: ModuleType, models: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def in_one_process(models: int, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """The results of 20 rounds, by the names of sweep.npz."""
     data = sweep.load()
     data.x, data.y = data.x.to(dtype), data.y.to(dtype)
