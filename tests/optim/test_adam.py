@@ -5,26 +5,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD, use_backend
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from gradkernels.reference import adam as reference
 from torch import Tensor
 from torch.optim import Adam, AdamW
 
 from ..helpers import DTYPES, assert_matches, to_numpy
+from .optimizers import copies
 
 PAIRS = [pytest.param(FusedAdam, Adam, id="Adam"), pytest.param(FusedAdamW, AdamW, id="AdamW")]
-
-
-def leaves(tensors: list[Tensor], device: torch.device) -> list[torch.nn.Parameter]:
-    """The values and strides of ``tensors`` as parameters on ``device``."""
-    return [torch.nn.Parameter(tensor.detach().clone().to(device)) for tensor in tensors]
 
 
 def assert_run_matches(
     ours: type, theirs: type, start: list[Tensor], device: torch.device, steps: int = 3, **options: Any
 ) -> None:
     """Step ours, torch's plain loop and NumPy with the same random gradients; compare every tensor each time."""
-    mine, other = leaves(start, device), leaves(start, torch.device("cpu"))
+    mine, other = copies(start, device), copies(start)
     our_run, their_run = ours(mine, **options), theirs(other, foreach=False, **options)
     decay = {"weight_decay": 0.01} if theirs is AdamW else {}
     rule = {**decay, **options, "decoupled_weight_decay": theirs is AdamW}
@@ -57,36 +53,11 @@ def test_matches_torch_and_numpy(
     assert_run_matches(ours, theirs, start, device, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
-    sizes = (4095, 4096, 4097, 8192)
-    start = [torch.randn(size).to(dtype) for size in sizes]
-    params = leaves(start, device)
-    shifted = torch.randn(4098, device=device).to(dtype)
-    params.append(torch.nn.Parameter(shifted[1:-1]))  # 4096 elements, but not at a multiple of 16 bytes
-    assert params[-1].data_ptr() % 16
-    before = to_numpy(shifted)
-    optimizer = FusedAdam(params, lr=0.1)
-    for p in params:
-        p.grad = torch.randn(p.shape, device=device).to(dtype)
-    expected = [reference.step(to_numpy(p), to_numpy(p.grad), lr=0.1)[0] for p in params]
-    other = leaves(params, torch.device("cpu"))
-    for p, q in zip(params, other, strict=True):
-        q.grad = p.grad.cpu()
-    Adam(other, lr=0.1, foreach=False).step()
-    optimizer.step()
-    for p, q, value in zip(params, other, expected, strict=True):
-        assert_matches(p, q, value, f"{p.numel()} elements")
-    after = to_numpy(shifted)
-    assert after[0] == before[0]
-    assert after[-1] == before[-1]
-
-
 @pytest.mark.parametrize("step", [1, 2, 1000, 10**6, 2**24 - 2])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9999), (0.99, 0.0)], ids=str)
 def test_bias_corrections_at_any_step(step: int, betas: tuple[float, float], device: torch.device) -> None:
     start = [torch.randn(64)]
-    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    (p,), (q,) = copies(start, device), copies(start)
     p.grad = torch.randn(64).to(device)
     q.grad = p.grad.cpu()
     state = {"exp_avg": torch.randn(64), "exp_avg_sq": torch.rand(64), "step": torch.tensor(step - 1.0)}
@@ -106,7 +77,7 @@ def test_bias_corrections_at_any_step(step: int, betas: tuple[float, float], dev
 def test_tiny_second_moments_keep_their_digits(dtype: torch.dtype, grad: float, device: torch.device) -> None:
     # In float32 exp_avg_sq is 1e-41: a root that flushes it to 0 would divide by eps alone.
     start = [torch.zeros(8, dtype=dtype)]
-    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    (p,), (q,) = copies(start, device), copies(start)
     q.grad = torch.full((8,), grad, dtype=dtype)
     p.grad = q.grad.to(device)
     value, _ = reference.step(to_numpy(q), to_numpy(q.grad), eps=1e-30)
@@ -140,13 +111,14 @@ class Launches:
 @pytest.mark.parametrize(
     ("options", "launches"), [({}, 1), ({"max_norm": 1.0, "on_nonfinite": "skip"}, 2)], ids=str
 )
+@pytest.mark.parametrize("ours", [FusedSGD, FusedAdamW])
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_one_launch_for_any_number_of_tensors(
-    options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    ours: Any, options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in (*range(1, 20), 5000)]
     groups = [{"params": params[:9], "lr": 0.1}, {"params": params[9:], "weight_decay": 0.1}]
-    optimizer = FusedAdamW(groups, **options)
+    optimizer = ours(groups, **options, **({"momentum": 0.9} if ours is FusedSGD else {}))
     count = Launches(monkeypatch)
     for _ in range(2):
         for p in params:
@@ -182,8 +154,8 @@ def test_tables_are_uploaded_only_when_they_change(
     assert uploads() == 0
 
 
-class Elsewhere(Tensor):
-    """A tensor that the kernel reads, as it does one on a device."""
+class OnDevice(Tensor):
+    """A number that counts as lying on a device, so that the kernel must read it there."""
 
     is_cpu = False
 
@@ -200,7 +172,7 @@ def test_the_table_of_options_holds_those_of_the_step(device: torch.device) -> N
     def bucket() -> Bucket:
         return Bucket([torch.zeros(3, device=device)], [torch.ones(3, device=device)], {}, [0], [0])
 
-    kept, rate = bucket(), torch.tensor(0.25, device=device).as_subclass(Elsewhere)
+    kept, rate = bucket(), torch.tensor(0.25, device=device).as_subclass(OnDevice)
     rates = (0.5, 0.5, rate, 0.5, 0.25, rate, torch.tensor(0.25), rate.clone(), 0.25, 0.0, -0.0, 1, 1.0, 2)
     for limit in (None, 1.0, 0.0):
         for given in (*rates, rate.fill_(0.75)):
@@ -228,45 +200,6 @@ def test_nothing_waits_for_the_device(ours: type) -> None:
     assert torch.isfinite(norm)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_norm": 0.5, "on_nonfinite": "skip"}], ids=str)
-def test_compile_captures_one_mutating_operator(options: dict[str, Any]) -> None:
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    start = [torch.randn(4, 3), torch.randn(5)]
-    mine, eager = leaves(start, torch.device("cpu")), leaves(start, torch.device("cpu"))
-    rate = torch.tensor(0.1)
-    ours, plain = FusedAdamW(mine, lr=rate, **options), FusedAdamW(eager, lr=0.1, **options)
-    torch._dynamo.reset()
-    step = torch.compile(ours.step, backend=backend)
-    with use_backend("fallback"):
-        for number in range(4):
-            rate.fill_(0.1 / (number + 1))
-            plain.param_groups[0]["lr"] = rate.item()
-            for p, q in zip(mine, eager, strict=True):
-                p.grad = torch.randn_like(p) if number != 2 or not options else torch.full_like(p, torch.inf)
-                q.grad = p.grad.clone()
-            step()
-            plain.step()
-            for p, q in zip(mine, eager, strict=True):
-                assert torch.equal(p, q)
-            if options:
-                assert torch.equal(ours.grad_norm, plain.grad_norm)
-    assert ours.steps_skipped == plain.steps_skipped == (1 if options else 0)
-    assert len(graphs) == 1
-    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert sum("optimizer_step" in name for name in called) == 1, called
-
-
-class OnDevice(torch.Tensor):
-    """A number that counts as lying on a device, so that the kernel must read it there."""
-
-    is_cpu = False
-
-
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize(
     ("ours", "options"),
@@ -290,7 +223,7 @@ def test_options_are_read_on_the_device(ours: Any, options: dict[str, Any], devi
     start = [torch.randn(7), torch.randn(3)]
     results = []
     for convert in (lambda value: value, on_device):
-        params = leaves(start, device)
+        params = copies(start, device)
         optimizer = ours([{"params": params[:1], "lr": 0.125}, {"params": params[1:]}])
         optimizer.param_groups[1].update({key: convert(value) for key, value in options.items()})
         for step in range(3):

@@ -65,7 +65,7 @@ def assert_same_run(
     given: list[tuple[Tensor, Tensor]],
     step: Any,
 ) -> None:
-    """Losses, parameters and state, bit for bit."""
+    """Losses, parameters, state and norm, bit for bit."""
     for input, target in given:
         loss = step(*compiled, input, target)
         torch.testing.assert_close(loss, train(*plain, input, target), rtol=0, atol=0, equal_nan=True)
@@ -75,6 +75,8 @@ def assert_same_run(
         assert state.keys() == other_state.keys()
         for key, value in state.items():
             assert torch.equal(value, other_state[key]), key
+    norms = [optimizer.grad_norm for _, optimizer in (compiled, plain)]
+    assert norms == [None, None] or torch.equal(*norms)
 
 
 def step_calls(recorder: EagerAndRecordGraphs) -> list[int]:

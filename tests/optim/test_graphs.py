@@ -8,7 +8,7 @@ import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 
-from .test_adam import leaves
+from .optimizers import copies
 
 
 @pytest.mark.gpu
@@ -16,7 +16,7 @@ from .test_adam import leaves
 def test_a_captured_step_replays_with_live_rates(ours: type) -> None:
     device = torch.device("cuda")
     start = [torch.randn(size) for size in (7, 5000)]
-    params, eager = leaves(start, device), leaves(start, device)
+    params, eager = copies(start, device), copies(start, device)
     rates = [torch.tensor(1e-3, device=device) for _ in range(2)]
     optimizer = ours(
         params, lr=rates[0], weight_decay=0.1, capturable=True, max_norm=1.0, on_nonfinite="skip"

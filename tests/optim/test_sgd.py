@@ -1,4 +1,4 @@
-"""FusedSGD: the update rule against NumPy and torch, first steps, the tables, one launch, CUDA graphs."""
+"""FusedSGD: the update rule against NumPy and torch, first steps, CUDA graphs."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..helpers import DTYPES, assert_matches, to_numpy
-from .test_adam import OnDevice, leaves
+from .optimizers import copies
+from .test_adam import OnDevice
 
 RULES = [
     {},
@@ -28,7 +29,7 @@ RULES = [
 @pytest.mark.parametrize("options", RULES, ids=str)
 def test_matches_torch_and_numpy(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
     start = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((65,), (3, 5), (0, 2))]
-    mine, other = leaves(start, device), leaves(start, torch.device("cpu"))
+    mine, other = copies(start, device), copies(start)
     ours, theirs = FusedSGD(mine, lr=0.1, **options), SGD(other, lr=0.1, foreach=False, **options)
     values: list[tuple[np.ndarray, Any]] = [(to_numpy(p), None) for p in start]
     for step in range(1, 5):
@@ -55,7 +56,7 @@ def test_16_bits_on_a_cpu_have_the_bits_of_torch_s_loop(
 ) -> None:
     """A number that one of torch's calls rounds to 16 bits and the other does not: 0.99^300 was halved."""
     start = [torch.randn(shape).to(dtype) for shape in ((300,), (3, 5), ())]
-    mine, other = leaves(start, device), leaves(start, device)
+    mine, other = copies(start, device), copies(start, device)
     ours, theirs = FusedSGD(mine, lr=0.013, **options), SGD(other, lr=0.013, foreach=False, **options)
     for _ in range(30):
         for p, q in zip(mine, other, strict=True):
@@ -75,7 +76,7 @@ def test_a_millionth_of_the_gradient(momentum: float, dtype: torch.dtype, device
     """The fallback divides the weight decay by the clip's factor: 0.3e6 is no float16, and costs float64 its digits."""
     options = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.3}
     start = [torch.randn(300, dtype=torch.float64).to(dtype)]
-    (p,), (q,) = leaves(start, device), leaves(start, torch.device("cpu"))
+    (p,), (q,) = copies(start, device), copies(start)
     ours, theirs = FusedSGD([p], max_norm=0.01, **options), SGD([q], foreach=False, **options)
     value, state = to_numpy(start[0]), None
     for step in range(1, 5):
@@ -89,29 +90,6 @@ def test_a_millionth_of_the_gradient(momentum: float, dtype: torch.dtype, device
         torch.nn.utils.clip_grad_norm_([q], 0.01, foreach=False)
         theirs.step()
         assert_matches(p, q, value, f"step {step}")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_full_chunks_tails_and_misaligned_addresses(dtype: torch.dtype, device: torch.device) -> None:
-    storage = torch.randn(4098, device=device).to(dtype)
-    before = to_numpy(storage)
-    params = [
-        torch.nn.Parameter(torch.randn(size, device=device).to(dtype)) for size in (4095, 4096, 4097, 8192)
-    ]
-    params.append(torch.nn.Parameter(storage[1:-1]))  # 4096 elements, but not at a multiple of 16 bytes
-    assert params[-1].data_ptr() % 16
-    other = leaves(params, torch.device("cpu"))
-    for p, q in zip(params, other, strict=True):
-        q.grad = torch.randn(q.shape).to(dtype)
-        p.grad = q.grad.to(device)
-    expected = [reference.step(to_numpy(p), to_numpy(p.grad), lr=0.1, momentum=0.9)[0] for p in params]
-    FusedSGD(params, lr=0.1, momentum=0.9).step()
-    SGD(other, lr=0.1, momentum=0.9, foreach=False).step()
-    for p, q, value in zip(params, other, expected, strict=True):
-        assert_matches(p, q, value, f"{p.numel()} elements")
-    after = to_numpy(storage)
-    assert after[0] == before[0]
-    assert after[-1] == before[-1]
 
 
 def test_a_first_step_that_was_skipped_is_still_to_come(device: torch.device) -> None:
@@ -140,22 +118,6 @@ def test_a_loaded_buffer_has_had_its_first_step(device: torch.device) -> None:
     assert torch.equal(p, torch.full_like(p, 1 - 2.5))
 
 
-@pytest.mark.parametrize(("options", "launches"), [({}, 1), ({"max_norm": 1.0}, 2)], ids=str)
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_one_launch_for_any_number_of_tensors(
-    options: dict[str, Any], launches: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gradkernels.triton import multi_tensor
-
-    made, real = [], multi_tensor.launch
-    monkeypatch.setattr(multi_tensor, "launch", lambda *a, **k: (made.append(a), real(*a, **k)))
-    params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in range(1, 17)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    FusedSGD(params, lr=0.1, momentum=0.9, **options).step()
-    assert len(made) == launches
-
-
 def replay(optimizer: FusedSGD, gradients: list[list[Tensor]], rates: list[float]) -> None:
     """Capture one step after a first one, then replay it with these gradients and learning rates."""
     params = optimizer.param_groups[0]["params"]
@@ -178,7 +140,7 @@ def replay(optimizer: FusedSGD, gradients: list[list[Tensor]], rates: list[float
 def test_a_captured_step_replays_with_live_rates() -> None:
     device = torch.device("cuda")
     start = [torch.randn(size) for size in (7, 5000)]
-    params, eager = leaves(start, device), leaves(start, device)
+    params, eager = copies(start, device), copies(start, device)
     gradients = [[torch.randn_like(p) for p in params] for _ in range(3)]
     rates = [0.1, 0.01, 0.5]
     options: dict[str, Any] = {"momentum": 0.9, "dampening": 0.1}
@@ -210,16 +172,6 @@ def test_stochastic_rounding_draws_anew_at_each_replay() -> None:
     replay(optimizer, [[torch.ones_like(p)]] * 100, [1e-3] * 100)
     # 101 steps of 1e-3, each far below the spacing of bfloat16 at 1.
     assert abs(p.detach().float().mean().item() - (1 - 0.101)) < 5e-3
-
-
-@pytest.mark.gpu
-def test_capture_without_capturable_is_refused() -> None:
-    p = torch.nn.Parameter(torch.ones(3, device="cuda"))
-    p.grad = torch.ones_like(p)
-    optimizer = FusedSGD([p], lr=0.1)
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="capturable is False"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
