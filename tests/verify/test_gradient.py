@@ -3,6 +3,7 @@
 Over 500 lines, since each fault is a function of its own.
 """
 
+import itertools
 import json
 import math
 
@@ -511,15 +512,27 @@ class Near(torch.autograd.Function):
         return 2.1 * ctx.saved_tensors[0] * grad
 
 
-@pytest.mark.parametrize(
-    "beside", [lambda x: x.detach().bfloat16().mean(), lambda x: x.detach().bfloat16() > 0]
-)
-def test_what_is_narrow_beside_the_function_widens_nothing(beside):
-    def function(x):
-        beside(x)
-        return Near.apply(x)
+class NearWithMask(Near):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.sign = x.sign().bfloat16()
+        return Near.forward(ctx, x)
 
-    assert not gradcheck(function, torch.randn(4, 3, dtype=F64))
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.detach().bfloat16().mean(), Near.apply(x))[1],
+        lambda x: (x.detach().bfloat16() > 0, Near.apply(x))[1],
+        lambda x: (Near.apply(x), x.detach().bfloat16().mean()),
+        NearWithMask.apply,
+    ],
+    ids=["for the log", "mask", "output", "inside"],
+)
+def test_what_is_narrow_beside_the_function_widens_nothing(function):
+    report = gradcheck(function, torch.randn(4, 3, dtype=F64))
+    assert not report
+    assert report.inputs[0].tolerance < 1e-4
 
 
 def test_noise_in_a_function_that_computes_in_bfloat16():
@@ -527,6 +540,22 @@ def test_noise_in_a_function_that_computes_in_bfloat16():
         lambda x: x.bfloat16().double() * (1 + 0.05 * torch.rand(1)), torch.randn(4, 3, dtype=F64)
     )
     assert report.names == ("non-deterministic",)
+    factors = itertools.cycle((1.0, 1.1))
+    report = gradcheck(lambda x: x.bfloat16() * next(factors), torch.randn(4, 3))
+    assert report.names == ("non-deterministic",)
+
+
+class SquareInFloat32(torch.autograd.Function):
+    """A kernel that computes in float32 inside, which torch does not see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.square(x.numpy(), dtype=np.float32, casting="same_kind")).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
 
 
 class SquareInBfloat16(torch.autograd.Function):
@@ -543,6 +572,9 @@ class SquareInBfloat16(torch.autograd.Function):
 def test_what_is_narrow_where_autograd_does_not_look():
     x = torch.randn(8, generator=torch.Generator().manual_seed(0))
     assert gradcheck(SquareInBfloat16.apply, x)
+    for dtype in (torch.float32, F64):
+        report = gradcheck(SquareInFloat32.apply, x.to(dtype))
+        assert report, report
     assert gradcheck(lambda x: torch.func.vmap(lambda y: y.float().pow(3))(x).to(x.dtype), x)
     narrow = gradcheck(
         lambda x: x.detach().bfloat16().square().sum().to(x.dtype), x, gradient=lambda x: 2 * x

@@ -1,5 +1,6 @@
 """A gradient check that says what is wrong: centered differences, then the known patterns."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -19,8 +20,8 @@ from .function import (
     ShapeError,
     cast,
     epsilon,
-    is_opaque,
     is_real,
+    is_rough,
     slopes,
 )
 from .report import Diagnosis, GradientReport, InputReport
@@ -64,7 +65,7 @@ def gradcheck(
             return a scalar.
         names: the names of the inputs in the report; by default those in the signature of ``fn``.
         step: the difference step relative to ``max(1, |x|)``; by default ``eps ** (1/3)`` of the dtype that ``fn``
-            computes in, the narrowest on the way (6e-6 for float64).
+            computes in, the narrowest whose roundings its values show (6e-6 for float64).
         tolerance: the relative error allowed; by default the square root of the gradient's ``eps``, at least 1e-6.
         lr: a learning rate; the check then tries one step of gradient descent too (scalar ``fn``).
         max_elements: the number of elements differenced per input, chosen at random (seeded) where there are more.
@@ -106,19 +107,11 @@ class _Check:
         seed: int,
     ) -> None:
         self.function, self.lr, self.max_elements, self.seed = function, lr, max_elements, seed
-        self.tolerance = tolerance
+        self.tolerance, self.given_step = tolerance, step
         self.upstream: Upstream | None = None
         self.tried: list[str] = []
         self.native = cast(function.values, None)
         self.untouched = [self.native[i].clone() for i in function.checked]
-        self.values, self.dtype = self._widened()
-        eps = torch.finfo(self.dtype).eps
-        self.step = eps ** (1 / 3) if step is None else step
-        self.best_step = eps ** (1 / 3)
-        self.tried.append(
-            f"centered differences in {_name(self.dtype)}, step {self.step:.1e} x max(1, |x|), "
-            f"{'torch autograd' if function.gradient is None else 'the given gradient'} as the analytic side"
-        )
 
     def _widened(self) -> tuple[list[Any], torch.dtype]:
         """Return the values to difference at, and the dtype that the function computes in there."""
@@ -144,21 +137,26 @@ class _Check:
         return list(self.native), max(dtypes, key=epsilon)
 
     def _computed_in(self, values: list[Any]) -> set[torch.dtype]:
-        """Return the dtypes of the outputs, and those that the function narrows something to on the way."""
+        """Return the dtypes of the outputs, and those whose roundings are to be seen in them.
+
+        What the function narrows on the way may be a mask or a number for the log; a kernel may narrow unseen.
+        """
         narrowed = Narrowed()
         try:
-            with narrowed, torch.enable_grad():
-                outputs = self.function.outputs(self.function.leaves(values))
-            attached = [output for output in outputs if output.requires_grad]
-            if not attached:
-                narrowed.dtypes |= narrowed.aside | narrowed.hidden
-            elif is_opaque(attached):
-                narrowed.dtypes |= narrowed.hidden
+            with narrowed:
+                outputs = self.function.outputs(values)
         except Exception:  # it may not run where somebody looks on
             outputs = self.function.outputs(values)
-        returned = {output.dtype for output in outputs}
-        self.returned = max(map(epsilon, returned))
-        return narrowed.dtypes | returned
+        found = {output.dtype for output in outputs}
+        self.returned = max(map(epsilon, found))
+        known = max(epsilon(values[i].dtype) for i in self.function.checked)
+        for dtype in sorted(narrowed.dtypes | {torch.float32}, key=epsilon):
+            noise = max(16 * known, 2**-16 * epsilon(dtype))
+            with contextlib.suppress(Exception):  # nor so far from the point
+                if epsilon(dtype) > known and is_rough(self.function, values, self.weight, dtype, noise):
+                    found.add(dtype)
+                    known = epsilon(dtype)
+        return found
 
     def run(self) -> GradientReport:
         function = self.function
@@ -184,6 +182,13 @@ class _Check:
             for o in outputs
         ]
         self.weight = weight_of(self.cotangents)
+        self.values, self.dtype = self._widened()
+        self.best_step = epsilon(self.dtype) ** (1 / 3)
+        self.step = self.best_step if self.given_step is None else self.given_step
+        self.tried.append(
+            f"centered differences in {_name(self.dtype)}, step {self.step:.1e} x max(1, |x|), "
+            f"{'torch autograd' if function.gradient is None else 'the given gradient'} as the analytic side"
+        )
         if (random := self._unrepeatable()) is not None:
             return self._report([], [random])
         self.level = float((self.weight * function.flat(self.values)).norm())
@@ -263,7 +268,7 @@ class _Check:
         if torch.equal(first, second) or (first.isnan().any() and torch.equal(first.isnan(), second.isnan())):
             return None
         gap = float((first - second).abs().max())
-        bits = max(64 * self.returned, min(64 * epsilon(self.dtype), 1e-4))
+        bits = max(4 * self.returned, min(64 * epsilon(self.dtype), 1e-4))
         if gap <= bits * float(first.abs().max()):
             self.tried.append(f"the two calls differ by {gap:.1e}, in the last bits only")
             return None

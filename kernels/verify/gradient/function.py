@@ -35,43 +35,21 @@ def epsilon(dtype: torch.dtype) -> float:
 
 
 class Narrowed(TorchFunctionMode):
-    """Inside the block ``dtypes`` collects what functions give that are handed a wider floating-point dtype.
-
-    Results without a gradient do not count: ``aside`` has those of a mask or a number for the log, ``hidden`` those
-    that come without grad mode, as inside a custom Function.
-    """
+    """Inside the block ``dtypes`` collects what functions give that are handed a wider floating-point dtype."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
-        self.aside: set[torch.dtype] = set()
-        self.hidden: set[torch.dtype] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         widest = min(
             (epsilon(leaf.dtype) for leaf in tree_leaves((args, kwargs)) if is_real(leaf)), default=1.0
         )
-        for leaf in tree_leaves(result):
-            if is_real(leaf) and epsilon(leaf.dtype) > widest:
-                seen = leaf.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-                (self.dtypes if seen else self.aside if torch.is_grad_enabled() else self.hidden).add(
-                    leaf.dtype
-                )
+        self.dtypes |= {
+            leaf.dtype for leaf in tree_leaves(result) if is_real(leaf) and epsilon(leaf.dtype) > widest
+        }
         return result
-
-
-def is_opaque(outputs: Sequence[Tensor]) -> bool:
-    """Return whether autograd has not seen all of the way: a custom Function is on it, or an output has no graph."""
-    nodes, met = [output.grad_fn for output in outputs], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        if node not in met:
-            met.add(node)
-            nodes += [following for following, _ in node.next_functions if following is not None]
-    return False
 
 
 class ShapeError(Exception):
@@ -312,3 +290,29 @@ def slopes(
         result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
         bends[k] = abs(float(weight @ (above + below - 2 * centre_output))) / h**2
     return result, bends
+
+
+def is_rough(
+    function: Function, values: Sequence[Any], weight: Tensor, dtype: torch.dtype, noise: float
+) -> bool:
+    """Return whether ``weight . outputs`` jumps where the checked inputs move by roundings of ``dtype``.
+
+    Over so short a way a cubic polynomial fits a smooth function, up to ``noise`` relative to its size and slope.
+    """
+    generator, step = torch.Generator().manual_seed(0), epsilon(dtype)
+
+    def unit(value: Tensor) -> Tensor:
+        drawn = torch.rand(value.shape, generator=generator) * 2 - 1
+        return (drawn + drawn.sign()).to(value) / 2 * value.abs().clamp(min=1)
+
+    units = {i: unit(values[i]) for i in function.checked}
+    places = torch.arange(8.0) + torch.rand(8, generator=generator)
+    found = []
+    for place in places.tolist():
+        moved = [v + place * step * units[i] if i in units else v for i, v in enumerate(values)]
+        found.append(weight @ function.flat(moved))
+    results = torch.stack(found)
+    basis, _ = torch.linalg.qr(torch.vander(places.double(), N=4))
+    rest = results - basis @ (basis.T @ results)
+    size = results.abs().max() + (results.max() - results.min()) / step
+    return bool(rest.abs().max() > noise * size)
