@@ -24,6 +24,7 @@ from .linear_mse_models import (
     models_loss,
     models_loss_and_grad,
     prepare,
+    read_by_backward,
     slopes_dtype,
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
@@ -286,36 +287,39 @@ class LinearMseFunction(torch.autograd.Function):
     takes cotangents (l, V, Z, u) of the four: with Q = V + q (X Z^T + u) for E and R = s Q + q l E for P,
 
         grad_X = R W + q E Z,  grad_W = R^T X,  grad_y = -R,  grad_b = sum_n R,  grad_s = (P - y) Q + c l (P - y)^2.
+
+    Where neither X, y nor s needs a gradient, E is not known: l times grad_weight and grad_bias stand for its part.
     """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reduction, ctx.output_mask, ctx.dtype = inputs
-        _, error, grad_weight, grad_bias = in_places(output, ctx.output_mask)
-        ctx.save_for_backward(*tensors, error, grad_weight, grad_bias)
-        ctx.save_for_forward(*tensors, error)
+        _, *others = in_places(output, ctx.output_mask)
+        ctx.save_for_backward(*read_by_backward(tensors, ctx.output_mask, ctx.needs_input_grad), *others)
+        ctx.save_for_forward(*tensors, others[0])
+        ctx.shape = tensors[2].shape
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
         *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
-        _, weight, target, bias, _ = tensors
         output_mask = ctx.needs_input_grad[:5]
         cotangents = tuple(in_places(cotangents, ctx.output_mask))
         d_loss, *others = cotangents
-        q = _slope(target.numel(), ctx.reduction)
+        q = _slope(math.prod(ctx.shape), ctx.reduction)
         if output_mask[4] or any(cotangent is not None for cotangent in others):
-            return _general_backward((*tensors, error), cotangents, q, output_mask)
+            return _general_backward(ctx, cotangents, q, output_mask)
         assert d_loss is not None
         grad_input = grad_target = None
         if error is not None:
             grad_input, grad_target = _linear_mse_backward.masked(
-                d_loss, error, weight, q, (output_mask[0], output_mask[2])
+                d_loss, error, tensors[1], q, (output_mask[0], output_mask[2])
             )
         return [
             grad_input,
-            (d_loss * grad_weight).to(weight.dtype) if output_mask[1] else None,
+            (d_loss * grad_weight).to(ctx.dtypes[1]) if output_mask[1] else None,
             grad_target,
-            (d_loss * grad_bias).to(bias.dtype) if output_mask[3] else None,
+            (d_loss * grad_bias).to(ctx.dtypes[3]) if output_mask[3] else None,
             None,
         ]
 
@@ -355,32 +359,33 @@ class LinearMseFunction(torch.autograd.Function):
 
 
 def _general_backward(
-    tensors: tuple[Any, ...], cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
+    ctx: Any, cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
-    input, weight, target, bias, sample_weight, error = tensors
+    input, weight, target, bias, sample_weight, error, grad_weight, grad_bias = ctx.saved_tensors
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
-    if error is None:
+    input_dtype, weight_dtype, target_dtype, bias_dtype, _ = ctx.dtypes
+    if error is None and output_mask[4]:
         predictions = product(input, weight.mT, bias, dtype=target.dtype)
         error = _weighted_error(predictions, target, sample_weight)
-    wide = slopes_dtype(error.dtype)  # of Q and R
+    wide = slopes_dtype(ctx.dtype)  # of Q and R
     Q = d_error
     if d_grad_bias is not None:
-        bias_part = (q * d_grad_bias).to(wide).expand_as(error)
-        Q = bias_part if Q is None else scale_and_add(error.new_ones(()), Q, bias_part, wide)
+        bias_part = (q * d_grad_bias).to(wide).expand(ctx.shape)
+        Q = bias_part if Q is None else scale_and_add(Q.new_ones(()), Q, bias_part, wide)
     if d_grad_weight is not None:
         left = beside_slopes(input)
         Q = product(left, (q * d_grad_weight).to(left.dtype).mT, Q, dtype=wide)
     R = None if Q is None else _weighted(sample_weight, Q)
-    if d_loss is not None:
+    if d_loss is not None and error is not None:
         R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R, wide)
     assert R is not None
     grad_input = grad_sample_weight = None
     if output_mask[0]:
-        grad_input = product(R, beside_slopes(weight), dtype=input.dtype)
+        grad_input = product(R, beside_slopes(weight), dtype=input_dtype)
         if d_grad_weight is not None:
             left = beside_slopes(error)
-            grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input, dtype=input.dtype)
+            grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input, dtype=input_dtype)
     if output_mask[4]:
         predictions = product(input, weight.mT, bias, dtype=error.dtype)
         if d_loss is not None:
@@ -392,11 +397,16 @@ def _general_backward(
             grad_sample_weight = scale_and_add(
                 part.new_ones(()), part, grad_sample_weight, sample_weight.dtype
             )
+    d_weight = product(R.mT, beside_slopes(input), dtype=weight_dtype) if output_mask[1] else None
+    d_bias = sum_to(R, (R.shape[1],), bias_dtype) if output_mask[3] else None
+    if d_loss is not None and error is None:  # what E would add to R is in the slopes of the loss
+        d_weight = None if d_weight is None else d_weight + (d_loss * grad_weight).to(weight_dtype)
+        d_bias = None if d_bias is None else d_bias + (d_loss * grad_bias).to(bias_dtype)
     return [
         grad_input,
-        product(R.mT, beside_slopes(input), dtype=weight.dtype) if output_mask[1] else None,
-        scale_and_add(R.new_full((), -1), R, dtype=target.dtype) if output_mask[2] else None,
-        sum_to(R, (R.shape[1],), bias.dtype) if output_mask[3] else None,
+        d_weight,
+        scale_and_add(R.new_full((), -1), R, dtype=target_dtype) if output_mask[2] else None,
+        d_bias,
         grad_sample_weight,
     ]
 

@@ -499,21 +499,27 @@ def _general_backward(
     ]
 
 
+def _save_factors(ctx: Any, left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> None:
+    """Save each factor for the other one's gradient alone, as MatmulFunction does."""
+    needs_left, needs_right = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(left if needs_right else None, right if needs_left else None, bounds)
+    ctx.save_for_forward(left, right, bounds)
+    ctx.dtype, ctx.dtypes = dtype, (left.dtype, right.dtype)
+
+
 class ProductFunction(torch.autograd.Function):
     """Derivatives of ``rows[r] . models[b(r), k]``."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.dtype = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        _save_factors(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, models, bounds = ctx.saved_tensors
         return (
-            _product(grad, models.mT, bounds, rows.dtype) if ctx.needs_input_grad[0] else None,
-            _outer(grad, rows, bounds, models.dtype) if ctx.needs_input_grad[1] else None,
+            _product(grad, models.mT, bounds, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
+            _outer(grad, rows, bounds, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
             None,
         )
 
@@ -530,16 +536,14 @@ class OuterFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.dtype = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        _save_factors(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right, bounds = ctx.saved_tensors
         return (
-            _product(right, grad, bounds, left.dtype) if ctx.needs_input_grad[0] else None,
-            _product(left, grad.mT, bounds, right.dtype) if ctx.needs_input_grad[1] else None,
+            _product(right, grad, bounds, ctx.dtypes[0]) if ctx.needs_input_grad[0] else None,
+            _product(left, grad.mT, bounds, ctx.dtypes[1]) if ctx.needs_input_grad[1] else None,
             None,
         )
 
@@ -563,6 +567,24 @@ def prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
     given = [asked or need for asked, need in zip(output_mask, needed, strict=True)]
     places = [0, *(sum(given[: i + 1]) for i, asked in enumerate(output_mask) if asked)]
     return (*tensors, reduction, given, dtype), places
+
+
+def read_by_backward(
+    tensors: Sequence[Tensor | None], output_mask: Sequence[bool], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The tensor arguments of a forward whose values its derivatives by the ``needed`` ones read; None for the others.
+
+    The gradient of sample weights reads all.
+    """
+    input, weight, target, bias, *others = tensors
+    everything = needed[4]
+    return [
+        input if everything or output_mask[1] else None,
+        weight if everything or output_mask[0] else None,
+        target if everything else None,
+        bias if everything else None,
+        *others,
+    ]
 
 
 def autocast(*args: Any) -> tuple[Any, ...]:

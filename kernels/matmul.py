@@ -10,7 +10,7 @@ a product that adds another. So every derivative of any order, and vmap, is agai
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,29 +170,39 @@ def _result_shape(input: Tensor, other: Tensor, sum_dims: Sequence[int]) -> list
     return [*batch, input.shape[-2], other.shape[-1]]
 
 
-def _is_transposed(tensor: Tensor) -> bool:
-    """Whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
+class _Like(NamedTuple):
+    """What a gradient goes by of its tensor, whose values it does not need."""
 
-    A gradient that lies as the transpose does is one for the matrix; autograd would copy another.
-    """
-    return tensor.dim() == 2 and not tensor.is_contiguous() and tensor.mT.is_contiguous()
+    shape: Sequence[int]
+    stride: Sequence[int]
+    dtype: torch.dtype
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
+
+        A gradient that lies as the transpose does is one for the matrix; autograd would copy another.
+        """
+        shape = self.shape
+        return len(shape) == 2 and self.stride == (1, shape[0]) and min(shape) > 1
 
 
-def _product_like(input: Tensor, other: Tensor, like: Tensor) -> Tensor:
+def _product_like(input: Tensor, other: Tensor, like: _Like) -> Tensor:
     """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
-    if not needs_dispatcher() and _is_transposed(like):
-        return _product_like(other.mT, input.mT, like.mT).mT
-    if input.dim() == other.dim() == like.dim() == 2:
-        return product(input, other, dtype=like.dtype)
+    shape, stride, dtype = like
+    if not needs_dispatcher() and like.transposed:
+        return _product_like(other.mT, input.mT, _Like(shape[::-1], stride[::-1], dtype)).mT
+    if input.dim() == other.dim() == len(shape) == 2:
+        return product(input, other, dtype=dtype)
     batch = _batch_shape(input, other)
-    target = [1] * (len(batch) - (like.dim() - 2)) + list(like.shape[:-2])
+    target = [1] * (len(batch) - (len(shape) - 2)) + list(shape[:-2])
     sum_dims = [
         dim for dim, (size, want) in enumerate(zip(batch, target, strict=True)) if want == 1 and size != 1
     ]
-    result = product(input, other, None, sum_dims, like.dtype)
-    if result.shape == like.shape:
+    result = product(input, other, None, sum_dims, dtype)
+    if result.shape == shape:
         return result
-    return result.reshape(result.shape[result.dim() - like.dim() :]).expand(like.shape)
+    return result.reshape(result.shape[result.dim() - len(shape) :]).expand(shape)
 
 
 def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -217,50 +227,64 @@ def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = Non
 
 
 def _launch_gradients(
-    product: Callable[..., Tensor], grad: Tensor, input: Tensor, other: Tensor, ones: Tensor | None,
-    bias_dtype: torch.dtype | None, needs_input: bool, needs_other: bool,
+    product: Callable[..., Tensor], grad: Tensor, input: Tensor | None, other: Tensor | None, ones: Tensor | None,
+    bias_dtype: torch.dtype | None, input_dtype: torch.dtype | None, other_dtype: torch.dtype | None,
+    input_transposed: bool, other_transposed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of a product of matrices, as MatmulFunction has them: those that are needed."""
+    """The gradients of a product of matrices, as MatmulFunction has them: those with a dtype, and of the ones."""
 
-    def product_like(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-        if _is_transposed(like):
-            return product(right.mT, left.mT, None, [], like.dtype).mT
-        return product(left, right, None, [], like.dtype)
+    def product_like(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+        if transposed:
+            return product(right.mT, left.mT, None, [], dtype).mT
+        return product(left, right, None, [], dtype)
 
     gradients = []
-    if needs_input:
-        gradients.append(product_like(grad, other.mT, input))
-    if needs_other:
-        gradients.append(product_like(input.mT, grad, other))
+    if input_dtype is not None and other is not None:
+        gradients.append(product_like(grad, other.mT, input_dtype, input_transposed))
+    if other_dtype is not None and input is not None:
+        gradients.append(product_like(input.mT, grad, other_dtype, other_transposed))
     if ones is not None:
         gradients.append(product(ones, grad, None, [], bias_dtype).reshape(-1))
     return gradients
 
 
 class MatmulFunction(torch.autograd.Function):
-    """Derivatives of ``(input @ other).sum(sum_dims) + bias``, each one or two calls of the operator."""
+    """Derivatives of ``(input @ other).sum(sum_dims) + bias``, each one or two calls of the operator.
+
+    An operand is kept for the other one's gradient alone, as torch keeps it: a frozen weight lets go of the input.
+    """
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, other, bias, ctx.sum_dims, ctx.dtype = inputs
+        needs_input, needs_other = ctx.needs_input_grad[:2]
+        ctx.input = _Like(input.shape, input.stride(), input.dtype) if needs_input else None
+        ctx.other = _Like(other.shape, other.stride(), other.dtype) if needs_other else None
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        ctx.save_for_backward(input, other)
+        ctx.save_for_backward(input if needs_other else None, other if needs_input else None)
         ctx.save_for_forward(input, other)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, other = ctx.saved_tensors
+        like_input, like_other = ctx.input, ctx.other
         needs = needs_input, needs_other, needs_bias = ctx.needs_input_grad[:3]
-        if input.dim() == other.dim() == 2 and not (torch.is_grad_enabled() or needs_dispatcher()):
+        if grad.dim() == 2 and not (torch.is_grad_enabled() or needs_dispatcher()):
             # A bias of one element for each column, below more than one row: its gradient is a product with ones.
             summed = needs_bias and len(grad) != 1 and ctx.bias[0] == grad.shape[1:]
             ones = grad.new_ones(()).expand(1, len(grad)) if summed else None
-            args = grad, input, other, ones, ctx.bias and ctx.bias[1], needs_input, needs_other
+            dtypes = (
+                ctx.bias and ctx.bias[1],
+                like_input and like_input.dtype,
+                like_other and like_other.dtype,
+            )
+            transposed = needs_input and like_input.transposed, needs_other and like_other.transposed
+            args = grad, input, other, ones, *dtypes, *transposed
             if summed == needs_bias and (launch := _gradients.plain(args)):
                 return tuple(in_places(launch(*args), needs))
         return (
-            _product_like(grad, other.mT, input) if needs_input else None,
-            _product_like(input.mT, grad, other) if needs_other else None,
+            _product_like(grad, other.mT, like_input) if needs_input else None,
+            _product_like(input.mT, grad, like_other) if needs_other else None,
             sum_to(grad, *ctx.bias) if needs_bias else None,
         )
 
@@ -306,6 +330,6 @@ def _autocast(*args: Any) -> tuple[Any, ...]:
     return input, other, bias, sum_dims, input.dtype
 
 
-_GRADIENTS = ("Tensor", "Tensor", "Tensor", "Tensor?", "ScalarType?", "bool", "bool")
+_GRADIENTS = ("Tensor", *("Tensor?",) * 3, *("ScalarType?",) * 3, "bool", "bool")
 _gradients = Launches("matmul", "matmul_forward", _GRADIENTS, _launch_gradients)
 _matmul = Operator("matmul", "forward", fake=_fake, vmap=_vmap, derivative=MatmulFunction, autocast=_autocast)
