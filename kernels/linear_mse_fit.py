@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import implementation
+from .backends import capturing, implementation
 from .checks import cyclic
 from .linear_mse import _check as check_one
 from .linear_mse import linear_mse_loss
@@ -101,8 +101,10 @@ def linear_mse_fit(
         shape = (steps,) if rows.dim == 0 else (steps, len(weight))
         losses = torch.empty(shape, dtype=checks.loss_dtype(target), device=target.device)
         fit = _Fit(rows, weight, bias, ours, batch_size, losses)
-        if steps and (fit.is_watched() or not fit.launch()):
-            fit.loop()
+        if steps:
+            if fit.is_watched() or not fit.launch():
+                fit.loop()
+            ours._has_made_rounds = True
     return losses
 
 
@@ -229,6 +231,8 @@ class _Fit:
         B, K, _ = weight.shape
         if 0 in (B, N, K, D):
             return False
+        if capturing():
+            self.optimizer._refuse_capture_of_rounds()
         samples = rows.sample_weight
         if samples is not None:
             samples = samples.reshape(-1, N, samples.shape[-1] if samples.dim() > 1 else 1)

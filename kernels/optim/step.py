@@ -132,6 +132,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._norms: Tensor | None = None
         self._row: Tensor | None = None
+        self._has_made_rounds = False
 
     # What each class adds.
 
@@ -533,7 +534,9 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         """The guard of many steps in one launch, which writes the last one's norm, and adds to the count."""
         if not self._measures():
             return UNGUARDED
-        if self._row is None:
+        if capturing():
+            self._lasting_norms(device)
+        elif self._row is None:
             _, shape = self._record_shapes()
             self._norms = torch.empty(shape, dtype=norm_dtype(device), device=device)
         skips = self.on_nonfinite == "skip"
@@ -637,13 +640,24 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                 raise RuntimeError(f"`_fused_{self._operator}` does not support sparse gradients")
         return not plain
 
-    def _refuse_capture(self, params: list[Tensor]) -> None:
-        """Refuse what a CUDA graph would replay wrongly."""
+    def _refuse_capture_of_rounds(self) -> None:
+        """Refuse what a CUDA graph of many steps in one launch would replay wrongly."""
+        attempt = self._attempted_capture()
+        if not self._has_made_rounds:  # what the first ones make would be made anew at each replay
+            raise RuntimeError(attempt + "it has made no rounds yet: run some before the capture.")
+
+    def _attempted_capture(self) -> str:
+        """How the refusals of a capture begin; here are those of options."""
         attempt = f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but "
         if not self._capturable():
             raise RuntimeError(attempt + "param_groups' capturable is False.")
         if self.on_nonfinite == "raise":
             raise RuntimeError(attempt + "on_nonfinite='raise' must read the gradients on the host.")
+        return attempt
+
+    def _refuse_capture(self, params: list[Tensor]) -> None:
+        """Refuse what a CUDA graph would replay wrongly."""
+        attempt = self._attempted_capture()
         plan = self._plan
         stepped = (
             set()

@@ -2,11 +2,12 @@
 
 import gc
 import weakref
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD
+from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear_mse_fit
 
 from .optimizers import copies
 
@@ -74,6 +75,31 @@ def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
         capture(optimizer)
     optimizer.step()
     capture(optimizer)
+
+
+def test_rounds_are_captured_after_some_that_made_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the first rounds make, each replay would make anew: zeros.
+    x, y, weight = torch.randn(9, 3), torch.randn(9), torch.zeros(3, requires_grad=True)
+    options = {"lr": 0.1, "momentum": 0.9, "max_norm": 1.0, "on_nonfinite": "skip"}
+
+    def fit(optimizer: FusedSGD, captured: bool) -> None:
+        for module in ("linear_mse_fit", "optim.step"):
+            monkeypatch.setattr(
+                import_module(f"gradkernels.{module}"), "capturing", lambda captured=captured: captured
+            )
+        linear_mse_fit(x, weight, y, optimizer=optimizer, steps=2)
+
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        fit(FusedSGD([weight], **options), captured=True)
+    optimizer = FusedSGD([weight], **options, capturable=True)
+    with pytest.raises(RuntimeError, match="it has made no rounds yet"):
+        fit(optimizer, captured=True)
+    assert not optimizer.state
+    places = []
+    for captured in (False, True, True, False):
+        fit(optimizer, captured)
+        places.append(optimizer._norms.data_ptr())
+    assert len(set(places[1:])) == 1
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)], ids=["part", "parts"])
