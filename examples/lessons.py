@@ -5,9 +5,9 @@
     python examples/lessons.py --backend reference      on the NumPy reference (or fallback, or triton)
 
 Each example is one function: its docstring says what the figures show, and it returns them by name.
-tests/test_lessons.py holds the figures and compares them on every backend. Squared error is ``(p - y)^2``, "half" is
-``0.5 (p - y)^2``; float64 unless a lesson says otherwise. Over 500 lines, since it is
-read from top to bottom as one text.
+tests/examples/test_lessons.py holds the figures and compares them on every backend. Squared error is ``(p - y)^2``,
+"half" is ``0.5 (p - y)^2``; float64 unless a lesson says otherwise. Over 500 lines, since it is read from top to bottom
+as one text.
 """
 
 import argparse

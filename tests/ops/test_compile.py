@@ -170,8 +170,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Start and end of the rows of two models.
-BOUNDS = torch.tensor([0, 2, 5]).unfold(0, 2, 1)
+# Start and end of the rows of two models; the last of five rows is of none.
+BOUNDS = torch.tensor([0, 2, 4]).unfold(0, 2, 1)
 
 
 def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:

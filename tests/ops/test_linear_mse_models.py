@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jvp, vmap
 
-from ..cases import REDUCTIONS, label, on_both_backends
+from ..cases import REDUCTIONS, label, on_both_backends, value_and_gradients
 from ..conftest import DEVICES
 from ..helpers import DTYPES, assert_matches, exactly, to_numpy
 
@@ -104,55 +104,36 @@ def theirs(layout: Layout, given: dict[str, Tensor | None], reduction: str) -> T
     return torch.cat([first, *losses, last])
 
 
-def compare(layout: Layout, given: dict[str, Tensor | None], reduction: str, offsets: Tensor | None) -> None:
+def compare(layout: Layout, drawn: dict[str, Tensor | None], reduction: str, offsets: Tensor | None) -> None:
     """Loss and gradients of both functions against plain torch and the reference."""
-    leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
-    copies = {name: None if t is None else t.clone().requires_grad_() for name, t in given.items()}
+    given = {name: tensor for name, tensor in drawn.items() if tensor is not None}
+    leaves, copies = ({name: t.clone().requires_grad_() for name, t in given.items()} for _ in range(2))
     loss = linear_mse_loss(**leaves, offsets=offsets, reduction=reduction)
     other = theirs(layout, copies, reduction)
     arrays = {name: exactly(tensor) for name, tensor in given.items()}
     cuts = None if offsets is None else to_numpy(offsets).astype(int)
-    assert_matches(
-        loss.detach(), other.detach(), reference.forward(**arrays, reduction=reduction, offsets=cuts), "loss"
-    )
-    names = [name for name, tensor in leaves.items() if tensor is not None]
+    value = reference.forward(**arrays, reduction=reduction, offsets=cuts)
+
+    def check(upstream: Tensor, found: dict[str, Tensor], what: str) -> None:
+        torchs = torch.autograd.grad(other, list(copies.values()), upstream, retain_graph=True)
+        grads = reference.backward(exactly(upstream), **arrays, reduction=reduction, offsets=cuts)
+        exact = dict(zip((*WANTED, "sample_weight"), grads, strict=True))
+        for name, their in zip(copies, torchs, strict=True):
+            if name in found:
+                assert found[name].dtype == given[name].dtype
+                assert_matches(found[name], their, exact[name], f"grad_{name}{what}")
+
+    assert_matches(loss.detach(), other.detach(), value, "loss")
     upstream = torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).to(loss).view(loss.shape)
-    ours = torch.autograd.grad(loss, [leaves[name] for name in names], upstream)
-    torchs = torch.autograd.grad(other, [copies[name] for name in names], upstream)
-    order = (*WANTED, "sample_weight")
-    exact = dict(
-        zip(
-            order,
-            reference.backward(exactly(upstream), **arrays, reduction=reduction, offsets=cuts),
-            strict=True,
-        )
-    )
-    for name, mine, their in zip(names, ours, torchs, strict=True):
-        assert mine.dtype == leaves[name].dtype
-        assert_matches(mine, their, exact[name], f"grad_{name}")
+    grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    check(upstream, dict(zip(leaves, grads, strict=True)), "")
     if reduction == "none":
         return
     loss, grads = linear_mse_loss_and_grad(**given, offsets=offsets, reduction=reduction, wrt=WANTED)
-    assert_matches(
-        loss, other.detach(), reference.forward(**arrays, reduction=reduction, offsets=cuts), "loss at once"
-    )
-    torchs = torch.autograd.grad(
-        theirs(layout, copies, reduction).sum(),
-        [copies[name] for name in names],
-        torch.ones_like(loss[0] if loss.numel() else loss.sum()),
-    )
-    exact = dict(
-        zip(
-            order,
-            reference.backward(np.ones(len(loss)), **arrays, reduction=reduction, offsets=cuts),
-            strict=True,
-        )
-    )
-    for name, mine, their in zip(
-        [n for n in names if n in WANTED], [g for g in grads if g is not None], torchs, strict=False
-    ):
-        assert_matches(mine, their, exact[name], f"grad_{name} at once")
-    assert (grads[3] is None) == (given["bias"] is None)
+    assert_matches(loss, other.detach(), value, "loss at once")
+    at_once = {name: grad for name, grad in zip(WANTED, grads, strict=True) if grad is not None}
+    assert at_once.keys() == given.keys() - {"sample_weight"}
+    check(torch.ones_like(other), at_once, " at once")
 
 
 @pytest.mark.parametrize(
@@ -737,54 +718,14 @@ def test_compiled(layout: Layout) -> None:
     names = list(given)
     cut = layout.offsets("cpu")
 
-    def step(*tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        loss = linear_mse_loss(**dict(zip(names, leaves, strict=True)), offsets=cut)
-        return loss.detach(), *torch.autograd.grad(loss.nansum(), leaves)
-
-    tensors = list(given.values())
-
     def forward(*tensors: Tensor) -> Tensor:
         return linear_mse_loss(**dict(zip(names, tensors, strict=True)), offsets=cut)
 
-    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    loss = compiled(*leaves)
-    found = loss.detach(), *torch.autograd.grad(loss.nansum(), leaves)
-    torch.testing.assert_close(found, step(*tensors), equal_nan=True)
-
-
-# torch's own: the check asks each tensor that an operator passes on to another for its gradient.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_opcheck() -> None:
-    from gradkernels.ops import FUNCTIONS
-
-    x, w, y, bounds = (
-        torch.randn(7, 3),
-        torch.randn(2, 2, 3),
-        torch.randn(7, 2),
-        torch.tensor([[0, 3], [3, 6]]),
+    found, expected = (
+        value_and_gradients(function)(*given.values())
+        for function in (torch.compile(forward, backend="aot_eager", fullgraph=True), forward)
     )
-    models, product, outer = FUNCTIONS["linear_mse_models"].operators
-    for leaf in (x, w, y):
-        leaf.requires_grad_()
-    torch.library.opcheck(product.overload, (x, w, bounds, torch.float32))
-    torch.library.opcheck(outer.overload, (y, x, bounds, torch.float32))
-    arguments = (x, w, y, None, None, bounds, "mean", [True, True, True], torch.float32)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(models.overload, arguments, test_utils=tests)
-    own = (
-        torch.randn(2, 7, 3),
-        w,
-        torch.randn(2, 7, 2),
-        None,
-        None,
-        None,
-        "mean",
-        [True, True, True],
-        torch.float32,
-    )
-    torch.library.opcheck(models.overload, own, test_utils=tests)
+    torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 def test_bfloat16_gradients_that_cancel_over_many_rows(backend: str, device: torch.device) -> None:

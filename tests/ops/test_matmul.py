@@ -6,6 +6,7 @@ import pytest
 import torch
 from gradkernels import linear, matmul
 from torch import Tensor
+from torch.nn import functional
 
 from ..cases import Case, label, on_both_backends, value_and_gradients
 from ..helpers import DTYPES, SIZES, Draws, exactly
@@ -91,7 +92,9 @@ def test_float16_products_beyond_its_range_are_inf(backend: str, device: torch.d
 ERRORS = [  # op, argument shapes, exception, what the message shows
     (matmul, [(), (3,)], RuntimeError, r"matmul: both arguments.*input \(\), other \(3,\)"),
     (matmul, [(2, 3), (4, 5)], RuntimeError, r"matmul: input.*\(2, 3\).*other \(4, 5\).*3 and 4"),
+    (matmul, [(3,), ()], RuntimeError, r"matmul: both arguments.*input \(3,\), other \(\)"),
     (matmul, [(3,), (4,)], RuntimeError, r"\(3,\).*\(4,\)"),
+    (matmul, [(3,), (4, 3)], RuntimeError, r"\(3,\).*\(4, 3\)"),
     (matmul, [(2, 3, 4), (3, 4, 5)], RuntimeError, r"2.*3|broadcast"),
     (matmul, [(2, 3), (3, 4), (3,)], ValueError, r"matmul: bias has shape \(3,\), expected \(4,\)"),
     (matmul, [(2, 3), (3, 4), (1,)], ValueError, r"matmul: bias has shape \(1,\), expected \(4,\)"),
@@ -99,6 +102,7 @@ ERRORS = [  # op, argument shapes, exception, what the message shows
     (matmul, [(2, 3), (3,), (2,)], ValueError, r"matmul: bias has shape \(2,\), expected \(1,\)"),
     (linear, [(), (3,)], RuntimeError, r"linear: input has shape \(\)"),
     (linear, [(2, 3), (5, 4)], RuntimeError, r"linear: input.*\(2, 3\).*weight \(5, 4\)"),
+    (linear, [(3,), (5, 4)], RuntimeError, r"linear: input.*\(3,\).*weight \(5, 4\)"),
     (linear, [(2, 3), (1, 5, 3)], RuntimeError, r"weight \(1, 5, 3\)"),
     (linear, [(2, 3), (5, 3), (3,)], ValueError, r"linear: bias has shape \(3,\), expected \(5,\)"),
     (linear, [(2, 3), (3,), (3,)], ValueError, r"linear: bias has shape \(3,\), expected \(1,\)"),
@@ -112,6 +116,9 @@ def test_shape_errors(
     tensors = [torch.randn(shape, device=device) for shape in shapes]
     with pytest.raises(error, match=message):
         op(*tensors)
+    if error is RuntimeError:  # of torch's functions, which have no bias or another
+        with pytest.raises(error):
+            {matmul: torch.matmul, linear: functional.linear}[op](*tensors)
 
 
 @pytest.mark.parametrize("op", [matmul, linear])

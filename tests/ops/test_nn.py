@@ -27,13 +27,6 @@ def test_linear_is_torchs(backend: str, device: torch.device, bias: bool) -> Non
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_mse_loss_is_torchs(backend: str, device: torch.device, reduction: str) -> None:
-    input, target = torch.randn(2, 5, 3, device=device)
-    loss = nn.MSELoss(reduction=reduction)(input, target)
-    torch.testing.assert_close(loss, torch.nn.MSELoss(reduction=reduction)(input, target))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_mse_loss(backend: str, device: torch.device, bias: bool, reduction: str) -> None:
     model = nn.LinearMSELoss(3, 2, bias, device, reduction=reduction)

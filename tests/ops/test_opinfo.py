@@ -92,27 +92,6 @@ def test_error_inputs() -> None:
     assert count
 
 
-MISFITS = [  # ours, torch's, argument shapes: the databases have few error inputs
-    ("matmul", torch.matmul, [(2, 3), (4, 5)]),
-    ("matmul", torch.matmul, [(3,), (4,)]),
-    ("matmul", torch.matmul, [(3,), (4, 3)]),
-    ("matmul", torch.matmul, [(), (3,)]),
-    ("matmul", torch.matmul, [(3,), ()]),
-    ("matmul", torch.matmul, [(2, 3, 4), (3, 4, 5)]),
-    ("linear", torch.nn.functional.linear, [(2, 3), (5, 4)]),
-    ("linear", torch.nn.functional.linear, [(3,), (5, 4)]),
-]
-
-
-@pytest.mark.parametrize(("name", "theirs", "shapes"), MISFITS)
-def test_misfits(name: str, theirs: Callable[..., Tensor], shapes: list[tuple[int, ...]]) -> None:
-    tensors = [torch.randn(shape) for shape in shapes]
-    with pytest.raises(RuntimeError):
-        theirs(*tensors)
-    with pytest.raises(RuntimeError):
-        getattr(gradkernels, name)(*tensors)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("name", ["Linear", "MSELoss"])
 def test_modules(backend: str, device: torch.device, name: str, dtype: torch.dtype) -> None:
