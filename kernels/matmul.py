@@ -177,6 +177,10 @@ class _Like(NamedTuple):
     stride: Sequence[int]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Like":
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
     @property
     def transposed(self) -> bool:
         """Whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
@@ -228,21 +232,24 @@ def sum_to(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype | None = Non
 
 def _launch_gradients(
     product: Callable[..., Tensor], grad: Tensor, input: Tensor | None, other: Tensor | None, ones: Tensor | None,
-    bias_dtype: torch.dtype | None, input_dtype: torch.dtype | None, other_dtype: torch.dtype | None,
-    input_transposed: bool, other_transposed: bool,
+    bias_dtype: torch.dtype | None, needs_input: bool, needs_other: bool, dtype: torch.dtype | None, transposed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of a product of matrices, as MatmulFunction has them: those with a dtype, and of the ones."""
+    """The gradients of a product of matrices, as MatmulFunction has them: those that are needed.
 
-    def product_like(left: Tensor, right: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-        if transposed:
-            return product(right.mT, left.mT, None, [], dtype).mT
-        return product(left, right, None, [], dtype)
+    ``dtype``, ``transposed``: of the operand that has a gradient and was not saved, if there is one.
+    """
+
+    def product_like(left: Tensor, right: Tensor, like: Tensor | None) -> Tensor:
+        kind, turned = (dtype, transposed) if like is None else (like.dtype, _Like.of(like).transposed)
+        if turned:
+            return product(right.mT, left.mT, None, [], kind).mT
+        return product(left, right, None, [], kind)
 
     gradients = []
-    if input_dtype is not None and other is not None:
-        gradients.append(product_like(grad, other.mT, input_dtype, input_transposed))
-    if other_dtype is not None and input is not None:
-        gradients.append(product_like(input.mT, grad, other_dtype, other_transposed))
+    if needs_input and other is not None:
+        gradients.append(product_like(grad, other.mT, input))
+    if needs_other and input is not None:
+        gradients.append(product_like(input.mT, grad, other))
     if ones is not None:
         gradients.append(product(ones, grad, None, [], bias_dtype).reshape(-1))
     return gradients
@@ -258,8 +265,8 @@ class MatmulFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, other, bias, ctx.sum_dims, ctx.dtype = inputs
         needs_input, needs_other = ctx.needs_input_grad[:2]
-        ctx.input = _Like(input.shape, input.stride(), input.dtype) if needs_input else None
-        ctx.other = _Like(other.shape, other.stride(), other.dtype) if needs_other else None
+        # Of the operand that has a gradient and is not saved; one that is saved says it itself.
+        ctx.like = None if needs_input == needs_other else _Like.of(input if needs_input else other)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.save_for_backward(input if needs_other else None, other if needs_input else None)
         ctx.save_for_forward(input, other)
@@ -267,24 +274,19 @@ class MatmulFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, other = ctx.saved_tensors
-        like_input, like_other = ctx.input, ctx.other
+        like = ctx.like
         needs = needs_input, needs_other, needs_bias = ctx.needs_input_grad[:3]
         if grad.dim() == 2 and not (torch.is_grad_enabled() or needs_dispatcher()):
             # A bias of one element for each column, below more than one row: its gradient is a product with ones.
             summed = needs_bias and len(grad) != 1 and ctx.bias[0] == grad.shape[1:]
             ones = grad.new_ones(()).expand(1, len(grad)) if summed else None
-            dtypes = (
-                ctx.bias and ctx.bias[1],
-                like_input and like_input.dtype,
-                like_other and like_other.dtype,
-            )
-            transposed = needs_input and like_input.transposed, needs_other and like_other.transposed
-            args = grad, input, other, ones, *dtypes, *transposed
+            unsaved = (None, False) if like is None else (like.dtype, like.transposed)
+            args = grad, input, other, ones, ctx.bias and ctx.bias[1], needs_input, needs_other, *unsaved
             if summed == needs_bias and (launch := _gradients.plain(args)):
                 return tuple(in_places(launch(*args), needs))
         return (
-            _product_like(grad, other.mT, like_input) if needs_input else None,
-            _product_like(input.mT, grad, like_other) if needs_other else None,
+            _product_like(grad, other.mT, like or _Like.of(input)) if needs_input else None,
+            _product_like(input.mT, grad, like or _Like.of(other)) if needs_other else None,
             sum_to(grad, *ctx.bias) if needs_bias else None,
         )
 
@@ -330,6 +332,6 @@ def _autocast(*args: Any) -> tuple[Any, ...]:
     return input, other, bias, sum_dims, input.dtype
 
 
-_GRADIENTS = ("Tensor", *("Tensor?",) * 3, *("ScalarType?",) * 3, "bool", "bool")
+_GRADIENTS = ("Tensor", *("Tensor?",) * 3, "ScalarType?", "bool", "bool", "ScalarType?", "bool")
 _gradients = Launches("matmul", "matmul_forward", _GRADIENTS, _launch_gradients)
 _matmul = Operator("matmul", "forward", fake=_fake, vmap=_vmap, derivative=MatmulFunction, autocast=_autocast)
