@@ -11,10 +11,11 @@ from typing import Any
 
 import gradkernels
 import torch
+from gradkernels.optim.bucket import AdamOptions
 from gradkernels.reference import adam as reference
 
-from .reports.cases import BFLOAT16, FLOAT16, FLOAT64, AotCase, Call, HostCall, Job
-from .reports.optimizer import bucket, guard, models, stacked_bucket, stacked_guard, stacked_job, step_job
+from .reports.cases import BFLOAT16, FLOAT16, FLOAT64, AotCase, Call, Job
+from .reports.optimizer import bucket, models, stacked_bucket, stacked_call, stacked_job, step_call, step_job
 from .throughput.case import OURS, Case
 from .throughput.optimizer import (
     MAX_NORM,
@@ -65,28 +66,13 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
 OP = declare("adam", build)
 
 
-def _launch(guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
-    def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.optim.bucket import AdamOptions, Guard
-
-        options = AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False)
-        states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
-        tensors = bucket(dtype, *states, **kept)
-        return module.adam_step(tensors, [options], guard() if guarded else Guard())
-
-    return call
+def _of_models() -> AdamOptions:
+    return AdamOptions(torch.ones(16), 0.9, torch.ones(16), 1e-8, 0.1, True, False)
 
 
-def _stacked(width: int, guarded: bool = False, amsgrad: bool = False, **kept: Any) -> Call:
-    def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.optim.bucket import AdamOptions, Guard
-
-        options = AdamOptions(torch.ones(16), 0.9, torch.ones(16), 1e-8, 0.1, True, False)
-        states = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
-        tensors = stacked_bucket(dtype, *states, width=width, **kept)
-        return module.stacked_adam_step(tensors, [options], stacked_guard() if guarded else Guard(), models())
-
-    return call
+MAXIMUM = "max_exp_avg_sq"
+_step = partial(step_call, "adam", lambda: AdamOptions(0.1, 0.9, 0.999, 1e-8, 0.1, True, False), *STATES)
+_stacked = partial(stacked_call, "adam", _of_models, *STATES)
 
 
 def _stacked_norm(width: int) -> Call:
@@ -102,30 +88,25 @@ def _grad_norm(module: Any, dtype: torch.dtype) -> object:
 
 
 AOT_CASES = (
-    AotCase("adam", "AdamW, aligned or not", _launch()),
-    AotCase("adam", "amsgrad, guarded", _launch(guarded=True, amsgrad=True)),
-    AotCase("adam", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
-    AotCase("adam", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("adam", "AdamW, aligned or not", _step()),
+    AotCase("adam", "amsgrad, guarded", _step(MAXIMUM, guarded=True)),
+    AotCase("adam", "master weights", _step(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("adam", "stochastic rounding", _step(seed=0), dtypes=(BFLOAT16,)),
     AotCase("multi_tensor", "aligned or not", _grad_norm, stores=False),
-    AotCase("stacked", "AdamW, long models", _stacked(8192)),
-    AotCase("stacked", "AdamW, models of 1", _stacked(1), loads=False, stores=False),
-    AotCase("stacked", "AdamW, models of 3", _stacked(3), loads=False, stores=False),
-    AotCase(
-        "stacked", "amsgrad, guarded, models of 8", _stacked(8, guarded=True, amsgrad=True), False, False
+    AotCase("stacked", "AdamW, long models", _stacked(width=8192)),
+    AotCase("stacked", "AdamW, models of 1", _stacked(width=1), loads=False, stores=False),
+    AotCase("stacked", "AdamW, models of 3", _stacked(width=3), loads=False, stores=False),
+    *(
+        AotCase("stacked", shapes, call, False, False, *dtypes)
+        for shapes, call, *dtypes in (
+            ("amsgrad, guarded, models of 8", _stacked(MAXIMUM, width=8, guarded=True)),
+            ("master weights, models of 16", _stacked(width=16, master=True), (FLOAT16, BFLOAT16)),
+            ("stochastic rounding, models of 64", _stacked(width=64, seed=0), (BFLOAT16,)),
+        )
     ),
-    AotCase(
-        "stacked",
-        "master weights, models of 16",
-        _stacked(16, master=True),
-        False,
-        False,
-        (FLOAT16, BFLOAT16),
-    ),
-    AotCase("stacked", "stochastic rounding, models of 64", _stacked(64, seed=0), False, False, (BFLOAT16,)),
     AotCase("stacked", "norm, models of 3", _stacked_norm(3), loads=False, stores=False),
     AotCase("stacked", "norm, long models", _stacked_norm(1 << 16), stores=False),
 )
-HOST_CALLS: tuple[HostCall, ...] = ()
 
 
 def traffic_jobs() -> Iterator[Job]:

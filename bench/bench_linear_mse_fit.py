@@ -20,7 +20,7 @@ from gradkernels.reference import adam
 from gradkernels.reference import linear_mse_fit as reference
 from torch import Tensor
 
-from .reports.cases import AotCase, Call, HostCall, Job, meta, randn
+from .reports.cases import AotCase, Call, Job, meta, randn
 from .throughput.case import OURS, Case, Op, Results, Sweep, draw_inputs, function, powers
 
 STEPS = 100
@@ -142,7 +142,6 @@ AOT_CASES = tuple(
         ("Adam, 64 x 16", _launch(200, 64, 16)),
     )
 )
-HOST_CALLS: tuple[HostCall, ...] = ()
 
 
 def traffic_jobs() -> Iterator[Job]:

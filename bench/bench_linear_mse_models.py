@@ -238,36 +238,18 @@ def _launch_product(R: int, B: int, K: int, D: int) -> Call:
     return call
 
 
-AOT_CASES = (
-    AotCase("linear_mse_models", "1,000 models of 100 x 8", _launch("own", 1000, 100, 8, 1), stores=False),
-    AotCase(
-        "linear_mse_models", "10 models of 100,000 x 64", _launch("own", 10, 100_000, 64, 1), stores=False
-    ),
-    AotCase(
-        "linear_mse_models", "10 models of 1,000 x 2048", _launch("own", 10, 1000, 2048, 1), stores=False
-    ),
-    AotCase(
-        "linear_mse_models", "10 models of 1,000 x 1024", _launch("own", 10, 1000, 1024, 1), stores=False
-    ),
-    AotCase(
-        "linear_mse_models",
-        "4 outputs of 256, ragged",
-        _launch("ragged", 1000, 1 << 18, 256, 4),
-        stores=False,
-    ),
-    AotCase(
-        "linear_mse_models",
-        "1,000 models of shared rows",
-        _launch("shared", 1000, 1 << 14, 64, 1),
-        stores=False,
-    ),
-    AotCase(
-        "linear_mse_models",
-        "32 outputs of 128, ragged",
-        _launch("ragged", 100, 1 << 18, 128, 32),
-        stores=False,
-    ),
-    AotCase("linear_mse_models", "ragged product", _launch_product(1 << 18, 100, 64, 64), stores=False),
+AOT_CASES = tuple(
+    AotCase("linear_mse_models", shapes, call, stores=False)
+    for shapes, call in (
+        ("1,000 models of 100 x 8", _launch("own", 1000, 100, 8, 1)),
+        ("10 models of 100,000 x 64", _launch("own", 10, 100_000, 64, 1)),
+        ("10 models of 1,000 x 2048", _launch("own", 10, 1000, 2048, 1)),
+        ("10 models of 1,000 x 1024", _launch("own", 10, 1000, 1024, 1)),
+        ("4 outputs of 256, ragged", _launch("ragged", 1000, 1 << 18, 256, 4)),
+        ("1,000 models of shared rows", _launch("shared", 1000, 1 << 14, 64, 1)),
+        ("32 outputs of 128, ragged", _launch("ragged", 100, 1 << 18, 128, 32)),
+        ("ragged product", _launch_product(1 << 18, 100, 64, 64)),
+    )
 )
 
 HOST_CALLS: tuple[HostCall, ...] = ()

@@ -7,22 +7,14 @@ FLOPs   2 a parameter; with momentum and weight decay 6.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import gradkernels
 import torch
+from gradkernels.optim.bucket import SGDOptions
 from gradkernels.reference import sgd as reference
 
-from .reports.cases import BFLOAT16, FLOAT16, AotCase, Call, HostCall, Job
-from .reports.optimizer import (
-    bucket,
-    guard,
-    models,
-    stacked_bucket,
-    stacked_guard,
-    stacked_job,
-    step_job,
-)
+from .reports.cases import BFLOAT16, FLOAT16, AotCase, Job
+from .reports.optimizer import stacked_call, stacked_job, step_call, step_job
 from .throughput.case import OURS, Case
 from .throughput.optimizer import (
     apex,
@@ -71,37 +63,23 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
 OP = declare("sgd", build)
 
 
-def _launch(guarded: bool = False, **kept: Any) -> Call:
-    def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.optim.bucket import Guard, SGDOptions
-
-        options = SGDOptions(0.1, 0.9, 0, 0.1, True, False)
-        tensors = bucket(dtype, "momentum_buffer", **kept)
-        return module.sgd_step(tensors, [options], guard() if guarded else Guard())
-
-    return call
+def _of_models() -> SGDOptions:
+    return SGDOptions(torch.ones(16), torch.ones(16), 0, 0.1, True, False)
 
 
-def _stacked(width: int, guarded: bool = False, **kept: Any) -> Call:
-    def call(module: Any, dtype: torch.dtype) -> object:
-        from gradkernels.optim.bucket import Guard, SGDOptions
-
-        options = SGDOptions(torch.ones(16), torch.ones(16), 0, 0.1, True, False)
-        tensors = stacked_bucket(dtype, "momentum_buffer", width=width, **kept)
-        return module.stacked_sgd_step(tensors, [options], stacked_guard() if guarded else Guard(), models())
-
-    return call
-
-
+BUFFER = "momentum_buffer"
+_step = partial(step_call, "sgd", lambda: SGDOptions(0.1, 0.9, 0, 0.1, True, False), BUFFER)
+_stacked = partial(stacked_call, "sgd", _of_models, BUFFER)
 AOT_CASES = (
-    AotCase("sgd", "momentum, aligned or not", _launch()),
-    AotCase("sgd", "guarded", _launch(guarded=True)),
-    AotCase("sgd", "master weights", _launch(master=True), dtypes=(FLOAT16, BFLOAT16)),
-    AotCase("sgd", "stochastic rounding", _launch(seed=0), dtypes=(BFLOAT16,)),
-    AotCase("stacked", "SGD, long models", _stacked(8192)),
-    AotCase("stacked", "SGD, guarded, models of 3", _stacked(3, guarded=True), loads=False, stores=False),
+    AotCase("sgd", "momentum, aligned or not", _step()),
+    AotCase("sgd", "guarded", _step(guarded=True)),
+    AotCase("sgd", "master weights", _step(master=True), dtypes=(FLOAT16, BFLOAT16)),
+    AotCase("sgd", "stochastic rounding", _step(seed=0), dtypes=(BFLOAT16,)),
+    AotCase("stacked", "SGD, long models", _stacked(width=8192)),
+    AotCase(
+        "stacked", "SGD, guarded, models of 3", _stacked(width=3, guarded=True), loads=False, stores=False
+    ),
 )
-HOST_CALLS: tuple[HostCall, ...] = ()
 
 
 def traffic_jobs() -> Iterator[Job]:

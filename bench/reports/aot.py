@@ -197,8 +197,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return predict.main(options.op, options.dtype, options.shape or ())
         except ValueError as error:  # an op, a dtype or a shape that there is not
             parser.error(str(error))
+    cases = every_case(options.op, options.dtype)
+    if not cases:
+        ops = ", ".join(dict.fromkeys(case.op for case in AOT_CASES))
+        parser.error(f"no case of --op {options.op!r} --dtype {options.dtype!r}; the ops are {ops}")
     rows = []
-    for row in report(options.target or list(CHIPS), every_case(options.op, options.dtype)):
+    for row in report(options.target or list(CHIPS), cases):
         print(_line(row), flush=True)
         rows.append(row)
     if options.json:

@@ -1,7 +1,7 @@
 """The vocabulary of the reports: what a ``bench_<op>.py`` declares for them, beside its ``OP``.
 
 ``AOT_CASES``: the calls that the compiler is shown. ``traffic_jobs()``: what the bytes are counted of. ``HOST_CALLS``:
-the calls whose cost on the host is measured.
+of a function, the calls whose cost on the host is measured.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,37 +1,65 @@
 """What the optimizers declare to the reports in common: buckets for the compiler, steps whose bytes are counted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
+from gradkernels.optim.bucket import UNGUARDED, AdamOptions, Bucket, Guard, Models, SGDOptions
 from torch import Tensor
 
-from .cases import FLOAT32, FLOAT64, Job, randn
+from .cases import FLOAT32, FLOAT64, Call, Job, randn
 
 
 def bucket(
     dtype: torch.dtype,
     *states: str,
-    sizes: Sequence[int] = (8192, 1000),
+    sizes: Sequence[Any] = (8192, 1000),
+    steps: tuple[int, ...] = (),
     master: bool = False,
     seed: int | None = None,
 ) -> Any:
-    from gradkernels.optim.bucket import Bucket
+    """Make the bucket of tensors of these sizes, each with a count of steps of the shape ``steps``."""
 
     def tensors(of: torch.dtype) -> list[Tensor]:
         return [torch.empty(size, dtype=of) for size in sizes]
 
     state = {key: tensors(FLOAT32 if master else dtype) for key in states}
     state |= {"master_param": tensors(FLOAT32)} if master else {}
-    state["step"] = [torch.zeros(()) for _ in sizes]
+    state["step"] = [torch.zeros(steps) for _ in sizes]
     return Bucket(tensors(dtype), tensors(dtype), state, [0] * len(sizes), list(range(len(sizes))), seed)
+
+
+def stacked_bucket(dtype: torch.dtype, *states: str, width: int, **kept: Any) -> Any:
+    """Make the bucket of a batch of 16 models: one tensor with ``width`` elements of each, and one with one."""
+    return bucket(dtype, *states, sizes=((16, width), (16,)), steps=(16,), **kept)
+
+
+def step_call(op: str, options: Callable[[], Any], *states: str, guarded: bool = False, **kept: Any) -> Call:
+    """Make the call of a step over two tensors."""
+
+    def call(module: Any, dtype: torch.dtype) -> object:
+        given = bucket(dtype, *states, **kept), [options()], guard() if guarded else UNGUARDED
+        return getattr(module, f"{op}_step")(*given)
+
+    return call
+
+
+def stacked_call(
+    op: str, options: Callable[[], Any], *states: str, width: int, guarded: bool = False, **kept: Any
+) -> Call:
+    """Make the call of a step over a batch of 16 models."""
+
+    def call(module: Any, dtype: torch.dtype) -> object:
+        tensors = stacked_bucket(dtype, *states, width=width, **kept)
+        given = tensors, [options()], stacked_guard() if guarded else UNGUARDED, models()
+        return getattr(module, f"stacked_{op}_step")(*given)
+
+    return call
 
 
 def _options(op: str, rate: float | Tensor) -> Any:
     """Options that leave out no part of an update."""
-    from gradkernels.optim.bucket import AdamOptions, SGDOptions
-
     if op == "sgd":
         return SGDOptions(rate, 0.9, 0, 0.1, False, False)
     return AdamOptions(rate, 0.9, 0.999, 1e-8, 0.1, True, False)
@@ -41,7 +69,6 @@ def launch_step(
     op: str, states: Sequence[str], sizes: Sequence[int], dtype: torch.dtype, clip: bool
 ) -> list[int]:
     """Launch a step of an optimizer over tensors of these sizes that hold no values; the bytes of each launch."""
-    from gradkernels.optim.bucket import UNGUARDED, Guard
     from gradkernels.triton.multi_tensor import grad_norm
 
     tensors, size = bucket(dtype, *states, sizes=sizes), sum(sizes) * dtype.itemsize
@@ -60,7 +87,6 @@ def launch_stacked_step(
     op: str, states: Sequence[str], shape: tuple[int, int], dtype: torch.dtype
 ) -> list[int]:
     """Launch a step of a batch of models, each with a rate of its own; the bytes of the launch."""
-    from gradkernels.optim.bucket import UNGUARDED, Bucket, Models
     from gradkernels.triton import stacked
 
     options = _options(op, torch.empty(shape[0]))
@@ -73,25 +99,8 @@ def launch_stacked_step(
     return [(3 + 2 * len(states)) * param.nbytes + 12 * shape[0]]
 
 
-def stacked_bucket(
-    dtype: torch.dtype, *states: str, width: int, master: bool = False, seed: int | None = None
-) -> Any:
-    """Make the bucket of a batch of 16 models: one tensor with ``width`` elements of each, and one with one."""
-    from gradkernels.optim.bucket import Bucket
-
-    def tensors(of: torch.dtype) -> list[Tensor]:
-        return [torch.empty(shape, dtype=of) for shape in ((16, width), (16,))]
-
-    state = {key: tensors(FLOAT32 if master else dtype) for key in states}
-    state |= {"master_param": tensors(FLOAT32)} if master else {}
-    state["step"] = [torch.zeros(16) for _ in range(2)]
-    return Bucket(tensors(dtype), tensors(dtype), state, [0, 0], [0, 1], seed)
-
-
 def models() -> Any:
     """Make the models of a stacked step, with everything: a mask, and factors of the rates."""
-    from gradkernels.optim.bucket import Models
-
     return Models(16, torch.ones(16, dtype=torch.bool), torch.ones(16))
 
 
@@ -103,8 +112,6 @@ def stacked_guard() -> Any:
 
 def guard() -> Any:
     """Make a guard with everything: a scaled gradient, clipping, and a step that may be skipped."""
-    from gradkernels.optim.bucket import Guard
-
     norms, skipped = torch.empty(4, 2, dtype=FLOAT64), torch.zeros(1, dtype=torch.int64)
     return Guard(torch.ones(()), torch.zeros(()), norms, 1.0, True, skipped)
 
@@ -120,18 +127,7 @@ def step_job(
     """A step over tensors of many sizes; ``per_element`` counts the bytes that must move for each parameter."""
     shapes = [(1 << 16,), (300, 41), (1000,)] + [(64,)] * 20
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    plain = {key: value for key, value in options.items() if key != "max_norm"}
-    steps = []
-    for cls, chosen in ((ours, options), (theirs, {**plain, "foreach": False})):
-        params = [randn(*shape).requires_grad_() for shape in shapes]
-        optimizer = cls(params, **chosen)
-        for param in params:
-            param.grad = randn(*param.shape)
-        optimizer.step()  # the first step makes the state
-        if cls is theirs and "max_norm" in options:
-            steps.append(_clipped(params, options["max_norm"], optimizer))
-        else:
-            steps.append(optimizer.step)
+    steps = _steps(shapes, ours, theirs, options)
     job = f"{name} step, {len(shapes)} tensors, {count} float32 parameters"
     return Job(job, *steps, per_element * count, 1.02, 1.02, launches)
 
@@ -152,25 +148,35 @@ def stacked_job(
         shape: of the stack; its first dimension counts the models.
         per_element, per_model: bytes that must move for each number, and once for each model.
     """
-    plain = {key: value for key, value in shared.items() if key != "max_norm"}
-    rates = torch.full(shape[:1], 0.1)
-    steps = []
-    for build, options in (
-        (ours, {"stacked": True, "lr": rates, **shared}),
-        (theirs, {"foreach": False, **plain}),
-    ):
-        param = randn(*shape).requires_grad_()
-        param.grad = randn(*shape)
-        optimizer = build([param], **options)
-        optimizer.step()  # the first step makes the state
-        clips = build is theirs and "max_norm" in shared
-        steps.append(_clipped([param], shared["max_norm"], optimizer) if clips else optimizer.step)
+    steps = _steps([shape], ours, theirs, shared, stacked=True, lr=torch.full(shape[:1], 0.1))
     minimum = per_element * torch.Size(shape).numel() + per_model * shape[0]
     job = f"{name}, {shape[0]} models x {torch.Size(shape[1:]).numel()} float32"
     return Job(job, *steps, minimum, 1.1, 1.1, launches)
 
 
+def _steps(
+    shapes: Sequence[tuple[int, ...]],
+    ours: Callable[..., torch.optim.Optimizer],
+    theirs: Callable[..., torch.optim.Optimizer],
+    shared: Mapping[str, Any],
+    **own: Any,
+) -> list[Callable[[], Any]]:
+    """Make a step of ours and one of torch's, which clips before it, over tensors of these shapes."""
+    plain = {key: value for key, value in shared.items() if key != "max_norm"}
+    steps = []
+    for build, options in ((ours, {**shared, **own}), (theirs, {**plain, "foreach": False})):
+        params = [randn(*shape).requires_grad_() for shape in shapes]
+        for param in params:
+            param.grad = randn(*param.shape)
+        optimizer = build(params, **options)
+        optimizer.step()  # the first step makes the state
+        clips = build is theirs and "max_norm" in shared
+        steps.append(_clipped(params, shared["max_norm"], optimizer) if clips else optimizer.step)
+    return steps
+
+
 def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
         optimizer.step()

@@ -1,13 +1,14 @@
 """What the compiler makes of the kernels, for chips that are not here: no spills, wide accesses, tensor cores."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
+from bench.reports import aot
 from bench.reports.aot import AOT_CASES, CHIPS, Row, every_case, report
 
 from ..cases import each_kind_once
@@ -195,10 +196,17 @@ def test_every_kernel_on_every_chip(target):
     check_products(rows, target)
 
 
-def test_rows_are_json(tmp_path):
-    """The report's file holds what it prints; empty where no case was asked for."""
-    from bench.reports.aot import main
+def test_rows_are_json(tmp_path, monkeypatch):
+    """The report's file holds what it prints."""
+    row, path = Row("mse", "forward", "float32", "sm_90", "kernel"), tmp_path / "deep" / "aot.json"
+    monkeypatch.setattr(aot, "report", lambda *_: iter([row]))
+    assert aot.main(["--op", "mse", "--target", "sm_90", "--json", str(path)]) == 0
+    assert json.loads(path.read_text()) == [asdict(row)]
 
-    path = tmp_path / "deep" / "aot.json"
-    assert main(["--op", "none", "--target", "sm_90", "--json", str(path)]) == 0
-    assert json.loads(path.read_text()) == []
+
+@pytest.mark.parametrize("arguments", [["--op", "linear"], ["--dtype", "float8"]])
+def test_a_report_of_no_case_is_refused(arguments, capsys):
+    """As a misspelt op or dtype would have: nothing printed, nothing wrong."""
+    with pytest.raises(SystemExit, match="2"):
+        aot.main(arguments)
+    assert f"{arguments[1]!r}" in capsys.readouterr().err
