@@ -133,6 +133,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
+        moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
         if not state:
             if group["fused"]:
                 _device_dtype_check_for_fused(param)
@@ -145,10 +146,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
                     state["step"] = torch.zeros((), dtype=dtype, device=local.device)
                 else:
                     state["step"] = local.new_zeros((), dtype=dtype)
-            keys = (
-                ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-            )
-            for key in keys:
+            for key in moments:
                 state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
         if state["step"].device != param.device:  # a hook may make it on the CPU, as torch does
             state["step"] = state["step"].to(param.device)
@@ -157,7 +155,6 @@ class FusedAdam(FusedStep, torch.optim.Adam):
             raise AssertionError(
                 f"If capturable=True, params and state_steps must be on supported devices: {supported}."
             )
-        moments = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
         return {"step": state["step"], **self._with_master(param, state, moments)}
 
     def _options(self, group: dict[str, Any]) -> AdamOptions:

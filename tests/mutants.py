@@ -488,22 +488,8 @@ def judge(mutant: Mutant) -> tuple[str, str]:
         if mutant.survives:
             return "survives", file
         tests = " ".join(TESTS[name] for name in mutant.tests.split()).split()
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-n",
-            "0",
-            "-m",
-            "not full",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "tests.mutants",
-            *tests,
-        ]
+        options = ["-x", "-q", "-n", "0", "-m", "not full", "-p", "no:cacheprovider", "-p", "tests.mutants"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         environment = {**os.environ, "PYTHONPATH": str(tree / "build" / "here")}
         try:
             done = subprocess.run(

@@ -21,21 +21,11 @@ def test_nothing_that_may_be_missing_stops_the_collection(tmp_path: Path) -> Non
     """The whole suite is collected; FIRST finds what it names."""
     refuse = f"import sys\nsys.modules.update(dict.fromkeys({MISSING}))"
     (tmp_path / "without.py").write_text(refuse)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--collect-only",
-        "-q",
-        "-p",
-        "without",
-        "-p",
-        "no:cacheprovider",
-    ]
+    without = ("without", "no:cacheprovider", "no:hypothesispytest", "no:xdist", "no:benchmark")
+    plugins = [option for name in without for option in ("-p", name)]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *plugins]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     environment["PYTEST_ADDOPTS"] = ""  # of the run around this one: a -v there would take the list's form
-    for name in ("hypothesispytest", "xdist", "benchmark"):
-        command += ["-p", f"no:{name}"]
     found = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr
     tests = re.findall(r"^(tests/\S+::\w+)", found.stdout, re.MULTILINE)

@@ -4,7 +4,6 @@ The interpreter judges values; this judges all that is around them: that the fir
 which variant it takes, its grid, device, stream, and the value of each parameter.
 """
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from typing import Any
@@ -15,6 +14,7 @@ pytest.importorskip("triton")
 
 from bench.reports.aot import AOT_CASES, every_case
 
+from ..cases import each_kind_once
 from .calls import ALL_CASES, DTYPES, LAYOUTS, OPTIMIZERS, WARMUPS
 from .standin import compiler
 from .worker import Worker
@@ -41,13 +41,10 @@ def sampled(
     cells: Iterable[tuple[Any, ...]], kinds: Callable[..., Iterable[Any]], name: Callable[..., str]
 ) -> list[Any]:
     """All cells; a seeded sample that has each of ``kinds(*cell)`` at least once, and the rest marked full."""
-    cells = list(cells)
-    params, seen = [], set[Any]()
-    for cell in random.Random(0).sample(cells, len(cells)):
-        new = set(kinds(*cell)) - seen
-        seen |= new
-        params.append(pytest.param(*cell, marks=() if new else pytest.mark.full, id=name(*cell)))
-    return params
+    return [
+        pytest.param(*cell, marks=() if new else pytest.mark.full, id=name(*cell))
+        for cell, new in each_kind_once(cells, kinds)
+    ]
 
 
 @pytest.mark.parametrize(

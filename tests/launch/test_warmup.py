@@ -8,34 +8,24 @@ import torch
 
 pytest.importorskip("triton")
 
+from ..host.calls import WARMUPS
 from .test_launch import run
 
-CALLS = {
-    "matmul": ([(70, 40), (40, 30), (30,)], "matmul(*t).backward(torch.ones(70, 30))"),
-    "mse": ([(33, 7), (33, 7)], "mse_loss(t[0], t[1].detach()).backward()"),
-    "linear_mse": (
-        [(300, 24), (1, 24), (300, 1), (1,)],
-        "linear_mse_loss(t[0].detach(), t[1], t[2].detach(), t[3]).backward()",
-    ),
-    "sgd": ([(5, 3), (7,)], "FusedSGD(t, lr=0.1, momentum=0.5, weight_decay=0.1).step()"),
-    "adam": ([(5, 3), (7,)], "FusedAdamW(t, lr=0.1).step()"),
-}
 
-
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", WARMUPS)
 def test_nothing_is_left_to_compile(op, tmp_path):
-    shapes, call = CALLS[op]
     before, after = run(
         f"""
         import gradkernels
-        from gradkernels import *
-        with use_backend("triton"):
-            gradkernels.warmup({op!r}, {shapes}, torch.float32, "cpu")
+        from tests.host.calls import WARMUPS
+        shapes, call = WARMUPS[{op!r}]
+        with gradkernels.use_backend("triton"):
+            gradkernels.warmup({op!r}, shapes, torch.float32, "cpu")
             before = len(module._compiled)
-            t = [torch.ones(shape, requires_grad=True) for shape in {shapes}]
-            for tensor in t:
+            tensors = [torch.ones(shape, requires_grad=True) for shape in shapes]
+            for tensor in tensors:
                 tensor.grad = torch.ones_like(tensor)
-            {call}
+            call(*tensors)
         print(json.dumps([before, len(module._compiled)]))
         """,
         tmp_path,

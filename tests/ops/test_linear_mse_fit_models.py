@@ -1,7 +1,6 @@
 """``linear_mse_fit`` over a batch of models: each as by itself, with its own rows, options, clip, guard and count."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,16 +9,10 @@ from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear_mse_loss, use_ba
 from gradkernels import linear_mse_fit as fit
 from torch import Tensor
 
-from .test_linear_mse_fit import BACKENDS, DELIVERIES, assert_same, copies, everything, half, launched
+from .test_linear_mse_fit import DELIVERED, DELIVERIES, assert_same, copies, everything, half, launched, on
 
-__all__ = ["launched"]
+__all__ = ["launched", "on"]
 B, N, D, K = 3, 5, 2, 2
-
-
-@pytest.fixture(params=BACKENDS)
-def on(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_backend(request.param):
-        yield request.param
 
 
 def stacks(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -286,16 +279,8 @@ def test_ragged_rows(on: str, kind: torch.dtype) -> None:
             x, v, y, c, weights, lambda p, _: FusedAdam(p, lr=0.1, weight_decay=0.1), rows, steps=3
         )
         optimizer = FusedAdam([v, c], lr=0.1, weight_decay=0.1, stacked=True)
-        losses = fit(
-            x,
-            v,
-            y,
-            c,
-            optimizer=optimizer,
-            steps=3,
-            sample_weight=weights,
-            offsets=torch.tensor(ends, dtype=kind),
-        )
+        cuts = torch.tensor(ends, dtype=kind)
+        losses = fit(x, v, y, c, optimizer=optimizer, steps=3, sample_weight=weights, offsets=cuts)
         assert losses.isnan().tolist() == [[False, True, False]] * 3
         del singles[1]
         for key, value in everything(optimizer).items():
@@ -430,21 +415,7 @@ def test_lessons_in_a_thousand(backend: str) -> None:
         assert [round(value, 3) for value in (ws[at, 0].item(), bs[at, 0].item())] == [2.037, 0.917]
 
         x, y = map(torch.tensor, DELIVERIES)
-        printed = [
-            0.7288,
-            0.5650,
-            0.5116,
-            0.4833,
-            0.4613,
-            0.4415,
-            0.4228,
-            0.4050,
-            0.3881,
-            0.3719,
-            0.3565,
-            0.3418,
-        ]
         rates, at = a_thousand(0.05)
         ws = torch.tensor([0.8, 1.5]).expand(1000, 1, 2).clone().requires_grad_()
         losses = fit(x, ws, y.unsqueeze(1), optimizer=FusedSGD([ws], lr=rates, stacked=True), steps=12)
-        assert [round(loss, 4) for loss in losses[:, at].tolist()] == printed
+        assert [round(loss, 4) for loss in losses[:, at].tolist()] == DELIVERED

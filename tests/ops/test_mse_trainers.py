@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..cases import label
-from ..conftest import DEVICES
 from ..helpers import DTYPES, Draws, exactly
 
 NAMES = ("input", "target", "weight")
@@ -32,11 +31,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The implementation in force: here the NumPy one too."""
     with use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return torch.device(DEVICES[backend])
 
 
 def operands(
@@ -91,6 +85,24 @@ def sampled(cells: list[tuple[Any, ...]], every: int) -> list[Any]:
     ]
 
 
+def check(dtypes: tuple[torch.dtype, ...], weight: Any, device: torch.device, **options: Any) -> None:
+    """The loss and each gradient: their dtypes, shapes and values."""
+    shape = reference.forward(np.zeros(SHAPE), np.zeros(SHAPE), **options).shape
+    draws = Draws()
+    while not draws.enough:
+        given = operands(dtypes, weight, device)
+        upstream = torch.randn(shape, device=device).to(promoted(given))
+        ours = with_gradients(mse_loss, given, upstream, **options)
+        theirs, exact = as_written_today(given, upstream, **options), in_float64(given, upstream, **options)
+        for name, result in ours.items():
+            wanted = given.get(name, upstream)
+            assert (result.dtype, result.shape) == (wanted.dtype, wanted.shape)
+            if name == "weight" and options["reduction"] == "mean" and _cancels(weight, options["dim"]):
+                continue  # its gradient is a difference of equal numbers: nothing to measure by
+            draws.add(name, result, theirs[name], exact[name])
+    draws.assert_match()
+
+
 @pytest.mark.parametrize(
     ("backend", "weight", "dim", "reduction"),
     sampled(list(product(WEIGHTS, DIMS, ("mean", "sum"))), every=11),
@@ -98,20 +110,7 @@ def sampled(cells: list[tuple[Any, ...]], every: int) -> list[Any]:
     indirect=["backend"],
 )
 def test_dims_and_weights(backend: str, device: torch.device, weight: Any, dim: Any, reduction: str) -> None:
-    options = {"reduction": reduction, "dim": dim}
-    draws = Draws()
-    while not draws.enough:
-        given = operands((torch.float32,) * 3, weight, device)
-        shape = reference.forward(np.zeros(SHAPE), np.zeros(SHAPE), **options).shape
-        upstream = torch.randn(shape, device=device)
-        ours = with_gradients(mse_loss, given, upstream, **options)
-        theirs, exact = as_written_today(given, upstream, **options), in_float64(given, upstream, **options)
-        for name, result in ours.items():
-            assert result.shape == (given[name].shape if name in given else shape)
-            if name == "weight" and reduction == "mean" and _cancels(weight, dim):
-                continue  # its gradient is a difference of equal numbers: nothing to measure by
-            draws.add(name, result, theirs[name], exact[name])
-    draws.assert_match()
+    check((torch.float32,) * 3, weight, device, reduction=reduction, dim=dim)
 
 
 @pytest.mark.parametrize("block", [1, 7, 30])
@@ -160,21 +159,8 @@ MIXED = [dtypes for dtypes in product(DTYPES, repeat=3) if len(set(dtypes)) > 1]
 def test_each_dtype_beside_each(backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
     number = MIXED.index(dtypes)
     weight = [None, (4,), (3, 1, 1), SHAPE][number % 4]
-    options = {"dim": [None, (1, 2), 0][number % 3], "reduction": ("mean", "sum")[number // 3 % 2]}
-    draws = Draws()
-    while not draws.enough:
-        given = operands(dtypes, weight, device)
-        shape = reference.forward(np.zeros(SHAPE), np.zeros(SHAPE), **options).shape
-        upstream = torch.randn(shape, device=device).to(promoted(given))
-        ours = with_gradients(mse_loss, given, upstream, **options)
-        theirs, exact = as_written_today(given, upstream, **options), in_float64(given, upstream, **options)
-        assert ours["loss"].dtype == promoted(given)
-        for name, result in ours.items():
-            if name in given:
-                assert (result.dtype, result.shape) == (given[name].dtype, given[name].shape)
-            if name != "weight" or options["reduction"] == "sum" or not _cancels(weight, options["dim"]):
-                draws.add(name, result, theirs[name], exact[name])
-    draws.assert_match()
+    dim, reduction = [None, (1, 2), 0][number % 3], ("mean", "sum")[number // 3 % 2]
+    check(dtypes, weight, device, reduction=reduction, dim=dim)
 
 
 def test_sixteen_bits_against_float32_are_not_rounded(backend: str, device: torch.device) -> None:
