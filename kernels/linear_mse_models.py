@@ -363,31 +363,36 @@ class LinearMseModelsFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.reduction, ctx.output_mask, ctx.dtype = inputs
-        _, error, grad_weight, grad_bias = in_places(output, ctx.output_mask)
-        ctx.save_for_backward(*tensors, error, grad_weight, grad_bias)
-        ctx.save_for_forward(*tensors, error)
+        input, weight, target, bias, *_ = tensors
+        _, *others = in_places(output, ctx.output_mask)
+        kept = read_by_backward(tensors, ctx.output_mask, ctx.needs_input_grad)
+        kept[0], kept[2] = input, target  # data, of which the shapes are asked for all along
+        ctx.save_for_backward(*kept, *others)
+        ctx.save_for_forward(*tensors, others[0])
+        ctx.acc = acc_dtype(*tensors[:5])
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
-        *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
-        input, weight, target, bias, _, bounds = tensors
+        input, weight, target, _, _, bounds, *outputs = ctx.saved_tensors
+        error, grad_weight, grad_bias = outputs
         needed = ctx.needs_input_grad[:5]
         d_loss, *others = cotangents = tuple(in_places(cotangents, ctx.output_mask))
-        acc = acc_dtype(*tensors[:5])
-        q = _slopes(weight, target, bounds, ctx.reduction, acc)
+        models = next(tensor for tensor in (weight, grad_weight, grad_bias) if tensor is not None)
+        q = _slopes(models, target, bounds, ctx.reduction, ctx.acc)
         if needed[4] or any(cotangent is not None for cotangent in others):
-            return [*_general_backward(tensors, error, cotangents, q, needed), None]
+            return [*_general_backward(ctx, models, cotangents, q, needed), None]
         assert d_loss is not None
-        d_loss = d_loss.to(acc)
+        d_loss = d_loss.to(ctx.acc)
         grad_input = grad_target = None
         if error is not None:
             wanted = needed[0], needed[2]
             grad_input, grad_target = _row_gradients(q * d_loss, error, input, weight, target, bounds, wanted)
         return [
             grad_input,
-            (d_loss[:, None, None] * grad_weight).to(weight.dtype) if needed[1] else None,
+            (d_loss[:, None, None] * grad_weight).to(ctx.dtypes[0]) if needed[1] else None,
             grad_target,
-            (d_loss[:, None] * grad_bias).to(bias.dtype) if needed[3] else None,
+            (d_loss[:, None] * grad_bias).to(ctx.dtypes[1]) if needed[3] else None,
             None,
             None,
         ]
@@ -446,23 +451,28 @@ def _residual(tensors: Sequence[Any], acc: torch.dtype) -> Tensor:
 
 
 def _general_backward(
-    tensors: Sequence[Any],
-    error: Tensor | None,
+    ctx: Any,
+    models: Tensor,
     cotangents: tuple[Tensor | None, ...],
     q: Tensor,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The formula of LinearMseModelsFunction's docstring, in the dtype of accumulation."""
-    input, weight, target, bias, samples, bounds = tensors
+    """The formula of LinearMseModelsFunction's docstring, in the dtype of accumulation.
+
+    ``models``: (B, K, *), whatever is known of that shape.
+    """
+    *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
+    input, weight, target, _, samples, bounds = tensors
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
     acc = q.dtype
     q = q.unsqueeze(-1)
     residual = None
-    if error is None or needed[4]:
+    if needed[4]:
         residual = _residual(tensors, acc)
-        error = residual if samples is None else samples * residual
-    error = error.to(acc)
-    Q = None if d_error is None else _of_models(d_error.to(acc), weight, bounds)
+        if error is None:
+            error = residual if samples is None else samples * residual
+    error = None if error is None else error.to(acc)
+    Q = None if d_error is None else _of_models(d_error.to(acc), models, bounds)
     if d_grad_bias is not None:
         part = _spread(q * d_grad_bias, input, bounds)
         Q = part if Q is None else Q + part
@@ -470,13 +480,13 @@ def _general_backward(
         d_grad_weight = q.unsqueeze(-1) * d_grad_weight
         part = _rows_by_models(beside_slopes(input), d_grad_weight, bounds, acc)
         Q = part if Q is None else Q + part
-    R = Q if samples is None or Q is None else _of_models(samples * Q, weight, bounds)
-    if d_loss is not None:
-        d_loss = (q * d_loss.to(acc).unsqueeze(-1)).squeeze(-1)
-        part = _scaled(error, d_loss, bounds, acc)
+    R = Q if samples is None or Q is None else _of_models(samples * Q, models, bounds)
+    share = None if d_loss is None else (q * d_loss.to(acc).unsqueeze(-1)).squeeze(-1)
+    if share is not None and error is not None:
+        part = _scaled(error, share, bounds, acc)
         R = part if R is None else R + part
     assert R is not None
-    R = R.expand_as(error)
+    R = R.expand(*R.shape[:-2], input.shape[-2], R.shape[-1])
     grad_input = grad_samples = None
     if needed[0]:
         grad_input = _back(R, beside_slopes(weight), input, bounds)
@@ -487,16 +497,17 @@ def _general_backward(
         parts = []
         if Q is not None:
             parts.append(residual * Q)
-        if d_loss is not None:
-            parts.append(residual * _scaled(residual, d_loss / 2, bounds, acc))
+        if share is not None:
+            parts.append(residual * _scaled(residual, share / 2, bounds, acc))
         grad_samples = _to_shape(sum(parts[1:], parts[0]), samples)
-    return [
-        grad_input,
-        _rows_by_rows(R, beside_slopes(input), bounds, weight.dtype) if needed[1] else None,
-        _to_shape(-R, target) if needed[2] else None,
-        _sums(R, bounds).to(bias.dtype) if needed[3] else None,
-        grad_samples,
-    ]
+    weight_dtype, bias_dtype = ctx.dtypes
+    d_weight = _rows_by_rows(R, beside_slopes(input), bounds, weight_dtype) if needed[1] else None
+    d_bias = _sums(R, bounds).to(bias_dtype) if needed[3] else None
+    if d_loss is not None and error is None:  # what E would add to R is in the slopes of the loss
+        each = d_loss.to(acc)[:, None]
+        d_weight = None if d_weight is None else d_weight + (each[..., None] * grad_weight).to(weight_dtype)
+        d_bias = None if d_bias is None else d_bias + (each * grad_bias).to(bias_dtype)
+    return [grad_input, d_weight, _to_shape(-R, target) if needed[2] else None, d_bias, grad_samples]
 
 
 def _save_factors(ctx: Any, left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> None:

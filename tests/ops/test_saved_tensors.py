@@ -23,6 +23,11 @@ CASES = [
         "linear_mse_loss",
         {"input": (5, 3), "weight": (2, 3), "target": (5, 2), "bias": (2,), "sample_weight": (5,)},
     ),
+    Case("linear_mse_loss", {"input": (2, 5, 3), "weight": (2, 4, 3), "target": (2, 5, 4), "bias": (2, 4)}),
+    Case(
+        "linear_mse_loss",
+        {"input": (5, 3), "weight": (2, 4, 3), "target": (5, 4), "bias": (2, 4), "sample_weight": (2, 5)},
+    ),
 ]
 
 
@@ -39,6 +44,13 @@ def saved(function: Callable[..., Tensor], tensors: list[Tensor]) -> set[int]:
     return {i for i, tensor in enumerate(tensors) if tensor.untyped_storage().data_ptr() in kept}
 
 
+def ragged(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+    """Models with rows of their own, as ragged ones."""
+    B, N, _ = input.shape
+    offsets = N * torch.arange(B + 1)
+    return linear_mse_loss(input.flatten(0, 1), weight, target.flatten(0, 1), bias, offsets=offsets)
+
+
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_no_argument_is_kept_that_torch_lets_go_of(case: Case) -> None:
     names = list(case.shapes)
@@ -50,6 +62,8 @@ def test_no_argument_is_kept_that_torch_lets_go_of(case: Case) -> None:
         allowed = saved(case.theirs, tensors)
         if case.op == "linear_mse_loss" and mask[2]:
             allowed.add(1)  # the weight is an argument of the operator that gives target's gradient
+        if len(case.shapes.get("weight", ())) == 3:
+            allowed |= {0, 2}  # data, kept for their shapes
         with use_backend("reference"):
             assert saved(case.ours, tensors) <= allowed, (mask, names)
 
@@ -68,21 +82,25 @@ def test_a_frozen_weight_lets_go_of_the_input() -> None:
 
 @pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("mask", [(True, False), (False, True), (True, True)])
-def test_second_derivatives_of_constant_data_need_no_weight(mask: tuple[bool, bool], loss: bool) -> None:
+@pytest.mark.parametrize("case", CASES[-4:], ids=label)
+def test_second_derivatives_of_constant_data(case: Case, mask: tuple[bool, bool], loss: bool) -> None:
     """By weight and bias alone, where the errors are not kept: of a penalty, and of one that is added to the loss."""
-    case = CASES[-1]
     tensors = case.arguments()
     leaves = [tensor.requires_grad_() for tensor, needed in zip(tensors[1:4:2], mask, strict=True) if needed]
+    functions = [case.theirs, case.ours]
+    if tensors[0].dim() == 3:
+        functions.append(ragged)
     found = []
-    for function in (case.ours, case.theirs):
+    for function in functions:
         with use_backend("reference"):
-            value = function(*tensors)
+            value = function(*tensors).square().sum()
             first = torch.autograd.grad(value, leaves, create_graph=True)
             penalty = sum(grad.square().sum() for grad in first)
             second = torch.autograd.grad(3 * value * loss + penalty, leaves, create_graph=True)
             third = torch.autograd.grad(sum(grad.square().sum() for grad in second), leaves)
         found.append([*first, *second, *third])
-    torch.testing.assert_close(*found)
+    for derivatives in found[1:]:
+        torch.testing.assert_close(derivatives, found[0])
 
 
 def test_a_weight_may_be_written_where_no_gradient_needs_it() -> None:
