@@ -3,16 +3,16 @@
 import sys
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
 from gradkernels.checks import acc_dtype
 from gradkernels.reference import linear_mse as reference
 
-from ..cases import REDUCTIONS, TORCH, Case, label, on_both_backends
+from ..cases import REDUCTIONS, Case, label, on_both_backends
 from ..helpers import DTYPES, SIZES, assert_matches, exactly
 from .test_matmul import check
+from .test_mse import check_loss_and_grad
 
 SHAPES = [  # input, weight, target, shapes that sample_weight may have
     ((5, 3), (3,), (5,), [(5,)]),
@@ -70,23 +70,9 @@ def test_loss_and_grad(
     backend: str, device: torch.device, reduction: str, outputs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     shapes = {"input": (33, 7), "weight": (*outputs, 7), "target": (33, *outputs), "bias": outputs or (1,)}
-    given = dict(zip(shapes, Case("linear_mse_loss", shapes).arguments(dtype, device), strict=True))
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    theirs = TORCH["linear_mse_loss"](**leaves, reduction=reduction)
-    their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
-    arrays = {name: exactly(tensor) for name, tensor in given.items()}
-    exact = dict(zip(given, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=False))
-    masks = list(product((False, True), repeat=4))
-    for mask in masks if backend == "fallback" else masks[DTYPES.index(dtype) :: 4]:
-        wrt = tuple(name for name, wanted in zip(WANTED, mask, strict=True) if wanted)
-        loss, grads = linear_mse_loss_and_grad(**given, reduction=reduction, wrt=wrt)
-        assert_matches(loss, theirs.detach(), reference.forward(**arrays, reduction=reduction), "loss")
-        assert not loss.requires_grad
-        for name, grad in zip(WANTED, grads, strict=True):
-            if name in wrt:
-                assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
-            else:
-                assert grad is None
+    case = Case("linear_mse_loss", shapes, {"reduction": reduction})
+    some = slice(None) if backend == "fallback" else slice(DTYPES.index(dtype), None, 4)
+    check_loss_and_grad(case, WANTED, dtype, device, some)
 
 
 def test_no_gradient_for_a_bias_that_was_not_given(backend: str, device: torch.device) -> None:

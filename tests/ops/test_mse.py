@@ -4,6 +4,7 @@ import re
 import sys
 from itertools import product
 
+import gradkernels
 import numpy as np
 import pytest
 import torch
@@ -19,12 +20,27 @@ from .test_matmul import check
 NAMES = ("input", "target", "weight")
 
 
-def arguments(
-    *shape: int, dtype: torch.dtype, device: torch.device, weighted: bool
-) -> dict[str, torch.Tensor]:
-    names = NAMES if weighted else NAMES[:2]
-    tensors = Case("mse_loss", dict.fromkeys(names, shape)).arguments(dtype, device)
-    return dict(zip(names, tensors, strict=True))
+def check_loss_and_grad(
+    case: Case, names: tuple[str, ...], dtype: torch.dtype, device: torch.device, some: slice
+) -> None:
+    """What ``<op>_and_grad`` gives for ``some`` of the choices among ``names``, the arguments with a gradient."""
+    call = getattr(gradkernels, f"{case.op}_and_grad")
+    given = dict(zip(case.shapes, case.arguments(dtype, device), strict=True))
+    leaves = [tensor.clone().requires_grad_() for tensor in given.values()]
+    theirs = case.theirs(*leaves)
+    their_grads = dict(zip(given, torch.autograd.grad(theirs, leaves), strict=True))
+    arrays = [exactly(tensor) for tensor in given.values()]
+    exact = dict(zip(given, case.backward(np.ones(()), *arrays), strict=True))
+    for mask in list(product((False, True), repeat=len(names)))[some]:
+        wrt = tuple(name for name, wanted in zip(names, mask, strict=True) if wanted)
+        loss, grads = call(**given, **case.options, wrt=wrt)
+        assert_matches(loss, theirs.detach(), case.forward(*arrays), "loss")
+        assert not loss.requires_grad
+        for name, grad in zip(names, grads, strict=True):
+            if name in wrt and name in given:
+                assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
+            else:
+                assert grad is None
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -52,23 +68,11 @@ def test_ranks(backend: str, device: torch.device, shape: tuple[int, ...], dtype
 def test_loss_and_grad(
     backend: str, device: torch.device, reduction: str, weighted: bool, dtype: torch.dtype
 ) -> None:
-    given = arguments(33, 7, dtype=dtype, device=device, weighted=weighted)
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
-    theirs = functional.mse_loss(**leaves, reduction=reduction)
-    their_grads = dict(zip(leaves, torch.autograd.grad(theirs, list(leaves.values())), strict=True))
-    arrays = {name: exactly(tensor) for name, tensor in given.items()}
-    exact = dict(zip(NAMES, reference.backward(np.ones(()), **arrays, reduction=reduction), strict=True))
-    masks = list(product((False, True), repeat=3))
-    for mask in masks if backend == "fallback" else masks[DTYPES.index(dtype) % 2 :: 2]:
-        wrt = tuple(name for name, wanted in zip(NAMES, mask, strict=True) if wanted)
-        loss, grads = mse_loss_and_grad(**given, reduction=reduction, wrt=wrt)
-        assert_matches(loss, theirs.detach(), reference.forward(**arrays, reduction=reduction), "loss")
-        assert not loss.requires_grad
-        for name, grad in zip(NAMES, grads, strict=True):
-            if name in wrt and name in given:
-                assert_matches(grad, their_grads[name], exact[name], f"grad_{name}")
-            else:
-                assert grad is None
+    case = Case(
+        "mse_loss", dict.fromkeys(NAMES if weighted else NAMES[:2], (33, 7)), {"reduction": reduction}
+    )
+    every = 1 if backend == "fallback" else 2
+    check_loss_and_grad(case, NAMES, dtype, device, slice(DTYPES.index(dtype) % every, None, every))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)

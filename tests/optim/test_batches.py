@@ -4,11 +4,9 @@ import pytest
 import torch
 from gradkernels.fallback import multi_tensor
 
-from ..helpers import assert_matches
 from . import test_clipping, test_low_precision
 from .optimizers import (
     Feed,
-    ReferenceRun,
     assert_same_run,
     copies,
     make_params,
@@ -33,22 +31,10 @@ def test_clipped(name: str) -> None:
 @pytest.mark.parametrize("master", [False, True], ids=["float32", "masters"])
 def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
     """Copies of gradients stand beside parameters and masters that are walked in the order of their memory."""
-    low = make_params(((9, 7), (4, 3), (65,)), torch.bfloat16 if master else torch.float32)
+    params = make_params(((9, 7), (4, 3), (65,)), torch.bfloat16 if master else torch.float32)
+    transposed = [torch.nn.Parameter(param.detach().t()) for param in params]
     options = {"lr": 0.1, "weight_decay": 0.1, **({"momentum": 0.9} if name == "SGD" else {})}
-    transposed = [torch.nn.Parameter(param.detach().t()) for param in low]
-    ours = ours_for(name)(copies(transposed), **options, max_norm=0.5, master_weights=True)
-    theirs = theirs_for(name)([torch.nn.Parameter(p.detach().float()) for p in transposed], **options)
-    feed, reference = Feed(transposed), ReferenceRun(theirs)
-    for step in range(1, 7):
-        gradients = feed(step)
-        test_low_precision.step_scaled_and_clipped(ours, theirs, reference, gradients, 0.5)
-        for mine, other, grad in zip(parameters(ours), parameters(theirs), gradients, strict=True):
-            wide = ours.state[mine]["master_param"] if master else mine
-            assert torch.equal(mine, wide.to(mine.dtype))
-            assert mine.grad is not None
-            assert torch.equal(mine.grad, grad), "the unscaled gradient is left behind, unclipped"
-            scale = reference.scales[other]["param"]
-            assert_matches(wide, other, reference.values[other]["param"], f"step {step}", scale)
+    test_low_precision.check_scaled_and_clipped(name, transposed, 0.5, CPU, **options)
 
 
 def test_random_rounding() -> None:

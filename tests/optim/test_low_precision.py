@@ -181,32 +181,37 @@ def test_master_weights_are_the_float32_run(name: str, dtype: torch.dtype, devic
     assert "master_param" not in ours.state[parameters(ours)[-1]]
 
 
-def step_scaled_and_clipped(
-    ours: Any, theirs: Optimizer, reference: ReferenceRun, gradients: list[Tensor], max_norm: float
+def check_scaled_and_clipped(
+    name: str, params: list[torch.nn.Parameter], max_norm: float, device: torch.device, **options: Any
 ) -> None:
-    """Ours by scaled gradients, clipping inside the step; torch's and the reference by those gradients clipped."""
-    set_gradients(ours, [grad * SCALE for grad in gradients])
-    amp_step(ours, SCALE, False)
-    set_gradients(theirs, [grad.float() for grad in gradients])
-    torch.nn.utils.clip_grad_norm_(parameters(theirs), max_norm, foreach=False)
-    theirs.step()
-    reference.step(clipped(gradients, max_norm)[0])
+    """Ours by scaled gradients, clipping inside the step; torch's, in float32, and the reference by clipped ones."""
+    wide = [torch.nn.Parameter(param.detach().float()) for param in params]
+    theirs = theirs_for(name)(wide, **options, foreach=False)
+    ours = ours_for(name)(copies(params, device), **options, master_weights=True, max_norm=max_norm)
+    feed, reference = Feed(params), ReferenceRun(theirs)
+    for step in range(1, 7):
+        gradients = feed(step)
+        set_gradients(ours, [grad * SCALE for grad in gradients])
+        amp_step(ours, SCALE, False)
+        set_gradients(theirs, [grad.float() for grad in gradients])
+        torch.nn.utils.clip_grad_norm_(parameters(theirs), max_norm, foreach=False)
+        theirs.step()
+        reference.step(clipped(gradients, max_norm)[0])
+        for mine, other, grad in zip(parameters(ours), parameters(theirs), gradients, strict=True):
+            assert ("master_param" in ours.state[mine]) == (mine.dtype != torch.float32)
+            master = ours.state[mine].get("master_param", mine)
+            assert torch.equal(mine, master.to(mine.dtype))
+            assert mine.grad is not None
+            assert torch.equal(mine.grad.cpu(), grad), "the unscaled gradient is left behind, unclipped"
+            scale = reference.scales[other]["param"]
+            assert_matches(master, other, reference.values[other]["param"], f"step {step}", scale)
 
 
 @on_both_backends
 def test_master_weights_under_clipping_and_amp(name: str, device: torch.device) -> None:
     """The scale and the clip reach masters as they reach parameters."""
-    low = make_params(SMALL, torch.bfloat16)
-    options = {**FULL_OPTIONS[name], "lr": 0.1} if name == "SGD" else FULL_OPTIONS[name]
-    theirs = theirs_for(name)([torch.nn.Parameter(p.detach().float()) for p in low], **options, foreach=False)
-    ours = ours_for(name)(copies(low, device), **options, master_weights=True, max_norm=2.0)
-    feed, reference = Feed(low), ReferenceRun(theirs)
-    for step in range(1, 7):
-        step_scaled_and_clipped(ours, theirs, reference, feed(step), 2.0)
-        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-            master = ours.state[mine]["master_param"]
-            scale = reference.scales[other]["param"]
-            assert_matches(master, other, reference.values[other]["param"], f"step {step}", scale)
+    options = {**FULL_OPTIONS[name], **({"lr": 0.1} if name == "SGD" else {})}
+    check_scaled_and_clipped(name, make_params(SMALL, torch.bfloat16), 2.0, device, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
