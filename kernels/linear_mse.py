@@ -302,13 +302,14 @@ class LinearMseFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
-        *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # asked for once: a checkpoint gives them no second time
+        *tensors, error, grad_weight, grad_bias = saved
         output_mask = ctx.needs_input_grad[:5]
         cotangents = tuple(in_places(cotangents, ctx.output_mask))
         d_loss, *others = cotangents
         q = _slope(math.prod(ctx.shape), ctx.reduction)
         if output_mask[4] or any(cotangent is not None for cotangent in others):
-            return _general_backward(ctx, cotangents, q, output_mask)
+            return _general_backward(ctx, saved, cotangents, q, output_mask)
         assert d_loss is not None
         grad_input = grad_target = None
         if error is not None:
@@ -359,10 +360,14 @@ class LinearMseFunction(torch.autograd.Function):
 
 
 def _general_backward(
-    ctx: Any, cotangents: tuple[Tensor | None, ...], q: float, output_mask: Sequence[bool]
+    ctx: Any,
+    saved: tuple[Any, ...],
+    cotangents: tuple[Tensor | None, ...],
+    q: float,
+    output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
     """The formula of LinearMseFunction's docstring."""
-    input, weight, target, bias, sample_weight, error, grad_weight, grad_bias = ctx.saved_tensors
+    input, weight, target, bias, sample_weight, error, grad_weight, grad_bias = saved
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
     input_dtype, weight_dtype, target_dtype, bias_dtype, _ = ctx.dtypes
     if error is None and output_mask[4]:

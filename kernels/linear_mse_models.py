@@ -374,14 +374,14 @@ class LinearMseModelsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> list[Tensor | None]:
-        input, weight, target, _, _, bounds, *outputs = ctx.saved_tensors
-        error, grad_weight, grad_bias = outputs
+        saved = ctx.saved_tensors  # asked for once: a checkpoint gives them no second time
+        input, weight, target, _, _, bounds, error, grad_weight, grad_bias = saved
         needed = ctx.needs_input_grad[:5]
         d_loss, *others = cotangents = tuple(in_places(cotangents, ctx.output_mask))
         models = next(tensor for tensor in (weight, grad_weight, grad_bias) if tensor is not None)
         q = _slopes(models, target, bounds, ctx.reduction, ctx.acc)
         if needed[4] or any(cotangent is not None for cotangent in others):
-            return [*_general_backward(ctx, models, cotangents, q, needed), None]
+            return [*_general_backward(ctx, saved, models, cotangents, q, needed), None]
         assert d_loss is not None
         d_loss = d_loss.to(ctx.acc)
         grad_input = grad_target = None
@@ -452,6 +452,7 @@ def _residual(tensors: Sequence[Any], acc: torch.dtype) -> Tensor:
 
 def _general_backward(
     ctx: Any,
+    saved: tuple[Any, ...],
     models: Tensor,
     cotangents: tuple[Tensor | None, ...],
     q: Tensor,
@@ -461,7 +462,7 @@ def _general_backward(
 
     ``models``: (B, K, *), whatever is known of that shape.
     """
-    *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
+    *tensors, error, grad_weight, grad_bias = saved
     input, weight, target, _, samples, bounds = tensors
     d_loss, d_error, d_grad_weight, d_grad_bias = cotangents
     acc = q.dtype

@@ -68,6 +68,21 @@ def test_no_argument_is_kept_that_torch_lets_go_of(case: Case) -> None:
             assert saved(case.ours, tensors) <= allowed, (mask, names)
 
 
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_backward_asks_for_each_tensor_once(case: Case) -> None:
+    """A checkpoint refuses a second time; hooks that fetch it from elsewhere would do so twice."""
+    unpacked = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        assert not any(tensor is other for other in unpacked)
+        unpacked.append(tensor)
+        return tensor
+
+    with use_backend("reference"), saved_tensors_hooks(Tensor.detach, unpack):
+        case.ours(*(tensor.requires_grad_() for tensor in case.arguments())).sum().backward()
+    assert unpacked
+
+
 def test_a_frozen_weight_lets_go_of_the_input() -> None:
     x, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
     hidden = x * 2
