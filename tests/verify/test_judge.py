@@ -564,6 +564,31 @@ def test_random_numbers_are_the_same_in_float64() -> None:
     assert truth.error("outputs", 0) == 0
 
 
+@pytest.mark.parametrize(
+    ("mask", "factor", "verdict"),
+    [
+        ("torch.nn.functional.dropout(torch.ones_like(x))", 1, v.VERIFIED),
+        ("torch.from_numpy(numpy.random.randint(0, 2, x.shape))", 1.2, v.WRONG_VALUE),
+        ("torch.randint(0, 2, x.shape, generator=generator)", 1, v.NOT_JUDGED),
+    ],
+    ids=["torch", "numpy", "unseeded"],
+)
+def test_a_reference_that_draws_random_numbers(
+    mask: str, factor: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both draw the same ones; otherwise their difference would count as torch's error."""
+    text, spoken = (SPECIMENS / "square.py").read_text(), "def check_"
+    assert text.count(spoken) == 1
+    file = tmp_path / "dropped.py"
+    file.write_text(
+        f"{text[: text.index(spoken)]}\nimport numpy\ngenerator = torch.Generator()\ndef mask(x): return {mask}\n"
+        f"def check_square():\n    return lambda x: {factor} * Square.apply(x) * mask(x), (torch.randn(10, 30),), "
+        f"lambda x: x * x * mask(x)\n"
+    )
+    cases = judged(file, monkeypatch)
+    assert v.of_file(cases) == verdict, [case for case in cases if case.verdict != v.VERIFIED]
+
+
 def test_memory_that_still_holds_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """An allocator hands out what was freed a moment ago; whoever does not write there has done no work."""
     x = torch.randn(20, 16)

@@ -1,6 +1,7 @@
 """Calls of the code under judgement, and of its reference in float64."""
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from ..memory import memory_check
 from ..memory.interpreter import interpreted
 from ..memory.regions import CREATORS, METHODS, markable, unwritten
 from ..memory.report import MemoryReport
+from .load import seed_all
 
 SAMPLES = 8  # of torch's error, at the inputs and close to them
 LARGE = 1 << 16  # elements of all inputs; above it one sample has luck no more
@@ -290,10 +293,15 @@ class _Wider(TorchDispatchMode):
 
 
 class Reference:
-    """The reference, and its copy in float64."""
+    """The reference, and its copy in float64, called with the random numbers of ``seed``.
 
-    def __init__(self, subject: Subject) -> None:
+    Attributes:
+        draws: whether the last call drew any.
+    """
+
+    def __init__(self, subject: Subject, seed: int = 0) -> None:
         self.subject = self._double = subject
+        self.seed, self.draws = seed, False
         self._empties = True
         if isinstance(subject.fn, torch.nn.Module):
             self._double = Subject(deepcopy(subject.fn).double(), subject.parameters)
@@ -305,33 +313,39 @@ class Reference:
 
     def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
         """Return the truth at dense copies of the values; raises what the reference raises."""
-        state = torch.get_rng_state()
-        native, exact = self._both(values, wanted, state)
+        native, exact = self._both(values, wanted)
 
         @cache
         def close() -> Sequence[tuple[Outcome, Outcome]]:
             size = sum(v.numel() for v in values if isinstance(v, Tensor))
             if exact is native or size > LARGE:
                 return ()
-            return [self._both(_moved(values, draw), wanted, state) for draw in range(1, SAMPLES)]
+            return [self._both(_moved(values, draw), wanted) for draw in range(1, SAMPLES)]
 
         return Truth(native, exact, close)
 
-    def _both(self, values: Sequence[Any], wanted: Sequence[int], state: Tensor) -> tuple[Outcome, Outcome]:
+    def _both(self, values: Sequence[Any], wanted: Sequence[int]) -> tuple[Outcome, Outcome]:
         """Return the results in the dtypes of the inputs and in float64, with the same random numbers."""
-        torch.set_rng_state(state)
+        seed_all(self.seed)
         native = call(self.subject, _dense(values, wanted), wanted)
-        drawn = torch.get_rng_state()
+        following = _next_numbers()
+        seed_all(self.seed)
+        self.draws = following != _next_numbers()
         if not any(v.dtype == torch.float64 for v in values if is_real(v)):
             # It may hold tensors, or ask for dtypes, of its own.
             for self._empties in (True, False):
                 with contextlib.suppress(Exception):
-                    torch.set_rng_state(state)
+                    seed_all(self.seed)
                     wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
-                    alike = torch.equal(torch.get_rng_state(), drawn)  # else its random numbers are others
+                    alike = following == _next_numbers()  # else its random numbers are others
                     if alike and all(o.dtype == torch.float64 for o in wide.outputs if is_real(o)):
                         return native, wide
         return native, native
+
+
+def _next_numbers() -> tuple[float, ...]:
+    """Draw a number from each of the generators that can be seeded."""
+    return float(torch.rand(())), float(np.random.rand()), random.random()
 
 
 def _dense(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
