@@ -376,6 +376,13 @@ RECTIFIED = """
     def check_Relu():
         return Relu.apply, [torch.randn(6, 7)], lambda x: (x.relu(), x.sum().detach())
 """
+MASKED = {
+    ", lambda x: (x.relu(), x.sum().detach())": "",
+    "forward(ctx, x)": "forward(ctx, x, mask)",
+    "save_for_backward(x)": "save_for_backward(x, mask)",
+    "return y, total": "return y * mask, total",
+    "grad, 0.0)": "grad * ctx.saved_tensors[1], 0.0), None",
+}
 
 
 @pytest.mark.parametrize(
@@ -400,16 +407,41 @@ RECTIFIED = """
         (
             RECTIFIED,
             v.VERIFIED,
-            {
-                ", lambda x: (x.relu(), x.sum().detach())": "",
-                "forward(ctx, x)": "forward(ctx, x, mask)",
-                "grad, 0.0)": "grad, 0.0), None",
-                "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]",
-            },
+            {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7).tril()]"},
             "",
         ),
+        (
+            RECTIFIED,
+            v.WRONG_GRADIENT,
+            {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]"},
+            "input 1: no signal",
+        ),
+        (RECTIFIED, v.VERIFIED, {"[0] > 0, grad": "[0] >= 0, grad"}, ""),
+        (
+            RECTIFIED,
+            v.WRONG_GRADIENT,
+            {
+                "tl.where(x > 0, x, 0.0)": "x * x",
+                "x.relu()": "x.square()",
+                "torch.where(ctx.saved_tensors[0] > 0, grad, 0.0)": (
+                    "torch.where(ctx.saved_tensors[0] == 0, 1, 2 * ctx.saved_tensors[0]) * grad"
+                ),
+            },
+            "input 0",
+        ),
     ],
-    ids=["largest", "another place", "at kinks", "no reference", "too few", "none", "a mask"],
+    ids=[
+        "largest",
+        "another place",
+        "at kinks",
+        "no reference",
+        "too few",
+        "none",
+        "a mask",
+        "a weight",
+        "another slope at a kink",
+        "wrong at zeros",
+    ],
 )
 def test_kinks_ties_and_what_is_called_check(
     text: str,

@@ -18,7 +18,7 @@ from ..tolerance import DRAWS
 from . import trials
 from . import verdict as v
 from .load import NotJudgedError, Problem, Target, seed_all
-from .points import Point, derived, reshaped, reshuffled, smaller
+from .points import Point, derived, off_zero, reshaped, reshuffled, smaller
 from .subject import Outcome, Reference, Subject, Truth, leaves_of, watched
 from .verdict import Case, Finding
 
@@ -247,9 +247,9 @@ class _Examination:
             if meant:
                 yield from trials.writing(first, truth)
             yield from trials.arrival(first, truth)
-            # At zeros a kink may lie: any of its slopes is right, NaN is not.
-            compare = trials.finite if point.kind == "zeros" else trials.gradient
-            wrong = list(compare(outcomes, truths))
+            wrong = list(trials.gradient(outcomes, truths))
+            if ties and wrong and self._at_a_kink(point, truth):  # any of its slopes is right, NaN is not
+                wrong = list(trials.finite(outcomes, truths))
             fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
             named = []
             # Differences need finite numbers, and a function that leaves its inputs alone.
@@ -278,6 +278,14 @@ class _Examination:
             truths.append(self._truth(values))
             outcomes.append(once(values=values))
         return outcomes, truths
+
+    def _at_a_kink(self, point: Point, truth: Truth) -> bool:
+        """Whether the reference's gradients jump where zeros among the values become other numbers."""
+        far, near = (self._truth(off_zero(point.values, self.arguments, 2.0**-k)) for k in (10, 14))
+        return any(
+            trials.jumps(gradient, *(t.exact.gradients[place] for t in (far, near)))
+            for place, gradient in truth.exact.gradients.items()
+        )
 
     def _truth(self, values: Sequence[Any]) -> Truth:
         assert self.reference is not None
@@ -437,7 +445,8 @@ def _differentiable(values: Sequence[Any], arguments: int) -> list[int]:
 
 
 def _is_mask(value: Tensor) -> bool:
-    return bool(((value == 0) | (value == 1) | value.isneginf()).all())
+    """Return whether there are 0, 1 and -inf alone; all equal they may be a weight or a bias at its start."""
+    return len(value.unique()) > 1 and bool(((value == 0) | (value == 1) | value.isneginf()).all())
 
 
 def _cast(function: Any, dtype: torch.dtype) -> Any:

@@ -252,6 +252,19 @@ def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
     )
 
 
+def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any]:
+    """Return the values with random numbers, up to ``distance`` times their largest, in the place of zeros."""
+    generator = torch.Generator().manual_seed(5)
+
+    def moved(value: Any) -> Any:
+        if not is_real(value) or not value.numel():
+            return value
+        drawn = (2 * torch.rand(value.shape, generator=generator) - 1).to(value)
+        return _like(torch.where(value == 0, drawn * distance * value.abs().max(), value.detach()), value)
+
+    return [moved(value) if i < arguments else value for i, value in enumerate(values)]
+
+
 def reshuffled(values: Sequence[Any], arguments: int, seed: int) -> list[Any]:
     """Return the values with the elements of each floating-point input in another order."""
     generator = torch.Generator().manual_seed(seed)

@@ -178,6 +178,14 @@ def finite(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Fin
             yield Finding(v.WRONG_GRADIENT, f"input {place}: the gradient is not finite, the reference's is")
 
 
+def jumps(here: Tensor | None, far: Tensor | None, near: Tensor | None) -> bool:
+    """Return whether a gradient is not the limit of those at a distance and at a 16th of it."""
+    if here is None or far is None or near is None or torch.finfo(here.dtype).bits < 32:
+        return True
+    wide, close_by = (float((other - here).abs().max()) if here.numel() else 0.0 for other in (far, near))
+    return not close_by <= wide / 4 + 64 * torch.finfo(here.dtype).eps * float(here.abs().max())
+
+
 def agreement(outcome: Outcome, first: Outcome) -> Iterator[Finding]:
     """Compare the outcomes of two configurations where there is no reference."""
     if not agree(outcome, first):
