@@ -558,6 +558,23 @@ class SquareInFloat32(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * grad
 
 
+class NearInFloat32(SquareInFloat32):
+    """Its derivative is 10 % too large."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2.2 * ctx.saved_tensors[0] * grad
+
+
+def test_rounding_hides_less_where_the_step_is_larger():
+    """The step is relative to the size of the input."""
+    x = 1e4 * torch.randn(12, generator=torch.Generator().manual_seed(0))
+    assert gradcheck(SquareInFloat32.apply, x)
+    report = gradcheck(NearInFloat32.apply, x)
+    assert report.names == ("constant factor",)
+    assert report.inputs[0].error > report.inputs[0].tolerance
+
+
 class SquareInBfloat16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

@@ -289,7 +289,8 @@ class _Check:
             chosen = np.random.default_rng(self.seed).choice(count, self.max_elements, replace=False)
             elements = np.sort(chosen)
         if not count:
-            return self._entry(index, elements, gradient.reshape(-1), gradient.reshape(-1), 0.0, True, ())
+            none = gradient.reshape(-1)
+            return self._entry(index, elements, none, none, none, True, ())
         analytic = gradient.reshape(-1)[elements]
         numerical, bends = slopes(self.function, self.values, index, elements, self.weight, self.step)
         slopes_found = np.abs([analytic, numerical])
@@ -297,7 +298,8 @@ class _Check:
         narrow = torch.finfo(max(value.dtype, self.dtype, key=epsilon))
         eps = narrow.eps
         relative = max(1e-6, math.sqrt(eps)) if self.tolerance is None else self.tolerance
-        rounding = 4 * torch.finfo(self.dtype).eps * self.level / self.best_step
+        far = np.maximum(1.0, np.abs(_array(value).reshape(-1)[elements]))  # that the step is relative to
+        rounding = 4 * torch.finfo(self.dtype).eps * self.level / (self.best_step * far)
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
         per_bend = 4 * eps * max(1.0, float(value.abs().max()))
         rounding += per_bend * self._curvature(index, elements, bends, 0.1 * relative * scale / per_bend)
@@ -308,7 +310,7 @@ class _Check:
         stale = _stale(rounds, position, relative)
         upstream = None
         if self.upstream is not None:
-            upstream = self.upstream.fault(position, gradient, allowed, relative)
+            upstream = self.upstream.fault(position, gradient, float(allowed.max()), relative)
         found = [fault for fault in (stale, upstream) if fault is not None]
         if not finite:
             worst = np.unravel_index(int(np.argmin(np.isfinite(gradient))), gradient.shape)
@@ -329,10 +331,10 @@ class _Check:
             found += [d for d in known if d.name != "unknown"] if found else known
         elif self.scalar and self.level > 0 and (analytic == 0).any():
             found.append(_silent(analytic, elements, tuple(value.shape), self.level))
-        elif rounding > 0.05 * scale:
+        elif rounding.max() > 0.05 * scale:
             self.tried.append(
                 f"{self.function.names[index]}: rounding in {_name(self.dtype)} hides slopes below "
-                f"{rounding:.1e}"
+                f"{rounding.max():.1e}"
             )
         passed = passed and stale is None and upstream is None
         return self._entry(index, elements, analytic, numerical, allowed, passed, tuple(found))
@@ -356,13 +358,13 @@ class _Check:
         elements: np.ndarray,
         analytic: np.ndarray,
         numerical: np.ndarray,
-        allowed: float,
+        allowed: np.ndarray,
         passed: bool,
         found: tuple[Diagnosis, ...],
     ) -> InputReport:
         value = self.native[index]
         errors = np.abs(analytic - numerical)
-        worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors))) if len(errors) else -1
+        worst = int(np.argmax(np.nan_to_num(errors - allowed, nan=np.inf))) if len(errors) else -1
         place = np.unravel_index(elements[worst], value.shape) if len(errors) else ()
         return InputReport(
             name=self.function.names[index],
@@ -372,7 +374,7 @@ class _Check:
             checked=len(elements),
             passed=passed,
             error=float(errors[worst]) if len(errors) else 0.0,
-            tolerance=allowed,
+            tolerance=float(allowed[worst]) if len(errors) else 0.0,
             step=self.step,
             worst=tuple(int(c) for c in place),
             analytic=float(analytic[worst]) if len(errors) else 0.0,

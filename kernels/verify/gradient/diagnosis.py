@@ -123,7 +123,7 @@ def _step(suspect: Suspect) -> Diagnosis | None:
         )
 
     def agree(errors: np.ndarray) -> bool:
-        return bool((errors <= suspect.tolerance).all())
+        return bool((errors <= suspect.tolerance[failing]).all())
 
     def errors(step: float) -> np.ndarray:
         return np.asarray(np.abs(suspect.slopes(failing, step) - wanted))
@@ -164,7 +164,7 @@ def _kinked(suspect: Suspect, failing: np.ndarray) -> bool:
     left, right = (suspect.slopes(failing, suspect.step, side) for side in (-1, 1))
     close_left, close_right = (suspect.slopes(failing, suspect.step / 8, side) for side in (-1, 1))
     jump, close_jump = np.abs(right - left), np.abs(close_right - close_left)
-    wanted, tolerance = suspect.here.analytic[failing], suspect.tolerance
+    wanted, tolerance = suspect.here.analytic[failing], suspect.tolerance[failing]
     low, high = np.minimum(left, right), np.maximum(left, right)
     between = (wanted >= low - tolerance) & (wanted <= high + tolerance)
     return bool(((close_jump > 0.5 * jump) & (jump > tolerance) & between).all())

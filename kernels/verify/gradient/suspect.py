@@ -45,7 +45,8 @@ class Suspect:
         position: the place of the input among the checked inputs.
         values: the point as the differences saw it.
         here: the same point in the inputs' own dtypes, as the analytic gradient saw it, with both gradients.
-        step, tolerance: the difference step and the tolerance of the check.
+        step: the difference step.
+        tolerance: that of the check, per element.
         slack: the relative error up to which two gradients count as equal.
         absent: whether the analytic gradient is None.
     """
@@ -55,7 +56,7 @@ class Suspect:
     values: list[Any]
     here: Point
     step: float
-    tolerance: float
+    tolerance: np.ndarray
     slack: float
     absent: bool
 
