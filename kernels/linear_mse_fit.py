@@ -75,7 +75,8 @@ def linear_mse_fit(
         TypeError: ``optimizer`` is none of the three, ``steps`` or ``batch_size`` is not an integer, or dtypes differ.
         ValueError: the optimizer holds other tensors than weight and bias, ``steps`` is negative, ``batch_size`` is
             not within 1 and N, or a shape is wrong.
-        RuntimeError: devices differ, input and weight do not fit, or neither weight nor bias requires grad.
+        RuntimeError: devices differ, input and weight do not fit, neither weight nor bias requires grad, or a CUDA
+            graph is being captured and the optimizer is not ``capturable`` or has made no rounds before.
         FloatingPointError: as the optimizer raises with ``on_nonfinite="raise"``; the rounds before are done.
 
     Example:
