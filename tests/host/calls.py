@@ -138,8 +138,8 @@ class Calls:
     def repeated(self, number: int, dtype: str) -> list[Any]:
         """Calls of a case that are replays launch what they would launch otherwise, whatever came between.
 
-        Forward alone, and forward and backward, of each layout in turn. An address is compared by the tensor it lies
-        in; of temporary memory, by where it came up first.
+        Forward alone, and forward and backward, by all tensors and by one, of each layout in turn. An address is
+        compared by the tensor it lies in; of temporary memory, by where it came up first.
         """
         case = ALL_CASES[number]
         calls = {}
@@ -153,11 +153,17 @@ class Calls:
                 with torch.no_grad():
                     return [*tensors, case.ours(*tensors)]
 
-            def both(tensors: list[Tensor] = tensors, upstream: Tensor = upstream) -> list[Tensor]:
-                result = case.ours(*tensors)
-                return [*tensors, upstream, result, *torch.autograd.grad(result, tensors, upstream)]
+            def both(
+                some: slice, tensors: list[Tensor] = tensors, upstream: Tensor = upstream
+            ) -> list[Tensor]:
+                leaves = tensors[some]
+                given = [x if any(x is leaf for leaf in leaves) else x.detach() for x in tensors]
+                result = case.ours(*given)
+                return [*tensors, upstream, result, *torch.autograd.grad(result, leaves, upstream)]
 
-            calls[f"{layout}, forward"], calls[f"{layout}, backward"] = forward, both
+            calls[f"{layout}, forward"] = forward
+            calls[f"{layout}, backward"] = partial(both, slice(None))
+            calls[f"{layout}, backward of the second"] = partial(both, slice(1, 2))
 
         def launched(call: Callable[[], list[Tensor]]) -> tuple[Record, list[Any]]:
             with use_backend("triton"), self._recorder.recording() as record:
