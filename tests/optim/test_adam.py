@@ -2,55 +2,26 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
 from gradkernels.reference import adam as reference
 from torch import Tensor
-from torch.optim import Adam, AdamW
+from torch.optim import Adam
 
 from ..helpers import DTYPES, assert_matches, to_numpy
-from .optimizers import copies
-
-PAIRS = [pytest.param(FusedAdam, Adam, id="Adam"), pytest.param(FusedAdamW, AdamW, id="AdamW")]
-
-
-def assert_run_matches(
-    ours: type, theirs: type, start: list[Tensor], device: torch.device, steps: int = 3, **options: Any
-) -> None:
-    """Step ours, torch's plain loop and NumPy with the same random gradients; compare every tensor each time."""
-    mine, other = copies(start, device), copies(start)
-    our_run, their_run = ours(mine, **options), theirs(other, foreach=False, **options)
-    decay = {"weight_decay": 0.01} if theirs is AdamW else {}
-    rule = {**decay, **options, "decoupled_weight_decay": theirs is AdamW}
-    values: list[tuple[np.ndarray, Any]] = [(to_numpy(p), None) for p in start]
-    for step in range(1, steps + 1):
-        for i, (p, q) in enumerate(zip(mine, other, strict=True)):
-            # Not near 0, where torch's float16 loop divides 0 by 0.
-            q.grad = ((1 + torch.rand(q.shape)) * (torch.randint(0, 2, q.shape) * 2 - 1)).to(q.dtype)
-            p.grad = q.grad.to(device)
-            values[i] = reference.step(values[i][0], to_numpy(q.grad), values[i][1], **rule)
-        our_run.step()
-        their_run.step()
-        for p, q, (value, state) in zip(mine, other, values, strict=True):
-            assert_matches(p, q, value, f"parameter of shape {tuple(p.shape)} at step {step}")
-            assert our_run.state[p].keys() == their_run.state[q].keys() == state.keys()
-            for key, tensor in our_run.state[p].items():
-                assert_matches(tensor, their_run.state[q][key], state[key], f"{key} at step {step}")
+from .optimizers import assert_same_run, copies, make_pair
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize(
     "options", [{"lr": 0.1}, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}], ids=str
 )
 def test_matches_torch_and_numpy(
-    ours: type, theirs: type, options: dict[str, Any], dtype: torch.dtype, device: torch.device
+    name: str, options: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> None:
-    start = [0.5 * torch.randn(shape, dtype=torch.float64) for shape in ((65,), (3, 5), (0, 2))]
-    start = [tensor.to(dtype) for tensor in start]
-    assert_run_matches(ours, theirs, start, device, **options)
+    assert_same_run(*make_pair(name, device, dtype, ((65,), (3, 5), (0, 2)), **options), steps=3)
 
 
 @pytest.mark.parametrize("step", [1, 2, 1000, 10**6, 2**24 - 2])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from ..helpers import DTYPES, assert_matches, to_numpy
-from .optimizers import copies
+from .optimizers import Feed, assert_same_run, copies, make_pair, parameters
 from .test_adam import OnDevice
 
 RULES = [
@@ -28,24 +28,14 @@ RULES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", RULES, ids=str)
 def test_matches_torch_and_numpy(options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    start = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((65,), (3, 5), (0, 2))]
-    mine, other = copies(start, device), copies(start)
-    ours, theirs = FusedSGD(mine, lr=0.1, **options), SGD(other, lr=0.1, foreach=False, **options)
-    values: list[tuple[np.ndarray, Any]] = [(to_numpy(p), None) for p in start]
-    for step in range(1, 5):
-        for i, (p, q) in enumerate(zip(mine, other, strict=True)):
-            if (step, i) == (1, 1):
-                continue  # its first gradient comes a step later
-            q.grad = torch.randn(q.shape, dtype=torch.float64).to(dtype)
-            p.grad = q.grad.to(device)
-            values[i] = reference.step(values[i][0], to_numpy(q.grad), values[i][1], lr=0.1, **options)
-        ours.step()
-        theirs.step()
-        for p, q, (value, state) in zip(mine, other, values, strict=True):
-            assert_matches(p, q, value, f"parameter of shape {tuple(p.shape)} at step {step}")
-            assert ours.state.get(p, {}).keys() == theirs.state.get(q, {}).keys()
-            for key, tensor in ours.state.get(p, {}).items():
-                assert_matches(tensor, theirs.state[q][key], state[key], f"{key} at step {step}")
+    ours, theirs = make_pair("SGD", device, dtype, ((65,), (3, 5), (0, 2)), lr=0.1, **options)
+    feed = Feed(parameters(theirs))
+
+    def late(step: int) -> list[Tensor | None]:
+        """The second parameter's first gradient comes a step later."""
+        return [None if (step, i) == (1, 1) else grad for i, grad in enumerate(feed(step))]
+
+    assert_same_run(ours, theirs, late, steps=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
