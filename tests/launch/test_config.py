@@ -18,30 +18,6 @@ ODD = Operands(aligned=False, descriptors=False, columns=False)
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
-@pytest.mark.parametrize(
-    ("dtype", "sizes", "batches", "operands", "target", "plan"),
-    [
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, H100, "gemm_tma"),
-        (FP32, (4096, 4096, 4096), 1, ALIGNED, B200, "gemm_tma"),
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, A100, "gemm"),
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, MI300, "gemm"),
-        (BF16, (4096, 4096, 4096), 1, ALIGNED, RTX5090, "gemm"),
-        (BF16, (4096, 4096, 4096), 2, ALIGNED, H100, "gemm"),
-        (BF16, (4096, 4096, 4096), 1, ODD, H100, "gemm"),
-        (FP64, (4096, 4096, 4096), 1, ALIGNED, H100, "gemm"),
-        (BF16, (256, 256, 256), 1, ALIGNED, H100, "gemm"),
-        (FP32, (40960, 2, 2), 1, ODD, H100, "elementwise"),
-        (FP32, (8, 8, 8), 500_000, ALIGNED, H100, "elementwise"),
-        (FP32, (40960, 32, 32), 1, ALIGNED, H100, "gemm"),
-        (FP32, (4096, 1, 4096), 1, ALIGNED, H100, "gemv"),
-        (FP32, (1, 1, 1 << 20), 1, ALIGNED, H100, "gemv"),
-        (FP32, (4096, 4096, 1), 1, ALIGNED, H100, "outer"),
-    ],
-)
-def test_the_plan_of_a_product(dtype, sizes, batches, operands, target, plan):
-    assert matmul_plan(dtype, sizes, batches, 1, operands, target).name == plan
-
-
 @pytest.mark.parametrize("arch", [90, 100, 103, 110, 120])
 def test_float64_has_one_tile_on_nvidia(arch):
     """Triton 3.6 fails on sm_100 where a product of float64 asks for tf32, which no kernel does."""

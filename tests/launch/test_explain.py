@@ -14,7 +14,8 @@ from gradkernels.__main__ import main
 from gradkernels.triton import config, matmul
 from gradkernels.triton.explain import plan_of
 
-H100, MI300 = config.Target("cuda", 90), config.Target("hip", "gfx942")
+A100, H100, B200, RTX5090 = (config.Target("cuda", arch) for arch in (80, 90, 100, 120))
+MI300 = config.Target("hip", "gfx942")
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
@@ -33,6 +34,12 @@ def explained(monkeypatch):
 # op, sizes, dtype, target, the plan, a plan that is not taken, and a part of the reason why
 PLANS = [
     ("matmul", (40960, 2, 2), FP32, H100, "elementwise", None, None),
+    ("matmul", (500_000, 8, 8, 8), FP32, H100, "elementwise", None, None),
+    ("matmul", (1, 1 << 20, 1), FP32, H100, "gemv", None, None),
+    ("matmul", (40960, 32, 32), FP32, H100, "gemm", "gemm_tma", "min(M, N) = 32 is at most 64"),
+    ("matmul", (4096, 4096, 4096), FP32, B200, "gemm_tma", None, None),
+    ("matmul", (4096, 4096, 4096), BF16, A100, "gemm", "gemm_tma", "TMA"),
+    ("matmul", (4096, 4096, 4096), BF16, RTX5090, "gemm", "gemm_tma", "too little shared memory"),
     (
         "matmul",
         (4096, 4096, 1),

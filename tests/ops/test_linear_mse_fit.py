@@ -315,34 +315,35 @@ def test_a_tensor_whose_sign_is_yet_to_change(on: str, which: str) -> None:
     assert_same(results[1], results[0], torch.float32)
 
 
-def test_two_groups_have_options_of_their_own(on: str, launched: list[bool]) -> None:
+def assert_as_the_loop(make: Callable[[list[Tensor]], Any]) -> Any:
+    """The optimizer that ``make`` gives of weight and bias, after four rounds, which are those of our ops."""
     x, w, y, b, _ = drawn()
     v, c = copies(w, b)
-
-    def groups(first: Tensor, second: Tensor) -> list[dict[str, Any]]:
-        return [
-            {"params": [second], "lr": 0.3, "betas": (0.5, 0.9)},
-            {"params": [first], "weight_decay": 0.5},
-        ]
-
-    ours, theirs = FusedAdam(groups(w, b), lr=0.1), FusedAdam(groups(v, c), lr=0.1)
+    ours, theirs = make([w, b]), make([v, c])
     losses = fit(x, w, y, b, optimizer=ours, steps=4)
     expected = by_rounds(x, v, y, c, None, theirs, 4, len(x))
     assert_same(everything(ours) | {"": losses}, everything(theirs) | {"": expected}, torch.float32)
+    return ours
+
+
+def test_two_groups_have_options_of_their_own(on: str, launched: list[bool]) -> None:
+    def grouped(params: list[Tensor]) -> FusedAdam:
+        weight = {"params": params[:1], "weight_decay": 0.5}
+        return FusedAdam([{"params": params[1:], "lr": 0.3, "betas": (0.5, 0.9)}, weight], lr=0.1)
+
+    assert_as_the_loop(grouped)
     assert launched == [True]
 
 
 def test_a_bias_that_has_made_fewer_steps(on: str) -> None:
-    x, w, y, b, _ = drawn()
-    v, c = copies(w, b)
-    ours, theirs = FusedAdam([w, b], lr=0.1), FusedAdam([v, c], lr=0.1)
-    for param, optimizer in ((w, ours), (v, theirs)):
-        param.grad = torch.ones_like(param)
+    def stepped(params: list[Tensor]) -> FusedAdam:
+        optimizer = FusedAdam(params, lr=0.1)
+        params[0].grad = torch.ones_like(params[0])
         optimizer.step()
-    losses = fit(x, w, y, b, optimizer=ours, steps=4)
-    expected = by_rounds(x, v, y, c, None, theirs, 4, len(x))
-    assert_same(everything(ours) | {"": losses}, everything(theirs) | {"": expected}, torch.float32)
-    assert [ours.state[param]["step"].item() for param in (w, b)] == [5, 4]
+        return optimizer
+
+    state = assert_as_the_loop(stepped).state
+    assert [each["step"].item() for each in state.values()] == [5, 4]
 
 
 def test_options_in_tensors(on: str) -> None:
