@@ -33,6 +33,7 @@ TESTS = {
     "models": "tests/ops/test_linear_mse_models.py",
     "fit": "tests/ops/test_linear_mse_fit_models.py tests/ops/test_linear_mse_fit.py",
     "derivatives": "tests/ops/test_corners.py tests/ops/test_derivatives.py tests/ops/test_transforms.py -k fallback",
+    "saved": "tests/ops/test_saved_tensors.py",
     "autocast": "tests/ops/test_autocast.py tests/ops/test_corners.py",
     "errors": "tests/ops/test_mse.py tests/ops/test_linear_mse.py tests/ops/test_matmul.py -k errors",
     "corners": "tests/ops/test_corners.py tests/launch/test_backends.py tests/ops/test_nn.py",
@@ -135,6 +136,13 @@ MUTANTS = (
     Mutant(
         "if in_dims[0] is None:\n        grad_output = grad_output.expand(batch_size)", "pass", "derivatives"
     ),
+    Mutant(
+        "ctx.save_for_backward(input if needs_other else None, other if needs_input else None)",
+        "ctx.save_for_backward(input, other)",
+        "saved",
+    ),
+    Mutant("weight if everything or output_mask[0] else None", "weight", "saved"),
+    Mutant("d_bias + (d_loss * grad_bias)", "(d_loss * grad_bias)", "saved"),
     # Launching.
     Mutant("run = compiled.run  # loads the module, before which `function` is None\n", "", "launch"),
     Mutant("key = (device.index, *key_of(*args)", "key = (0, *key_of(*args)", "launch"),
