@@ -67,9 +67,9 @@ END = """
 print(type(optimizer).__name__, *torch.cat([param.detach().reshape(-1) for param in model.parameters()]).tolist())
 """
 ENDINGS = {
-    "linear_mse_loss": (0, "[2.0, -1.0, 0.5, 3.0]"),
-    "stacked=True": (0, "tensor(True)"),
-    "verify.gradcheck": (0, "the gradient is 1/2"),
+    "linear_mse_loss": "[2.0, -1.0, 0.5, 3.0]",
+    "stacked=True": "tensor(True)",
+    "verify.gradcheck": "the gradient is 1/2",
 }
 # What proves each row of the optimizers' table for ours.
 ROWS = {
@@ -133,9 +133,8 @@ def test_program(uses: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    status, said = ENDINGS[uses]
-    assert done.returncode == status, done.stderr
-    assert said in done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert ENDINGS[uses] in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("library", TRAINERS)
