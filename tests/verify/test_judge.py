@@ -11,7 +11,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,9 @@ from gradkernels.verify.device import cuda_on_cpu  # noqa: E402
 from gradkernels.verify.judge import command as judge_command  # noqa: E402
 from gradkernels.verify.judge import trials  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
-from gradkernels.verify.judge.examine import Options, examine  # noqa: E402
-from gradkernels.verify.judge.load import _speaks, load, targets  # noqa: E402
+from gradkernels.verify.judge.examine import Options, _Examination, examine  # noqa: E402
+from gradkernels.verify.judge.load import Target, _speaks, load, targets  # noqa: E402
+from gradkernels.verify.judge.points import Point  # noqa: E402
 from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
 from gradkernels.verify.judge.subject import (  # noqa: E402
@@ -570,6 +571,40 @@ def test_checks_made_elsewhere_speak_and_helpers_do_not(
     exec("from made import check_shared, make\ncheck_one = make(1)\ncheck_c = len", vars(module))
     assert [name for name in ("check_shared", "check_one") if _speaks(module, name, None)] == ["check_one"]
     assert _speaks(module, "check_shared", "shared")
+    vars(module)["check_one"] = lambda x: x
+    assert not _speaks(module, "check_one", None)
+    assert _speaks(module, "check_one", "one")  # it says itself what it lacks
+
+
+@dataclass
+class Pair:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Named(dict):
+    pass
+
+
+def test_results_in_classes_of_ones_own_are_judged_too() -> None:
+    x = torch.ones(3)
+    one, other = (call(lambda x, k=k: (x, Named(second=Pair(2 * x, k * x))), [x], []) for k in (3, 4))
+    assert len(one.outputs) == 3
+    assert not trials.agree(one, other)
+
+
+def test_a_kink_beside_an_input_without_a_gradient() -> None:
+    """What has no gradient, or is not defined off the zeros, tells nothing of a kink."""
+    x = torch.tensor([0.0, 1.0])
+    judged_at = Point("", [x, x], "zeros")
+    for function, kink in (
+        (lambda x, y: x * x + y.detach(), False),
+        (lambda x, y: x.relu() + y.detach(), True),
+        (lambda x, y: x * x if (y >= 0).all() else y.missing, True),
+    ):
+        one = _Examination(Target("", "", "", lambda seed: None), Options(), "", None, None)
+        one.reference, one.arguments, one.wanted = Reference(Subject(function)), 2, [0, 1]
+        assert one._at_a_kink(judged_at, one._truth(judged_at.values)) == kink
 
 
 def test_integers_that_are_no_places_are_compared_among_zeros() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import compress
 from typing import Any
 
@@ -133,7 +134,7 @@ class Function:
             result = torch.func.functional_call(self.fn, state, tuple(arguments))
         else:
             result = self.fn(*arguments)
-        outputs = [output for output in _leaves(result) if is_real(output)]
+        outputs = [output for output in leaves_in(result) if is_real(output)]
         if not outputs:
             raise TypeError(f"{self.name} must return real tensors, got {type(result).__name__}")
         return outputs if self.attached is None else list(compress(outputs, self.attached))
@@ -226,12 +227,16 @@ class Function:
         return result
 
 
-def _leaves(result: Any) -> list[Any]:
-    """Return what is in tuples, lists and dicts, and in classes derived from them, which a pytree takes whole."""
+def leaves_in(result: Any) -> list[Any]:
+    """Return what is in tuples, lists, dicts and dataclasses; a pytree takes classes derived from them whole."""
     found = []
     for leaf in tree_leaves(result):
-        inner = leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, (list, tuple)) else None
-        found += [leaf] if inner is None else _leaves(list(inner))
+        inner: Any = leaf if isinstance(leaf, (list, tuple)) else None
+        if isinstance(leaf, dict):
+            inner = leaf.values()
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            inner = (getattr(leaf, field.name) for field in fields(leaf))
+        found += [leaf] if inner is None else leaves_in(list(inner))
     return found
 
 

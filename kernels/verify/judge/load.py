@@ -96,11 +96,13 @@ def targets(module: types.ModuleType, name: str | None) -> list[Target]:
 
 def _speaks(module: types.ModuleType, check: str, name: str | None) -> bool:
     """Return whether ``check`` can be called without arguments and stands in this file, or is the one asked for."""
+    if name in (check, check.removeprefix(CHECK)):
+        return True
     thing = getattr(module, check)
     others = [getattr(other, "__dict__", {}) for other in list(sys.modules.values()) if other is not module]
     imported = any(x is thing for names in others for x in list(names.values()))
     if imported or not callable(thing):
-        return name in (check, check.removeprefix(CHECK))
+        return False
     try:
         function = thing.fn if type(thing).__module__.startswith("triton.") else thing
         parameters = inspect.signature(function).parameters.values()

@@ -253,7 +253,10 @@ def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
 
 
 def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any]:
-    """Return the values with random numbers, up to ``distance`` times their largest, in the place of zeros."""
+    """Return the values with random numbers, up to ``distance`` times their largest, in the place of zeros.
+
+    A distance below 0 gives their opposites.
+    """
     generator = torch.Generator().manual_seed(5)
 
     def moved(value: Any) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..gradient import gradcheck
-from ..gradient.function import is_real
+from ..gradient.function import is_real, leaves_in
 from ..gradient.report import GradientReport
 from ..memory import memory_check
 from ..memory.interpreter import Observer, interpreted, watch
@@ -178,9 +177,9 @@ def finite(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Fin
             yield Finding(v.WRONG_GRADIENT, f"input {place}: the gradient is not finite, the reference's is")
 
 
-def jumps(here: Tensor | None, far: Tensor | None, near: Tensor | None) -> bool:
+def jumps(here: Tensor, far: Tensor | None, near: Tensor | None) -> bool:
     """Return whether a gradient is not the limit of those at a distance and at a 16th of it."""
-    if here is None or far is None or near is None or torch.finfo(here.dtype).bits < 32:
+    if far is None or near is None or torch.finfo(here.dtype).bits < 32:
         return True
     wide, close_by = (float((other - here).abs().max()) if here.numel() else 0.0 for other in (far, near))
     return not close_by <= wide / 4 + 64 * torch.finfo(here.dtype).eps * float(here.abs().max())
@@ -239,10 +238,10 @@ def _grafted(
     """Return the reference with the backward of the subject, and without outputs that it gives no gradient to."""
     leaves = leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in values], wanted)
     with torch.enable_grad():
-        attached = [o.requires_grad for o in tree_leaves(reference.subject(*leaves)) if is_real(o)]
+        attached = [o.requires_grad for o in leaves_in(reference.subject(*leaves)) if is_real(o)]
 
     def outputs_of(result: Any) -> list[Tensor]:
-        return list(compress([o for o in tree_leaves(result) if is_real(o)], attached))
+        return list(compress([o for o in leaves_in(result) if is_real(o)], attached))
 
     class Grafted(torch.autograd.Function):
         @staticmethod
