@@ -150,9 +150,11 @@ def test_loss_and_grad(backend: str, device: torch.device, op: str, data: Data) 
     draws.assert_match()
 
 
-def misfit(draw: Callable[..., Any], case: Case) -> tuple[list[Any], str, type[Exception]]:
+def misfit(
+    draw: Callable[..., Any], case: Case, device: torch.device
+) -> tuple[list[Any], str, type[Exception]]:
     """Arguments of which one does not fit, its name, and the documented exception."""
-    arguments: list[Any] = [torch.zeros(shape) for shape in case.shapes.values()]
+    arguments: list[Any] = [torch.zeros(shape, device=device) for shape in case.shapes.values()]
     place = draw(st.integers(0, len(arguments) - 1))
     name, tensor = list(case.shapes)[place], arguments[place]
     kinds = ["served", "device", "type", "layout", "shape", "shape"]
@@ -174,7 +176,7 @@ def misfit(draw: Callable[..., Any], case: Case) -> tuple[list[Any], str, type[E
         shape = list(tensor.shape) or [1008]
         inner = -2 if name == "other" and len(shape) > 1 else -1
         shape[inner] += 1
-        arguments[place] = torch.zeros(shape)
+        arguments[place] = torch.zeros(shape, device=device)
         operands = ("input", "other", "weight") if case.op != "mse_loss" else ()
         error = RuntimeError if name in operands else ValueError
     return arguments, name, error
@@ -183,9 +185,9 @@ def misfit(draw: Callable[..., Any], case: Case) -> tuple[list[Any], str, type[E
 @pytest.mark.parametrize("op", ARGUMENTS)
 @fuzz(60)
 @given(data=st.data())
-def test_misfits(backend: str, op: str, data: Data) -> None:
+def test_misfits(backend: str, device: torch.device, op: str, data: Data) -> None:
     case = calls(data.draw, op)
-    arguments, name, error = misfit(data.draw, case)
+    arguments, name, error = misfit(data.draw, case, device)
     with pytest.raises(error, match=rf"^{op}: .*\b{name}\b") as raised:
         case.ours(*arguments)
     assert raised.type is error
