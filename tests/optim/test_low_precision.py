@@ -32,7 +32,7 @@ from .optimizers import (
 )
 
 
-def stalled(optimizer_class: Any, device: torch.device | str, steps: int = 30, **options: Any) -> Any:
+def stalled(optimizer_class: Any, device: torch.device, steps: int = 30, **options: Any) -> Any:
     """1000 weights of 1.0 in bfloat16, each step worth -0.001: a quarter of the way to the next."""
     param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
     optimizer = optimizer_class([param], lr=0.001, **options)
@@ -45,7 +45,7 @@ def stalled(optimizer_class: Any, device: torch.device | str, steps: int = 30, *
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_master_weights_train_where_plain_bfloat16_stalls(name: str, device: torch.device) -> None:
     for optimizer_class in (theirs_for(name), ours_for(name)):
-        (plain,) = parameters(stalled(optimizer_class, "cpu"))
+        (plain,) = parameters(stalled(optimizer_class, device))
         assert bool((plain == 1.0).all()), "the stall itself"
     optimizer = stalled(ours_for(name), device, master_weights=True)
     (param,) = parameters(optimizer)
