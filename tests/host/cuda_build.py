@@ -117,6 +117,7 @@ def environment(folder: Path) -> dict[str, str]:
         "TRITON_LIBCUDA_PATH": str(libraries),
         "PYTHONPATH": str(package),
         "OMP_NUM_THREADS": "1",
+        "PYTORCH_SKIP_CUDNN_COMPATIBILITY_CHECK": "1",  # there is none
         "GRADKERNELS_CUDA_LOG": "",  # no record but those of the workers, which name their files
     }
 

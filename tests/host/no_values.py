@@ -1,13 +1,14 @@
 """A pytest plugin for a device on which no kernel runs: an assertion that fails there says nothing.
 
-A test that fails by an assertion counts as an expected failure, and so do a comparison by torch.testing that does not
-come to one, since its own sums of what differs are wrong too, one by torch's gradcheck, an optimizer's refusal of a
-learning rate that came from the device, and arithmetic with such numbers on the host. Any other exception remains a
-failure, and so does one that was expected and not raised. Tensors are shown without their numbers: how many of them are
-finite decides how long that takes, and is any number here. Hypothesis looks for no smaller call that fails: it would
-fail or pass anew.
+A test that fails by an assertion counts as an expected failure, and so does what else wrong numbers bring about: a
+comparison by torch.testing or gradcheck that does not come to one, since its own sums are wrong too; arithmetic on
+the host; sizes and learning rates that are read from the device and refused; gradients that were to be refused. Any
+other exception remains a failure, and so does one that was expected and not raised. Tensors are shown without their
+numbers: how many of them are finite decides how long that takes, and is any number here. Hypothesis looks for no
+smaller call that fails: it would fail or pass anew.
 """
 
+import re
 from collections.abc import Generator, Sequence
 from traceback import extract_tb
 from typing import Any
@@ -22,6 +23,11 @@ torch.Tensor.__repr__ = lambda self, **_: f"tensor({tuple(self.shape)}, {self.dt
 settings.register_profile("no values", phases=[Phase.generate], report_multiple_bugs=False)
 settings.load_profile("no values")
 
+# From optimizers, from sizes that overflow, and from pytest.raises.
+MESSAGES = re.compile(
+    r"^Invalid (learning rate|beta)|integer multiplication overflow|SymInt|DID NOT RAISE FloatingPointError"
+)
+
 
 def by_value(error: BaseException) -> bool:
     """Whether a value raised ``error``, or each of those that it groups."""
@@ -29,8 +35,8 @@ def by_value(error: BaseException) -> bool:
     if grouped:
         return all(by_value(one) for one in grouped)
     return (
-        isinstance(error, (AssertionError, GradcheckError, ArithmeticError))
-        or (isinstance(error, ValueError) and str(error).startswith("Invalid learning rate"))
+        isinstance(error, (AssertionError, GradcheckError, ArithmeticError, RuntimeWarning, IndexError))
+        or MESSAGES.search(str(error)) is not None
         or any("torch/testing/" in str(frame.filename) for frame in extract_tb(error.__traceback__)[-1:])
     )
 
