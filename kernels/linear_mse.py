@@ -28,7 +28,7 @@ from .linear_mse_models import (
     slopes_dtype,
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
-from .mse import divisor, mse, mse_backward, mse_hvp
+from .mse import divisor, mse, mse_backward, mse_hvp, mse_in_torch
 from .operator import Operator, in_places, uncast, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
@@ -115,6 +115,13 @@ def linear_mse_loss(
     _check(op, {**arguments, "sample_weight": sample_weight}, reduction, checks.REDUCTIONS)
     if sample_weight is not None and sample_weight.shape != target.shape:
         sample_weight = sample_weight.unsqueeze(-1)  # the operators broadcast one weight per sample
+    if (
+        sample_weight is not None
+        and use_torch_fast_path(input, weight, target, sample_weight, optional=bias)
+        and max(input.nbytes, target.nbytes) <= SMALL
+        and target.dtype.itemsize > 2
+    ):
+        return mse_in_torch(linear_in_torch(input, weight, bias), target, sample_weight, reduction)
     if reduction == "none":
         return mse(linear(input, weight, bias), target, sample_weight, "none", 0, target.dtype)
     matrices, total = _weighting(_normal_form(input, weight, target, bias, sample_weight), reduction)

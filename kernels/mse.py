@@ -99,6 +99,12 @@ def mse_loss(
         if kept and order != list(range(input.dim())):
             input, target = input.permute(order), target.permute(order)
             weight = None if weight is None else weight.permute(order)
+    if (
+        use_torch_fast_path(input, target, optional=weight)
+        and input.nbytes + target.nbytes <= SMALL
+        and dtype.itemsize > 2
+    ):
+        return mse_in_torch(input, target, weight, reduction, kept)
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
@@ -202,14 +208,38 @@ def _mean_weight(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> Tenso
     return torch.where(mean == 0, math.nan, mean)
 
 
+def mse_in_torch(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int = 0
+) -> Tensor:
+    """The loss in torch's own ops, by more passes than ``mse`` makes, each a tenth of the time of an operator's call.
+
+    weight has as many dimensions as input, and broadcasts to it; the first ``batch_dims`` survive a reduction.
+    """
+    losses = torch_mse_loss(input, target, checks.REDUCTIONS.index("none"))
+    if weight is not None:
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    dims = tuple(range(batch_dims, input.dim()))
+    if weight is None and reduction == "mean":
+        return losses.mean(dims)
+    total = losses.sum(dims)
+    if weight is None or reduction == "sum":
+        return total
+    return total / divisor(weight, target, total.dtype, batch_dims)
+
+
 def divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
     """What a weighted mean divides by: ``sum(w)`` over target's elements, nan where that is 0.
 
-    It is the loss of errors that are all 1: differentiable like any other loss.
+    Where torch's own ops do not serve it is the loss of errors that are all 1: differentiable like any other loss.
     weight has target's shape but for dimensions of size 1; of the first ``batch_dims`` these are left so.
     """
-    ones, zeros = (weight.new_full((), value, dtype=dtype).expand(weight.shape) for value in (1, 0))
-    total = mse(ones, zeros, weight, "sum", batch_dims, dtype)
+    if use_torch_fast_path(weight):
+        total = weight.sum(tuple(range(batch_dims, weight.dim())), dtype=dtype)
+    else:
+        ones, zeros = (weight.new_full((), value, dtype=dtype).expand(weight.shape) for value in (1, 0))
+        total = mse(ones, zeros, weight, "sum", batch_dims, dtype)
     repeats = _repeats(weight, target, batch_dims)
     if repeats == 0:  # a sum of nothing, without gradient: 0 times the nan that reaches it would be nan
         return torch.full_like(total, math.nan)

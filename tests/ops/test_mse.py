@@ -132,7 +132,13 @@ def test_float16_is_added_up_in_float32(backend: str, device: torch.device, n: i
     input[0] = 300
     target = torch.zeros_like(input)
     one = torch.ones(1, 1, dtype=torch.float16, device=device, requires_grad=True)
-    for call in (mse_loss, lambda input, target: linear_mse_loss(input, one, target)):
+    weights = torch.ones_like(input)
+    for call in (
+        mse_loss,
+        lambda input, target: mse_loss(input, target, weight=weights),
+        lambda input, target: linear_mse_loss(input, one, target),
+        lambda input, target: linear_mse_loss(input, one, target, sample_weight=weights),
+    ):
         x = input.clone().requires_grad_()
         loss = call(x, target)
         loss.backward(loss.new_tensor(1024.0))
