@@ -636,9 +636,10 @@ def test_random_numbers_are_the_same_in_float64() -> None:
     [
         ("torch.nn.functional.dropout(torch.ones_like(x))", 1, v.VERIFIED),
         ("torch.from_numpy(numpy.random.randint(0, 2, x.shape))", 1.2, v.WRONG_VALUE),
+        ("(random.random() > 0.5)", 1.2, v.WRONG_VALUE),
         ("torch.randint(0, 2, x.shape, generator=generator)", 1, v.NOT_JUDGED),
     ],
-    ids=["torch", "numpy", "unseeded"],
+    ids=["torch", "numpy", "all or nothing", "unseeded"],
 )
 def test_a_reference_that_draws_random_numbers(
     mask: str, factor: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -648,7 +649,8 @@ def test_a_reference_that_draws_random_numbers(
     assert text.count(spoken) == 1
     file = tmp_path / "dropped.py"
     file.write_text(
-        f"{text[: text.index(spoken)]}\nimport numpy\ngenerator = torch.Generator()\ndef mask(x): return {mask}\n"
+        f"{text[: text.index(spoken)]}\nimport numpy, random\ngenerator = torch.Generator()\n"
+        f"def mask(x): return {mask}\n"
         f"def check_square():\n    return lambda x: {factor} * Square.apply(x) * mask(x), (torch.randn(10, 30),), "
         f"lambda x: x * x * mask(x)\n"
     )

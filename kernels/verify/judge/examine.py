@@ -114,7 +114,7 @@ class _Examination:
         self.subject = Subject(problem.function, shared)
         self.reference = None
         if problem.reference is not None:
-            self.reference = Reference(Subject(problem.reference, shared), self.seed)
+            self.reference = Reference(Subject(problem.reference, shared))
         self.values = self._values(problem, shared)
         self.wanted = [] if self.options.forward_only else _differentiable(self.values, self.arguments)
 
@@ -156,6 +156,7 @@ class _Examination:
         """Judge one point, with every experiment or with some; None where it makes no sense for the reference."""
         truth = None
         given = point.kind == "given"
+        self.seed += 1  # at each point others: some numbers switch everything off
         if self.reference is not None:
             try:
                 truth = self._truth(point.values)
@@ -298,6 +299,7 @@ class _Examination:
 
     def _truth(self, values: Sequence[Any]) -> Truth:
         assert self.reference is not None
+        self.reference.seed = self.seed
         return self.reference(values, self.wanted)
 
     def _fully(
