@@ -205,6 +205,8 @@ class Table:
             )
         elif len(formats) > 1:
             self.refuse(column, f"holds dates that read as day/month or month/day ({examples})")
+        elif taken := [part for part in date_parts(column) if part in self.frame]:
+            self.refuse(column, f"holds dates, to be expanded to {taken[0]!r}, which is a column already")
         else:
             self.dates[column], self.frame[column] = formats[0], values
 
@@ -368,6 +370,11 @@ def parse_dates(words: pd.Series, form: str) -> pd.Series:
     return pd.to_datetime(words, format=form, errors="coerce", utc=True)
 
 
+def date_parts(column: str) -> list[str]:
+    """The columns that one of dates is expanded to."""
+    return [f"{column} ({part})" for part in ("days", "month", "weekday")]
+
+
 def expand_dates(frame: pd.DataFrame, dates: dict[str, str]) -> pd.DataFrame:
     """Each column of dates as days since 1970, the month and the weekday, in its place."""
     parts: dict[str, object] = {}
@@ -379,7 +386,8 @@ def expand_dates(frame: pd.DataFrame, dates: dict[str, str]) -> pd.DataFrame:
         # Each different date is parsed once; the code of a missing one, -1, takes the last.
         when = parse_dates(pd.Series([*column.cat.categories, None], dtype=object), dates[name])
         days = (when - pd.Timestamp("1970-01-01", tz="utc")) / pd.Timedelta(days=1)
-        parts[f"{name} (days)"] = days.to_numpy()[column.cat.codes]
-        for part, words in (("month", when.dt.strftime("%m")), ("weekday", when.dt.day_name())):
-            parts[f"{name} ({part})"] = pd.Categorical(words.to_numpy(dtype=object)[column.cat.codes])
+        count, *named = date_parts(name)
+        parts[count] = days.to_numpy()[column.cat.codes]
+        for part, words in zip(named, (when.dt.strftime("%m"), when.dt.day_name()), strict=True):
+            parts[part] = pd.Categorical(words.to_numpy(dtype=object)[column.cat.codes])
     return pd.DataFrame(parts, copy=False)

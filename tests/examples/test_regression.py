@@ -351,6 +351,9 @@ def test_dates_are_read_one_way_only(tmp_path: Path) -> None:
     path = write_table(tmp_path / "table.csv", ["d,y", "03/04/2020,1", "05/06/2020,2", "05/07/2020,3"])
     with pytest.raises(regression.InputError, match=r"'d' holds dates that read as day/month or month/day"):
         load(data=str(path), **options)
+    path = write_table(tmp_path / "table.csv", ["d,d (days),y", *(f"13/04/202{i},{i},{i}" for i in range(4))])
+    with pytest.raises(regression.InputError, match=r"to be expanded to 'd \(days\)', which is a column"):
+        load(data=str(path), **options)
     for dates, form in (("13/04/2020", "%d/%m/%Y"), ("04/13/2020", "%m/%d/%Y"), ("13.04.2020", "%d.%m.%Y")):
         other = dates.replace("13", "12")
         path = write_table(tmp_path / "table.csv", ["d,y", f"{dates},1", f"{other},2", f"{other},3"])
