@@ -138,6 +138,7 @@ def test_float16_is_added_up_in_float32(backend: str, device: torch.device, n: i
         lambda input, target: mse_loss(input, target, weight=weights),
         lambda input, target: linear_mse_loss(input, one, target),
         lambda input, target: linear_mse_loss(input, one, target, sample_weight=weights),
+        lambda input, target: linear_mse_loss(input[None], one[None], target[None])[0],
     ):
         x = input.clone().requires_grad_()
         loss = call(x, target)
