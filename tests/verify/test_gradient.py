@@ -576,6 +576,29 @@ def test_rounding_hides_less_where_the_step_is_larger():
     assert report.inputs[0].error > report.inputs[0].tolerance
 
 
+class NearSoftmax(torch.autograd.Function):
+    """Its derivative is 10 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.softmax(x, -1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return 1.1 * y * (grad - (y * grad).sum(-1, keepdim=True))
+
+
+def test_a_large_element_where_the_function_is_flat_hides_nothing():
+    """As a score that is masked with -1e9."""
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    x[0, 2] = -1e9
+    assert gradcheck(lambda x: torch.softmax(x, -1), x)
+    assert gradcheck(NearSoftmax.apply, x).names == ("constant factor",)
+
+
 class SquareInBfloat16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

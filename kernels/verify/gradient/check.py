@@ -301,8 +301,7 @@ class _Check:
         far = np.maximum(1.0, np.abs(_array(value).reshape(-1)[elements]))  # that the step is relative to
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / (self.best_step * far)
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
-        per_bend = 4 * eps * max(1.0, float(value.abs().max()))
-        rounding += per_bend * self._curvature(index, elements, bends, 0.1 * relative * scale / per_bend)
+        rounding += 4 * eps * self._curvature(index, elements, bends, far, 0.1 * relative * scale / (4 * eps))
         allowed = relative * scale + rounding
         errors = np.abs(analytic - numerical)
         finite = bool(np.isfinite(gradient).all())
@@ -339,18 +338,31 @@ class _Check:
         passed = passed and stale is None and upstream is None
         return self._entry(index, elements, analytic, numerical, allowed, passed, tuple(found))
 
-    def _curvature(self, index: int, elements: np.ndarray, bends: np.ndarray, least: float) -> float:
-        """Return the largest second difference that is no kink's, which doubles with half the step."""
+    def _curvature(
+        self, index: int, elements: np.ndarray, bends: np.ndarray, far: np.ndarray, least: float
+    ) -> float:
+        """Return how far a gradient moves per rounding of an element, whose size is ``far``, of the same input.
+
+        Only second differences are known, and the mixed one of two elements is at most the root of the product of
+        theirs. Those of kinks, which double with half the step, do not count.
+        """
         bends = np.nan_to_num(bends, nan=0.0, posinf=0.0)  # the differences say so themselves
-        for k in np.argsort(bends)[::-1]:
-            if not bends[k] > least:  # it does not matter
-                return float(bends[k])
-            _, (closer,) = slopes(
-                self.function, self.values, index, elements[[k]], self.weight, 0.5 * self.step
-            )
-            if bends[k] / 2 <= closer <= 1.5 * bends[k]:
-                return float(bends[k])
-        return 0.0
+        smooth: dict[int, bool] = {}
+
+        def largest(sizes: np.ndarray) -> float:
+            for k in map(int, np.argsort(sizes)[::-1]):
+                if not sizes[k] > least:  # it does not matter
+                    return float(sizes[k])
+                if k not in smooth:
+                    _, (closer,) = slopes(
+                        self.function, self.values, index, elements[[k]], self.weight, 0.5 * self.step
+                    )
+                    smooth[k] = bends[k] / 2 <= closer <= 1.5 * bends[k]
+                if smooth[k]:
+                    return float(sizes[k])
+            return 0.0
+
+        return math.sqrt(largest(bends) * largest(bends * far**2))
 
     def _entry(
         self,
