@@ -14,7 +14,7 @@ import torch
 
 from . import __version__, backends, verify
 from .checks import DTYPES
-from .ops import OPS, Shaped
+from .ops import OPS, Shaped, op_name
 from .verify.console import print_table, to_json
 from .verify.judge import command as judge
 from .verify.ops import HEADER
@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument(
         "file", nargs="?", metavar="FILE.py[::NAME]", help="the file to judge, or one name in it"
     )
-    check.add_argument("--op", action="append", choices=OPS, help="may be repeated (default: all)")
+    check.add_argument(
+        "--op", action="append", type=op_name, choices=OPS, help="may be repeated (default: all)"
+    )
     check.add_argument(
         "--shape",
         action="append",
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     why = commands.add_parser(
         "explain", help="which plan and tiles a shape gets, why, and what they compile to"
     )
-    why.add_argument("op", choices=OPS)
+    why.add_argument("op", type=op_name, choices=OPS, help="or a function of it, as mse_loss")
     why.add_argument("shape", type=_shape, metavar="8192x512x1", help="sizes in the op's order, as verify's")
     why.add_argument("--dtype", choices=names, default="float32")
     why.add_argument("--target", choices=("sm_80", "sm_90", "sm_100", "gfx942"), default="sm_90")

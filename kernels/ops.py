@@ -429,3 +429,8 @@ OPS: Mapping[str, Op] = {op.name: op for op in _RECORDS}
 FUNCTIONS: Mapping[str, Function] = {op.name: op for op in _RECORDS if isinstance(op, Function)}
 TRAININGS: Mapping[str, Training] = {op.name: op for op in _RECORDS if isinstance(op, Training)}
 OPTIMIZERS: Mapping[str, Optimizer] = {op.name: op for op in _RECORDS if isinstance(op, Optimizer)}
+
+
+def op_name(name: str) -> str:
+    """The name of the op to which the public callable ``name`` belongs; any other name as it is."""
+    return next((op.name for op in _RECORDS if name in op.public), name)
