@@ -631,27 +631,37 @@ def test_random_numbers_are_the_same_in_float64() -> None:
     assert truth.error("outputs", 0) == 0
 
 
+DROPPED = "torch.nn.functional.dropout(torch.ones_like(x))"
+
+
 @pytest.mark.parametrize(
-    ("mask", "factor", "verdict"),
+    ("mask", "ours", "verdict"),
     [
-        ("torch.nn.functional.dropout(torch.ones_like(x))", 1, v.VERIFIED),
-        ("torch.from_numpy(numpy.random.randint(0, 2, x.shape))", 1.2, v.WRONG_VALUE),
-        ("(random.random() > 0.5)", 1.2, v.WRONG_VALUE),
-        ("torch.randint(0, 2, x.shape, generator=generator)", 1, v.NOT_JUDGED),
+        (DROPPED, "Square.apply(x)", v.VERIFIED),
+        ("torch.from_numpy(numpy.random.randint(0, 2, x.shape))", "1.2 * Square.apply(x)", v.WRONG_VALUE),
+        ("(random.random() > 0.5)", "1.2 * Square.apply(x)", v.WRONG_VALUE),
+        ("(random.random() > 0.5)", "Square.apply(x)", v.VERIFIED),
+        ("torch.randint(0, 2, x.shape, generator=generator)", "Square.apply(x)", v.NOT_JUDGED),
+        (DROPPED, "(x * x + 0 * Square.apply(x.detach()))", v.NO_KERNEL),
+        (
+            DROPPED,
+            "(Square.apply(x) if x.requires_grad else cache.setdefault(x.data_ptr(), Square.apply(x)))",
+            v.REUSED,
+        ),
     ],
-    ids=["torch", "numpy", "all or nothing", "unseeded"],
+    ids=["torch", "numpy", "all or nothing", "right or nothing", "unseeded", "no kernel", "cached"],
 )
 def test_a_reference_that_draws_random_numbers(
-    mask: str, factor: float, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mask: str, ours: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both draw the same ones; otherwise their difference would count as torch's error."""
     text, spoken = (SPECIMENS / "square.py").read_text(), "def check_"
     assert text.count(spoken) == 1
     file = tmp_path / "dropped.py"
     file.write_text(
-        f"{text[: text.index(spoken)]}\nimport numpy, random\ngenerator = torch.Generator()\n"
+        f"{text[: text.index(spoken)]}\nimport numpy, random\ngenerator, cache = torch.Generator(), dict()\n"
         f"def mask(x): return {mask}\n"
-        f"def check_square():\n    return lambda x: {factor} * Square.apply(x) * mask(x), (torch.randn(10, 30),), "
+        f"def check_square():\n    return lambda x: {ours} * mask(x), (torch.randn(10, 30),), "
         f"lambda x: x * x * mask(x)\n"
     )
     cases = judged(file, monkeypatch)

@@ -17,7 +17,7 @@ from ..memory.report import harmful
 from ..tolerance import DRAWS
 from . import trials
 from . import verdict as v
-from .load import NotJudgedError, Problem, Target, seed_all
+from .load import NotJudgedError, Problem, Target
 from .points import Point, derived, off_zero, reshaped, reshuffled, smaller
 from .subject import Outcome, Reference, Subject, Truth, leaves_of, watched
 from .verdict import Case, Finding
@@ -165,6 +165,7 @@ class _Examination:
                         "two calls differ, though the random numbers of torch, NumPy and Python are seeded alike"
                     )
                 self.stochastic = self.reference.draws
+                self.subject.seed = self.seed if self.stochastic else None
             except Exception as error:
                 return self._failed("the reference", error, point) if given else None
             if point.kind in ("scale", "zeros", "empty") and not truth.finite:
@@ -209,8 +210,6 @@ class _Examination:
             values: Any = point.values,
             wanted: Sequence[int] = wanted,
         ) -> Outcome:
-            if self.stochastic:
-                seed_all(self.seed)
             leaves = leaves_of(values, wanted)
             outcome, error = watched(self.subject, leaves, wanted, configuration, zeroed, point.placed)
             if error is not None:
@@ -227,15 +226,14 @@ class _Examination:
             self.several |= bool(first.gradients) and any(o.numel() > 1 for o in first.outputs if is_real(o))
             if first.mutated and (truth is None or not truth.native.mutated):
                 yield Finding(v.MUTATED, first.mutated)
-            if full and not self.stochastic:
+            if full:
                 others = self._drawn(DRAWS)
                 yield from (
                     old := list(trials.reuse(self.subject, point.values, others, wanted, self._right))
                 )
                 if old:  # its further calls would be answered from there
                     return
-            if not self.stochastic:
-                yield from trials.repetition(first, once(zeroed=True), once)
+            yield from trials.repetition(first, once(zeroed=True), once)
             if full:
                 yield from self._fully(point, first, truth, wanted, once)
             if truth is None or (self.stochastic and point.kind == "layout"):
@@ -311,7 +309,7 @@ class _Examination:
         once: Callable[..., Outcome],
     ) -> Iterator[Finding]:
         """Make the experiments that one point is enough for."""
-        yield from trials.idleness(self.subject, point.values, wanted, first)
+        yield from self._idleness(point, first, wanted, once)
         if truth is not None and wanted:
             if others := [place for place in self.wanted if place not in wanted]:
                 with contextlib.suppress(_RefusedError):  # nobody asks for these of the reference either
@@ -346,6 +344,19 @@ class _Examination:
             each = time.monotonic() - began
             elements = max(2, min(ELEMENTS, int(4 / each / len(wanted))))
             yield from self._diagnosis(point, wanted, elements, lenient=True)
+
+    def _idleness(
+        self, point: Point, first: Outcome, wanted: list[int], once: Callable[..., Outcome]
+    ) -> list[Finding]:
+        """Find that the kernels do nothing, with several random numbers: some switch everything off."""
+        found = list(trials.idleness(self.subject, point.values, wanted, first))
+        if self.stochastic:
+            for seed in range(self.seed + 1, self.seed + 4 * DRAWS):
+                if found:
+                    self.subject.seed = seed
+                    found = list(trials.idleness(self.subject, point.values, wanted, once()))
+            self.subject.seed = self.seed
+        return found
 
     def _with_fewer_gradients(
         self,

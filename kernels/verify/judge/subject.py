@@ -32,12 +32,18 @@ class Subject:
     Args:
         fn: a callable or a module.
         parameters: the names of the parameters that are taken from the values.
+
+    Attributes:
+        seed: of the random numbers in each call; None leaves them as they come.
     """
 
     def __init__(self, fn: Callable[..., Any], parameters: Sequence[str] = ()) -> None:
         self.fn, self.parameters = fn, list(parameters)
+        self.seed: int | None = None
 
     def __call__(self, *values: Any) -> Any:
+        if self.seed is not None:
+            seed_all(self.seed)
         arguments = values[: len(values) - len(self.parameters)]
         if not isinstance(self.fn, torch.nn.Module):
             return self.fn(*arguments)
