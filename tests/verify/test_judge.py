@@ -593,6 +593,15 @@ def test_results_in_classes_of_ones_own_are_judged_too() -> None:
     assert not trials.agree(one, other)
 
 
+def test_numbers_among_the_results_are_judged_too() -> None:
+    x = torch.rand(9)
+    truth = Reference(Subject(lambda x: (x * x, (x * x).sum().item(), len(x))))([x], [])
+    assert truth.exact.outputs[1].dtype == torch.float64
+    for factor, count, faults in ((1, 9, 0), (1.01, 9, 1), (1, 8, 1)):
+        ours = call(lambda x, f=factor, c=count: (x * x, f * (x * x).sum().item(), c), [x], [])
+        assert len(list(trials.value([ours], [truth]))) == faults
+
+
 def test_a_kink_beside_an_input_without_a_gradient() -> None:
     """What has no gradient, or is not defined off the zeros, tells nothing of a kink."""
     x = torch.tensor([0.0, 1.0])

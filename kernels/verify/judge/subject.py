@@ -58,14 +58,14 @@ class Outcome:
     """What a call did.
 
     Attributes:
-        outputs: the tensors that it returned, copied.
+        outputs: the tensors and numbers that it returned, copied.
         gradients: those of the differentiable values, where they were asked for and arrived.
         attached: whether an output requires a gradient.
         memory: what the memory checker saw.
         blank: per output, how many of its elements nothing has written.
         mutated: what the call wrote into, in words; empty if nothing.
         after: the tensors among the values, by place, as the forward left them; copied.
-        live: the tensors that it returned.
+        live: the tensors that it returned, and numbers as tensors.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
@@ -135,7 +135,12 @@ def _called(
     outcome = Outcome()
     with torch.set_grad_enabled(bool(wanted)):
         result = subject(*leaves)
-    outcome.live = [leaf for leaf in leaves_in(result) if isinstance(leaf, Tensor)]
+    numbers = torch.get_default_dtype() if narrow is None else torch.float64
+    outcome.live = [
+        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=numbers)
+        for leaf in leaves_in(result)
+        if isinstance(leaf, (Tensor, int, float))
+    ]
     outcome.blank = [_blank(output) for output in outcome.live]
     outcome.outputs = [output.detach().clone() for output in outcome.live]
     outcome.mutated = _changed(before, leaves, "the forward")

@@ -77,7 +77,7 @@ def value(outcomes: Sequence[Outcome], truths: Sequence[Truth], places: int = 0)
     """
     ours, theirs = len(outcomes[0].outputs), len(truths[0].native.outputs)
     if ours != theirs:
-        yield Finding(v.WRONG_VALUE, f"{ours} tensors came back, from the reference {theirs}")
+        yield Finding(v.WRONG_VALUE, f"{ours} results came back, from the reference {theirs}")
         return
     for place in range(ours):
         pair = outcomes[0].outputs[place], truths[0].native.outputs[place]
