@@ -362,7 +362,8 @@ class _Check:
                     return float(sizes[k])
             return 0.0
 
-        return math.sqrt(largest(bends) * largest(bends * far**2))
+        with np.errstate(invalid="ignore"):  # of an infinite element nothing is known
+            return math.sqrt(largest(bends) * largest(bends * far**2))
 
     def _entry(
         self,
