@@ -338,6 +338,16 @@ def test_step_too_large_for_the_curvature():
     assert report.names == ("difference step too large",)
 
 
+def test_default_step_too_large_for_the_curvature():
+    """The step of float32 is 0.15 for an angle of 30."""
+    x = 30 * torch.randn(4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for factor in (1, 1.01):
+        report = gradcheck(
+            lambda x: x.float().sin().sum().double(), x, gradient=lambda x, c=factor: c * x.cos()
+        )
+        assert bool(report) == (factor == 1), report
+
+
 @pytest.mark.parametrize(
     ("at", "words"),
     [(0.0, "left and from the right differ"), (2e-6, "a kink lies within")],
@@ -597,6 +607,7 @@ def test_a_large_element_where_the_function_is_flat_hides_nothing():
     x[0, 2] = -1e9
     assert gradcheck(lambda x: torch.softmax(x, -1), x)
     assert gradcheck(NearSoftmax.apply, x).names == ("constant factor",)
+    assert gradcheck(torch.tanh, torch.tensor([1e200, 0.3], dtype=F64))
 
 
 class SquareInBfloat16(torch.autograd.Function):

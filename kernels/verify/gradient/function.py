@@ -293,7 +293,7 @@ def slopes(
             ends.append((float(moved[index][where]), function.flat(moved)))
         (high, above), (low, below) = ends
         result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
-        bends[k] = abs(float(weight @ (above + below - 2 * centre_output))) / h**2
+        bends[k] = abs(float(weight @ (above + below - 2 * centre_output))) / h / h
     return result, bends
 
 
