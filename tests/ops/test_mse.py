@@ -8,7 +8,7 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
-from gradkernels import linear_mse_loss, mse_loss, mse_loss_and_grad
+from gradkernels import linear_mse_loss, mse_loss, mse_loss_and_grad, use_backend
 from gradkernels.fallback import mse as launchers
 from gradkernels.reference import mse as reference
 from torch.nn import functional
@@ -207,3 +207,28 @@ def test_many_squares_of_few_bits(dtype: torch.dtype, spread: int) -> None:
         ours = launchers.mse_forward(x, y, None, "mean", 0, dtype)
         draws.add("loss", ours, functional.mse_loss(x, y), exact)
     draws.assert_match()
+
+
+def test_gradients_of_a_loss_over_dims_lie_as_the_operands(backend: str, device: torch.device) -> None:
+    x, y = torch.randn(2, 3, 4, 5, device=device, requires_grad=True).unbind()
+    for dim in (0, (0, 2), (0, 1)):
+        for weight in (None, torch.rand(3, 1, 5, device=device)):
+            for grad in torch.autograd.grad(mse_loss(x, y, weight=weight, dim=dim).sum(), (x, y)):
+                assert grad.is_contiguous()
+
+
+def test_a_weighted_loss_of_more_than_a_million_numbers_takes_the_fused_way() -> None:
+    """Which is the faster one there."""
+    x, w, weights = torch.ones(1 << 20, 1), torch.ones(2, 1, requires_grad=True), torch.ones(1 << 20)
+    with use_backend("fallback"):
+        nodes = [
+            linear_mse_loss(x, w[:outputs], x.expand(-1, outputs), sample_weight=weights).grad_fn
+            for outputs in (1, 2)
+        ]
+    summed = [node.next_functions[0][0] for node in nodes if node is not None]
+    assert ["LinearMse" in node.name() for node in summed if node is not None] == [False, True]
+
+
+def test_a_weighted_mean_of_one_number(backend: str, device: torch.device) -> None:
+    input, target, weight = torch.tensor([3.0, 1.0, 2.0], device=device)
+    assert mse_loss(input, target, weight=weight).item() == 4
