@@ -495,8 +495,7 @@ def _general_backward(
     residual = None
     if needed[4]:
         residual = _residual(tensors, acc)
-        if error is None:
-            error = residual if samples is None else samples * residual
+        error = residual if samples is None else samples * residual  # a stored one is rounded
     error = None if error is None else error.to(acc)
     Q = None if d_error is None else _of_models(d_error.to(acc), models, bounds)
     if d_grad_bias is not None:

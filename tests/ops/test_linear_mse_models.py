@@ -739,6 +739,31 @@ def test_bfloat16_gradients_that_cancel_over_many_rows(backend: str, device: tor
     assert gradient.item() == -2 * 2 * 1.5 / 8192
 
 
+def test_bfloat16_errors_are_not_rounded_beside_a_gradient_of_the_sample_weights(
+    backend: str, device: torch.device
+) -> None:
+    """One rounding, of each gradient itself, where each is one product: 2^-9, twice that for good measure.
+
+    Triton's kernels round slopes once more before products, but not those that are target's gradient.
+    """
+    layout = Layout((8, 1, 4), (8, 1, K), (), (8, K, 4))
+    places = range(4) if backend == "fallback" else (2,)
+    for _ in range(25):
+        drawn = layout.draw(torch.bfloat16, device, bias=False, samples=(8, 1))
+        values = [value for value in drawn.values() if value is not None]
+
+        def gradients(function: Any, dtype: torch.dtype, values: list[Tensor] = values) -> Any:
+            leaves = [value.to(dtype, copy=True).requires_grad_() for value in values]
+            loss = function(*leaves[:3], sample_weight=leaves[3], reduction="sum").sum()
+            return torch.autograd.grad(loss, leaves)
+
+        found = gradients(linear_mse_loss, torch.bfloat16)
+        exact = gradients(torch_linear_mse_loss, torch.float64)
+        for place in places:
+            error = found[place].double() - exact[place]
+            assert error.abs().max() <= 2 * 2**-9 * exact[place].abs().max()
+
+
 def test_weights_of_one_model_without_autograd(backend: str, device: torch.device) -> None:
     """``linear_mse_loss_and_grad`` takes sample weights for a single model too."""
     for weight, target, samples in (((2, 3), (5, 2), (5,)), ((2, 3), (5, 2), (5, 2)), ((3,), (5,), (5,))):
