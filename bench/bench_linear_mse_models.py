@@ -149,8 +149,11 @@ def _make(
             return torch.randn(shape, device=device, generator=generator).to(dtype)
 
         weight = draw(b, k, d)
-        if layout == "ragged":  # from no rows at all to twice as many as on average
-            cuts = torch.rand(b, device=device, generator=generator, dtype=torch.float64).cumsum(0)
+        if layout == "ragged":
+            # From no rows at all to twice as many as on average. All sets of inputs have the same lengths: the padded
+            # shapes are compiled once.
+            lengths = torch.Generator(device).manual_seed(0)
+            cuts = torch.rand(b, device=device, generator=lengths, dtype=torch.float64).cumsum(0)
             offsets = functional.pad((cuts * (b * n / cuts[-1])).round().long(), (1, 0))
             x, y = draw(b * n, d), draw(b * n, k)
             return x, weight, y, offsets, functools.cache(partial(_padded, x, y, offsets))

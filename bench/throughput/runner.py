@@ -131,8 +131,7 @@ class Runner:
             elif results:
                 outcome |= verdict(results, baseline, expected)
             outcomes[implementation.name] = outcome
-        if outcomes[plain.name]["status"] != "ok":
-            raise NoBaselineError(outcomes[plain.name]["note"])
+        _need_baseline(outcomes[plain.name])
         return inputs, outcomes
 
     def _checked_and_timed(self, case: Case) -> dict[str, Any]:
@@ -152,6 +151,7 @@ class Runner:
             for implementation, timings in zip(turn, self._timed(turn, calls), strict=True):
                 outcomes[implementation.name] |= timings
             del calls
+        _need_baseline(outcomes[case.implementations[1].name])
         cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
         return {
             "cache": "cold" if cold else "warm",
@@ -180,25 +180,43 @@ class Runner:
             if implementation in case.implementations[:2]:
                 raise
             return {"status": "failed", "note": "out of memory"}, []
-        except Exception as error:  # the failure is the row of this implementation, not the end of the run
-            note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-            return {"status": "failed", "note": note[:200]}, []
+        except Exception as error:
+            return _failure(error), []
 
     def _timed(self, turn: Sequence[Implementation], calls: list[list[Call]]) -> list[dict[str, Any]]:
         with quiet():
-            included = [
-                _within(each, self.timer.per_call, sets) for each, sets in zip(turn, calls, strict=True)
-            ]
-            free = [_within(each, self.timer.on_device, sets) for each, sets in zip(turn, calls, strict=True)]
             results: list[dict[str, Any]] = [{} for _ in calls]
-            for key, samplers in (("call", included), ("device", free)):
-                taken = [(i, *found) for i, found in enumerate(samplers) if found is not None]
+            samplers: dict[str, list[tuple[int, Sampler, str]]] = {"call": [], "device": []}
+            for i, (each, sets) in enumerate(zip(turn, calls, strict=True)):
+                try:  # other sets of inputs than the checked one, and graph capture
+                    made = [_within(each, make, sets) for make in (self.timer.per_call, self.timer.on_device)]
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    results[i] = _failure(error)
+                    continue
+                for taken, found in zip(samplers.values(), made, strict=True):
+                    if found is not None:
+                        taken.append((i, *found))
+            for key, taken in samplers.items():
                 rounds = in_turns(
                     [sampler for _, sampler, _ in taken], self.seconds, self.timer.pause, self.timer.clock
                 )
                 for (i, _, method), samples in zip(taken, rounds, strict=True):
                     results[i][key] = in_microseconds(summarise(samples, method))
         return results
+
+
+def _need_baseline(outcome: dict[str, Any]) -> None:
+    """Raise NoBaselineError where plain torch's row has no right result."""
+    if outcome["status"] != "ok":
+        raise NoBaselineError(outcome["note"])
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """The row of an implementation that fails, which is not the end of the run."""
+    note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    return {"status": "failed", "note": note[:200], "first_call_s": None}
 
 
 def _within(

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
+from bench import bench_linear_mse_models
 from bench.throughput import budget, machine, results
 from bench.throughput import case as declaration
 from bench.throughput.case import OURS, Case, Implementation, function
@@ -116,6 +117,36 @@ def test_failed_and_absent_implementations_are_named() -> None:
     said = " ".join(results.remarks(found))
     assert "broken FAILED: RuntimeError: no such instruction" in said
     assert "elsewhere is not installed" in said
+
+
+@pytest.mark.parametrize("name", [OURS, "eager", "rival"])
+def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str) -> None:
+    clock = Clock()
+    case = doubling(clock, extra=(function("rival", lambda values: (clock.work(10.0), [2 * values])[1]),))
+    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+
+    def job(values: torch.Tensor) -> list[torch.Tensor]:
+        if not torch.equal(values, checked):
+            raise RuntimeError("recompile limit")
+        return [2 * values]
+
+    jobs = tuple(function(name, job) if each.name == name else each for each in case.implementations)
+    (record,) = document(dataclasses.replace(case, implementations=jobs), clock=clock)["cases"]
+    if name == "eager":
+        assert record["skipped"] == "plain torch has no result: RuntimeError: recompile limit"
+    else:
+        status = {each: row["status"] for each, row in record["contenders"].items()}
+        assert status == {OURS: "ok", "eager": "ok", "rival": "ok"} | {name: "failed"}
+        assert "call" not in record["contenders"][name]
+
+
+def test_ragged_rows_of_all_sets_are_padded_to_one_shape() -> None:
+    *_, ragged = bench_linear_mse_models.build((20, 30, 4, 1), torch.float32)
+    assert "ragged" in ragged.variant
+    sets = [ragged.make(torch.device("cpu"), torch.Generator().manual_seed(seed)) for seed in range(3)]
+    shapes = {tuple(part.shape for part in rows()) for *_, rows in sets}
+    assert len(shapes) == 1
+    assert not torch.equal(sets[0][0], sets[1][0])
 
 
 def test_to_enter_what_a_rival_runs_in_is_not_timed() -> None:
