@@ -182,20 +182,22 @@ def run(argv: Sequence[str]) -> int:
     planned = [case.name for case in cases] + (sweeps if arguments.scale else [])
     records: dict[int, dict[str, Any]] = {}
     short = Runner(device, timer, seconds / 3, arguments.quick)
-    with screen.progress(len(planned)) as advance:
-        budget = Budget(arguments.budget, begin, advance)
-        with budget.enforced():
-            for number in most_telling_first(cases):
-                if budget.admits(cases[number].name):
-                    records[number] = runner.case(cases[number])
-            if arguments.scale:
-                document["scale"] = []
-                for op in ops:
-                    for found in study(op, short, torch.float32, budget.admits):
-                        document["scale"].append(found)
-    document["cases"] = [records[number] for number in sorted(records)]
-    screen.document(document)
-    write(document, arguments, screen)
+    try:
+        with screen.progress(len(planned)) as advance:
+            budget = Budget(arguments.budget, begin, advance)
+            with budget.enforced():
+                for number in most_telling_first(cases):
+                    if budget.admits(cases[number].name):
+                        records[number] = runner.case(cases[number])
+                if arguments.scale:
+                    document["scale"] = []
+                    for op in ops:
+                        for found in study(op, short, torch.float32, budget.admits):
+                            document["scale"].append(found)
+    finally:  # what was measured is written whatever ended the run
+        document["cases"] = [records[number] for number in sorted(records)]
+        screen.document(document)
+        write(document, arguments, screen)
     if left := budget.left_out(planned):
         screen.line(
             f"not timed: {len(left)} of {len(planned)}, the budget of {arguments.budget:.0f} s was spent: "

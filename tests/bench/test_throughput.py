@@ -338,6 +338,25 @@ def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
     assert calls[1] in said
 
 
+def test_what_was_measured_is_written_whatever_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = Clock()
+    measured = document(doubling(clock), clock=clock)["cases"]
+
+    def case(self: Runner, case: Case) -> dict[str, Any]:
+        if not measured:
+            raise KeyboardInterrupt
+        return measured.pop()
+
+    monkeypatch.setattr(Runner, "case", case)
+    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["mse", "--quick", "--device", "cpu", "--json", str(tmp_path / "run")])
+    (kept,) = json.loads((tmp_path / "run").read_text())["cases"]
+    assert kept["contenders"][OURS]["status"] == "ok"
+
+
 def test_a_budget_spent_before_the_first_case_ends_quietly() -> None:
     spent = budget.Budget(0.001, time.monotonic() - 1, lambda name: None)
     with spent.enforced():
