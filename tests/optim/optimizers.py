@@ -128,6 +128,11 @@ def set_gradients(
         param.grad = None if grad is None else lay_out(grad.to(param.device, param.grad_dtype))
 
 
+def transposed(grad: Tensor) -> Tensor:
+    """The same values, the first and the last dimension the other way round in memory."""
+    return grad.transpose(0, -1).contiguous().transpose(0, -1) if grad.ndim > 1 else grad.clone()
+
+
 class ReferenceRun:
     """The NumPy steps beside a torch optimizer, under whatever its param groups say when each step is taken.
 
@@ -195,6 +200,16 @@ def assert_same_state(ours: Optimizer, theirs: Optimizer, reference: ReferenceRu
             assert comparison.passed, f"{name} of {where}: {comparison}"
 
 
+def assert_follows(
+    ours: Optimizer, theirs: Optimizer, reference: ReferenceRun, gradients: Gradients, when: str = ""
+) -> None:
+    """Let torch's and the reference take the step that ours has taken, by these gradients, and compare."""
+    set_gradients(theirs, gradients)
+    reference.step(gradients)
+    theirs.step()
+    assert_same_state(ours, theirs, reference, when)
+
+
 def assert_moved(theirs: Optimizer, reference: ReferenceRun, start: list[np.ndarray]) -> None:
     """Assert that steps which do nothing would be noticed: the run went further than the tolerance."""
     for param, before in zip(parameters(theirs), start, strict=True):
@@ -224,13 +239,10 @@ def assert_same_run(
     for step in range(1, steps + 1):
         gradients = feed(step)
         set_gradients(ours, gradients, lay_out)
-        set_gradients(theirs, gradients)
-        reference.step(gradients)
-        theirs.step()
         ours.step()
         for param, grad in zip(parameters(ours), gradients, strict=True):
             assert grad is None or torch.equal(param.grad.to("cpu"), grad), "a gradient was written"
-        assert_same_state(ours, theirs, reference, f"at step {step}")
+        assert_follows(ours, theirs, reference, gradients, f"at step {step}")
         for optimizer in (theirs, ours):
             after_step(optimizer, step)
         assert settings(ours) == settings(theirs), f"param groups at step {step}"

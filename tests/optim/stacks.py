@@ -1,5 +1,6 @@
 """What the tests of ``stacked=True`` share: one optimizer over a batch of models beside torch's, one per model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,16 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from ..helpers import to_numpy
-from .optimizers import Feed, Gradients, ReferenceRun, make_params, ours_for, parameters, theirs_for
+from .optimizers import (
+    Feed,
+    Gradients,
+    ReferenceRun,
+    make_params,
+    ours_for,
+    parameters,
+    set_gradients,
+    theirs_for,
+)
 
 B = 5
 SHAPES = ((B, 3), (B,), (B, 2, 4), (B, 0))
@@ -117,6 +127,24 @@ def assert_same(ours: Any, runs: SeparateRuns, when: str = "") -> None:
             theirs, expected, scale = runs.values(index, key)
             comparison = compare(result, theirs.to(result.dtype), expected, scale)
             assert comparison.passed, f"{key} of parameter {index} {tuple(mine.shape)} {when}: {comparison}"
+
+
+def advance(
+    ours: Any,
+    runs: SeparateRuns,
+    step: int,
+    gradients: Gradients,
+    active: list[bool] | None = None,
+    max_norm: float | None = None,
+    lay_out: Callable[[Tensor], Tensor] = torch.clone,
+) -> list[float]:
+    """Step both with the same gradients, the models of ``active`` alone, and compare; the runs' norms are returned."""
+    set_gradients(ours, gradients, lay_out)
+    ours.active = None if active is None else torch.tensor(active, device=parameters(ours)[0].device)
+    norms = runs.step(gradients, active, max_norm)
+    ours.step()
+    assert_same(ours, runs, f"at step {step}")
+    return norms
 
 
 def assert_each_model_moved(runs: SeparateRuns) -> None:

@@ -20,6 +20,7 @@ from .optimizers import (
     Feed,
     ReferenceRun,
     amp_step,
+    assert_follows,
     assert_moved,
     assert_only_zero_state,
     assert_same_bits,
@@ -36,6 +37,7 @@ from .optimizers import (
     parameters,
     set_gradients,
     theirs_for,
+    transposed,
 )
 
 
@@ -69,10 +71,7 @@ def test_a_skipped_step_never_happened(
         amp_step(ours, SCALE, False)
         for param, grad in zip(parameters(ours), gradients, strict=True):
             assert torch.equal(param.grad.cpu(), grad), "the unscaled gradient is left behind, as torch does"
-        set_gradients(theirs, gradients)
-        reference.step(gradients)
-        theirs.step()
-        assert_same_state(ours, theirs, reference, f"at step {step}")
+        assert_follows(ours, theirs, reference, gradients, f"at step {step}")
     assert_moved(theirs, reference, start)
     assert ours.steps_skipped == len(skipped)
 
@@ -222,19 +221,15 @@ def test_either_half_of_the_protocol_works_alone(
         gradients = feed(step)
         set_gradients(ours, [grad * (scale or 1.0) for grad in gradients])
         amp_step(ours, scale, overflow)
-        set_gradients(theirs, gradients)
-        reference.step(gradients)
-        theirs.step()
-        assert_same_state(ours, theirs, reference, f"at step {step}")
+        assert_follows(ours, theirs, reference, gradients, f"at step {step}")
 
 
 @pytest.mark.parametrize("overflow", [False, True])
 @on_both_backends
 def test_scale_and_overflow_may_have_a_dimension(name: str, overflow: bool, device: torch.device) -> None:
     """As gathered over devices, (1,): the state keeps its shapes."""
-    ours, plain = (make_pair(name, device, shapes=SMALL, **FULL_OPTIONS[name])[0] for _ in range(2))
-    for mine, other in zip(parameters(ours), parameters(plain), strict=True):
-        mine.data.copy_(other.detach())
+    ours, _ = make_pair(name, device, shapes=SMALL, **FULL_OPTIONS[name])
+    plain = copy.deepcopy(ours)
     for gradients in (Feed(parameters(plain))(step) for step in range(3)):
         for optimizer, shape in ((ours, (1,)), (plain, ())):
             set_gradients(optimizer, gradients)
@@ -299,13 +294,9 @@ def test_amp_survives_deepcopy(name: str) -> None:
 @on_both_backends
 def test_strided_and_expanded_gradients_are_unscaled_too(name: str, device: torch.device) -> None:
     ours, theirs = make_pair(name, device, shapes=((6, 5), (7, 9)), **FULL_OPTIONS[name])
-    reference = ReferenceRun(theirs)
     gradients = [torch.randn(6, 5), torch.randn(7, 9)]
-    set_gradients(ours, gradients, lambda grad: (grad * SCALE).t().contiguous().t())
+    set_gradients(ours, [grad * SCALE for grad in gradients], transposed)
     amp_step(ours, SCALE, False)
-    set_gradients(theirs, gradients)
-    reference.step(gradients)
-    theirs.step()
-    assert_same_state(ours, theirs, reference)
+    assert_follows(ours, theirs, ReferenceRun(theirs), gradients)
     for param, grad in zip(parameters(ours), gradients, strict=True):
         assert torch.equal(param.grad.cpu(), grad)

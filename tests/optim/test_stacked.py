@@ -7,8 +7,8 @@ import torch
 from gradkernels import FusedAdam
 from gradkernels.verify.tolerance import compare
 
-from .optimizers import NAMES, Feed, parameters, set_gradients
-from .stacks import B, assert_each_model_moved, assert_same, make
+from .optimizers import NAMES, Feed
+from .stacks import B, advance, assert_each_model_moved, make
 
 STEPS = 11
 
@@ -60,19 +60,14 @@ EVERYWHERE = [
 ]
 
 
-def run(ours: Any, runs: Any, feed: Feed, steps: int = STEPS, **given: Any) -> None:
+def run(ours: Any, runs: Any, feed: Feed) -> None:
     """Step both, with changing masks and a missing gradient, and compare after each."""
-    device = parameters(ours)[0].device
-    for step in range(1, steps + 1):
+    for step in range(1, STEPS + 1):
         active = None if step % 4 == 1 else [(step + b) % 3 != 0 or b == 0 for b in range(B)]
         gradients = feed(step)
         if step in (1, 4):
             gradients[0] = None
-        set_gradients(ours, gradients)
-        ours.active = None if active is None else torch.tensor(active, device=device)
-        runs.step(gradients, active, **given)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, gradients, active)
     assert_each_model_moved(runs)
 
 

@@ -28,8 +28,9 @@ from .optimizers import (
     parameters,
     set_gradients,
     theirs_for,
+    transposed,
 )
-from .stacks import B, SeparateRuns, assert_same, make
+from .stacks import B, SeparateRuns, advance, assert_same, make
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
@@ -346,11 +347,7 @@ def test_dtypes(name: str, dtype: torch.dtype, device: torch.device) -> None:
     options = {**OPTIONS[name], "lr": VECTOR / 10, **({} if name == "SGD" else {"eps": 1e-2})}
     ours, runs, feed = make(name, device, dtype, TWO, **options)
     for step in range(1, 11):
-        gradients = feed(step)
-        set_gradients(ours, gradients)
-        runs.step(gradients)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step))
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["mask first", "no mask first"])
@@ -379,12 +376,7 @@ def test_blocks_whose_models_go_apart_one_after_the_other(name: str, monkeypatch
     ours, runs, feed = make(name, shapes=TWO, **OPTIONS[name])  # of the first in blocks of 3 models and 2
     for step, left_out in enumerate((4, 4, 0, 4, None, None), 1):
         active = None if left_out is None else [b != left_out for b in range(B)]
-        ours.active = None if active is None else torch.tensor(active)
-        gradients = feed(step)
-        set_gradients(ours, gradients)
-        runs.step(gradients, active)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step), active)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -456,12 +448,8 @@ def test_momentum_that_is_raised_from_zero(dampening: float, device: torch.devic
             changed = {3: [0.9, 0.7, 0.5, 0, 0], 5: [0.9, 0, 0.5, 0.6, 0.3], 7: [0.9, 0.2, 0, 0.6, 0.3]}[step]
             given.copy_(torch.tensor(changed))
             runs.set(momentum=torch.tensor(changed))
-        gradients, active = feed(step), [step != 3 or b != 1 for b in range(B)]
-        set_gradients(ours, gradients)
-        ours.active = torch.tensor(active, device=device) if step % 2 else None
-        runs.step(gradients, active)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        active = [step != 3 or b != 1 for b in range(B)] if step % 2 else None
+        advance(ours, runs, step, feed(step), active)
 
 
 @both_backends
@@ -473,14 +461,9 @@ def test_float16_after_unequal_steps(name: str, device: torch.device) -> None:
     runs = SeparateRuns(name, [stack], lr=1e-3, **options)
     ours = ours_for(name)([nn.Parameter(stack.clone().to(device))], lr=1e-3, stacked=True, **options)
     for step in range(1, 5):
-        active = [True] * 3 + [False] * 2 if step == 1 else None
-        ours.active = None if active is None else torch.tensor(active, device=device)
-        set_gradients(ours, [gradient])
-        ours.step()
-        runs.step([gradient], active)
+        advance(ours, runs, step, [gradient], [True] * 3 + [False] * 2 if step == 1 else None)
         (param,) = parameters(ours)
         assert torch.equal(param[:, 0].cpu(), torch.ones(B).half())
-        assert_same(ours, runs, f"at step {step}")
 
 
 @both_backends
@@ -488,12 +471,7 @@ def test_master_weights(name: str, device: torch.device) -> None:
     shared = {"master_weights": True, "max_norm": 3.0}
     ours, runs, feed = make(name, device, torch.bfloat16, TWO, shared, lr=VECTOR / 100)
     for step in range(1, 11):
-        gradients, active = feed(step), [b != step % B for b in range(B)]
-        set_gradients(ours, gradients)
-        ours.active = torch.tensor(active, device=device)
-        runs.step(gradients, active, 3.0)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step), [b != step % B for b in range(B)], 3.0)
 
 
 @both_backends
@@ -531,11 +509,7 @@ def test_any_layout(name: str, device: torch.device) -> None:
     assert first.stride(0) == 1
     assert not third.is_contiguous()
     for step in range(1, 5):
-        gradients = feed(step)
-        set_gradients(ours, gradients, lambda grad: grad.transpose(0, -1).contiguous().transpose(0, -1))
-        runs.step(gradients)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step), lay_out=transposed)
 
 
 @both_backends
@@ -614,16 +588,11 @@ def test_a_state_dict_goes_round(name: str) -> None:
     options = {**OPTIONS[name], "lr": VECTOR}
     ours, runs, feed = make(name, shapes=TWO, **options)
     for step in range(1, 11):
-        gradients, active = feed(step), [b >= step % 3 for b in range(B)]
         if step in (4, 7):
             other = ours_for(name)(copies(parameters(ours)), stacked=True)
             other.load_state_dict(copy.deepcopy(ours.state_dict()))
             ours = other
-        ours.active = torch.tensor(active)
-        set_gradients(ours, gradients)
-        runs.step(gradients, active)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step), [b >= step % 3 for b in range(B)])
 
 
 @pytest.mark.parametrize("start", ["tensor", "float"])
@@ -648,12 +617,7 @@ def test_a_checkpoint_of_torch_loads_its_step_spread_over_the_models(name: str, 
         for param in parameters(ours):
             assert torch.equal(ours.state[param]["step"], torch.full((B,), 3.0))
     for step in range(4, 8):
-        gradients, active = feed(step), [b != step % B for b in range(B)]
-        set_gradients(ours, gradients)
-        ours.active = torch.tensor(active)
-        runs.step(gradients, active)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step), [b != step % B for b in range(B)])
 
 
 def test_a_checkpoint_with_one_rate_replaces_one_per_model(name: str) -> None:
@@ -752,13 +716,9 @@ def test_a_scheduler_drives_all_models_by_lr_scale(name: str, kind: str) -> None
     ours, runs, feed = make(name, shapes=TWO, **{**OPTIONS[name], "lr": lr, "lr_scale": VECTOR})
     scheduler = lr_scheduler.CosineAnnealingLR(ours, 10)
     for step in range(1, 8):
-        gradients = feed(step)
         runs.set(lr=float(ours.param_groups[0]["lr"]), lr_scale=VECTOR)
-        set_gradients(ours, gradients)
-        runs.step(gradients)
-        ours.step()
+        advance(ours, runs, step, feed(step))
         scheduler.step()
-        assert_same(ours, runs, f"at step {step}")
     assert float(ours.param_groups[0]["lr"]) < 0.03
 
 
@@ -773,11 +733,7 @@ def test_options_are_read_at_each_step(name: str) -> None:
         else:
             ours.param_groups[0].update(lr=new.clone(), weight_decay=new / 2)
         runs.set(lr=new, weight_decay=VECTOR if step < 4 else new / 2)
-        gradients = feed(step)
-        set_gradients(ours, gradients)
-        runs.step(gradients)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        advance(ours, runs, step, feed(step))
 
 
 def test_a_rate_per_model_that_became_a_number_is_refused(name: str) -> None:
@@ -802,12 +758,8 @@ def test_one_cycle_drives_all_models_by_lr_scale(name: str) -> None:
     for step in range(1, 6):
         group = ours.param_groups[0]
         runs.set(lr_scale=VECTOR, **{key: group[key] for key in ("lr", "momentum", "betas") if key in group})
-        gradients = feed(step)
-        set_gradients(ours, gradients)
-        runs.step(gradients)
-        ours.step()
+        advance(ours, runs, step, feed(step))
         scheduler.step()
-        assert_same(ours, runs, f"at step {step}")
 
 
 def test_help_and_repr_show_stacked(name: str) -> None:

@@ -11,7 +11,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 from ..conftest import GPU
 from .optimizers import copies, make_params, ours_for, parameters, set_gradients
-from .stacks import B, SeparateRuns, assert_same, make
+from .stacks import B, SeparateRuns, advance, assert_same, make
 from .test_compile import step_calls
 from .test_stacked_contract import OPTIONS, TWO, VECTOR, assert_equal, snapshot
 
@@ -55,12 +55,7 @@ def test_a_model_of_several_programs(
     options = {**OPTIONS[name], "lr": torch.tensor([0.1, 0.02])}
     ours, runs, feed = make(name, device, shapes=shapes, shared={"max_norm": 5.0}, **options)
     for step in (1, 2):
-        gradients, active = feed(step), [True, step != 1]
-        set_gradients(ours, gradients)
-        ours.active = torch.tensor(active, device=device)
-        norms = runs.step(gradients, active, 5.0)
-        ours.step()
-        assert_same(ours, runs, f"at step {step}")
+        norms = advance(ours, runs, step, feed(step), [True, step != 1], 5.0)
         assert ours.grad_norm[0].item() == pytest.approx(norms[0], rel=1e-6)
     ours.active = None
     first = ours.grad_norm
