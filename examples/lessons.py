@@ -486,7 +486,7 @@ def no_signal() -> Figures:
     return {
         "loss": loss.item(),
         "gradient": w.grad.tolist(),
-        "gradient check": [str(diagnosis) for diagnosis in report.inputs[0].diagnoses],
+        "gradient check": [str(diagnosis) for input in report.inputs for diagnosis in input.diagnoses],
     }
 
 

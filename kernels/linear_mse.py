@@ -28,8 +28,7 @@ from .linear_mse_models import (
     slopes_dtype,
 )
 from .matmul import linear, linear_in_torch, product, scale_and_add, sum_to
-from .mse import SMALL as SMALL_LOSS
-from .mse import divisor, mse, mse_backward, mse_hvp, mse_in_torch
+from .mse import divisor, mse, mse_backward, mse_hvp, mse_in_torch, suits_torch
 from .operator import Operator, in_places, uncast, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
@@ -120,8 +119,7 @@ def linear_mse_loss(
         sample_weight is not None
         and use_torch_fast_path(input, weight, target, sample_weight, optional=bias)
         and input.nbytes <= SMALL
-        and 2 * target.nbytes <= SMALL_LOSS  # with the predictions
-        and target.dtype.itemsize > 2
+        and suits_torch(target)
     ):
         return mse_in_torch(linear_in_torch(input, weight, bias), target, sample_weight, reduction)
     if reduction == "none":

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import checks
 from .checks import acc_dtype
 from .matmul import product, sum_to
-from .mse import mse_in_torch
+from .mse import mse_in_torch, suits_torch
 from .operator import (
     Operator,
     autocast_cast,
@@ -52,7 +52,7 @@ def models_loss(
         bounds is None
         and use_torch_fast_path(*tensors)
         and weight.numel() * input.shape[-2] <= SMALL
-        and target.dtype.itemsize > 2
+        and suits_torch(target)
     ):
         predictions = torch.matmul(input, weight.mT)
         predictions = predictions if bias is None else predictions + bias.unsqueeze(1)

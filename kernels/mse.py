@@ -28,6 +28,14 @@ from .torch_private import torch_mse_loss
 SMALL = 1 << 23
 
 
+def suits_torch(target: Tensor) -> bool:
+    """Whether ``mse_in_torch`` suits predictions and a target like this: small, and wider than 16 bits.
+
+    Of 16 bits torch would round each square, and overflow float16 with that of 300; the operators add up in float32.
+    """
+    return 2 * target.nbytes <= SMALL and target.dtype.itemsize > 2
+
+
 @repeatable
 def mse_loss(
     input: Tensor,
@@ -90,19 +98,10 @@ def mse_loss(
     checks.no_dim_for_none("mse_loss", dim, reduction)
     dtype = checks.loss_dtype(input, target, weight)
     weight = _of_rank(weight, input)
-    kept, order = 0, list(range(input.dim()))
-    if dim is not None:
-        summed = checks.dims("mse_loss", dim, input.dim())
-        order = [d for d in range(input.dim()) if d not in summed]
-        kept = len(order)
-        order += sorted(summed)
-    if (
-        use_torch_fast_path(input, target, optional=weight)
-        and input.nbytes + target.nbytes <= SMALL
-        and dtype.itemsize > 2
-    ):
+    kept, order = (0, None) if dim is None else _dims_kept(dim, input.dim())
+    if use_torch_fast_path(input, target, optional=weight) and suits_torch(target):
         return mse_in_torch(input, target, weight, reduction, kept, order)
-    if kept and order != list(range(input.dim())):
+    if order is not None:
         input, target = input.permute(order), target.permute(order)
         weight = None if weight is None else weight.permute(order)
     if weight is None or reduction != "mean":
@@ -226,14 +225,15 @@ def mse_in_torch(
         losses = losses * weight
     if reduction == "none":
         return losses
-    order = tuple(range(input.dim()) if order is None else order)
-    dims = order[batch_dims:]
+    dims = tuple(range(batch_dims, input.dim()) if order is None else order[batch_dims:])
     if weight is None and reduction == "mean":
         return losses.mean(dims)
     total = losses.sum(dims)
     if weight is None or reduction == "sum":
         return total
-    return total / divisor(weight.permute(order), target.permute(order), total.dtype, batch_dims)
+    if order is not None:
+        weight, target = weight.permute(*order), target.permute(*order)
+    return total / divisor(weight, target, total.dtype, batch_dims)
 
 
 def divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
@@ -261,6 +261,14 @@ def _repeats(weight: Tensor, target: Tensor, batch_dims: int = 0) -> int:
         if own != size:
             repeats *= size
     return repeats
+
+
+def _dims_kept(dim: int | Sequence[int], ndim: int) -> tuple[int, list[int] | None]:
+    """How many dimensions a loss over ``dim`` keeps, and the order with these first; None where it is theirs."""
+    summed = checks.dims("mse_loss", dim, ndim)
+    kept = [d for d in range(ndim) if d not in summed]
+    order = kept + sorted(summed)
+    return len(kept), order if kept and order != list(range(ndim)) else None
 
 
 def _of_rank(weight: Tensor | None, input: Tensor) -> Tensor | None:

@@ -33,7 +33,7 @@ def by_value(error: BaseException) -> bool:
     if grouped:
         return all(by_value(one) for one in grouped)
     return (
-        isinstance(error, (AssertionError, GradcheckError, ArithmeticError, RuntimeWarning, IndexError))
+        isinstance(error, (AssertionError, GradcheckError, ArithmeticError, RuntimeWarning))
         or MESSAGES.search(str(error)) is not None
         or any("torch/testing/" in str(frame.filename) for frame in extract_tb(error.__traceback__)[-1:])
     )

@@ -231,4 +231,5 @@ def test_a_weighted_loss_of_more_than_a_million_numbers_takes_the_fused_way() ->
 
 def test_a_weighted_mean_of_one_number(backend: str, device: torch.device) -> None:
     input, target, weight = torch.tensor([3.0, 1.0, 2.0], device=device)
-    assert mse_loss(input, target, weight=weight).item() == 4
+    for dim in (None, 0, -1):
+        assert mse_loss(input, target, weight=weight, dim=dim).item() == 4
