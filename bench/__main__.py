@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradkernels.ops import OPS as RECORDS
+from gradkernels.verify.console import duration
 
 OPS = (*RECORDS, "training")  # the ops, and what is made of them
 EXAMPLES = """
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--device", help="cuda, cpu, mps, xpu (default: the accelerator that is there, else cpu)"
     )
     made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
-    made.add_argument("--seconds", type=float, metavar="S", help="of timing per implementation and case")
+    made.add_argument("--seconds", type=duration, metavar="S", help="of timing per implementation and case")
     made.add_argument(
         "--busy",
         action="store_true",
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", action="store_true", help="also how time grows with each size")
     made.add_argument(
         "--budget",
-        type=float,
+        type=duration,
         metavar="S",
         help="start nothing after so many seconds, nor what could end a fifth later, and end what runs until then; "
         "the most telling cases come first, what was left out is said last",

@@ -611,6 +611,11 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted(set(options.lessons) - set(LESSONS)):
         parser.error(f"no lesson {', '.join(unknown)}; there are {', '.join(LESSONS)}")
+    try:
+        with gradkernels.use_backend(options.backend):
+            gradkernels.backend_for(torch.empty(0, device=options.device))
+    except (AssertionError, RuntimeError) as error:  # no such device, or a backend that does not serve it
+        parser.error(f"--backend {options.backend} --device {options.device}: {str(error).splitlines()[0]}")
     with gradkernels.use_backend(options.backend), torch.device(options.device):
         for number in options.lessons:
             title, function = LESSONS[number]

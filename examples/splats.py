@@ -129,6 +129,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=600, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of splats.png")
     given = parser.parse_args(arguments)
+    if given.side < 1 or given.steps < 1:
+        parser.error("--side and --steps take at least 1")
 
     target = photograph()
     pictures = {"photograph": target, "before": whole(grid(given.side))}

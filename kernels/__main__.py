@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -15,7 +16,7 @@ import torch
 from . import __version__, backends, verify
 from .checks import DTYPES
 from .ops import OPS, Shaped, op_name
-from .verify.console import print_table, to_json
+from .verify.console import duration, print_table, to_json
 from .verify.judge import command as judge
 from .verify.ops import HEADER
 
@@ -34,7 +35,7 @@ def info() -> dict[str, Any]:
         "chosen backend": backends.current(),
         "fp32_precision": torch.backends.cuda.matmul.fp32_precision,
         "hugging face kernels": _version("kernels"),
-        "ops": {name: list(op.public) for name, op in OPS.items()},
+        "ops": {name: list(OPS[op.of or name].public) for name, op in OPS.items()},
     }
 
 
@@ -99,16 +100,9 @@ def _shape(text: str) -> tuple[int, ...]:
         sizes = tuple(int(size) for size in text.lower().split("x"))
     except ValueError:
         sizes = (-1,)
-    if min(sizes) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1")
+    if min(sizes) < 0 or math.prod(sizes) >= 1 << 60:  # bytes are counted in 63 bits
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 4096x512x1, or beyond any memory")
     return sizes
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait")
-    return seconds
 
 
 def _verify_command(arguments: argparse.Namespace) -> int:
@@ -159,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     axes = ", ".join(f"{op.axes} for {op.name}" for op in OPS.values() if isinstance(op, Shaped) and op.axes)
     about = commands.add_parser("info", help="versions, devices, backends, settings")
     about.add_argument("--json", action="store_true")
+    about.set_defaults(run=_info_command, parser=about)
     check = commands.add_parser(
         "verify",
         help="a file of kernels put before the judge; without one every op against its NumPy reference",
@@ -188,24 +183,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--github", action="store_true", help="annotate the lines of a file in a GitHub workflow"
     )
     check.add_argument(
-        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
+        "--timeout", type=duration, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
     )
     check.add_argument("--seed", type=int, default=0, help="of the values that a file is judged at")
     check.add_argument("--forward-only", action="store_true", help="leave the gradients of a file alone")
+    check.set_defaults(run=_verify_command, parser=check)
     why = commands.add_parser(
         "explain", help="which plan and tiles a shape gets, why, and what they compile to"
     )
     why.add_argument("op", type=op_name, choices=OPS, help="or a function of it, as mse_loss")
-    why.add_argument("shape", type=_shape, metavar="8192x512x1", help="sizes in the op's order, as verify's")
+    why.add_argument("shape", type=_shape, metavar="SIZES", help=f"such as 8192x512x1: {axes}; of others any")
     why.add_argument("--dtype", choices=names, default="float32")
     why.add_argument("--target", choices=("sm_80", "sm_90", "sm_100", "gfx942"), default="sm_90")
     why.add_argument("--json", action="store_true")
+    why.set_defaults(run=_explain_command, parser=why)
     arguments = parser.parse_args(argv)
-    commands_by_name = {"info": _info_command, "verify": _verify_command, "explain": _explain_command}
     try:
-        return commands_by_name[arguments.command](arguments)
+        return arguments.run(arguments)
     except ValueError as error:
-        parser.error(str(error))
+        chosen: argparse.ArgumentParser = arguments.parser
+        chosen.error(str(error))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gradkernels.verify.console import count
 from torch import Tensor
 
 Call = Callable[[], object]
@@ -85,8 +86,8 @@ def no_launch(*args: object, **options: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench host", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--steps", type=int, nargs="+", metavar="TENSORS", default=[])
+    parser.add_argument("--rounds", type=count, default=ROUNDS)
+    parser.add_argument("--steps", type=count, nargs="+", metavar="TENSORS", default=[])
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     gpu = torch.cuda.is_available()

@@ -175,7 +175,7 @@ def _check(op: str, sizes: Sequence[int]) -> None:
         op, (len(sizes),)
     )
     if len(sizes) not in counts or 0 in sizes:
-        raise ValueError(f"explain: {op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
+        raise ValueError(f"{op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:

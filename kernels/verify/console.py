@@ -1,5 +1,6 @@
-"""Tables, lines, progress and JSON on the terminal: with rich where it is installed, else in plain text."""
+"""Numbers on the command line; tables, lines, progress and JSON on the terminal, with rich where it is installed."""
 
+import argparse
 import json
 import math
 import sys
@@ -90,6 +91,24 @@ def progress(items: Sequence[T], description: str) -> Iterator[T]:
         print(file=sys.stderr)
         return
     yield from track(items, description=description, console=Console(stderr=True), transient=True)
+
+
+def count(text: str) -> int:
+    """Parse a whole number of 1 or more: a ``type`` for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Parse a time above 0: a ``type`` for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
 
 
 def _jsonable(value: Any) -> Any:

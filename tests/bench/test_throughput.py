@@ -406,3 +406,11 @@ def test_what_compiles_for_each_set_of_inputs_runs_where_they_are_few(n: int, st
     found = record["contenders"]["compile"]
     assert found["status"] == status
     assert len(prepared) == (1 if status == "left out" else 2)  # to be checked, then for each set
+
+
+@pytest.mark.parametrize("option", ["--seconds", "--budget"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([f"{option}={value}", "mse"])
+    assert f"argument {option}: '{value}' is not a number of seconds above 0" in capsys.readouterr().err

@@ -5,6 +5,7 @@ was printed and must hold to half a unit in its last place.
 """
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -264,3 +265,13 @@ def test_the_script_refuses_an_unknown_lesson() -> None:
     result = subprocess.run([sys.executable, SCRIPT, "Z9"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "no lesson Z9" in result.stderr
+
+
+@pytest.mark.parametrize("given", [["--device", "foo"], ["--backend", "triton"]], ids=" ".join)
+def test_the_script_refuses_a_device_that_is_not_there(given: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, SCRIPT, *given, *([] if "--device" in given else ["--device", "cpu"]), "A1"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert " ".join(given) in result.stderr
+    assert "Traceback" not in result.stderr

@@ -40,3 +40,10 @@ def test_the_picture_gets_better(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"FusedAdam, the rows in sight: {rows_in_sight:.2f} dB" in capsys.readouterr().out
     picture = image.imread(tmp_path / "splats.png")
     assert picture.shape[:2] == (380, 1400)
+
+
+@pytest.mark.parametrize("wrong", [["--side", "0"], ["--side", "-1"], ["--steps", "0"]], ids=" ".join)
+def test_bad_usage(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        splats.main(wrong)
+    assert "--side and --steps take at least 1" in capsys.readouterr().err

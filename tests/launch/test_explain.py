@@ -160,7 +160,8 @@ def test_the_command_compiles_what_a_call_launches():
 def test_wrong_sizes_are_refused(capsys):
     done = run("linear", "64x64")  # a function of matmul
     assert done.returncode == 2
-    assert "matmul takes [B x] M x K x N, none of them 0, got 64x64" in done.stderr
+    assert done.stderr.startswith("usage: python -m gradkernels explain [-h]")
+    assert "explain: error: matmul takes [B x] M x K x N, none of them 0, got 64x64" in done.stderr
 
 
 def test_without_triton_it_says_so(monkeypatch, capsys):

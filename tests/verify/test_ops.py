@@ -169,13 +169,17 @@ def test_the_command_line(capsys, monkeypatch):
     for wrong in (
         ["--op=mse", "--shape=axb"],
         ["--op=mse", "--shape=-3"],
+        ["--op=mse", "--shape=99999999999999999999"],
         ["--op=mse", "--device=cude"],
         ["--shape=3x3"],
         ["--op=mse", "--dtype=int8"],
         ["--op=linear_mse", "--shape=3"],
+        ["--op=mse", "--timeout=0"],
+        ["--op=mse", "--timeout=soon"],
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["verify", *wrong])
+        assert capsys.readouterr().err.startswith("usage: python -m gradkernels verify [-h]"), wrong
 
 
 def test_without_the_interpreter_a_child_process_has_it():
@@ -242,6 +246,8 @@ def test_info(capsys):
     (cpu,) = [device for device in data["devices"] if device["device"] == "cpu"]
     assert cpu["auto"] == "fallback"
     assert cpu["backends"] == {"triton": "yes", "fallback": "yes", "reference": "yes"}
+    assert data["ops"]["linear_mse_models"] == ["linear_mse_loss", "linear_mse_loss_and_grad"]
+    assert all(data["ops"].values())
     assert cli.main(["info"]) == 0
     assert "serves by default" in capsys.readouterr().out
 
