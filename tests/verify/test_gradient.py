@@ -706,3 +706,89 @@ def test_a_factor_of_one_explains_nothing():
     x = torch.tensor([1.0, 2.0], dtype=F64)
     report = gradcheck(lambda x: x.square().sum(), x, gradient=lambda x: 2 * x + torch.tensor([5e-4, -5e-4]))
     assert report.names == ("unknown",)
+
+
+def bent(forward, backward):
+    """Return a function of one tensor with a backward of its own."""
+
+    class Bent(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return forward(x)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return backward(ctx.saved_tensors[0], *grads)
+
+    return Bent.apply
+
+
+def four() -> Tensor:
+    return torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=F64)
+
+
+def test_the_upstream_gradients_are_not_the_inputs():
+    """RMS norm does not change along its input: the slopes would be zero."""
+    for seed in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        fn = bent(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True)), lambda x, g: 0 * g)
+        assert not gradcheck(fn, x, seed=seed)
+
+
+@pytest.mark.parametrize("limit", [1.0, 1.5])
+def test_an_upstream_gradient_that_is_clipped(limit):
+    """Half of it is not."""
+    clipped = bent(lambda x: x.square().sum(), lambda x, g: 2 * x * g.clamp(-limit, limit))
+    assert gradcheck(clipped, four()).names == ("not linear in grad_output",)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda x: x.sin().bfloat16(), lambda x: 1e9 * x.sin()],
+    ids=["coarse", "large"],
+)
+def test_an_output_beside_another_that_hides_it(other):
+    def backward(x, g, h, factor):
+        return 2 * factor * x * g + torch.func.grad(lambda x: (other(x).double() * h).sum())(x)
+
+    for factor in (1, 1.05):
+        fn = bent(lambda x: (x.square(), other(x)), lambda x, g, h, c=factor: backward(x, g, h, c))
+        report = gradcheck(fn, four())
+        assert bool(report) == (factor == 1), report
+        assert ("output 0 by itself" if factor > 1 else "each output by itself") in report.tried
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("value", [-1e9, torch.finfo(F64).min])
+def test_large_outputs_that_stay_as_they_are_hide_nothing(value, dtype):
+    """As scores that a mask has set."""
+    masked = torch.tensor([True, False, False, False])
+    for factor in (1, 1.01):
+        fn = bent(
+            lambda x: x.to(dtype).sin().double().masked_fill(masked, value),
+            lambda x, g, c=factor: c * x.cos() * g.masked_fill(masked, 0),
+        )
+        report = gradcheck(fn, four())
+        assert bool(report) == (factor == 1), report
+
+
+def test_small_inputs_hide_nothing():
+    """Their roundings are small too."""
+    x = 1e-6 * four().float()
+    assert gradcheck(lambda x: 1e12 * x * x, x)
+    assert not gradcheck(bent(lambda x: 1e12 * x * x, lambda x, g: 2.2e12 * x * g), x)
+
+
+def test_kinks_at_some_elements():
+    assert gradcheck(torch.relu, torch.tensor([0.0, 2e-6, 1.0], dtype=F64)).names == ("non-differentiable",)
+    x = torch.cat([torch.zeros(40), torch.rand(4) + 0.5]).double()
+    report = gradcheck(bent(torch.relu, lambda x, g: 1.2 * g * (x > 0)), x)
+    assert report.names == ("unknown",)
+
+
+def test_a_gradient_of_zero_is_no_kink_in_bfloat16():
+    """Over a step of less than a rounding the function looks flat."""
+    x = torch.tensor([1.25, 1.125], dtype=F64)
+    fn = bent(lambda x: x.bfloat16().square().double(), lambda x, g: 0 * g)
+    assert gradcheck(fn, x).names == ("no signal",)

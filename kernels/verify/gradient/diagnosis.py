@@ -47,6 +47,7 @@ unknown                   anything else; what was looked for is listed
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ PATTERNS = (
     "wrong derivative of one operator, a gradient that is exactly zero, other steps, slopes from either side"
 )
 MAX_SHOWN = 4
+MAX_TRIED = 64  # elements that are differenced again
 
 
 def diagnose(suspect: Suspect) -> tuple[Diagnosis, ...]:
@@ -113,8 +115,9 @@ def _precision(suspect: Suspect) -> Diagnosis | None:
 
 def _step(suspect: Suspect) -> Diagnosis | None:
     """Recognise a right gradient at a point or with a step for which the differences are wrong."""
-    failing = np.flatnonzero(suspect.failing)[:16]
-    wanted, step = suspect.here.analytic[failing], suspect.step
+    failing, step = np.flatnonzero(suspect.failing), suspect.step
+    failing = failing[:: math.ceil(len(failing) / MAX_TRIED)]
+    wanted, tolerance = suspect.here.analytic[failing], suspect.tolerance[failing]
     if not np.isfinite(suspect.here.numerical[suspect.failing]).any():
         return Diagnosis(
             "difference step too large",
@@ -122,52 +125,57 @@ def _step(suspect: Suspect) -> Diagnosis | None:
             f"finite: they say nothing; take a smaller step, or another point",
         )
 
-    def agree(errors: np.ndarray) -> bool:
-        return bool((errors <= suspect.tolerance[failing]).all())
+    def errors(steps: list[float]) -> np.ndarray:
+        return np.array([np.abs(suspect.slopes(failing, size) - wanted) for size in steps])
 
-    def errors(step: float) -> np.ndarray:
-        return np.asarray(np.abs(suspect.slopes(failing, step) - wanted))
+    def agreeing(found: np.ndarray) -> np.ndarray:
+        """Per step and element, whether the gradient agrees with the differences there and with the next step."""
+        return np.asarray((found[:-1] <= tolerance) & (found[1:] <= tolerance))
 
-    smaller = [errors(step / 4**k) for k in range(5)]
-    if agree(smaller[-1]) and agree(smaller[-2]):
-        decay = smaller[1] / np.maximum(smaller[0], np.finfo(float).tiny)
+    # Over a step of few roundings the function may look flat.
+    smaller = [step, *(step / 4**k for k in range(1, 9) if step / 4**k >= 16 * suspect.eps)]
+    found = errors(smaller)
+    near = agreeing(found)
+    if near.all(1).any():
+        size = smaller[1 + int(near.all(1).argmax())]
+        decay = found[1] / np.maximum(found[0], np.finfo(float).tiny)
         if ((decay > 1 / 64) & (decay < 1 / 8)).all():
             return Diagnosis(
                 "difference step too large",
-                f"the gradient is right: with step={step / 256:.1e} the differences agree with it",
+                f"the gradient is right: with step={size:.1e} the differences agree with it",
             )
         return Diagnosis(
             "non-differentiable",
-            f"a kink lies within {step:.1e} of this point; closer than it, at step={step / 256:.1e}, the "
+            f"a kink lies within {step:.1e} of this point; closer than it, at step={size:.1e}, the "
             f"differences agree with the gradient",
         )
-    if _kinked(suspect, failing):
+    if (near.any(0) | _kinked(suspect, failing)).all():
         return Diagnosis(
             "non-differentiable",
             "the slopes from the left and from the right differ, and the gradient is one of them or between: "
             "there is a kink at this point; check at another",
         )
     larger = [step * 10**k for k in range(1, 8) if step * 10**k <= 0.2]
-    agreeing = [agree(errors(size)) for size in larger]
-    for size, *pair in zip(larger[1:], agreeing, agreeing[1:], strict=False):
-        if all(pair):
-            return Diagnosis(
-                "dtype noise",
-                f"the gradient is right as far as rounding lets one see: step={step:.1e} drowns in the "
-                f"function's own rounding, at step={size:.1e} the differences agree; use step={size:.1e}, or "
-                f"float64 inputs",
-            )
+    if len(larger) > 1 and (whole := agreeing(errors(larger)).all(1)).any():
+        size = larger[1 + int(whole.argmax())]
+        return Diagnosis(
+            "dtype noise",
+            f"the gradient is right as far as rounding lets one see: step={step:.1e} drowns in the "
+            f"function's own rounding, at step={size:.1e} the differences agree; use step={size:.1e}, or "
+            f"float64 inputs",
+        )
     return None
 
 
-def _kinked(suspect: Suspect, failing: np.ndarray) -> bool:
+def _kinked(suspect: Suspect, failing: np.ndarray) -> np.ndarray:
+    """Return at which elements the slopes from both sides differ, however close, with the gradient between them."""
     left, right = (suspect.slopes(failing, suspect.step, side) for side in (-1, 1))
     close_left, close_right = (suspect.slopes(failing, suspect.step / 8, side) for side in (-1, 1))
     jump, close_jump = np.abs(right - left), np.abs(close_right - close_left)
     wanted, tolerance = suspect.here.analytic[failing], suspect.tolerance[failing]
     low, high = np.minimum(left, right), np.maximum(left, right)
     between = (wanted >= low - tolerance) & (wanted <= high + tolerance)
-    return bool(((close_jump > 0.5 * jump) & (jump > tolerance) & between).all())
+    return np.asarray((close_jump > 0.5 * jump) & (jump > tolerance) & between)
 
 
 def _zero(suspect: Suspect) -> Diagnosis | None:

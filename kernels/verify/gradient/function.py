@@ -104,6 +104,7 @@ class Function:
         self.parameters: list[str] = []
         self.values = [_own(value) for value in inputs]
         self.attached: list[bool] | None = None  # which outputs count; None for all
+        self.count = 1  # of those outputs
         self.names = list(names) if names is not None else _argument_names(fn, len(inputs))
         if len(self.names) != len(inputs):
             raise ValueError(f"names: expected {len(inputs)} names, one per input, got {len(self.names)}")
@@ -293,8 +294,23 @@ def slopes(
             ends.append((float(moved[index][where]), function.flat(moved)))
         (high, above), (low, below) = ends
         result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
-        bends[k] = abs(float(weight @ (above + below - 2 * centre_output))) / h / h
+        bends[k] = abs(float(weight @ ((above - centre_output) + (below - centre_output)))) / h / h
     return result, bends
+
+
+def moving(function: Function, values: Sequence[Any]) -> Tensor:
+    """Return which elements of the outputs depend on the checked inputs; all if it cannot be told.
+
+    What a mask has set stays as it is where they change, and its rounding tells nothing of theirs.
+    """
+    here = function.flat(values)
+    result = torch.zeros_like(here, dtype=torch.bool)
+    for factor in (-1, 0.5):
+        with contextlib.suppress(Exception):  # it may not run there
+            result |= here != function.flat(
+                [factor * v if i in function.checked else v for i, v in enumerate(values)]
+            )
+    return result if result.any() else ~result
 
 
 def is_rough(
@@ -314,9 +330,11 @@ def is_rough(
     places = torch.arange(8.0) + torch.rand(8, generator=generator)
     found = []
     for place in places.tolist():
-        moved = [v + place * step * units[i] if i in units else v for i, v in enumerate(values)]
-        found.append(weight @ function.flat(moved))
-    results = torch.stack(found)
+        close = [v + place * step * units[i] if i in units else v for i, v in enumerate(values)]
+        found.append(function.flat(close))
+    outputs = torch.stack(found)
+    moved = (outputs != outputs[0]).any(0)
+    results = outputs[:, moved] @ weight[moved]
     basis, _ = torch.linalg.qr(torch.vander(places.double(), N=4))
     rest = results - basis @ (basis.T @ results)
     size = results.abs().max() + (results.max() - results.min()) / step

@@ -46,6 +46,7 @@ class Suspect:
         values: the point as the differences saw it.
         here: the same point in the inputs' own dtypes, as the analytic gradient saw it, with both gradients.
         step: the difference step.
+        eps: that of the dtype which the function computes in.
         tolerance: that of the check, per element.
         slack: the relative error up to which two gradients count as equal.
         absent: whether the analytic gradient is None.
@@ -56,6 +57,7 @@ class Suspect:
     values: list[Any]
     here: Point
     step: float
+    eps: float
     tolerance: np.ndarray
     slack: float
     absent: bool

@@ -130,14 +130,13 @@ class Upstream:
             )
         if not np.isfinite(allowed):  # the differences failed, and say so
             return None
-        for k, found in enumerate(self.without):
-            without = array(found)
+        for k, alone in enumerate(self.without):
+            without = array(alone)
             base = gradient - without
-            for scale, scaled in self.scaled.items():
-                change = array(scaled[k]) - without
-                if np.abs(change - scale * base).max() <= 4 * allowed:
-                    break
-            else:
+            changes = {scale: array(found[k]) - without for scale, found in self.scaled.items()}
+            finite = (scale for scale in SCALES if np.isfinite(changes[scale]).all())
+            change = changes[scale := next(finite, SCALES[-1])]
+            if not np.abs(change - scale * base).max() <= 4 * allowed:  # NaN too
                 which = f" of output {k}" if len(self.without) > 1 else ""
                 return _nonlinear(base, change, scale, which, 4 * allowed)
         near = 4 * (allowed + relative * np.abs(gradient).max())
