@@ -138,7 +138,7 @@ def _explain_command(arguments: argparse.Namespace) -> int:
         print("explain: needs the triton package, which has no wheels for this machine or is not installed")
         return 2
     os.environ.pop("TRITON_INTERPRET", None)  # compiled, not interpreted
-    from .triton.explain import explain
+    from .explain import explain
 
     found = explain(arguments.op, arguments.shape, getattr(torch, arguments.dtype), arguments.target)
     print(to_json(asdict(found)) if arguments.json else "\n".join(found.lines()))

@@ -178,7 +178,7 @@ class Recorder:
         self, compiled: Any, constants: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...],
         device: torch.device,
     ) -> None:  # fmt: skip
-        from gradkernels.triton.explain import moved
+        from gradkernels.explain import moved
 
         self.launches.append((compiled, torch.Size(grid).numel(), moved(args)))
 

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from gradkernels.__main__ import main
+from gradkernels.explain import plan_of
 from gradkernels.triton import config, matmul
-from gradkernels.triton.explain import plan_of
 
 A100, H100, B200, RTX5090 = (config.Target("cuda", arch) for arch in (80, 90, 100, 120))
 MI300 = config.Target("hip", "gfx942")
@@ -161,7 +161,8 @@ def test_wrong_sizes_are_refused(capsys):
     done = run("linear", "64x64")  # a function of matmul
     assert done.returncode == 2
     assert done.stderr.startswith("usage: python -m gradkernels explain [-h]")
-    assert "explain: error: matmul takes [B x] M x K x N, none of them 0, got 64x64" in done.stderr
+    assert "explain: error: matmul takes sizes [B x] M x K x N, got 64x64" in done.stderr
+    assert "explain: error: mse: no size may be 0, got 64x0" in run("mse", "64x0").stderr
 
 
 def test_without_triton_it_says_so(monkeypatch, capsys):

@@ -21,7 +21,7 @@ LAYERS = (
     ("matmul.py", "mse.py", "linear_mse.py", "linear_mse_models.py", "sgd.py", "adam.py"),
     ("linear_mse_fit.py",),
     ("layers.py", "nn.py", "ops.py"),
-    ("warmup.py",),
+    ("explain.py", "warmup.py"),
     ("verify/",),
     ("__init__.py",),
     ("__main__.py",),

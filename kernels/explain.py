@@ -1,8 +1,8 @@
 """Why a shape gets its plan, and what that compiles to: ``python -m gradkernels explain``.
 
 The launchers themselves run, on contiguous tensors without memory, under a driver that compiles for the wanted chip
-and launches nothing (compile_only.py): so what is shown is what a call launches. The reasons are those that the
-functions of config.py return with a plan.
+and launches nothing (triton/compile_only.py): so what is shown is what a call launches. The reasons are those that the
+functions of triton/config.py return with a plan.
 """
 
 import math
@@ -15,21 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ..checks import acc_dtype
-from . import config, linear_mse, linear_mse_fit, linear_mse_models, matmul, mse
-from . import launch as launch_module
-from .compile_only import CHIPS, null_driver, update_of, usage
-from .dims import coalesce_dims
+from .checks import acc_dtype
+from .ops import OPS, OPTIMIZERS, Shaped
+from .triton import config, linear_mse, linear_mse_fit, linear_mse_models, matmul, mse
+from .triton import launch as launch_module
+from .triton.compile_only import CHIPS, null_driver, update_of, usage
+from .triton.dims import coalesce_dims
 
-AXES = {
-    "matmul": "[B x] M x K x N",
-    "mse": "any sizes",
-    "linear_mse_models": "B x N x D x K",
-    "linear_mse": "N x D x K",
-    "linear_mse_fit": "B x N x D x K",
-    "sgd": "sizes of one parameter",
-    "adam": "sizes of one parameter",
-}
 # Tensors of a parameter's size that a step reads, and writes: parameter, gradient and states.
 _STEP_TRAFFIC = {"sgd": (3, 2), "adam": (4, 3)}
 
@@ -104,47 +96,45 @@ class Explanation:
 
 def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.Target) -> Explanation:
     """The plan alone, without its launches."""
-    what = f"{op} {'x'.join(map(str, sizes))} ({AXES[op]}), {str(dtype).removeprefix('torch.')}"
+    record = OPS[op]
+    axes = (record.axes or "any sizes") if isinstance(record, Shaped) else "sizes of one parameter"
+    what = f"{op} {'x'.join(map(str, sizes))} ({axes}), {str(dtype).removeprefix('torch.')}"
     what += f", {target.backend} {target.arch}; contiguous, aligned"
+    x, y, *_ = _operands(op, sizes, dtype)
+    refused: dict[str, str] = {}
+    moved = 0
     if op == "matmul":
-        left, right = _operands(op, sizes, dtype)
-        plan = matmul.prepare(left, right, None, [], dtype).plan
-        assert plan is not None
-        return _explanation(what, plan.name, config.MATMUL_PLANS, plan.refused, plan.tile._asdict())
-    if op == "linear_mse":
-        x, w, _ = _operands(op, sizes, dtype)
-        chosen = linear_mse.plan(x, w, acc_dtype(x, w))
-        found = {} if chosen.config is None else chosen.config._asdict()
-        return _explanation(what, chosen.name, config.LINEAR_MSE_PLANS, chosen.refused, found)
-    if op == "linear_mse_models":
-        x, w, _ = _operands(op, sizes, dtype)
-        one = linear_mse_models.plan(x, w, None, acc_dtype(x, w))
-        refused, found = ({"chunks": one}, {}) if isinstance(one, str) else ({}, one._asdict())
-        name = "tiles" if refused else "chunks"
-        return _explanation(what, name, config.LINEAR_MSE_MODELS_PLANS, refused, found)
-    if op == "mse":
-        x, y = _operands(op, sizes, dtype)
-        tile = mse.plan(coalesce_dims((), x, y), config.MSE_BLOCK)
-        return _explanation(what, tile.plan, config.MSE_PLANS, {}, tile._asdict())
-    if op == "linear_mse_fit":
+        product = matmul.prepare(x, y, None, [], dtype).plan
+        assert product is not None
+        name, plans, refused = product.name, config.MATMUL_PLANS, product.refused
+        found = product.tile._asdict()
+    elif op == "linear_mse":
+        loss = linear_mse.plan(x, y, acc_dtype(x, y))
+        name, plans, refused = loss.name, config.LINEAR_MSE_PLANS, loss.refused
+        found = {} if loss.config is None else loss.config._asdict()
+    elif op == "linear_mse_models":
+        tile = linear_mse_models.plan(x, y, None, acc_dtype(x, y))
+        plans = config.LINEAR_MSE_MODELS_PLANS
+        if isinstance(tile, str):
+            name, refused, found = "tiles", {"chunks": tile}, {}
+        else:
+            name, found = "chunks", tile._asdict()
+    elif op == "mse":
+        square = mse.plan(coalesce_dims((), x, y), config.MSE_BLOCK)
+        name, plans, found = square.plan, config.MSE_PLANS, square._asdict()
+    elif op == "linear_mse_fit":
         _, N, D, K = sizes
         fit = config.linear_mse_fit(N, K, D, dtype, target)
-        return _explanation(what, fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {})
-    numel = math.prod(sizes)
-    span = config.step_span(numel)
-    found = {"CHUNK": span, "programs": max(1, triton.cdiv(numel, span))}
-    explanation = _explanation(
-        what, "chunks", config.STEP_PLANS, {}, found | config.optimizer(dtype.itemsize, target)
-    )
-    moved = sum(_STEP_TRAFFIC[op]) * numel * dtype.itemsize
-    return Explanation(**{**vars(explanation), "bytes": moved})
-
-
-def _explanation(
-    what: str, name: str, plans: dict[str, str], refused: dict[str, str], found: dict[str, Any]
-) -> Explanation:
+        name, plans, refused, found = fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {}
+    else:
+        numel = math.prod(sizes)
+        span = config.step_span(numel)
+        name, plans = "chunks", config.STEP_PLANS
+        found = {"CHUNK": span, "programs": max(1, triton.cdiv(numel, span))}
+        found |= config.optimizer(dtype.itemsize, target)
+        moved = sum(_STEP_TRAFFIC[op]) * numel * dtype.itemsize
     rest = tuple(other for other in plans if other != name and other not in refused)
-    return Explanation(what, name, plans[name], refused, rest, found)
+    return Explanation(what, name, plans[name], refused, rest, found, bytes=moved)
 
 
 def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) -> Explanation:
@@ -160,7 +150,8 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
     driver.launcher_cls = lambda source, metadata: lambda *args: calls.append((metadata.hash, args))
     triton.runtime.driver.set_active(driver)
     chip = CHIPS[target]
-    _check(op, sizes)
+    if 0 in sizes:
+        raise ValueError(f"{op}: no size may be 0, got {'x'.join(map(str, sizes))}")
     explanation = plan_of(op, sizes, dtype, config.Target(chip.backend, chip.arch))
     for title, call in _passes(op, sizes, dtype):
         calls.clear()
@@ -170,57 +161,43 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
     return explanation
 
 
-def _check(op: str, sizes: Sequence[int]) -> None:
-    counts = {"matmul": (3, 4), "linear_mse_models": (4,), "linear_mse": (3,), "linear_mse_fit": (4,)}.get(
-        op, (len(sizes),)
-    )
-    if len(sizes) not in counts or 0 in sizes:
-        raise ValueError(f"{op} takes {AXES[op]}, none of them 0, got {'x'.join(map(str, sizes))}")
-
-
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    if op == "matmul":
-        *batch, M, K, N = sizes
-        shapes = [(*batch, M, K), (*batch, K, N)]
-    elif op in ("linear_mse_models", "linear_mse", "linear_mse_fit"):
-        *batch, N, D, K = sizes
-        shapes = [(*batch, N, D), (*batch, K, D), (*batch, N, K)]
-    else:
-        shapes = [sizes, sizes]
-    return [_meta(*shape, dtype=dtype) for shape in shapes]
+def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
+    """The tensor arguments of a call, without memory."""
+    record = OPS[op]
+    shapes = record.problem(sizes) if isinstance(record, Shaped) else {"param": sizes, "grad": sizes}
+    return [_meta(*shape, dtype=dtype) for shape in shapes.values()]
 
 
 def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Callable[[], object]]]:
     """What is launched for an op, by the names of its passes."""
+    if op in OPTIMIZERS:
+        return []
+    x, *others = _operands(op, sizes, dtype)
     g = _meta(dtype=dtype)
     if op == "matmul":
-        left, right = _operands(op, sizes, dtype)
-        return [("forward", lambda: matmul.matmul_forward(left, right, None, [], dtype))]
+        return [("forward", lambda: matmul.matmul_forward(x, others[0], None, [], dtype))]
     if op == "mse":
-        x, y = _operands(op, sizes, dtype)
-        needs = [True, False, False]
+        (y,), needs = others, [True, False, False]
         return [
             ("forward", lambda: mse.mse_forward(x, y, None, "mean", 0, dtype)),
             ("loss and gradient", lambda: mse.mse_forward_backward(x, y, None, None, "mean", needs, dtype)),
             ("backward", lambda: mse.mse_backward(g, x, y, None, "mean", 0, needs)),
         ]
+    w, y, bias = others
+    needs = [False, True, True]
     if op == "linear_mse_models":
-        x, w, y = _operands(op, sizes, dtype)
-        bias, needs = _meta(*w.shape[:2], dtype=dtype), [False, True, True]
-        forward = linear_mse_models.linear_mse_models_forward
+        of_models = linear_mse_models.linear_mse_models_forward
         return [
             (
                 "losses, gradients of weights and biases",
-                lambda: forward(x, w, y, bias, None, None, "mean", needs, dtype),
+                lambda: of_models(x, w, y, bias, None, None, "mean", needs, dtype),
             )
         ]
     if op == "linear_mse":
-        x, w, y = _operands(op, sizes, dtype)
-        bias, needs = _meta(w.shape[0], dtype=dtype), [False, True, True]
         return [
             (
                 "loss, gradients of weight and bias",
@@ -228,14 +205,9 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
             ),
             ("gradient of input", lambda: linear_mse.linear_mse_backward(g, y, w, 2.0, [True, False])),
         ]
-    if op == "linear_mse_fit":
-        x, w, y = _operands(op, sizes, dtype)
-        bias, losses = _meta(*w.shape[:2], dtype=dtype), _meta(100, len(w), dtype=dtype)
-        rounds = partial(linear_mse_fit.linear_mse_fit_rounds, x, w, y, bias, None, None, sizes[1], losses)
-        return [
-            (f"all rounds, {rule}", partial(rounds, update_of(rule, [w, bias]))) for rule in _STEP_TRAFFIC
-        ]
-    return []
+    losses = _meta(100, len(w), dtype=dtype)
+    rounds = partial(linear_mse_fit.linear_mse_fit_rounds, x, w, y, bias, None, None, sizes[1], losses)
+    return [(f"all rounds, {rule}", partial(rounds, update_of(rule, [w, bias]))) for rule in _STEP_TRAFFIC]
 
 
 def _launch(compiled: Any, args: tuple[Any, ...]) -> Launch:
