@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradkernels.ops import OPS as RECORDS
-from gradkernels.verify.console import duration
+from gradkernels.verify.console import positive
 
 OPS = (*RECORDS, "training")  # the ops, and what is made of them
 EXAMPLES = """
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--device", help="cuda, cpu, mps, xpu (default: the accelerator that is there, else cpu)"
     )
     made.add_argument("--precision", choices=("ieee", "tf32"), help="of float32 products on CUDA")
-    made.add_argument("--seconds", type=duration, metavar="S", help="of timing per implementation and case")
+    made.add_argument("--seconds", type=positive, metavar="S", help="of timing per implementation and case")
     made.add_argument(
         "--busy",
         action="store_true",
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--scale", action="store_true", help="also how time grows with each size")
     made.add_argument(
         "--budget",
-        type=duration,
+        type=positive,
         metavar="S",
         help="start nothing after so many seconds, nor what could end a fifth later, and end what runs until then; "
         "the most telling cases come first, what was left out is said last",
@@ -156,7 +156,9 @@ def run(argv: Sequence[str]) -> int:
         device = pick_device("cpu" if arguments.busy else arguments.device)
         ops = declared(arguments.ops)
         cases = cases_of(ops, arguments, device.type)
-    except (ValueError, RuntimeError) as error:
+        described = machine.describe(device)
+        where = places(arguments, described)
+    except (OSError, ValueError, RuntimeError) as error:
         made.error(str(error))
     if arguments.precision:
         torch.backends.cuda.matmul.fp32_precision = arguments.precision
@@ -169,7 +171,7 @@ def run(argv: Sequence[str]) -> int:
     load = machine.load_average()
     document: dict[str, Any] = {
         "schema": results.SCHEMA,
-        "machine": machine.describe(device),
+        "machine": described,
         "limits": machine.measure_rates(device, timer, min(seconds, 0.5)),
         "settings": {"quick": arguments.quick, "seconds": seconds},
         "cases": [],
@@ -198,7 +200,7 @@ def run(argv: Sequence[str]) -> int:
     finally:  # what was measured is written whatever ended the run
         document["cases"] = [records[number] for number in sorted(records)]
         screen.document(document)
-        write(document, arguments, screen)
+        write(document, where, screen)
     if left := budget.left_out(planned):
         screen.line(
             f"not timed: {len(left)} of {len(planned)}, the budget of {arguments.budget:.0f} s was spent: "
@@ -207,14 +209,33 @@ def run(argv: Sequence[str]) -> int:
     return 0 if results.all_right(document) else 1
 
 
-def write(document: dict[str, Any], arguments: argparse.Namespace, screen: Any) -> None:
-    """Write the files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
-    from .throughput import machine, results
+Places = tuple[list[Path], list[Path], list[Path]]
+
+
+def places(arguments: argparse.Namespace, described: dict[str, Any]) -> Places:
+    """Return the JSON files, the CSV files and the folders of pictures that were asked for, and make their folders.
+
+    Raises:
+        OSError: a place that cannot be written to.
+    """
+    from .throughput import machine
 
     jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
     if arguments.out:
-        folder = Path(arguments.out.replace("{device}", machine.slug(document["machine"])))
+        folder = Path(arguments.out.replace("{device}", machine.slug(described)))
         jsons, csvs, plots = [*jsons, folder / "bench.json"], [*csvs, folder / "bench.csv"], [*plots, folder]
+    for folder in (*(path.parent for path in (*jsons, *csvs)), *plots):
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in (*jsons, *csvs):
+        path.open("a").close()  # raises where it is a folder, or may not be written
+    return jsons, csvs, plots
+
+
+def write(document: dict[str, Any], where: Places, screen: Any) -> None:
+    """Write the files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
+    from .throughput import results
+
+    jsons, csvs, plots = where
     for path in jsons:
         results.write_json(document, path)
     for path in csvs:
@@ -286,7 +307,7 @@ def compare_command(argv: Sequence[str]) -> int:
     made.add_argument("before", type=Path)
     made.add_argument("after", type=Path)
     made.add_argument(
-        "--threshold", type=float, default=compare.THRESHOLD, help="smallest change that counts (0.05)"
+        "--threshold", type=positive, default=compare.THRESHOLD, help="smallest change that counts (0.05)"
     )
     arguments = made.parse_args(argv)
     before, after = read(made, arguments.before, arguments.after)

@@ -16,7 +16,7 @@ import torch
 from . import __version__, backends, verify
 from .checks import DTYPES
 from .ops import OPS, Shaped, op_name
-from .verify.console import duration, print_table, to_json
+from .verify.console import positive, print_table, to_json
 from .verify.judge import command as judge
 from .verify.ops import HEADER
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--github", action="store_true", help="annotate the lines of a file in a GitHub workflow"
     )
     check.add_argument(
-        "--timeout", type=duration, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
+        "--timeout", type=positive, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
     )
     check.add_argument("--seed", type=int, default=0, help="of the values that a file is judged at")
     check.add_argument("--forward-only", action="store_true", help="leave the gradients of a file alone")

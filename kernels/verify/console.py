@@ -100,14 +100,14 @@ def count(text: str) -> int:
     return int(text)
 
 
-def duration(text: str) -> float:
-    """Parse a time above 0: a ``type`` for argparse."""
+def positive(text: str) -> float:
+    """Parse a finite number above 0: a ``type`` for argparse."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 

@@ -413,4 +413,19 @@ def test_what_compiles_for_each_set_of_inputs_runs_where_they_are_few(n: int, st
 def test_a_time_that_is_none_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main([f"{option}={value}", "mse"])
-    assert f"argument {option}: '{value}' is not a number of seconds above 0" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' is not a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--csv", "--plot", "--out"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Runner, "case", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["mse", "--shape=8", "--device=cpu", f"{option}={tmp_path / 'file' / 'there'}"])
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    if option in ("--json", "--csv"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["mse", "--shape=8", "--device=cpu", f"{option}={tmp_path}"])
+        assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err

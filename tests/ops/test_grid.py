@@ -1,8 +1,9 @@
-"""The house keeps its plan: the same launchers on every backend, __all__, and a wheel with every file."""
+"""The house keeps its plan: the same launchers on every backend, __all__, and a wheel and an sdist with every file."""
 
 import ast
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def test_all_names_what_is_there() -> None:
     assert exported <= set(gradkernels.__all__)
 
 
-def test_the_wheel_has_every_file(tmp_path: Path) -> None:
-    """And nothing else: each file of kernels/ and bench/ under gradkernels/, and the pytest plugin."""
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="asks git for the files: an unpacked sdist has none")
+def test_the_wheel_and_the_sdist_have_every_file(tmp_path: Path) -> None:
+    """And the wheel nothing else: each file of kernels/ and bench/ under gradkernels/, and the pytest plugin."""
     source = tmp_path / "source"
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -97,7 +99,8 @@ def test_the_wheel_has_every_file(tmp_path: Path) -> None:
         copy = source / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / name).read_bytes())
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"  # uv brings no pip
+    build = "from setuptools import build_meta as made; import sys; _, to = sys.argv; "  # uv brings no pip
+    build += "made.build_wheel(to); made.build_sdist(to)"
     subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
@@ -107,3 +110,8 @@ def test_the_wheel_has_every_file(tmp_path: Path) -> None:
         if name.startswith(("kernels/", "bench/")) and name.endswith((".py", "py.typed"))
     }
     assert packed == expected | {"pytest_gradkernels.py"}
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as file:
+        unpacked = {name.partition("/")[2] for name in file.getnames()}
+    of_git = {name for name in tracked if name.startswith((".git", ".pre-commit"))}
+    assert set(tracked) - of_git <= unpacked

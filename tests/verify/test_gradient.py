@@ -218,6 +218,15 @@ def test_one_path_overwritten_inside_a_function():
     assert "came through exp but not through mul" in str(report)
 
 
+def test_two_uses_of_one_kind_are_told_apart():
+    w, x = torch.randn(4, dtype=F64, requires_grad=True), torch.randn(4, dtype=F64)
+    report = gradcheck(
+        lambda w, x: (w * x).exp().sum() + (w * 2).sum(), (w, x), gradient=lambda w, x: 2 + 0 * w
+    )
+    assert report.names[0] == "path overwritten"
+    assert "came through mul (use 2) but not through mul (use 1)" in str(report)
+
+
 def test_stale_gradient_of_a_hand_written_loop():
     """Lesson A.8: backward twice without clearing."""
     left = torch.zeros(3, dtype=F64)

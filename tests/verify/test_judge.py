@@ -831,6 +831,13 @@ def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
     assert status == 0, said + errors
 
 
+def test_a_shape_that_the_inputs_cannot_have_is_said_in_one_line() -> None:
+    status, said, errors = command(SPECIMENS / "square.py", "--shape=3x3x3")
+    assert status == 2
+    assert "not judged: the inputs: --shape 3x3x3: the first input has shape" in said
+    assert "Traceback" not in errors
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what happens without a GPU")
 def test_beside_the_interpreter_kernels_are_compiled(tmp_path: Path) -> None:
     """Even those of a file that asks for the interpreter, as the documentation's example does."""

@@ -353,8 +353,13 @@ def _path(suspect: Suspect) -> Diagnosis | None:
         for kept in itertools.combinations(range(len(uses)), size):
             held = np.sum([uses[use][1][point.elements] for use in kept], axis=0)
             if suspect.equal(point.analytic, held):
-                names = ", ".join(uses[use][0] for use in kept)
-                lost = ", ".join(name for use, (name, _) in enumerate(uses) if use not in kept)
+                called = [name for name, _ in uses]
+                called = [
+                    name if called.count(name) == 1 else f"{name} (use {use})"
+                    for use, name in enumerate(called, 1)
+                ]
+                names = ", ".join(called[use] for use in kept)
+                lost = ", ".join(name for use, name in enumerate(called) if use not in kept)
                 return Diagnosis(
                     "path overwritten",
                     f"the input is used {len(uses)} times, and the gradient holds what came through {names} but "

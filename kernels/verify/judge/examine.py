@@ -138,7 +138,12 @@ class _Examination:
             assert isinstance(problem.reference, torch.nn.Module)
             parameters = dict(problem.reference.named_parameters())
             values += [parameters[name].detach() for name in shared]
-        return values if self.shape is None else reshaped(values, len(problem.inputs), self.shape)
+        if self.shape is None:
+            return values
+        try:
+            return reshaped(values, len(problem.inputs), self.shape)
+        except ValueError as error:  # the command line's mistake, not the file's
+            raise NotJudgedError(str(error)) from None
 
     def _drawn(self, draw: int) -> list[Any]:
         """Return other values in the given shapes."""
@@ -416,7 +421,7 @@ class _Examination:
     def _failed(self, doing: str, error: BaseException, point: Point | None = None) -> Case:
         message = str(error).strip() if isinstance(error, NotJudgedError) else _described(error)
         refusal = point is not None and point.kind != "given"
-        if not refusal:
+        if not (refusal or isinstance(error, NotJudgedError)):
             traceback.print_exception(error)
         where = _raised_at(error, self.file)
         return self._case(point, v.NOT_JUDGED, f"{doing}: {message}" if doing else message, where, refusal)

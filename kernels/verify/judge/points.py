@@ -142,7 +142,9 @@ def reshaped(values: Sequence[Any], arguments: int, shape: tuple[int, ...]) -> l
     first = next((v for v in values[:arguments] if isinstance(v, Tensor)), None)
     if first is None or first.ndim != len(shape):
         has = (
-            "no tensor is among the inputs" if first is None else f"the first input has {tuple(first.shape)}"
+            "no tensor is among the inputs"
+            if first is None
+            else f"the first input has shape {tuple(first.shape)}"
         )
         raise ValueError(f"--shape {'x'.join(map(str, shape))}: {has}")
     mapping = dict(zip(first.shape, shape, strict=True))
