@@ -107,7 +107,7 @@ def mse_loss(
     if weight is None or reduction != "mean":
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
-    if weight.shape != input.shape:
+    if weight.shape != input.shape and input.numel():
         mean = _mean_weight(weight, acc, kept)
         return mse(input, target, (weight / mean).to(acc), "mean", kept, dtype)
     return (mse(input, target, weight, "sum", kept, acc) / divisor(weight, target, acc, kept)).to(dtype)
@@ -192,7 +192,8 @@ def _weighted_mean_and_grad(
     loss, *gradients = in_places(outputs, output_mask)
     if gradients[2] is not None:
         slope = gradients[2].to(mean.dtype)
-        slope = (slope - (slope * scaled).sum() / weight.numel()) / mean
+        if input.numel():  # of nothing it is 0, whatever the mean is
+            slope = (slope - (slope * scaled).sum() / weight.numel()) / mean
         gradients[2] = slope.to(weight.dtype)
     return loss, gradients
 

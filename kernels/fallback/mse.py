@@ -1,5 +1,6 @@
 """Mean squared error in plain torch."""
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -153,6 +154,8 @@ def _sums_of_squares(
 ) -> Tensor:
     """The sums of ``w e^2`` over all but the first ``batch_dims`` dimensions."""
     kept = input.shape[:batch_dims]
+    if input.numel() == 0:  # 0 times a broadcast weight that is infinite would be nan
+        return input.new_zeros(kept, dtype=wide)
     shape = (*kept, *(1,) * (input.dim() - batch_dims))
     sums = _Sums(input, shape, wide)
     for scratch, x, y, w, part in _blocks(wide, input, target, weight, sums.parts):
@@ -292,31 +295,41 @@ def hessian_vector_product(
     """``mse_hvp`` in the dtype of accumulation, of input's shape but for the first; torch can differentiate it."""
     acc = acc_dtype(*primals, *tangents)
     input = primals[1]
-    zero = torch.zeros((), dtype=acc, device=input.device)
     g, dg = (
-        zero if tensor is None else _broadcast(tensor.to(acc), input, reduction, batch_dims)
+        None if tensor is None else _broadcast(tensor.to(acc), input, reduction, batch_dims)
         for tensor in (primals[0], tangents[0])
     )
-    x, y, w, dx, dy, dw = (
-        zero if tensor is None else tensor.to(acc) for tensor in (*primals[1:], *tangents[1:])
-    )
-    error, d_error = x - y, dx - dy
-    if primals[3] is None:
-        w = zero + 1
+    w, dx, dy, dw = (None if tensor is None else tensor.to(acc) for tensor in (primals[3], *tangents[1:]))
+    error = input.to(acc) - primals[2].to(acc)
+    d_error = dx if dy is None else -dy if dx is None else dx - dy
+    one = torch.ones((), dtype=acc, device=input.device)
+    w = one if w is None else w
     scale = _scale(input, reduction, batch_dims)
     d_loss = slope = d_weight = None
     if output_mask[0]:
-        d_loss = _reduce((dw * error + 2 * w * d_error) * error, reduction, batch_dims)
+        d_loss = _sum_of((dw, error, error), (2 * w, d_error, error), like=error)
+        d_loss = _reduce(d_loss, reduction, batch_dims)
     if output_mask[1] or output_mask[2]:
-        slope = ((dg * w + g * dw) * error + g * w * d_error) * (2 * scale)
+        slope = _sum_of((dg, w, error), (g, dw, error), (g, w, d_error), like=error) * (2 * scale)
     if output_mask[3]:
-        d_weight = (dg * error + 2 * g * d_error) * error * scale
+        d_weight = _sum_of((dg, error, error), (2 * one, g, d_error, error), like=error) * scale
     return [
         d_loss,
         slope if output_mask[1] else None,
         -slope if output_mask[2] and slope is not None else None,
         d_weight,
     ]
+
+
+def _sum_of(*products: tuple[Tensor | None, ...], like: Tensor) -> Tensor:
+    """The sum of products, without those that lack a factor: as 0, beside an infinite one, they would be nan."""
+    total = None
+    for factors in products:
+        given = [factor for factor in factors if factor is not None]
+        if len(given) == len(factors):
+            term = functools.reduce(torch.mul, given)
+            total = term if total is None else total + term
+    return torch.zeros_like(like) if total is None else total
 
 
 def mse_forward_backward(

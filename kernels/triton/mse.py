@@ -276,6 +276,8 @@ def _hvp_tile(
     OF_WEIGHT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """d(w e^2) = dw e^2 + 2 w e de of one tile, or c d(g e^2) if OF_WEIGHT; writes the elementwise results."""
+    # What is None is left out of each product: as 0, beside an infinite factor, it would be nan.
+    OF_ERROR: tl.constexpr = dx is not None or dt is not None
     zero = tl.zeros(at[2].shape, ACC)
     error = _load(x, at, sizes, ALIGN, ACC) - _load(t, at, sizes, ALIGN, ACC)
     d_error = zero
@@ -289,8 +291,9 @@ def _hvp_tile(
     if w is not None:
         weight = _load(w, at, sizes, ALIGN, ACC)
         weighted *= weight
-        d_weighted *= weight
-        d_wee_by_e *= weight
+        if OF_ERROR:
+            d_weighted *= weight
+            d_wee_by_e *= weight
     if dw is not None:
         dw_error = _load(dw, at, sizes, ALIGN, ACC) * error
         d_weighted += dw_error
@@ -299,8 +302,10 @@ def _hvp_tile(
     d_gee_by_e = zero  # d(g e^2) / e = dg e + 2 g de
     if g is not None:
         grad = _load(g, at, sizes, ALIGN, ACC)
-        d_gwe += grad * d_weighted
-        d_gee_by_e += 2 * grad * d_error
+        if OF_ERROR or dw is not None:
+            d_gwe += grad * d_weighted
+        if OF_ERROR:
+            d_gee_by_e += 2 * grad * d_error
     if dg is not None:
         d_grad = _load(dg, at, sizes, ALIGN, ACC)
         d_gwe += d_grad * weighted

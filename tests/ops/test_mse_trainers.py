@@ -275,20 +275,52 @@ def test_a_zero_sum_of_weights_gives_nan(backend: str, device: torch.device, wei
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)], ids=str)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_nothing_to_add(backend: str, device: torch.device, shape: tuple[int, int], weighted: bool) -> None:
+@pytest.mark.parametrize("value", [None, 1.0, math.nan, math.inf])
+@pytest.mark.parametrize("target", [torch.float32, torch.float64], ids=str)
+def test_nothing_to_add(
+    backend: str, device: torch.device, shape: tuple[int, int], value: float | None, target: torch.dtype
+) -> None:
+    """Whatever its weight is, and whether torch's ops serve it or the operators."""
     for dim, reduction in product((None, 0, 1), ("mean", "sum")):
-        given = operands((torch.float32,) * 3, (shape[0], 1) if weighted else None, device, shape)
+        dtypes = torch.float32, target, torch.float32
+        given = operands(dtypes, None if value is None else (shape[0], 1), device, shape)
+        if value is not None:
+            given["weight"].fill_(value)
         leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
         loss = mse_loss(**leaves, dim=dim, reduction=reduction)
         expected = torch_mse_loss(**leaves, dim=dim, reduction=reduction)
         assert loss.shape == expected.shape
         assert torch.equal(loss.isnan(), expected.isnan())
         assert (loss.nan_to_num() == 0).all()
-        for leaf, grad in zip(
-            leaves.values(), torch.autograd.grad(loss.sum(), list(leaves.values())), strict=True
-        ):
+        gradients = list(torch.autograd.grad(loss.sum(), list(leaves.values())))
+        if dim is None:
+            alone, found = mse_loss_and_grad(**leaves, reduction=reduction, wrt=tuple(leaves))
+            assert alone.isnan() == loss.isnan()
+            gradients += [grad for grad in found if grad is not None]
+        for leaf, grad in zip([*leaves.values()] * 2, gradients, strict=False):
             assert grad.shape == leaf.shape
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("backend", ["fallback", "triton"], indirect=True)  # the reference takes differences
+def test_an_infinite_weight_twice_differentiated(
+    backend: str, device: torch.device, dtype: torch.dtype, dim: int | None
+) -> None:
+    """What does not depend on it stays finite; ``dtype``: beside float64 the fallback's operators serve."""
+    given = operands((dtype, torch.float32, torch.float32), (2, 3), device, (2, 3))
+    given["weight"][0, 0] = math.inf
+    for reduction, of in product(("mean", "sum"), NAMES):
+        cotangent = torch.randn(2, 3, device=device).to(given[of])
+        found = []
+        for function in (mse_loss, torch_mse_loss):
+            leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+            loss = function(**leaves, dim=dim, reduction=reduction).sum()
+            (first,) = torch.autograd.grad(loss, leaves[of], create_graph=True)
+            inputs = list(leaves.values())
+            found.append(torch.autograd.grad(first, inputs, cotangent, materialize_grads=True))
+        torch.testing.assert_close(*found, equal_nan=True)
 
 
 def test_a_call_that_repeats_but_for_the_type_of_dim(monkeypatch: pytest.MonkeyPatch) -> None:
