@@ -117,7 +117,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear_in_torch(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
-    result = product(left, matrix.mT, None if bias is None else bias.reshape(-1))
+    result = product(left, matrix.mT, bias if bias is None or bias.dim() == 1 else bias.reshape(1))
     if weight.dim() == 1:
         result = result.squeeze(-1)
     return result.squeeze(0) if input.dim() == 1 else result

@@ -5,8 +5,9 @@ from itertools import product
 
 import pytest
 import torch
-from gradkernels import linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
+from gradkernels import linear, linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
 from torch import Tensor
+from torch.func import jacfwd
 
 from ..cases import REDUCTIONS, Case, value_and_gradients
 from ..conftest import DEVICES
@@ -100,3 +101,9 @@ def test_loss_and_grad(backend: str) -> None:
         expected = case.theirs(*leaves)
         theirs = torch.autograd.grad(expected, leaves)
         same([loss, *(g for g in grads if g is not None)], [expected.detach(), *theirs], str(case))
+
+
+def test_jacobians_of_no_outputs(backend: str, device: torch.device) -> None:
+    """By a vmap over nothing, where a size of -1 could be any."""
+    x, weight, bias = (torch.randn(shape, device=device) for shape in ((5, 1), (0, 1), (0,)))
+    assert jacfwd(linear, 2)(x, weight, bias).shape == (5, 0, 0)
