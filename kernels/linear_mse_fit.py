@@ -105,7 +105,7 @@ def linear_mse_fit(
         if steps:
             if fit.is_watched() or not fit.launch():
                 fit.loop()
-            ours._has_made_rounds = True
+            ours._rounds = ours._made()
     return losses
 
 

@@ -132,7 +132,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         self._plan: Plan | None = None
         self._norms: Tensor | None = None
         self._row: Tensor | None = None
-        self._has_made_rounds = False
+        self._rounds: Any = None
 
     # What each class adds.
 
@@ -643,8 +643,19 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
     def _refuse_capture_of_rounds(self) -> None:
         """Refuse what a CUDA graph of many steps in one launch would replay wrongly."""
         attempt = self._attempted_capture()
-        if not self._has_made_rounds:  # what the first ones make would be made anew at each replay
-            raise RuntimeError(attempt + "it has made no rounds yet: run some before the capture.")
+        if self._rounds != self._made():  # what the first ones make would be made anew at each replay
+            raise RuntimeError(
+                attempt + "it has made no rounds yet with these parameters, options and states: "
+                "run some before the capture."
+            )
+
+    def _made(self) -> list[Any]:
+        """Whether many steps in one launch make a state: those there are of each parameter, and its options."""
+        return [
+            (id(param), self._kind(group), *self.state.get(param, {}))
+            for group in self.param_groups
+            for param in group["params"]
+        ]
 
     def _attempted_capture(self) -> str:
         """How the refusals of a capture begin; here are those of options."""

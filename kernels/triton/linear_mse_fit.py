@@ -178,7 +178,9 @@ def _linear_mse_fit_kernel(
     b, b_m, b_v, b_u = _load(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, ACC)
     b_rule = w_rule
     if HAS_BIAS:
-        b_rule = _load_options(options_ptr + COLUMNS * option_stride, model, option_stride, ADAM)
+        b_rule = _load_options(
+            options_ptr + _option_at(COLUMNS, 0, option_stride), model, option_stride, ADAM
+        )
     b_t, b_first, b_second = _load_step(b_step_ptr, own, b_rule, ADAM)
     max_norm = _option(options_ptr, COLUMNS - 1, model, option_stride)
 
@@ -317,8 +319,14 @@ def _store(p_ptr, m_ptr, v_ptr, u_ptr, at, mask, p, m, v, u):
 
 
 @triton.jit
+def _option_at(column, model, stride):
+    """Where an option stands: columns times models may be more than 32 bits count."""
+    return column * tl.cast(stride, tl.int64) + tl.where(stride == 1, 0, model)
+
+
+@triton.jit
 def _option(options_ptr, column: tl.constexpr, model, stride):
-    return tl.load(options_ptr + column * stride + tl.where(stride == 1, 0, model))
+    return tl.load(options_ptr + _option_at(column, model, stride))
 
 
 @triton.jit

@@ -18,6 +18,12 @@ from torch import Tensor
 from ..conftest import DEVICES, GPU
 from ..helpers import DTYPES, assert_matches, exactly
 
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+from gradkernels.triton.linear_mse_fit import S_COLUMNS, _option_at
+
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])
 LAYOUTS = ("contiguous", "transposed", "holes", "wide rows", "repeated column")
@@ -385,3 +391,16 @@ for K, D, strides in ((1, 8, (2**30, 1)), (12, 8, (2**30, 1)), (12, 33, (1, 2**2
         assert all(torch.equal(a, b) for a, b in zip(mine, other))
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@triton.jit
+def _option_at_kernel(out_ptr, model, stride, COLUMN: tl.constexpr):
+    """out_ptr: (1,), where an option of ``linear_mse_fit`` stands."""
+    tl.store(out_ptr, _option_at(COLUMN, model, stride))
+
+
+def test_options_are_counted_in_64_bits():
+    """The last of SGD's options of 2**30 models: no test can afford the table."""
+    out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    _option_at_kernel[(1,)](out, 7, 2**30, S_COLUMNS.value - 1)
+    assert out.item() == (S_COLUMNS.value - 1) * 2**30 + 7

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -100,6 +101,30 @@ def test_rounds_are_captured_after_some_that_made_the_state(monkeypatch: pytest.
         fit(optimizer, captured)
         places.append(optimizer._norms.data_ptr())
     assert len(set(places[1:])) == 1
+    optimizer.param_groups[0]["dampening"] = 0.5  # which counts steps
+    with pytest.raises(RuntimeError, match="with these parameters, options and states"):
+        fit(optimizer, captured=True)
+    fit(optimizer, captured=False)
+    fit(optimizer, captured=True)
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="with these parameters, options and states"):
+        fit(optimizer, captured=True)
+
+
+def test_rounds_with_another_parameter_are_not_captured_before_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y, weight, bias = torch.randn(9, 3), torch.randn(9, 1), torch.zeros(1, 3), torch.zeros(1)
+    optimizer = FusedAdam([weight.requires_grad_()], capturable=True, fused=True)
+    linear_mse_fit(x, weight, y, optimizer=optimizer, steps=2)
+    optimizer.add_param_group({"params": [bias.requires_grad_()]})
+    for captured in (True, False, True):
+        for module in ("linear_mse_fit", "optim.step"):
+            monkeypatch.setattr(
+                import_module(f"gradkernels.{module}"), "capturing", lambda captured=captured: captured
+            )
+        refused = captured and bias not in optimizer.state
+        with pytest.raises(RuntimeError, match="it has made no rounds yet") if refused else nullcontext():
+            linear_mse_fit(x, weight, y, bias, optimizer=optimizer, steps=2)
+        assert (bias in optimizer.state) != refused
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)], ids=["part", "parts"])
