@@ -92,19 +92,21 @@ def _are_plain(*tensors: Tensor) -> bool:
     )
 
 
-def _sum_of_squares(input: Tensor, target: Tensor) -> Tensor:
-    """The sum of squared errors of contiguous tensors, as squared distances between rows.
+def _sum_of_squares(input: Tensor, target: Tensor, kept: Sequence[int] = ()) -> Tensor:
+    """The sums of squared errors of contiguous tensors over all but the leading dimensions ``kept``.
 
-    These take one pass and one parallel region, where torch's own loss writes all squares and then reads them.
+    They are squared distances between rows, which take one pass and one parallel region, where torch's own loss writes
+    all squares and then reads them. Beside ``kept`` the number of elements of a sum is a multiple of ``_ROW``.
     """
     rows = input.numel() // _ROW
     x, y = input.view(-1), target.view(-1)
     split = rows * _ROW
     pairs = (x[:split].view(rows, 1, _ROW), y[:split].view(rows, 1, _ROW))
-    distances = torch.ops.aten._cdist_forward(*pairs, 2.0, 2)  # the last 2: not by way of products
-    total = distances.square_().sum()
+    squares = torch.ops.aten._cdist_forward(*pairs, 2.0, 2).square_()  # the last 2: not by way of products
+    if kept:
+        return squares.view(*kept, -1).sum(-1)
     rest = torch.nn.functional.mse_loss(x[split:], y[split:], reduction="sum")
-    return total.add_(rest)
+    return squares.sum().add_(rest)
 
 
 def _mean(total: Tensor, input: Tensor, reduction: str, batch_dims: int = 0) -> Tensor:
@@ -168,12 +170,13 @@ def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
     """``c * sum(w e^2)``; see kernels/triton/mse.py."""
-    numel = input.numel()
-    if weight is None and input.dtype == target.dtype == dtype and (reduction == "none" or batch_dims == 0):
-        if reduction != "none" and numel >= _MANY and _are_plain(input, target):
-            return _mean(_sum_of_squares(input, target), input, reduction)
+    numel, kept = input.numel(), input.shape[:batch_dims]
+    if weight is None and input.dtype == target.dtype == dtype:
+        whole_rows = not kept or math.prod(input.shape[batch_dims:]) % _ROW == 0
+        if reduction != "none" and numel >= _MANY and whole_rows and _are_plain(input, target):
+            return _mean(_sum_of_squares(input, target, kept), input, reduction, batch_dims)
         # A sum of float16 is not torch's, which squares in float16: 300 is too much.
-        if reduction == "none" or (numel <= _FEW * _BLOCK and dtype != torch.float16):
+        if reduction == "none" or (not kept and numel <= _FEW * _BLOCK and dtype != torch.float16):
             loss = torch.nn.functional.mse_loss(input, target, reduction=reduction)
             return _like(loss, input) if reduction == "none" else loss
     wide = acc_dtype(input, target, weight)
@@ -229,6 +232,18 @@ def _gradients(
     return [result for result in results if result is not None]
 
 
+def _slopes(
+    grad: Tensor, input: Tensor, target: Tensor, output_mask: Sequence[bool], reduction: str
+) -> list[Tensor]:
+    """The needed ones of ``2c g e`` and its negative, by torch's own op: one pass and one parallel region."""
+    first, second = (input, target) if output_mask[0] else (target, input)
+    slope = torch.empty_like(first)  # torch would fill it with zeros first
+    torch.ops.aten.mse_loss_backward.grad_input(
+        grad, first, second, REDUCTIONS.index(reduction), grad_input=slope
+    )
+    return [slope, *([torch.neg(slope, out=torch.empty_like(target))] if all(output_mask[:2]) else [])]
+
+
 def mse_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -246,13 +261,15 @@ def mse_backward(
         and input.dtype != torch.float16  # torch rounds 2 / n to float16
         and any(output_mask)
     ):
-        first, second = (input, target) if output_mask[0] else (target, input)
-        grad = torch.ops.aten.mse_loss_backward(grad_output, first, second, REDUCTIONS.index(reduction))
-        return [_like(grad, first), *([_like(-grad, target)] if all(output_mask[:2]) else [])]
+        return _slopes(grad_output, input, target, output_mask, reduction)
     wide = acc_dtype(grad_output, input, target, weight)
     grad = grad_output.to(wide) * _scale(input, reduction, batch_dims)
     if reduction != "none":
         grad = grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
+    few_weights = weight is None or (weight.shape != input.shape and not output_mask[2])
+    if few_weights and any(output_mask) and input.is_cpu and input.dtype == target.dtype == wide:
+        grad = grad if weight is None else grad * weight
+        return _slopes(grad.expand(input.shape), input, target, output_mask, "none")
     return _gradients(grad, (input, target, weight), output_mask, wide, None)
 
 

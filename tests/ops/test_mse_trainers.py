@@ -2,7 +2,9 @@
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -113,16 +115,20 @@ def test_dims_and_weights(backend: str, device: torch.device, weight: Any, dim: 
     check((torch.float32,) * 3, weight, device, reduction=reduction, dim=dim)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=label)
 @pytest.mark.parametrize("block", [1, 7, 30])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_the_fallback_in_blocks(monkeypatch: pytest.MonkeyPatch, reduction: str, block: int) -> None:
+def test_the_fallback_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, block: int, dtype: torch.dtype
+) -> None:
     """As large tensors: blocks that cut each of the dimensions, of memory in any order."""
+    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)
     monkeypatch.setattr(launchers, "_BLOCK", block)
     monkeypatch.setattr(launchers, "_FEW", 0)
     for weight, dim, order in product(
         (None, (4,), (3, 1, 1), (3, 1, 4), SHAPE), (None, (1, 2), 0), ((0, 1, 2), (2, 0, 1))
     ):
-        given = operands((torch.bfloat16, torch.float32, torch.float32), weight, torch.device("cpu"))
+        given = operands((dtype, torch.float32, torch.float32), weight, torch.device("cpu"))
         inverse = [order.index(d) for d in range(3)]
         given["input"] = given["input"].permute(order).contiguous().permute(inverse)
         pair = given["input"], given["target"]
@@ -131,8 +137,13 @@ def test_the_fallback_in_blocks(monkeypatch: pytest.MonkeyPatch, reduction: str,
         with use_backend("fallback"):
             ours = with_gradients(mse_loss, given, upstream, reduction=reduction, dim=dim)
             alone = mse_loss_and_grad(**given, reduction=reduction, wrt=NAMES) if dim is None else None
+            constant = {name: given[name] for name in given if name == "weight"}
+            pair = {name: given[name] for name in NAMES[:2]}
+            beside = with_gradients(
+                partial(mse_loss, **constant), pair, upstream, reduction=reduction, dim=dim
+            )
         exact = in_float64(given, upstream, reduction=reduction, dim=dim)
-        for name, result in ours.items():
+        for name, result in (*ours.items(), *beside.items()):
             expected = torch.from_numpy(exact[name])
             rtol = 2**-7 if result.dtype == torch.bfloat16 else 2e-5
             torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=2e-5)

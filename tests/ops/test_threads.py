@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from gradkernels.fallback.linear_mse import linear_mse_forward
-from gradkernels.fallback.mse import mse_forward, mse_forward_backward
+from gradkernels.fallback.mse import mse_backward, mse_forward, mse_forward_backward
 from gradkernels.fallback.threads import one_thread
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TASKS = Path("/proc/self/task")  # one entry per thread of the process
@@ -115,8 +116,21 @@ def test_a_loss_takes_no_more_operators_over_more_rows() -> None:
         tensors = torch.randn(numel), torch.randn(numel)
         return lambda: mse_forward_backward(*tensors, None, None, "mean", [True, False, False], torch.float32)
 
+    def per_sample(numel: int, weight: Tensor | None, *output_mask: bool) -> Callable[[], object]:
+        input, target, grad = torch.randn(64, numel // 64), torch.randn(64, numel // 64), torch.randn(64)
+        if not any(output_mask):
+            return lambda: mse_forward(input, target, weight, "mean", 1, torch.float32)
+        return lambda: mse_backward(grad, input, target, weight, "mean", 1, [*output_mask, False])
+
     assert operators(linear_mse(300_000)) == operators(linear_mse(1000))
     assert operators(squares(1 << 23)) == operators(squares(1 << 20))
+    for options in (
+        (None, False, False),
+        (None, True, False),
+        (None, False, True),
+        (torch.rand(64, 1), True, True),
+    ):
+        assert operators(per_sample(1 << 23, *options)) == operators(per_sample(1 << 20, *options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -128,6 +142,12 @@ def test_many_squares_are_exact_and_finite_only_where_all_are(numel: int, dtype:
         loss = mse_forward(input, target, None, reduction, 0, dtype)
         assert abs(loss.double() - expected) <= 4 * torch.finfo(dtype).eps * expected
         assert torch.equal(loss, mse_forward(input, target, None, reduction, 0, dtype))
+    for samples in (4, 3):  # of whole rows or not
+        shape = (samples, numel // samples)
+        x, y, squares = (tensor[: shape[0] * shape[1]].view(shape) for tensor in (input, target, exact))
+        for reduction, expected in (("mean", squares.mean(1)), ("sum", squares.sum(1))):
+            losses = mse_forward(x, y, None, reduction, 1, dtype)
+            assert ((losses.double() - expected).abs() <= 4 * torch.finfo(dtype).eps * expected).all()
     for place in (0, numel // 2, -1):
         bad = input.clone()
         bad[place] = float("nan")
