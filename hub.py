@@ -5,6 +5,7 @@ it makes of them: the package again, beside a ``metadata.json``. The hub's clien
 in there, under which the package registers its operators too, so that any number of copies fit into one process.
 """
 
+import argparse
 import base64
 import hashlib
 import json
@@ -78,7 +79,11 @@ def _write(folder: Path, contents: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "hub"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "hub", metavar="FOLDER")
+    target = parser.parse_args().folder
     try:
         write(target)
     except OSError as error:

@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about.set_defaults(run=_info_command, parser=about)
     check = commands.add_parser(
         "verify",
-        help="a file of kernels put before the judge; without one every op against its NumPy reference",
+        help="judge a file of kernels; without one, check every op against its NumPy reference",
     )
     check.add_argument(
         "file", nargs="?", metavar="FILE.py[::NAME]", help="the file to judge, or one name in it"
@@ -180,13 +180,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--json", action="store_true")
     check.add_argument("--sarif", metavar="REPORT", help="write the faults of a file as SARIF")
     check.add_argument(
-        "--github", action="store_true", help="annotate the lines of a file in a GitHub workflow"
+        "--github", action="store_true", help="print annotations of the lines, for a GitHub workflow"
     )
     check.add_argument(
         "--timeout", type=positive, default=120.0, metavar="SECONDS", help="for the whole file (default: 120)"
     )
-    check.add_argument("--seed", type=int, default=0, help="of the values that a file is judged at")
-    check.add_argument("--forward-only", action="store_true", help="leave the gradients of a file alone")
+    check.add_argument("--seed", type=int, default=0, help="of the random values that a file is judged at")
+    check.add_argument("--forward-only", action="store_true", help="do not judge the gradients of a file")
     check.set_defaults(run=_verify_command, parser=check)
     why = commands.add_parser(
         "explain", help="which plan and tiles a shape gets, why, and what they compile to"

@@ -184,6 +184,16 @@ def test_another_folder_is_left_alone(tmp_path: Path, kept: str) -> None:
     assert (tmp_path / kept).read_text() == "mine"
 
 
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--folder", 2)])
+def test_an_option_is_no_folder(argument: str, status: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, hub.ROOT / "hub.py", argument], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert "usage: hub.py [-h] [FOLDER]" in done.stdout + done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.unwatched
 @pytest.mark.parametrize("beside", ["alone", "beside"])
 def test_a_variant_loads(repository: Path, beside: str) -> None:
