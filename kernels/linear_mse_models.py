@@ -54,8 +54,11 @@ def models_loss(
         and weight.numel() * input.shape[-2] <= SMALL
         and suits_torch(target)
     ):
-        predictions = torch.matmul(input, weight.mT)
-        predictions = predictions if bias is None else predictions + bias.unsqueeze(1)
+        if bias is None or input.dim() == 2:
+            predictions = torch.matmul(input, weight.mT)
+            predictions = predictions if bias is None else predictions + bias.unsqueeze(1)
+        else:
+            predictions = torch.baddbmm(bias.unsqueeze(1), input, weight.mT)
         if samples is not None and samples.dim() == 2:
             samples = samples.unsqueeze(0)
         return mse_in_torch(predictions, target.expand_as(predictions), samples, reduction, 1)

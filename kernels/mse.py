@@ -28,12 +28,14 @@ from .torch_private import torch_mse_loss
 SMALL = 1 << 23
 
 
-def suits_torch(target: Tensor) -> bool:
-    """Whether ``mse_in_torch`` suits predictions and a target like this: small, and wider than 16 bits.
+def suits_torch(target: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether ``mse_in_torch`` suits predictions and a target like this, in ``dtype`` or their own.
 
-    Of 16 bits torch would round each square, and overflow float16 with that of 300; the operators add up in float32.
+    That is: small ones, not of 16 bits. Of these torch would round each square, and overflow float16 with that of 300;
+    the operators add up in float32.
     """
-    return 2 * target.nbytes <= SMALL and target.dtype.itemsize > 2
+    size = (target.dtype if dtype is None else dtype).itemsize
+    return size > 2 and 2 * size * target.numel() <= SMALL
 
 
 @repeatable
@@ -99,15 +101,18 @@ def mse_loss(
     dtype = checks.loss_dtype(input, target, weight)
     weight = _of_rank(weight, input)
     kept, order = (0, None) if dim is None else _dims_kept(dim, input.dim())
-    if use_torch_fast_path(input, target, optional=weight) and suits_torch(target):
-        return mse_in_torch(input, target, weight, reduction, kept, order)
+    if suits_torch(target, dtype) and use_torch_fast_path(input, target, optional=weight, one_dtype=False):
+        wide = None if weight is None else weight.to(dtype)
+        return mse_in_torch(input.to(dtype), target.to(dtype), wide, reduction, kept, order)
     if order is not None:
         input, target = input.permute(order), target.permute(order)
         weight = None if weight is None else weight.permute(order)
-    if weight is None or reduction != "mean":
+    if (
+        weight is None or reduction != "mean" or not input.numel()
+    ):  # the mean of nothing is nan however weighted
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
-    if weight.shape != input.shape and input.numel():
+    if weight.shape != input.shape:
         mean = _mean_weight(weight, acc, kept)
         return mse(input, target, (weight / mean).to(acc), "mean", kept, dtype)
     return (mse(input, target, weight, "sum", kept, acc) / divisor(weight, target, acc, kept)).to(dtype)
@@ -161,7 +166,7 @@ def mse_loss_and_grad(
     output_mask = checks.output_mask(op, wrt, {"input": input, "target": target, "weight": weight})
     dtype = checks.loss_dtype(input, target, weight)
     ranked = _of_rank(weight, input)
-    if ranked is not None and reduction == "mean":
+    if ranked is not None and reduction == "mean" and input.numel():
         with torch.no_grad():
             loss, gradients = _weighted_mean_and_grad(input, target, ranked, output_mask, dtype)
     else:
@@ -192,8 +197,7 @@ def _weighted_mean_and_grad(
     loss, *gradients = in_places(outputs, output_mask)
     if gradients[2] is not None:
         slope = gradients[2].to(mean.dtype)
-        if input.numel():  # of nothing it is 0, whatever the mean is
-            slope = (slope - (slope * scaled).sum() / weight.numel()) / mean
+        slope = (slope - (slope * scaled).sum() / weight.numel()) / mean
         gradients[2] = slope.to(weight.dtype)
     return loss, gradients
 
@@ -221,6 +225,8 @@ def mse_in_torch(
     weight has as many dimensions as input, and broadcasts to it; the first ``batch_dims`` survive a reduction, of
     ``order`` if that is given: input itself is not permuted, lest its gradient lie as the permuted one.
     """
+    if weight is None and not batch_dims:
+        return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
     losses = torch_mse_loss(input, target, checks.REDUCTIONS.index("none"))
     if weight is not None:
         losses = losses * weight

@@ -355,12 +355,14 @@ def has_values(args: Sequence[Any]) -> bool:
     return tensor is not None and (tensor.is_cpu or tensor.device.type in DEVICE_TYPES)
 
 
-def use_torch_fast_path(first: Tensor, *others: Tensor, optional: Tensor | None = None) -> bool:
+def use_torch_fast_path(
+    first: Tensor, *others: Tensor, optional: Tensor | None = None, one_dtype: bool = True
+) -> bool:
     """True if torch's own ops, under torch's own autograd, serve a call with these arguments.
 
-    So it is on the fallback for torch's own tensors of one dtype and device (``checks.tensors`` has nothing to
-    object then), unless something is active that torch's ops do not serve: the mse_loss of torch has no forward
-    derivative of its backward, for one. There the registered operators take over.
+    So it is on the fallback for torch's own tensors of one device and, unless the caller converts them, ``one_dtype``
+    (``checks.tensors`` has nothing to object then), unless something is active that torch's ops do not serve: the
+    mse_loss of torch has no forward derivative of its backward, for one. There the registered operators take over.
     """
     if needs_dispatcher() or type(first) not in TENSORS:
         return False
@@ -368,7 +370,7 @@ def use_torch_fast_path(first: Tensor, *others: Tensor, optional: Tensor | None 
     for tensor in others if optional is None else (*others, optional):
         if (
             type(tensor) not in TENSORS
-            or tensor.dtype is not dtype
+            or (tensor.dtype is not dtype and (one_dtype or tensor.dtype not in DTYPES))
             or not (tensor.is_cpu if on_cpu else tensor.device == first.device)
             or tensor.layout is not _STRIDED
         ):

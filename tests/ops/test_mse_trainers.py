@@ -35,6 +35,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the fallback small problems are torch's own; here they too go by the operators."""
+    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)
+
+
 def operands(
     dtypes: tuple[torch.dtype, ...], weight: tuple[int, ...] | None, device: torch.device, shape: Any = SHAPE
 ) -> dict[str, Tensor]:
@@ -287,14 +293,12 @@ def test_a_zero_sum_of_weights_gives_nan(backend: str, device: torch.device, wei
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("value", [None, 1.0, math.nan, math.inf])
-@pytest.mark.parametrize("target", [torch.float32, torch.float64], ids=str)
 def test_nothing_to_add(
-    backend: str, device: torch.device, shape: tuple[int, int], value: float | None, target: torch.dtype
+    backend: str, device: torch.device, shape: tuple[int, int], value: float | None
 ) -> None:
-    """Whatever its weight is, and whether torch's ops serve it or the operators."""
+    """Whatever its weight is."""
     for dim, reduction in product((None, 0, 1), ("mean", "sum")):
-        dtypes = torch.float32, target, torch.float32
-        given = operands(dtypes, None if value is None else (shape[0], 1), device, shape)
+        given = operands((torch.float32,) * 3, None if value is None else (shape[0], 1), device, shape)
         if value is not None:
             given["weight"].fill_(value)
         leaves = {name: tensor.requires_grad_() for name, tensor in given.items()}
@@ -313,14 +317,11 @@ def test_nothing_to_add(
             assert not grad.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("backend", ["fallback", "triton"], indirect=True)  # the reference takes differences
-def test_an_infinite_weight_twice_differentiated(
-    backend: str, device: torch.device, dtype: torch.dtype, dim: int | None
-) -> None:
-    """What does not depend on it stays finite; ``dtype``: beside float64 the fallback's operators serve."""
-    given = operands((dtype, torch.float32, torch.float32), (2, 3), device, (2, 3))
+def test_an_infinite_weight_twice_differentiated(backend: str, device: torch.device, dim: int | None) -> None:
+    """What does not depend on it stays finite."""
+    given = operands((torch.float32,) * 3, (2, 3), device, (2, 3))
     given["weight"][0, 0] = math.inf
     for reduction, of in product(("mean", "sum"), NAMES):
         cotangent = torch.randn(2, 3, device=device).to(given[of])
@@ -487,3 +488,20 @@ def test_the_weights_gradient_of_a_loss_that_float16_does_not_hold(
     expected = (squares - (squares * weight.double()).sum() / total) / total
     assert loss.item() == math.inf
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float64,) * 3, *MIXED[::7]], ids=str)
+@pytest.mark.parametrize("weight", [None, (4,), (3, 1, 1), SHAPE], ids=str)
+def test_small_losses_by_torchs_own_ops(
+    monkeypatch: pytest.MonkeyPatch, weight: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """As the fallback has them; by the operators in all other tests here."""
+    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", 1 << 23)
+    if (
+        weight is not None or len(set(dtypes[:2])) > 1 or dtypes[0].itemsize > 2
+    ):  # else operands of 16 bits alone
+        for name in ("mse_forward", "mse_backward"):
+            monkeypatch.delattr(launchers, name)
+    for dim, reduction in product((None, 0, (0, 2)), ("mean", "sum")):
+        with use_backend("fallback"):
+            check(dtypes, weight, torch.device("cpu"), dim=dim, reduction=reduction)
