@@ -2,6 +2,7 @@
 
     python examples/sweep.py                                1,000 models at a time; ten seconds on two cores
     python examples/sweep.py --models 200 --output runs/small
+    python examples/sweep.py --device cpu                   although there is a GPU
     torchrun --nproc-per-node 4 examples/sweep.py           the models shared among four processes
 
 1. Learning rates: for each optimizer 1,000 rates, all on the same rows. Gradient descent on a quadratic diverges
@@ -60,22 +61,33 @@ class Data:
     sexes: np.ndarray
 
     @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.x.double().numpy(force=True), self.y[:, 0].double().numpy(force=True)
+
+    @property
     def smallest_loss(self) -> float:
         """The mean squared error of the closed form."""
-        x, y = self.x.double().numpy(), self.y[:, 0].double().numpy()
+        x, y = self.arrays
         return float(np.mean((x @ least_squares(x, y) - y) ** 2))
 
     @property
     def largest_curvature(self) -> float:
         """The largest eigenvalue of the Hessian of the mean squared error, in weights and bias."""
-        rows = torch.cat([self.x, torch.ones(len(self.x), 1)], 1).double()
-        return torch.linalg.eigvalsh(2 / len(rows) * rows.T @ rows)[-1].item()
+        rows = with_ones(self.arrays[0])
+        return float(np.linalg.eigvalsh(2 / len(rows) * rows.T @ rows)[-1])
+
+
+def with_ones(x: np.ndarray) -> np.ndarray:
+    """The rows with a column of ones, for the intercept."""
+    return np.column_stack([x, np.ones(len(x))])
 
 
 def load() -> Data:
     table = load_diabetes(scaled=False)
     x, y = table.data.astype(np.float64), table.target.astype(np.float64)
-    standard = [torch.from_numpy((v - v.mean(0)) / v.std(0)).float() for v in (x, y.reshape(-1, 1))]
+    standard = [
+        torch.as_tensor((v - v.mean(0)) / v.std(0), dtype=torch.float32) for v in (x, y.reshape(-1, 1))
+    ]
     return Data(list(table.feature_names), *standard, x[:, 0], x[:, 1])
 
 
@@ -105,7 +117,8 @@ def own_share(models: int) -> slice:
 
 
 def gathered(values: Tensor, dim: int) -> Tensor:
-    """The values of all models along ``dim``, from those of each process's share."""
+    """The values of all models along ``dim``, from those of each process's share, on the CPU."""
+    values = values.cpu()
     if not dist.is_initialized():
         return values
     parts: list[Any] = [None] * dist.get_world_size()
@@ -142,11 +155,11 @@ class Trainer:
             sample_weight = sample_weight[own]
         if offsets is not None:
             offsets = offsets[own.start : own.stop + 1]
-            rows = slice(offsets[0], offsets[-1])
+            rows = slice(int(offsets[0]), int(offsets[-1]))
             x, y, offsets = x[rows], y[rows], offsets - offsets[0]
         task = self.progress.add_task(f"{models} {what}", total=steps)
         losses = []
-        for part in torch.arange(steps).tensor_split(CALLS):
+        for part in np.array_split(range(steps), CALLS):
             losses.append(
                 linear_mse_fit(
                     x,
@@ -197,7 +210,7 @@ def sweep_rates(data: Data, trainer: Trainer, models: int, steps: int) -> list[S
     found = []
     for name, make, theory in ways:
         losses, _ = trainer.fit(f"rates, {name}", models, make, data.x, data.y, steps)
-        found.append(Sweep(name, rates, losses[0, 0].item(), losses[-1], theory))
+        found.append(Sweep(name, rates.cpu(), losses[0, 0].item(), losses[-1], theory))
     return found
 
 
@@ -222,21 +235,20 @@ class Bootstrap:
 
 def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Coefficients without the intercept."""
-    rows = np.column_stack([x, np.ones(len(x))])
     root = np.ones(len(x)) if weights is None else np.sqrt(weights)
-    return np.linalg.lstsq(rows * root[:, None], y * root, rcond=None)[0][:-1]
+    return np.linalg.lstsq(with_ones(x) * root[:, None], y * root, rcond=None)[0][:-1]
 
 
 def bootstrap(data: Data, trainer: Trainer, models: int, steps: int) -> Bootstrap:
     N = len(data.x)
     draws = np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=models)
-    weights = torch.from_numpy(draws).to(data.x.dtype)
+    weights = torch.as_tensor(draws, dtype=data.x.dtype)
 
     def make(params: list[Tensor], own: slice) -> FusedSGD:
         return FusedSGD(params, lr=1 / data.largest_curvature, momentum=MOMENTUM)
 
     _, trained = trainer.fit("resamples", models, make, data.x, data.y, steps, sample_weight=weights)
-    x, y = data.x.double().numpy(), data.y[:, 0].double().numpy()
+    x, y = data.arrays
     closed = np.array([least_squares(x, y, draw) for draw in draws])
     return Bootstrap(trained.numpy(), closed)
 
@@ -258,18 +270,19 @@ def by_group(data: Data, trainer: Trainer, steps: int) -> list[Group]:
     keys = decades * 2 + (data.sexes > 1)
     order = np.argsort(keys, kind="stable")
     _, counts = np.unique(keys, return_counts=True)
-    offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+    bounds = np.concatenate([[0], np.cumsum(counts)])
     columns = [data.names.index(name) for name in GROUP_FEATURES]
     x, y = data.x[order][:, columns].contiguous(), data.y[order]
+    all_x, all_y = data.arrays
 
     def make(params: list[Tensor], own: slice) -> FusedAdam:
         return FusedAdam(params, lr=0.02, stacked=True)
 
-    _, trained = trainer.fit("groups", len(counts), make, x, y, steps, offsets=offsets)
+    _, trained = trainer.fit("groups", len(counts), make, x, y, steps, offsets=torch.as_tensor(bounds))
     found = []
     for g, key in enumerate(np.unique(keys)):
-        rows = slice(offsets[g], offsets[g + 1])
-        closed = least_squares(x[rows].double().numpy(), y[rows, 0].double().numpy())
+        rows = order[bounds[g] : bounds[g + 1]]
+        closed = least_squares(all_x[rows][:, columns], all_y[rows])
         name = f"{key // 2 * 10}s, sex {key % 2 + 1}"
         found.append(Group(name, int(counts[g]), trained[g].numpy(), closed))
     return found
@@ -294,8 +307,12 @@ class Way:
 
 
 def timed(run: Callable[[], object]) -> float:
+    """Seconds, with those for which a GPU works on."""
+    wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - start
 
 
@@ -333,7 +350,7 @@ def ways_of_doing_it(data: Data, trainer: Trainer, models: int, steps: int) -> l
             optimizer.step()
 
     def scikit() -> None:
-        x, y = data.x.double().numpy(), data.y[:, 0].double().numpy()
+        x, y = data.arrays
         for rate in rates[:one_by_one].tolist():
             SGDRegressor(
                 penalty=None,
@@ -482,15 +499,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=500, help="rounds of each fit (default: 500)")
     parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
         "--output", type=Path, default=Path("runs/sweep"), help="folder (default: runs/sweep)"
     )
     options = parser.parse_args(arguments)
     if options.models < 2 or options.steps < 1:
         parser.error("--models takes at least 2, --steps at least 1")
+    try:
+        device = torch.empty(0, device=options.device).device
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     console = Console()
-    data = load()
-    with processes() as rank, Progress(console=console, transient=True, disable=rank > 0) as progress:
-        trainer = Trainer(progress)
+    with (
+        torch.device(device),
+        processes() as rank,
+        Progress(console=console, transient=True, disable=rank > 0) as progress,
+    ):
+        data, trainer = load(), Trainer(progress)
         sweeps = sweep_rates(data, trainer, options.models, options.steps)
         resamples = bootstrap(data, trainer, options.models, options.steps)
         groups = by_group(data, trainer, 2 * options.steps)

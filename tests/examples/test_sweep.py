@@ -38,7 +38,7 @@ def test_it_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Where 40 learning rates diverge" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--models", "1"], ["--steps", "0"]])
+@pytest.mark.parametrize("arguments", [["--models", "1"], ["--steps", "0"], ["--device", "nowhere"]])
 def test_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         sweep.main(arguments)
