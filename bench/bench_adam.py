@@ -34,17 +34,8 @@ STATES = ("exp_avg", "exp_avg_sq")
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
     if is_stack(shape):
-        rates = partial(torch.full, shape[:1], 1e-3)
-        yield stacked_case(
-            "adam",
-            shape,
-            dtype,
-            lambda params: gradkernels.FusedAdam(params, stacked=True, lr=rates(device=params[0].device)),
-            torch.optim.Adam,
-            reference.step,
-            STATES,
-            (7, 15),
-        )
+        both = gradkernels.FusedAdam, torch.optim.Adam
+        yield stacked_case("adam", shape, dtype, *both, reference.step, STATES, (7, 15), lr=1e-3)
         return
     count, numel = shape
     common = ([(numel,)] * count, f"{count} x {numel}", dtype)

@@ -86,16 +86,12 @@ OP = Op(
     16384x4096x4096@cuda
     """,
     sweeps={
-        "cpu": (
-            Sweep("N", powers(4, 1, 10), (1, 64, 1)),
-            Sweep("D", powers(4, 0, 6), (4096, 1, 1)),
-            Sweep("K", powers(4, 0, 4), (4096, 64, 1)),
-        ),
-        "cuda": (
-            Sweep("N", powers(4, 1, 12), (1, 64, 1)),
-            Sweep("D", powers(4, 0, 7), (16384, 1, 1)),
-            Sweep("K", powers(4, 0, 5), (65536, 64, 1)),
-        ),
+        device: (
+            Sweep("N", powers(4, 1, n), (1, 64, 1)),
+            Sweep("D", powers(4, 0, d), (few, 1, 1)),
+            Sweep("K", powers(4, 0, k), (many, 64, 1)),
+        )
+        for device, n, d, k, few, many in (("cpu", 10, 6, 4, 4096, 4096), ("cuda", 12, 7, 5, 16384, 65536))
     },
 )
 

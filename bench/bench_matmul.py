@@ -91,16 +91,12 @@ OP = Op(
     1x2048x2048x2048@cpu 1x4096x4096x4096@cuda 1x65536x1024x1024@cuda *1x8192x8192x8192@cuda
     """,
     sweeps={
-        "cpu": (
-            Sweep("M", powers(4, 1, 9), (1, 1, 64, 8)),
-            Sweep("K", powers(4, 1, 8), (1, 64, 1, 64)),
-            Sweep("B", powers(4, 0, 7), (1, 8, 8, 8)),
-        ),
-        "cuda": (
-            Sweep("M", powers(4, 1, 11), (1, 1, 64, 8)),
-            Sweep("K", powers(4, 1, 10), (1, 64, 1, 64)),
-            Sweep("B", powers(4, 0, 9), (1, 8, 8, 8)),
-        ),
+        device: (
+            Sweep("M", powers(4, 1, m), (1, 1, 64, 8)),
+            Sweep("K", powers(4, 1, k), (1, 64, 1, 64)),
+            Sweep("B", powers(4, 0, b), (1, 8, 8, 8)),
+        )
+        for device, m, k, b in (("cpu", 9, 8, 7), ("cuda", 11, 10, 9))
     },
 )
 

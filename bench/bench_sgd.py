@@ -27,35 +27,25 @@ from .throughput.optimizer import (
     torch_steppers,
 )
 
+BUFFER = "momentum_buffer"
+MOMENTUM = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
+
 
 def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
     if is_stack(shape):
-        options = {"momentum": 0.9, "weight_decay": 0.01}
-        rates = partial(torch.full, shape[:1], 0.01)
-        yield stacked_case(
-            "sgd",
-            shape,
-            dtype,
-            lambda params: gradkernels.FusedSGD(
-                params, stacked=True, lr=rates(device=params[0].device), **options
-            ),
-            partial(torch.optim.SGD, lr=0.01, **options),
-            partial(reference.step, lr=0.01, **options),
-            ("momentum_buffer",),
-            (5, 6),
-        )
+        both = gradkernels.FusedSGD, torch.optim.SGD
+        yield stacked_case("sgd", shape, dtype, *both, reference.step, (BUFFER,), (5, 6), **MOMENTUM)
         return
     count, numel = shape
     common = ([(numel,)] * count, f"{count} x {numel}", dtype)
-    momentum = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}
-    for variant, options, per_parameter in (("plain", {"lr": 0.01}, (3, 2)), ("momentum", momentum, (5, 6))):
+    for variant, options, per_parameter in (("plain", {"lr": 0.01}, (3, 2)), ("momentum", MOMENTUM, (5, 6))):
         implementations = (
             stepper(OURS, lambda params, options=options: gradkernels.FusedSGD(params, **options)),
             *torch_steppers(partial(torch.optim.SGD, **options)),
             *compiled_stepper(partial(torch.optim.SGD, **options), shape),
             apex("FusedSGD", **options),
         )
-        states = ("momentum_buffer",) if "momentum" in options else ()
+        states = (BUFFER,) if "momentum" in options else ()
         step = partial(reference.step, **options)
         yield step_case("sgd", variant, *common, implementations, step, states, per_parameter)
 
@@ -67,7 +57,6 @@ def _of_models() -> SGDOptions:
     return SGDOptions(torch.ones(16), torch.ones(16), 0, 0.1, True, False)
 
 
-BUFFER = "momentum_buffer"
 _step = partial(step_call, "sgd", lambda: SGDOptions(0.1, 0.9, 0, 0.1, True, False), BUFFER)
 _stacked = partial(stacked_call, "sgd", _of_models, BUFFER)
 AOT_CASES = (

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,11 @@ def _copies(params: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> li
     return copies
 
 
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return those of all groups."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Implementation:
     """Make an implementation whose call is one ``step``, after torch's clipping if ``clip``."""
 
@@ -40,7 +46,7 @@ def stepper(name: str, build: Build, clip: bool = False, absent: str = "") -> Im
             if clip:
                 torch.nn.utils.clip_grad_norm_(copies, MAX_NORM)
             optimizer.step()
-            return optimizer
+            return [optimizer]
 
         return call
 
@@ -64,7 +70,7 @@ def compiled_stepper(build: Build, shape: tuple[int, ...]) -> list[Implementatio
 
         def call() -> Any:
             step()
-            return optimizer
+            return [optimizer]
 
         return call
 
@@ -106,10 +112,13 @@ def step_case(
     def joined(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([value.detach().reshape(-1)[::stride] for value in values])
 
-    def pick(optimizer: Any) -> list[Tensor]:
-        params = optimizer.param_groups[0]["params"]
-        kept = (joined([optimizer.state[param][name] for param in params]) for name in states)
-        return [joined(params), *kept]
+    def pick(optimizers: Any) -> list[Tensor]:
+        found = [
+            (param, *(optimizer.state[param][name] for name in states))
+            for optimizer in optimizers
+            for param in parameters(optimizer)
+        ]
+        return [joined(values) for values in zip(*found, strict=True)]
 
     def expected(params: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
         param, grad = (
@@ -150,11 +159,12 @@ def stacked_case(
     op: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
-    ours: Build,
+    ours: Callable[..., torch.optim.Optimizer],
     theirs: Callable[..., torch.optim.Optimizer],
     reference: Reference,
     states: tuple[str, ...],
     per_parameter: tuple[int, int],
+    **options: Any,
 ) -> Case:
     """Make the case of one step over a batch of models, each by a rate of its own, beside what torch offers.
 
@@ -162,40 +172,35 @@ def stacked_case(
 
     Args:
         shape: models and numbers of each.
-        ours: makes the stacked optimizer.
-        theirs: torch's class with its options.
+        ours, theirs: the classes.
         reference, states, per_parameter: as for ``step_case``; beside them of each model the step and the rate move.
+        options: of both and of the reference; ``lr`` among them.
     """
     models, numel = shape
 
-    def models_of(stack: Tensor) -> list[Tensor]:
-        return [row.clone().requires_grad_() for row in stack]
+    def stacked(stack: Tensor) -> list[torch.optim.Optimizer]:
+        rates = torch.full(shape[:1], options["lr"], device=stack.device)
+        return [ours([stack.clone().requires_grad_()], stacked=True, **{**options, "lr": rates})]
+
+    def at_one_rate(stack: Tensor, **way: bool) -> list[torch.optim.Optimizer]:
+        return [theirs([stack.clone().requires_grad_()], **options, **way)]
 
     def groups(stack: Tensor) -> list[torch.optim.Optimizer]:
-        return [theirs([{"params": [model]} for model in models_of(stack)], foreach=True)]
+        return [
+            theirs([{"params": [row.clone().requires_grad_()]} for row in stack], foreach=True, **options)
+        ]
 
     def loop(stack: Tensor) -> list[torch.optim.Optimizer]:
-        return [theirs([model], foreach=False) for model in models_of(stack)]
+        return [theirs([row.clone().requires_grad_()], foreach=False, **options) for row in stack]
 
-    ways: list[tuple[str, Callable[[Tensor], list[torch.optim.Optimizer]], str]] = [
-        (OURS, lambda stack: [ours([stack.clone().requires_grad_()])], ""),
-        ("one rate, loop", lambda stack: [theirs([stack.clone().requires_grad_()], foreach=False)], ""),
-        ("one rate, fused", lambda stack: [theirs([stack.clone().requires_grad_()], fused=True)], ""),
-        ("group per model", groups, f"over {MODELS} models" if models > MODELS else ""),
-        ("optimizer per model", loop, f"over {MODELS} models" if models > MODELS else ""),
-    ]
-
-    def implementation(name: str, make: Callable[[Tensor], list[torch.optim.Optimizer]], absent: str) -> Any:
+    def implementation(
+        name: str, make: Callable[[Tensor], list[torch.optim.Optimizer]], absent: str = ""
+    ) -> Implementation:
         def prepare(stacks: list[Tensor], grads: list[Tensor]) -> Call:
             optimizers = make(stacks[0])
-            params = [
-                p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-            ]
-            if len(params) == 1:
-                params[0].grad = grads[0]
-            else:
-                for param, grad in zip(params, grads[0], strict=True):
-                    param.grad = grad
+            params = [param for optimizer in optimizers for param in parameters(optimizer)]
+            for param, grad in zip(params, grads if len(params) == 1 else grads[0], strict=True):
+                param.grad = grad
 
             def call() -> Any:
                 for optimizer in optimizers:
@@ -206,37 +211,20 @@ def stacked_case(
 
         return Implementation(name, prepare, absent)
 
-    def pick(optimizers: Any) -> list[Tensor]:
-        found = [
-            (param, *(optimizer.state[param][name] for name in states))
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-            for param in group["params"]
-        ]
-        return [
-            torch.cat([tensor.detach().reshape(-1) for tensor in each]) for each in zip(*found, strict=True)
-        ]
-
-    def expected(stacks: list[np.ndarray], grads: list[np.ndarray]) -> list[np.ndarray]:
-        param, grad = stacks[0].reshape(-1), grads[0].reshape(-1)
-        state: dict[str, np.ndarray] = {}
-        for _ in range(10):
-            param, state = reference(param, grad, state)
-        return [param, *(state[name] for name in states)]
-
-    return Case(
-        op=op,
-        variant="stacked",
-        label=f"{models} models x {numel}",
+    too_many = f"over {MODELS} models" if models > MODELS else ""
+    implementations = (
+        implementation(OURS, stacked),
+        implementation("one rate, loop", partial(at_one_rate, foreach=False)),
+        implementation("one rate, fused", partial(at_one_rate, fused=True)),
+        implementation("group per model", groups, too_many),
+        implementation("optimizer per model", loop, too_many),
+    )
+    step, label = partial(reference, **options), f"{models} models x {numel}"
+    case = step_case(op, "stacked", [shape], label, dtype, implementations, step, states, per_parameter)
+    return replace(
+        case,
         sizes={"tensors": models, "numel": models * numel},
-        dtype=dtype,
-        bytes=per_parameter[0] * models * numel * dtype.itemsize + 12 * models,
-        flops=per_parameter[1] * models * numel,
-        make=draw_inputs(dtype, lambda randn: ([randn(*shape)], [randn(*shape)])),
-        implementations=tuple(implementation(*way) for way in ways),
-        reference=expected,
-        pick=pick,
-        calls=10,
+        bytes=case.bytes + 12 * models,
         launch=partial(launch_stacked_step, op, states, shape, dtype),
     )
 
