@@ -105,16 +105,6 @@ def test_help_shows_every_argument(ours: type[torch.optim.Optimizer]) -> None:
     assert list(inspect.signature(Mine).parameters) == ["params", "speed"]
 
 
-def test_an_unknown_argument_is_refused_as_python_does(name: str) -> None:
-    """The message names the constructor that the user called, as for torch's class."""
-    said = []
-    for cls in (theirs_for(name), ours_for(name)):
-        with pytest.raises(TypeError) as raised:
-            cls(make_params(SMALL), foo=1)
-        said.append(str(raised.value))
-    assert said[1] == said[0].replace(name, f"Fused{name}")
-
-
 def test_a_copy_shares_the_process_group_and_a_pickle_names_public_classes_alone(name: str) -> None:
     class Group:
         def __deepcopy__(self, memo: Any) -> Any:
