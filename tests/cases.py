@@ -2,7 +2,7 @@
 
 import inspect
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ from gradkernels.ops import FUNCTIONS
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .helpers import Draws, to_numpy
+from .helpers import Draws, exactly, to_numpy
 
 REDUCTIONS = ("mean", "sum", "none")
 # The differentiable functions by name: their op, what torch does, their tensor arguments (in the order in which the
@@ -71,15 +71,16 @@ class Case:
         return [named[name] for name in self.shapes]
 
     def arguments(
-        self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+        self,
+        dtype: torch.dtype | Sequence[torch.dtype] = torch.float64,
+        device: torch.device | str = "cpu",
     ) -> list[Tensor]:
-        """Normal random tensors; the weights of a mean, by whose sum it divides, are positive."""
+        """Normal random tensors, of one dtype or one each; the weights, by whose sum a mean divides, are positive."""
+        dtypes = [dtype] * len(self.shapes) if isinstance(dtype, torch.dtype) else dtype
         tensors = []
-        for name, shape in self.shapes.items():
+        for (name, shape), own in zip(self.shapes.items(), dtypes, strict=False):
             tensor = torch.randn(shape, dtype=torch.float64)
-            tensors.append(
-                (tensor.abs() + 0.5 if name == OPS[self.op].weighting else tensor).to(device, dtype)
-            )
+            tensors.append((tensor.abs() + 0.5 if name == OPS[self.op].weighting else tensor).to(device, own))
         return tensors
 
     def masks(self) -> list[tuple[bool, ...]]:
@@ -171,10 +172,15 @@ def assert_same_results(
     draws.assert_match()
 
 
+def upstream_of(result: Tensor) -> Tensor:
+    """An upstream gradient that is neither ones nor constant."""
+    return torch.linspace(-1, 2, result.numel()).to(result).view(result.shape)
+
+
 def value_and_gradients(
     function: Callable[..., Tensor], mask: Sequence[bool] | None = None
 ) -> Callable[..., list[Tensor]]:
-    """``function``'s result and its gradients for an upstream gradient that is neither ones nor constant."""
+    """``function``'s result and its gradients for the upstream gradient of ``upstream_of``."""
 
     def run(*tensors: Tensor) -> list[Tensor]:
         needed = [True] * len(tensors) if mask is None else mask
@@ -182,10 +188,33 @@ def value_and_gradients(
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(tensors, needed, strict=True)
         ]
         result = function(*leaves)
-        result.backward(torch.linspace(-1, 2, result.numel()).to(result).view(result.shape))
+        result.backward(upstream_of(result))
         return [result.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     return run
+
+
+def judged(
+    case: Case, tensors: Sequence[Tensor], theirs: Callable[..., Tensor] | None = None
+) -> Iterator[tuple[str, Tensor, Tensor, np.ndarray]]:
+    """The result and each argument's gradient by name: ours, torch's, and the reference's."""
+    ours, torchs = (
+        value_and_gradients(function)(*tensors) for function in (case.ours, theirs or case.theirs)
+    )
+    arrays = [exactly(tensor) for tensor in tensors]
+    references = [case.forward(*arrays), *case.backward(exactly(upstream_of(ours[0])), *arrays)]
+    return zip(("result", *(f"grad_{name}" for name in case.shapes)), ours, torchs, references, strict=True)
+
+
+def check(
+    case: Case, dtype: torch.dtype | Sequence[torch.dtype], device: torch.device, **options: Any
+) -> None:
+    """Hold result and gradients by the tolerance policy, in as many draws as it asks for."""
+    draws = Draws()
+    while not draws.enough:
+        for found in judged(case, case.arguments(dtype, device), **options):
+            draws.add(*found)
+    draws.assert_match()
 
 
 def each_kind_once(cells: Iterable[Any], kinds: Callable[..., Iterable[Any]]) -> list[tuple[Any, bool]]:

@@ -16,6 +16,7 @@ from torch.func import grad, grad_and_value, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from ..cases import CASES, Case, assert_same_results, label, on_both_backends, value_and_gradients
+from . import test_layouts
 
 ENGINES = ("eager", "aot_eager", "inductor")
 PROBLEMS: dict[str, Callable[[int], Case]] = {  # by the number of samples
@@ -142,11 +143,8 @@ def described(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_fake_and_meta(case: Case) -> None:
     """Their results have the real ones' shapes, dtypes and strides; transposed arguments included."""
-    for change in (
-        lambda tensor: tensor,
-        lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
-    ):
-        tensors = [change(tensor) for tensor in case.arguments(torch.bfloat16)]
+    for layout in ("contiguous", "transposed"):
+        tensors = [LAYOUTS[layout](tensor) for tensor in case.arguments(torch.bfloat16)]
         real = described(value_and_gradients(case.ours)(*tensors))
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(tensor) for tensor in tensors]
@@ -160,10 +158,8 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda tensor: tensor,
-    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
-    "strided": lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2] if tensor.dim() else tensor,
+LAYOUTS = {
+    **{name: test_layouts.LAYOUTS[name] for name in ("contiguous", "transposed", "strided")},
     "permuted": lambda tensor: (
         tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1) if tensor.dim() == 3 else tensor
     ),

@@ -15,7 +15,17 @@ import torch
 from gradkernels import backends, use_backend
 from torch import Tensor
 
-from ..cases import CASES, LINEAR_MSE, MATMUL, MSE, Case, label, on_both_backends, value_and_gradients
+from ..cases import (
+    CASES,
+    LINEAR_MSE,
+    MATMUL,
+    MSE,
+    Case,
+    judged,
+    label,
+    on_both_backends,
+    value_and_gradients,
+)
 from ..helpers import DTYPES, Draws, assert_matches, exactly
 
 Layout = Callable[[Tensor], Tensor]
@@ -108,21 +118,6 @@ def test_values_of_every_pair(
     check(case, dtype, mask, device, EVERY_PAIR)
 
 
-ZEROS = [
-    case.resized({size: 0})
-    for case in CASES
-    for size in sorted({size for shape in case.shapes.values() for size in shape if size > 1})
-]
-
-
-@pytest.mark.parametrize("case", ZEROS, ids=label)
-def test_zero_sizes(backend: str, device: torch.device, case: Case) -> None:
-    """torch's answers: the mean of nothing is nan, its sum 0, a product over nothing 0."""
-    tensors = case.arguments(torch.float32, device)
-    ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=label)
 @pytest.mark.parametrize("case", [MATMUL[1], *MSE, *LINEAR_MSE[3:6]], ids=label)
 def test_inf_and_nan(backend: str, device: torch.device, case: Case, dtype: torch.dtype) -> None:
@@ -130,14 +125,10 @@ def test_inf_and_nan(backend: str, device: torch.device, case: Case, dtype: torc
         tensors = case.arguments(dtype, device)
         tensors[0].view(-1)[0] = value
         tensors[1].view(-1)[-1] = value
-        ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-        arrays = [exactly(tensor) for tensor in tensors]
-        upstream = np.linspace(-1, 2, ours[0].numel()).reshape(ours[0].shape)
-        upstream = exactly(torch.from_numpy(upstream).float().to(dtype))
         with np.errstate(all="ignore"):
-            references = [case.forward(*arrays), *case.backward(upstream, *arrays)]
-        for number, (mine, torchs, reference) in enumerate(zip(ours, theirs, references, strict=True)):
-            assert_matches(mine, torchs, reference, f"{value}, result {number}")
+            results = judged(case, tensors)
+        for name, *found in results:
+            assert_matches(*found, f"{value}, {name}")
 
 
 def test_subnormals_are_kept(backend: str, device: torch.device) -> None:
@@ -168,13 +159,8 @@ def test_offsets_past_32_bits(backend: str, device: torch.device, case: Case, fa
     buffer = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
     stride = (2**30, 1) if near.dim() == 2 else (2**30,)
     tensors[far] = buffer.as_strided(near.shape, stride).copy_(near)
-    ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-    arrays = [exactly(tensor) for tensor in tensors]
-    upstream = exactly(torch.linspace(-1, 2, ours[0].numel()).half().view(ours[0].shape))
-    for mine, torchs, reference in zip(
-        ours, theirs, [case.forward(*arrays), *case.backward(upstream, *arrays)], strict=True
-    ):
-        assert_matches(mine, torchs, reference)
+    for name, *found in judged(case, tensors):
+        assert_matches(*found, name)
 
 
 @pytest.mark.parametrize(

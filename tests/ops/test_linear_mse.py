@@ -9,9 +9,8 @@ from gradkernels import linear_mse_loss, linear_mse_loss_and_grad
 from gradkernels.checks import acc_dtype
 from gradkernels.reference import linear_mse as reference
 
-from ..cases import REDUCTIONS, Case, label, on_both_backends
+from ..cases import REDUCTIONS, Case, check, label, on_both_backends
 from ..helpers import DTYPES, SIZES, assert_matches, exactly
-from .test_matmul import check
 from .test_mse import check_loss_and_grad
 
 SHAPES = [  # input, weight, target, shapes that sample_weight may have
@@ -70,9 +69,10 @@ def test_loss_and_grad(
     backend: str, device: torch.device, reduction: str, outputs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     shapes = {"input": (33, 7), "weight": (*outputs, 7), "target": (33, *outputs), "bias": outputs or (1,)}
-    case = Case("linear_mse_loss", shapes, {"reduction": reduction})
     some = slice(None) if backend == "fallback" else slice(DTYPES.index(dtype), None, 4)
-    check_loss_and_grad(case, WANTED, dtype, device, some)
+    for samples in ({}, {"sample_weight": (33,)}, {"sample_weight": (33, *outputs)}):
+        case = Case("linear_mse_loss", shapes | samples, {"reduction": reduction})
+        check_loss_and_grad(case, WANTED, dtype, device, some)
 
 
 def test_no_gradient_for_a_bias_that_was_not_given(backend: str, device: torch.device) -> None:

@@ -8,8 +8,8 @@ from gradkernels import linear, matmul
 from torch import Tensor
 from torch.nn import functional
 
-from ..cases import Case, label, on_both_backends, value_and_gradients
-from ..helpers import DTYPES, SIZES, Draws, exactly
+from ..cases import Case, check, label, on_both_backends
+from ..helpers import DTYPES, SIZES
 
 SHAPES = [  # input, other
     ((5,), (5,)),
@@ -30,20 +30,6 @@ SHAPES = [  # input, other
     ((1, 3, 5), (6, 5, 4)),
     ((2, 1, 2, 1, 3, 2), (1, 2, 1, 2, 2, 3)),
 ]
-
-
-def check(case: Case, dtype: torch.dtype, device: torch.device) -> None:
-    draws = Draws()
-    while not draws.enough:
-        tensors = case.arguments(dtype, device)
-        ours, theirs = (value_and_gradients(function)(*tensors) for function in (case.ours, case.theirs))
-        arrays = [exactly(tensor) for tensor in tensors]
-        upstream = torch.linspace(-1, 2, ours[0].numel()).to(ours[0]).view(ours[0].shape)
-        references = [case.forward(*arrays), *case.backward(exactly(upstream), *arrays)]
-        names = ["result", *(f"grad_{name}" for name in case.shapes)]
-        for name, mine, torchs, reference in zip(names, ours, theirs, references, strict=True):
-            draws.add(name, mine, torchs, reference)
-    draws.assert_match()
 
 
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -13,9 +13,8 @@ from gradkernels.fallback import mse as launchers
 from gradkernels.reference import mse as reference
 from torch.nn import functional
 
-from ..cases import REDUCTIONS, Case, label
+from ..cases import REDUCTIONS, Case, check, label
 from ..helpers import DTYPES, SIZES, Draws, assert_matches, exactly
-from .test_matmul import check
 
 NAMES = ("input", "target", "weight")
 

@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from typing import Any
 
@@ -19,8 +19,8 @@ from gradkernels.reference import mse as reference
 from torch import Tensor
 from torch.nn import functional
 
-from ..cases import label
-from ..helpers import DTYPES, Draws, exactly
+from ..cases import Case, judged, label, value_and_gradients
+from ..helpers import DTYPES, Draws
 
 NAMES = ("input", "target", "weight")
 SHAPE = (3, 5, 4)
@@ -41,45 +41,27 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)
 
 
+def loss_of(weight: tuple[int, ...] | None, shape: Any = SHAPE, **options: Any) -> Case:
+    shapes = dict(zip(NAMES, (shape, shape, weight), strict=True))
+    return Case("mse_loss", {name: sizes for name, sizes in shapes.items() if sizes is not None}, options)
+
+
 def operands(
     dtypes: tuple[torch.dtype, ...], weight: tuple[int, ...] | None, device: torch.device, shape: Any = SHAPE
 ) -> dict[str, Tensor]:
-    """Random operands by name; the weights, by whose sum a mean divides, are positive."""
-    shapes = dict(zip(NAMES, (shape, shape, weight), strict=True))
-    tensors = {name: torch.randn(sizes) for name, sizes in shapes.items() if sizes is not None}
-    if weight is not None:
-        tensors["weight"] = tensors["weight"].abs() + 0.5
-    return {name: tensor.to(device, dtypes[NAMES.index(name)]) for name, tensor in tensors.items()}
+    case = loss_of(weight, shape)
+    return dict(zip(case.shapes, case.arguments(dtypes, device), strict=True))
 
 
-def with_gradients(
-    function: Callable[..., Tensor], given: dict[str, Tensor], upstream: Tensor, **options: Any
-) -> dict[str, Tensor]:
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
-    loss = function(**leaves, **options)
-    grads = torch.autograd.grad(loss, list(leaves.values()), upstream.to(loss))
-    return {"loss": loss, **dict(zip(leaves, grads, strict=True))}
-
-
-def in_float64(given: dict[str, Tensor], upstream: Tensor, **options: Any) -> dict[str, np.ndarray]:
-    arrays = {name: exactly(tensor) for name, tensor in given.items()}
-    grads = reference.backward(exactly(upstream), **arrays, **options)
-    found = {name: grad for name, grad in zip(NAMES, grads, strict=True) if name in given}
-    return {"loss": reference.forward(**arrays, **options), **found}
-
-
-def promoted(given: dict[str, Tensor]) -> torch.dtype:
-    dtype = given["input"].dtype
-    for tensor in given.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def as_written_today(given: dict[str, Tensor], upstream: Tensor, **options: Any) -> dict[str, Tensor]:
+def as_written_today(case: Case) -> Callable[..., Tensor]:
     """In plain torch: everything cast to the result's dtype, at least to float32."""
-    wide = torch.promote_types(promoted(given), torch.float32)
-    found = with_gradients(torch_mse_loss, {n: x.to(wide) for n, x in given.items()}, upstream, **options)
-    return {name: x.to(given[name].dtype if name in given else promoted(given)) for name, x in found.items()}
+
+    def theirs(*given: Tensor) -> Tensor:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in given))
+        wide = torch.promote_types(dtype, torch.float32)
+        return case.theirs(*(tensor.to(wide) for tensor in given)).to(dtype)
+
+    return theirs
 
 
 def sampled(cells: list[tuple[Any, ...]], every: int) -> list[Any]:
@@ -95,19 +77,13 @@ def sampled(cells: list[tuple[Any, ...]], every: int) -> list[Any]:
 
 def check(dtypes: tuple[torch.dtype, ...], weight: Any, device: torch.device, **options: Any) -> None:
     """The loss and each gradient: their dtypes, shapes and values."""
-    shape = reference.forward(np.zeros(SHAPE), np.zeros(SHAPE), **options).shape
-    draws = Draws()
+    case, draws = loss_of(weight, **options), Draws()
     while not draws.enough:
-        given = operands(dtypes, weight, device)
-        upstream = torch.randn(shape, device=device).to(promoted(given))
-        ours = with_gradients(mse_loss, given, upstream, **options)
-        theirs, exact = as_written_today(given, upstream, **options), in_float64(given, upstream, **options)
-        for name, result in ours.items():
-            wanted = given.get(name, upstream)
-            assert (result.dtype, result.shape) == (wanted.dtype, wanted.shape)
-            if name == "weight" and options["reduction"] == "mean" and _cancels(weight, options["dim"]):
-                continue  # its gradient is a difference of equal numbers: nothing to measure by
-            draws.add(name, result, theirs[name], exact[name])
+        for name, *found in judged(case, case.arguments(dtypes, device), as_written_today(case)):
+            ours, theirs, _ = found
+            assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+            if name != "grad_weight" or options["reduction"] == "sum" or not _cancels(weight, options["dim"]):
+                draws.add(name, *found)
     draws.assert_match()
 
 
@@ -134,31 +110,27 @@ def test_the_fallback_in_blocks(
     for weight, dim, order in product(
         (None, (4,), (3, 1, 1), (3, 1, 4), SHAPE), (None, (1, 2), 0), ((0, 1, 2), (2, 0, 1))
     ):
-        given = operands((dtype, torch.float32, torch.float32), weight, torch.device("cpu"))
-        inverse = [order.index(d) for d in range(3)]
-        given["input"] = given["input"].permute(order).contiguous().permute(inverse)
-        pair = given["input"], given["target"]
-        assert len(list(launchers._blocks(torch.float32, *pair))) >= 60 // block
-        upstream = torch.randn(mse_loss(given["input"], given["target"], dim=dim).shape)
+        case = loss_of(weight, reduction=reduction, dim=dim)
+        given = case.arguments((dtype, torch.float32, torch.float32))
+        given[0] = given[0].permute(order).contiguous().permute([order.index(d) for d in range(3)])
+        assert len(list(launchers._blocks(torch.float32, *given[:2]))) >= 60 // block
         with use_backend("fallback"):
-            ours = with_gradients(mse_loss, given, upstream, reduction=reduction, dim=dim)
-            alone = mse_loss_and_grad(**given, reduction=reduction, wrt=NAMES) if dim is None else None
-            constant = {name: given[name] for name in given if name == "weight"}
-            pair = {name: given[name] for name in NAMES[:2]}
-            beside = with_gradients(
-                partial(mse_loss, **constant), pair, upstream, reduction=reduction, dim=dim
-            )
-        exact = in_float64(given, upstream, reduction=reduction, dim=dim)
-        for name, result in (*ours.items(), *beside.items()):
-            expected = torch.from_numpy(exact[name])
+            found = list(judged(case, given))
+            named = dict(zip(case.shapes, given, strict=True))
+            alone = mse_loss_and_grad(**named, reduction=reduction, wrt=NAMES) if dim is None else None
+            beside = partial(mse_loss, weight=named.get("weight"), reduction=reduction, dim=dim)
+            constant = value_and_gradients(beside)(*given[:2])
+        results = [(result, exact) for _, result, _, exact in found]
+        results += [(result, exact) for result, (_, exact) in zip(constant, results, strict=False)]
+        for result, exact in results:
             rtol = 2**-7 if result.dtype == torch.bfloat16 else 2e-5
-            torch.testing.assert_close(result.double(), expected, rtol=rtol, atol=2e-5)
+            torch.testing.assert_close(result.double(), torch.from_numpy(exact), rtol=rtol, atol=2e-5)
         if alone is not None:
-            torch.testing.assert_close(alone[0], ours["loss"], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(alone[0], found[0][1], rtol=1e-5, atol=1e-6)
 
 
 def _cancels(weight: tuple[int, ...] | None, dim: Any) -> bool:
-    """Whether each mean has one weight, which divides out."""
+    """Whether each mean has one weight, which divides out: its gradient is a difference of equal numbers."""
     sizes = (1,) * (3 - len(weight)) + tuple(weight) if weight is not None else SHAPE
     dims = dim if isinstance(dim, (tuple, list)) else range(3) if dim is None else (dim,)
     return all(sizes[d] == 1 for d in dims or range(3))
@@ -217,8 +189,9 @@ def test_under_autocast_16_bits_count_as_float32(backend: str, device: torch.dev
         found = torch.autograd.grad(loss.sum(), list(leaves.values()))
         for grad, other, leaf in zip(found, grads, leaves.values(), strict=True):
             assert grad.dtype == other.dtype == leaf.dtype
-        outside = mse_loss(**{name: leaf.to(wide) for name, leaf in leaves.items()}, dim=dim)
-        torch.testing.assert_close(loss, outside)
+        outside = {name: leaf.to(wide) for name, leaf in leaves.items()}
+        torch.testing.assert_close(loss, mse_loss(**outside, dim=dim))
+        torch.testing.assert_close(alone, mse_loss(**outside).detach())
 
 
 @pytest.mark.parametrize(
@@ -229,22 +202,19 @@ def test_under_autocast_16_bits_count_as_float32(backend: str, device: torch.dev
 )
 def test_loss_and_grad(backend: str, device: torch.device, weight: Any, reduction: str) -> None:
     for dtypes in ((torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.float16)):
-        draws = Draws()
+        case, draws = loss_of(weight, reduction=reduction), Draws()
         while not draws.enough:
-            given = operands(dtypes, weight, device)
-            one = torch.ones((), dtype=promoted(given), device=device)
+            tensors = case.arguments(dtypes, device)
+            given = dict(zip(case.shapes, tensors, strict=True))
             loss, grads = mse_loss_and_grad(**given, reduction=reduction, wrt=NAMES)
-            assert loss.dtype == promoted(given)
-            theirs = as_written_today(given, one, reduction=reduction)
-            exact = in_float64(given, one, reduction=reduction)
-            draws.add("loss", loss, theirs["loss"], exact["loss"])
-            for name, grad in zip(NAMES, grads, strict=True):
-                if name not in given:
-                    assert grad is None
-                    continue
-                assert (grad.dtype, grad.shape) == (given[name].dtype, given[name].shape)
-                if name != "weight" or reduction == "sum" or not _cancels(weight, None):
-                    draws.add(name, grad, theirs[name], exact[name])
+            assert [grad is None for grad in grads] == [name not in given for name in NAMES]
+            (_, _, *expected), *others = judged(case, tensors, as_written_today(case))
+            assert loss.dtype == expected[0].dtype
+            draws.add("loss", loss, *expected)
+            for (name, _, torchs, exact), grad in zip(others, grads, strict=False):
+                assert (grad.dtype, grad.shape) == (torchs.dtype, torchs.shape)
+                if name != "grad_weight" or reduction == "sum" or not _cancels(weight, None):
+                    draws.add(name, -grad, torchs, exact)  # which are of an upstream gradient of -1
         draws.assert_match()
     with pytest.raises(TypeError, match="dim"):
         mse_loss_and_grad(**given, dim=0)

@@ -13,19 +13,6 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from ..cases import REDUCTIONS
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear_is_torchs(backend: str, device: torch.device, bias: bool) -> None:
-    ours, theirs = nn.Linear(3, 2, bias, device), torch.nn.Linear(3, 2, bias, device)
-    ours.load_state_dict(theirs.state_dict())
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    input = torch.randn(2, 5, 3, device=device)
-    for module in (ours, theirs):
-        module(input).square().sum().backward()
-    torch.testing.assert_close(ours(input), theirs(input))
-    for mine, torchs in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, torchs.grad)
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_mse_loss(backend: str, device: torch.device, bias: bool, reduction: str) -> None:

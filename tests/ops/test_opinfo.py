@@ -1,7 +1,7 @@
 """torch's own sample inputs and error inputs (torch.testing._internal) put to our ops.
 
-What the databases lack is here too: a square matrix product, through which alone a wrong transpose passes no
-test, and reductions long enough to expose a 16-bit accumulator (in test_mse.py and test_matmul.py).
+What the databases lack is elsewhere: square matrix products, through which alone a wrong transpose passes no test, in
+cases.py, and reductions long enough to expose a 16-bit accumulator in test_mse.py and test_matmul.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs expectte
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-from ..cases import assert_same_results, label, value_and_gradients
+from ..cases import label, value_and_gradients
 from ..helpers import DTYPES, assert_matches, to_numpy
 
 OURS: dict[str, Callable[..., Tensor]] = {  # by torch's name
@@ -122,10 +122,3 @@ def test_modules(backend: str, device: torch.device, name: str, dtype: torch.dty
             assert_matches(mine, torchs, to_numpy(reference), f"sample {count}, result {number}")
         count += 1
     assert count
-
-
-@pytest.mark.parametrize("op", ["matmul", "linear"])
-def test_square(backend: str, device: torch.device, op: str) -> None:
-    matrices = [torch.randn(5, 5, device=device) for _ in range(2)]
-    theirs = {"matmul": torch.matmul, "linear": torch.nn.functional.linear}[op]
-    assert_same_results(value_and_gradients(getattr(gradkernels, op)), value_and_gradients(theirs), matrices)

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear, linear_mse_loss_and_grad, use_backend
+from gradkernels.ops import torch_linear_mse_loss, torch_matmul, torch_mse_loss
 from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
 
+from ..cases import REDUCTIONS
 from ..helpers import assert_matches
 
-REDUCTIONS = ("mean", "sum", "none")
 MATMUL_SHAPES = [  # input, other
     ((3,), (3,)),
     ((1,), (1,)),
@@ -111,32 +112,6 @@ def scalar_linear_mse(
     return scalar_mse(prediction, target, sample_weight, reduction=reduction)
 
 
-def torch_mse(
-    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, *, reduction: str
-) -> torch.Tensor:
-    return torch.nn.functional.mse_loss(input, target, weight=weight, reduction=reduction)
-
-
-def torch_matmul(input: torch.Tensor, other: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    output = torch.matmul(input, other)
-    return output if bias is None else output + (bias.squeeze() if other.ndim == 1 else bias)
-
-
-def torch_linear_mse(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    target: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    sample_weight: torch.Tensor | None = None,
-    *,
-    reduction: str,
-) -> torch.Tensor:
-    prediction = torch_matmul(input, weight.t(), bias)
-    if sample_weight is not None and sample_weight.ndim < prediction.ndim:
-        sample_weight = sample_weight[..., None].expand_as(prediction)
-    return torch_mse(prediction, target, sample_weight, reduction=reduction)
-
-
 def check(
     module: object,
     scalar: Callable,
@@ -216,7 +191,14 @@ def test_mse(shape: tuple[int, ...], reduction: str, weighted: bool) -> None:
             assert grad is None or grad.shape == shape
         return
     check(
-        mse, scalar_mse, torch_mse, rng, random(rng, *shape), random(rng, *shape), weight, reduction=reduction
+        mse,
+        scalar_mse,
+        torch_mse_loss,
+        rng,
+        random(rng, *shape),
+        random(rng, *shape),
+        weight,
+        reduction=reduction,
     )
 
 
@@ -232,7 +214,7 @@ def test_linear_mse(shapes: tuple, reduction: str, with_bias: bool) -> None:
         check(
             linear_mse,
             scalar_linear_mse,
-            torch_linear_mse,
+            torch_linear_mse_loss,
             rng,
             *arrays,
             bias,
@@ -379,7 +361,7 @@ def test_public_ops_serve_every_shape_of_the_references(backend: str) -> None:
                 arrays = (input, weight, target, bias)
                 tensors = [None if array is None else torch.tensor(array) for array in arrays]
                 ours = gradkernels.linear_mse_loss(*tensors)
-                theirs = torch_linear_mse(*tensors, reduction="mean")
+                theirs = torch_linear_mse_loss(*tensors)
                 assert_matches(ours, theirs, linear_mse.forward(*arrays), f"{shapes} on {backend}")
 
 

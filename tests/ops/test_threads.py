@@ -47,27 +47,16 @@ linear_mse_loss(torch.randn(354, 10), weight, torch.randn(354, 1), bias).backwar
 mse_loss(torch.randn(10000, requires_grad=True), torch.randn(10000)).backward()
 """,
 }
-LARGE = "step(FusedAdamW, sizes=(1 << 15,))"
-
-
-def started(work: str) -> int:
-    """How many threads a process of its own has started when it has done this work."""
-    code = f"{SETUP}{work}\nprint(threads() - before)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(result.stdout)
+LARGE = {"adam, large": "step(FusedAdamW, sizes=(1 << 15,))"}  # those that torch is given
 
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in Linux's /proc")
-def test_small_work_starts_no_threads() -> None:
-    code = "\n".join(f"{work}\nprint({name!r}, threads() - before)" for name, work in SMALL.items())
+def test_small_work_starts_no_threads_and_large_work_three() -> None:
+    """In a process of its own, in this order."""
+    code = "\n".join(f"{work}\nprint({name!r}, threads() - before)" for name, work in (SMALL | LARGE).items())
     result = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [f"{name} 0" for name in SMALL]
-
-
-@pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted in Linux's /proc")
-def test_large_work_starts_those_that_torch_is_given() -> None:
-    assert started(LARGE) == 3
+    assert result.stdout.splitlines() == [*(f"{name} 0" for name in SMALL), *(f"{name} 3" for name in LARGE)]
 
 
 def test_the_number_of_threads_is_this_threads_own() -> None:
