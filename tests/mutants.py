@@ -144,7 +144,11 @@ MUTANTS = (
     Mutant("weight if everything or output_mask[0] else None", "weight", "saved"),
     Mutant("d_bias + (d_loss * grad_bias)", "(d_loss * grad_bias)", "saved"),
     # Launching.
-    Mutant("run = compiled.run  # loads the module, before which `function` is None\n", "", "launch"),
+    Mutant(
+        "run = compiled.run  # loads the module, before which `function` is None",
+        "run = lambda *given: compiled.run(*given)",
+        "launch",
+    ),
     Mutant("key = (device.index, *key_of(*args)", "key = (0, *key_of(*args)", "launch"),
     Mutant('terms.append(f"{name}.data_ptr() % 16 == 0")', "pass", "launch"),
     Mutant('terms.append(f"{name} % 16 == 0")', "pass", "launch"),

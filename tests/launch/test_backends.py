@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import gradkernels
 import pytest
@@ -235,8 +236,10 @@ def test_vjp_runs_where_the_forward_ran(served: list[str]) -> None:
     assert set(served) == {"triton"}
 
 
-def test_the_choice_is_not_baked_into_a_graph(served: list[str]) -> None:
-    compiled = torch.compile(mse_loss, backend="aot_eager", fullgraph=True)
+@pytest.mark.parametrize("op", [mse_loss, gradkernels.mse_loss_and_grad])
+def test_the_choice_is_not_baked_into_a_graph(op: Any, served: list[str]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(op, backend="aot_eager", fullgraph=True)
     x = torch.randn(3)
     for name in ("fallback", "triton", "reference", "fallback"):
         with use_backend(name):

@@ -52,46 +52,6 @@ def run(script: str, path: Path, cache: bool = True):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_one_compilation_for_each_specialisation(tmp_path):
-    """Calls that Triton would compile apart are compiled apart; calls that differ in values alone are not."""
-    cached, fresh = run(
-        """
-        x = torch.zeros(64)
-        def counts(fresh):
-            # How many kernels there are after each call; fresh: none is found in our cache.
-            calls.clear()
-            def compiled(*args, **options):
-                if fresh:
-                    module._compiled.clear()
-                launch(kernel, (4,), *args, device=CPU, **options)
-                return len({key for key, _ in calls})
-            return {
-                "first": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
-                "other values": compiled(x, x, 7, 16, 0.25, (), BLOCK=16),
-                "unspecialised one": compiled(x, x, 7, 1, 1.0, (), BLOCK=16),
-                "misaligned": compiled(x[1:], x, 5, 5, 0.5, (), BLOCK=16),
-                "sixteen": compiled(x, x, 32, 5, 0.5, (), BLOCK=16),
-                "one": compiled(x, x, 1, 5, 0.5, (), BLOCK=16),
-                "64 bits": compiled(x, x, 2**31 + 1, 5, 0.5, (), BLOCK=16),
-                "64 bits unspecialised": compiled(x, x, 5, 2**31, 0.5, (), BLOCK=16),
-                "dtype": compiled(x.double(), x, 5, 5, 0.5, (), BLOCK=16),
-                "tuple": compiled(x, x, 5, 5, 0.5, (3,), BLOCK=16),
-                "tuple of one": compiled(x, x, 5, 5, 0.5, (1,), BLOCK=16),
-                "tuple of sixteen": compiled(x, x, 5, 5, 0.5, (16,), BLOCK=16),
-                "tuple of 64 bits": compiled(x, x, 5, 5, 0.5, (2**40,), BLOCK=16),
-                "constexpr": compiled(x, x, 5, 5, 0.5, (), BLOCK=32),
-                "option": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, num_warps=2),
-                "default given": compiled(x, x, 5, 5, 0.5, (), BLOCK=16, TWICE=True),
-                "again": compiled(x, x, 5, 5, 0.5, (), BLOCK=16),
-            }
-        print(json.dumps([counts(fresh=False), counts(fresh=True)]))
-        """,
-        tmp_path,
-    )
-    assert list(cached.values()) == [1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 9, 10, 11, 12, 12], cached
-    assert fresh == cached
-
-
 def test_offsets_of_32_bits_serve_no_tensor_of_2_gib(tmp_path):
     """On AMD Triton compiles a kernel whose offsets have 32 bits where the tensor's memory allows it."""
     compiled = run(
@@ -109,45 +69,6 @@ def test_offsets_of_32_bits_serve_no_tensor_of_2_gib(tmp_path):
         tmp_path,
     )
     assert compiled == [[0, 0, 2, 2, 0], [2, 1]]  # x is small
-
-
-def test_arguments_that_are_none_are_told_apart(tmp_path):
-    """A call with a bias alone and one with a weight alone have as many tensors, of the same dtype and alignment."""
-    kernels = run(
-        """
-        from typing import NamedTuple
-        class Pair(NamedTuple):
-            first: object
-            second: object
-        @triton.jit
-        def optional_fields(pair, out_ptr):
-            x = 1.0
-            if pair.first is not None:
-                x += tl.load(pair.first)
-            if pair.second is not None:
-                x *= tl.load(pair.second)
-            tl.store(out_ptr, x)
-        @triton.jit
-        def optional(bias_ptr, weight_ptr, out_ptr):
-            x = 1.0
-            if bias_ptr is not None:
-                x += tl.load(bias_ptr)
-            if weight_ptr is not None:
-                x *= tl.load(weight_ptr)
-            tl.store(out_ptr, x)
-        x = torch.zeros(64)
-        for _ in range(2):
-            for given in ((x, None), (None, x), (None, None), (x, x)):
-                launch(optional, (1,), *given, x, device=CPU)
-        for _ in range(2):
-            for given in ((x, None), (None, x), (None, None), (x, x)):
-                launch(optional_fields, (1,), Pair(*given), x, device=CPU)
-        hashes = [key for key, _ in calls]
-        print(json.dumps([[len(set(of)), of[:4] == of[4:]] for of in (hashes[:8], hashes[8:])]))
-        """,
-        tmp_path,
-    )
-    assert kernels == [[4, True]] * 2
 
 
 def test_a_record_counts_as_its_fields(tmp_path):
@@ -203,31 +124,6 @@ def test_a_record_counts_as_its_fields(tmp_path):
     assert list(cached.values()) == [1, 2, 2, 2, 2, 3, 4, 5, 6, 7, 7], cached
     assert fresh == cached
     assert loads == {"128": 2}, "a pointer inside a record has lost its alignment"
-
-
-def test_the_kernel_receives_what_was_given(tmp_path):
-    """In Triton's order, from the first launch on: grid, stream, function, metadata (warps, clusters, shared
-    memory), hooks, arguments, then constexpr values and their defaults."""
-    received = run(
-        """
-        loaded = []
-        driver.utils.load_binary = lambda *_: loaded.append(len(loaded)) or (0, 100 + len(loaded), 32, 0, 1024)
-        x, out = torch.zeros(64), torch.zeros(64)
-        def given(warps):
-            launch(kernel, (4, 2), x, out, 5, 6, 0.5, (1, 16), device=CPU, num_warps=warps, BLOCK=16)
-            args = calls[-1][1]
-            hooks = [triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook]
-            same = [a is b for a, b in zip(args[7:11], (*hooks, x, out))]
-            return [args[:6], args[6], same, args[11:]]
-        print(json.dumps([given(2), given(4), given(2), given(4), len(loaded), len(calls)]))
-        """,
-        tmp_path,
-    )
-    arguments = [None, [True] * 4, [5, 6, 0.5, [1, 16], 16, False]]
-    two, four = (
-        [[4, 2, 1, 0, function, [warps, 1, 0]], *arguments] for function, warps in ((101, 2), (102, 4))
-    )
-    assert received == [two, four, two, four, 2, 4]
 
 
 def test_profilers_see_each_launch(tmp_path):
