@@ -102,17 +102,6 @@ def test_none_for_a_required_argument(name: str, call: Callable[[Tensor], object
         call(random(3, 3))
 
 
-@pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
-def test_no_samples(backend: str) -> None:
-    """The loss is the mean of nothing; a sum over no samples is 0 all the same."""
-    loss, (_, grad_weight, _, grad_bias) = linear_mse_loss_and_grad(
-        torch.empty(0, 3), torch.randn(2, 3), torch.empty(0, 2), torch.randn(2)
-    )
-    assert loss.isnan()
-    close(grad_weight, torch.zeros(2, 3))
-    close(grad_bias, torch.zeros(2))
-
-
 def test_no_samples_under_vmap(backend: str) -> None:
     """Where torch's own mse_loss divides by zero."""
     arguments = (random(4, 0, 3), random(4, 2, 3), random(4, 0, 2), random(4, 2))
@@ -125,22 +114,6 @@ def test_bias_gradient_of_an_empty_batch(backend: str, shape: tuple[int, ...]) -
     weight, bias = random(4, 3), random(4).requires_grad_()
     linear(random(*shape), weight, bias).sum().backward()
     close(bias.grad, torch.zeros_like(bias))
-
-
-@pytest.mark.parametrize("mapped", range(5))
-def test_vmap_over_one_argument(backend: str, mapped: int) -> None:
-    tensors = [random(3, 3), random(2, 3), random(3, 2), random(2), random(3)]
-    tensors[mapped] = torch.stack([tensors[mapped], random(*tensors[mapped].shape)])
-    in_dims = tuple(0 if i == mapped else None for i in range(5))
-
-    def ours(x: Tensor, w: Tensor, y: Tensor, b: Tensor, s: Tensor) -> Tensor:
-        return linear_mse_loss(x, w, y, b, sample_weight=s)
-
-    for i in range(5):
-        close(
-            vmap(grad(ours, i), in_dims)(*tensors),
-            vmap(grad(torch_linear_mse_loss, i), in_dims)(*tensors),
-        )
 
 
 def test_loss_and_grad_of_a_negative_view(backend: str) -> None:
@@ -193,23 +166,6 @@ def test_loss_and_grad_under_transforms(backend: str) -> None:
     close(d_loss, (2 * (x - y) * w).sum())
     close(d_gradient, 2 * w)
     assert both(x.to("meta"), y.to("meta"))[1].shape == x.shape
-
-
-def test_loss_and_grad_compiled_asks_for_the_backend_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    served = []
-
-    def module(backend: str, op: str) -> Any:
-        served.append(backend)
-        return unpatched(backend, op)
-
-    unpatched = backends.module
-    monkeypatch.setattr(backends, "module", module)
-    torch._dynamo.reset()
-    compiled = torch.compile(mse_loss_and_grad, backend="aot_eager", fullgraph=True)
-    for name in ("fallback", "reference"):
-        with use_backend(name):
-            compiled(random(3), random(3))
-    assert served == ["fallback", "reference"]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -70,7 +70,7 @@ def test_loss_and_grad(
 ) -> None:
     shapes = {"input": (33, 7), "weight": (*outputs, 7), "target": (33, *outputs), "bias": outputs or (1,)}
     some = slice(None) if backend == "fallback" else slice(DTYPES.index(dtype), None, 4)
-    for samples in ({}, {"sample_weight": (33,)}, {"sample_weight": (33, *outputs)}):
+    for samples in ({}, {"sample_weight": (33,) if reduction == "mean" else (33, *outputs)}):
         case = Case("linear_mse_loss", shapes | samples, {"reduction": reduction})
         check_loss_and_grad(case, WANTED, dtype, device, some)
 

@@ -4,6 +4,7 @@ Over 500 lines, since each clause is tested of own, shared and ragged rows alike
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -590,25 +591,28 @@ def matrix_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.module("fallback", "matmul"), "matmul_forward", multiply)
 
 
-def assert_close_in_float16(found: Tensor, expected: Tensor) -> None:
-    assert (found.double() - expected).abs().max() <= 2**-9 * expected.abs().max()
+def assert_right_in_float16(derivatives: Callable[..., Sequence[Tensor]], *drawn: Tensor) -> None:
+    """Derivatives at these numbers rounded to float16: in it and in float64."""
+    results = [derivatives(*(t.half().to(dtype) for t in drawn)) for dtype in (torch.float16, torch.float64)]
+    for found, expected in zip(*results, strict=True):
+        assert (found.double() - expected).abs().max() <= 2**-9 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["own", "shared", "ragged"])
 def test_slopes_below_float16_reach_the_gradient_of_input(matrix_instructions: None, kind: str) -> None:
     """2 / (N K) times a weight is a few times the least float16; times errors first, as in torch, it is not."""
     n, k, d = 4096, 8, 5
-    x = torch.randn(n, d).half() if kind == "shared" else torch.randn(2, n, d).half()
-    w, y = (0.01 * torch.randn(2, k, d)).half(), (300 * torch.randn(2, n, k)).half()
+    x = torch.randn(n, d) if kind == "shared" else torch.randn(2, n, d)
+    w, y = 0.01 * torch.randn(2, k, d), 300 * torch.randn(2, n, k)
     offsets = None
     if kind == "ragged":
         offsets = torch.tensor([0, n, 2 * n])
         x, y = x.flatten(0, 1), y.flatten(0, 1)
-    _, (found, *_) = linear_mse_loss_and_grad(x, w, y, offsets=offsets, wrt=("input",))
-    wide = x.double().requires_grad_()
-    linear_mse_loss(wide, w.double(), y.double(), offsets=offsets).sum().backward()
-    assert found is not None
-    assert_close_in_float16(found, wide.grad)
+
+    def of_input(*given: Tensor) -> tuple[Tensor, ...]:
+        return linear_mse_loss_and_grad(*given, offsets=offsets, wrt=("input",))[1][:1]
+
+    assert_right_in_float16(of_input, x, w, y)
 
 
 @pytest.mark.parametrize("models", [None, 2])
@@ -620,16 +624,14 @@ def test_slopes_below_float16_reach_second_derivatives(
     own = () if models is None else (models,)
     x, y = torch.randn(*own, n, d), 30 * torch.randn(*own, n, k)
     w, z = 0.1 * torch.randn(*own, k, d), 0.01 * torch.randn(*own, k, d)
-    results = []
-    for dtype in (torch.float16, torch.float64):
-        given = [tensor.half().to(dtype) for tensor in (x, w, y)]
-        for leaf in given[:2]:
-            leaf.requires_grad_()
-        upstream = torch.full(own, 3.0, dtype=dtype, requires_grad=True)
-        (grad,) = torch.autograd.grad(linear_mse_loss(*given), given[1], upstream, create_graph=True)
-        results.append(torch.autograd.grad(grad, (*given, upstream)[:2], z.half().to(dtype)))
-    for found, expected in zip(*results, strict=True):
-        assert_close_in_float16(found, expected)
+
+    def second(x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        leaves = x.requires_grad_(), w.requires_grad_()
+        upstream = torch.full(own, 3.0, dtype=x.dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad(linear_mse_loss(x, w, y), w, upstream, create_graph=True)
+        return torch.autograd.grad(grad, leaves, z)
+
+    assert_right_in_float16(second, x, w, y, z)
 
 
 @pytest.mark.parametrize("models", [None, 2])
@@ -644,27 +646,25 @@ def test_slopes_below_float16_are_summed_over_rows(
     x, y = 1 + torch.rand(*own, n, d), torch.randn(*own, n, k)
     w, b = 0.1 * torch.randn(*own, k, d), torch.randn(*own, k)
     direction = torch.full_like(w if of == "weight" else b, 0.01)
-    results = []
-    for dtype in (torch.float16, torch.float64):
-        given = [tensor.half().to(dtype) for tensor in (x, w, y, b)]
-        leaves = [given[i].requires_grad_() for i in (1, 3)]
-        loss = linear_mse_loss(*given).sum()
+
+    def second(x: Tensor, w: Tensor, y: Tensor, b: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+        leaves = w.requires_grad_(), b.requires_grad_()
+        loss = linear_mse_loss(x, w, y, b).sum()
         (grad,) = torch.autograd.grad(loss, leaves[of == "bias"], create_graph=True)
-        results.append(torch.autograd.grad(grad, leaves, direction.half().to(dtype)))
-    for found, expected in zip(*results, strict=True):
-        assert_close_in_float16(found, expected)
+        return torch.autograd.grad(grad, leaves, direction)
+
+    assert_right_in_float16(second, x, w, y, b, direction)
 
 
 def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
     n, k, d = 4096, 8, 5
     drawn = torch.randn(n, d), 0.1 * torch.randn(k, d), 30 * torch.randn(n, k), 0.01 * torch.randn(k, d)
-    results = []
-    for dtype in (torch.float16, torch.float64):
-        x, w, y, z = (tensor.half().to(dtype) for tensor in drawn)
-        slope = grad(linear_mse_loss)
-        results.append(jvp(lambda w, x=x, y=y, slope=slope: slope(x, w, y), (w,), (z,))[1])
-    assert_close_in_float16(*results)
+
+    def tangents(x: Tensor, w: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return jvp(lambda w: grad(linear_mse_loss)(x, w, y), (w,), (z,))[1:]
+
+    assert_right_in_float16(tangents, *drawn)
 
 
 def test_second_derivatives_of_a_row_of_no_model_are_zero() -> None:
@@ -762,18 +762,3 @@ def test_bfloat16_errors_are_not_rounded_beside_a_gradient_of_the_sample_weights
         for place in places:
             error = found[place].double() - exact[place]
             assert error.abs().max() <= 2 * 2**-9 * exact[place].abs().max()
-
-
-def test_weights_of_one_model_without_autograd(backend: str, device: torch.device) -> None:
-    """``linear_mse_loss_and_grad`` takes sample weights for a single model too."""
-    for weight, target, samples in (((2, 3), (5, 2), (5,)), ((2, 3), (5, 2), (5, 2)), ((3,), (5,), (5,))):
-        x, w, y = (torch.randn(shape, device=device).requires_grad_() for shape in ((5, 3), weight, target))
-        s = torch.rand(samples, device=device) + 0.5
-        for reduction in ("mean", "sum"):
-            loss = linear_mse_loss(x, w, y, sample_weight=s, reduction=reduction)
-            expected = torch.autograd.grad(loss, (x, w, y))
-            found, grads = linear_mse_loss_and_grad(
-                x, w, y, sample_weight=s, reduction=reduction, wrt=("input", "weight", "target")
-            )
-            torch.testing.assert_close(found, loss.detach())
-            torch.testing.assert_close(grads[:3], expected)
