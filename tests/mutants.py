@@ -271,7 +271,7 @@ MUTANTS = (
         "optim",
     ),
     Mutant("((self._addresses | addresses) & 15) == 0", "(self._addresses & 15) == 0", "optim launch"),
-    Mutant("clip = tl.where(max_norm < 0, 1.0, clip)", "pass", "training", "triton/multi_tensor"),
+    Mutant("return tl.where(max_norm < 0, 1.0, clip)", "return clip", "training fit"),
     # stacked models: another one's step, a skipped one counted, an inactive one's moments, another one's norm
     Mutant(
         "steps = tl.load(steps_ptr, mask=inside", "steps = tl.load(steps_ptr - models, mask=inside", "stacked"
@@ -280,14 +280,13 @@ MUTANTS = (
         "tl.store(steps_ptr, steps + 1, mask=go)", "tl.store(steps_ptr, steps + 1, mask=inside)", "stacked"
     ),
     Mutant(
-        "tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)",
-        "tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask | (cols < n)[None, :])",
+        "offs, mask = places_of(models, go, start, n, COLUMNS)\n        update_adam(",
+        "offs, mask = places_of(models, go | True, start, n, COLUMNS)\n        update_adam(",
         "stacked",
-        "triton/stacked",
     ),
     Mutant(
-        "at = norms_ptr + 2 * part * B.to(tl.int64) + models",
-        "at = norms_ptr + 2 * part * B.to(tl.int64) + (B - 1 - models)",
+        "at = guard.norms + 2 * part * B.to(tl.int64) + models",
+        "at = guard.norms + 2 * part * B.to(tl.int64) + (B - 1 - models)",
         "stacked",
     ),
     Mutant(
@@ -411,7 +410,7 @@ MUTANTS = (
     Mutant('divisor = tl.where(divisor == 0, float("nan"), divisor)', "divisor = divisor", "fit"),
     Mutant("share = tl.where(count > 0, 2.0 / divisor, 0.0)", "share = 2.0 / divisor", "fit"),
     Mutant(
-        "clip = max_norm / (tl.sqrt(squares.to(tl.float64)) + 1e-6)",
+        "clip = clip_factor(max_norm, squares.to(tl.float64))",
         "clip = max_norm * squares.to(tl.float64)",
         "fit",
     ),

@@ -53,14 +53,8 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
 
 @triton.jit
 def _adam_step_kernel(
-    chunks_ptr,
-    rows_ptr,
-    arrivals_ptr,
-    options_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
-    norms_ptr,
-    skipped_ptr,
+    tables,
+    guard,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
     DTYPE_M: tl.constexpr,
@@ -76,58 +70,45 @@ def _adam_step_kernel(
 ):
     """One program updates a chunk, or several in a row, of one tensor.
 
-    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 2, COLUMNS) float64: see
-    multi_tensor.py.
-    arrivals_ptr: (N,) int32, zeros between launches.
-    grad_scale_ptr, found_inf_ptr: 0-d float32 or None; norms_ptr: (NORMS, 2) float64 or None;
-    skipped_ptr: (1,) int64 or None: see optim.bucket.Guard.
+    tables, guard: StepTables and GuardTensors.
 
     Bytes per element: parameter, moments and master read and written once, gradient read once (and written
     once under grad_scale): 28 for float32.
     """
     t, row, start, end, numel, group, skip, inverse_scale, sign, clip = begin_chunk(
-        chunks_ptr, rows_ptr, options_ptr, grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr,
-        MAXIMIZE, MAX_NORM, COLUMNS, NORMS, SKIP,
-    )  # fmt: skip
-    UNSCALE: tl.constexpr = grad_scale_ptr is not None
-    lr = load_option(options_ptr, group, LR, COLUMNS)
-    beta1 = load_option(options_ptr, group, BETA1, COLUMNS)
-    beta2 = load_option(options_ptr, group, BETA2, COLUMNS)
-    eps = load_option(options_ptr, group, EPS, COLUMNS)
-    decay = load_option(options_ptr, group, DECAY, COLUMNS)
-    decoupled = load_option(options_ptr, group, DECOUPLED, COLUMNS) != 0
-    step = take_step(row, arrivals_ptr + t, numel, skip, DTYPE_STEP)
+        tables, guard, MAXIMIZE, MAX_NORM, COLUMNS, NORMS, SKIP
+    )
+    UNSCALE: tl.constexpr = guard.grad_scale is not None
+    lr = load_option(tables.options, group, LR, COLUMNS)
+    beta1 = load_option(tables.options, group, BETA1, COLUMNS)
+    beta2 = load_option(tables.options, group, BETA2, COLUMNS)
+    eps = load_option(tables.options, group, EPS, COLUMNS)
+    decay = load_option(tables.options, group, DECAY, COLUMNS)
+    decoupled = load_option(tables.options, group, DECOUPLED, COLUMNS) != 0
+    step = take_step(row, tables.arrivals + t, numel, skip, DTYPE_STEP)
 
     # In float64, once per program: 1 - beta^t loses all digits in float32.
     t_new = step.to(tl.int64) + 1
-    correction1 = _correction(1.0 - beta1, t_new)
-    correction2 = _correction(1.0 - beta2, t_new)
-    scalars = (
-        (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC),
-        tl.where(decoupled, 0.0, decay).to(ACC),
-        (1.0 - beta1).to(ACC),
-        beta2.to(ACC),
-        (1.0 - beta2).to(ACC),
-        (1.0 / tl.sqrt(correction2)).to(ACC),
-        eps.to(ACC),
-        (lr / correction1).to(ACC),
-        inverse_scale.to(ACC),
-        sign.to(ACC) * clip.to(ACC),
-    )
+    correction1 = correction(1.0 - beta1, t_new)
+    correction2 = correction(1.0 - beta2, t_new)
+    scalars = adam_scalars(lr, beta1, beta2, eps, decay, decoupled, correction1, correction2, ACC)
+    factors = inverse_scale.to(ACC), sign.to(ACC) * clip.to(ACC)
     key = key_at(row, step) if STOCHASTIC else 0
     if not skip:
         wide = wide_until(row, numel, BLOCK)
         for i in range(0, tl.minimum(end, wide) - start, BLOCK):
-            _update(row, start + i, wide, scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G, DTYPE_M,
-                    DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
+            offs = start + i + tl.arange(0, BLOCK)
+            update_adam(row, offs, offs < wide, scalars, factors, key, UNSCALE, True, DTYPE_P, DTYPE_G,
+                        DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
         rest = tl.maximum(start, wide)
         for i in range(0, end - rest, BLOCK):
-            _update(row, rest + i, numel, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G, DTYPE_M,
-                    DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, BLOCK)  # fmt: skip
+            offs = rest + i + tl.arange(0, BLOCK)
+            update_adam(row, offs, offs < numel, scalars, factors, key, UNSCALE, False, DTYPE_P, DTYPE_G,
+                        DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
 
 
 @triton.jit
-def _correction(one_less, exponent):
+def correction(one_less, exponent):
     """1 - (1 - one_less)^exponent by squaring, for a whole exponent >= 0: nothing cancels."""
     result = tl.full((), 0.0, tl.float64)
     while exponent > 0:
@@ -146,12 +127,27 @@ def _root(x):
 
 
 @triton.jit
+def adam_scalars(lr, beta1, beta2, eps, decay, decoupled, correction1, correction2, ACC: tl.constexpr):
+    """What ``adam_rule`` takes of a step's options, in float64 until each is rounded to ACC."""
+    return (
+        (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC),
+        tl.where(decoupled, 0.0, decay).to(ACC),
+        (1.0 - beta1).to(ACC),
+        beta2.to(ACC),
+        (1.0 - beta2).to(ACC),
+        (1.0 / tl.sqrt(correction2)).to(ACC),
+        eps.to(ACC),
+        (lr / correction1).to(ACC),
+    )
+
+
+@triton.jit
 def adam_rule(p, g, m, v, w, scalars):
     """One step of elements: their new p, m, v and w (v without amsgrad); the scalars broadcast against them.
 
     A function of triton 3.6 may not return None beside tensors.
     """
-    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size, _, _ = scalars
+    shrink, decay, one_less_beta1, beta2, one_less_beta2, inverse_root, eps, step_size = scalars
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
     p = p * shrink
     # As torch's lerp: exact at both ends.
@@ -165,11 +161,12 @@ def adam_rule(p, g, m, v, w, scalars):
 
 
 @triton.jit
-def _update(
+def update_adam(
     row,
-    start,
-    end,
+    offs,
+    mask,
     scalars,
+    factors,
     key,
     UNSCALE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -181,15 +178,12 @@ def _update(
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Update at most BLOCK elements from ``start``, up to ``end``.
+    """Update the elements at the places ``offs`` where ``mask`` says so.
 
-    WIDE: every address is a multiple of 16 bytes, and ``end`` one of the elements in them.
+    factors: 1 / grad_scale, and what the unscaled gradient is multiplied by. WIDE: every address is a multiple of
+    16 bytes, and the mask is constant over as many.
     """
-    inverse_scale, factor = scalars[8], scalars[9]
-    offs = start + tl.arange(0, BLOCK)
-    mask = offs < end
     p_at = pointer_at(row, PARAM, DTYPE_P, WIDE) + offs
     g_at = pointer_at(row, GRAD, DTYPE_G, WIDE) + offs
     m_at = pointer_at(row, STATES, DTYPE_M, WIDE) + offs
@@ -197,7 +191,7 @@ def _update(
     master_at = pointer_at(row, MASTER, tl.float32, WIDE) + offs if HAS_MASTER else None
 
     p = load_param(p_at, master_at, mask, ACC)
-    g = load_grad(g_at, mask, inverse_scale, factor, UNSCALE, ACC)
+    g = load_grad(g_at, mask, factors, UNSCALE, ACC)
     m = tl.load(m_at, mask=mask).to(ACC)
     v = tl.load(v_at, mask=mask).to(ACC)
 

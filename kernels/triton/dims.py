@@ -138,6 +138,18 @@ class Matrix(NamedTuple):
     col: int
 
 
+class Batch(NamedTuple):
+    """Matrices of models as a kernel receives them: a pointer and the strides of models, rows and columns.
+
+    A stride is 0 where models, rows or columns share the values.
+    """
+
+    ptr: Tensor
+    model: int
+    row: int
+    col: int
+
+
 class Dimension(NamedTuple):
     """One index of a product: its size and each tensor's stride."""
 

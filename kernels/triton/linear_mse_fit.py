@@ -4,8 +4,6 @@ Weights, gradients and moments stay in registers. The rows are read anew in each
 not fit one, or the weights not the registers, the launcher declines, and the rounds are launched one by one.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,32 +12,21 @@ from torch import Tensor
 from ..checks import acc_dtype
 from ..optim.bucket import AdamOptions, SGDOptions, Update
 from . import config
-from .adam import _correction, adam_rule
+from .adam import adam_rule, adam_scalars, correction
+from .dims import Batch
 from .launch import cdiv, launch
-from .multi_tensor import option_columns, round_to
+from .multi_tensor import clip_factor, round_to
 from .sgd import sgd_rule
 from .shared import DTYPES
 
-S_LR, S_MOMENTUM, S_DAMPENING, S_DECAY, S_NESTEROV, S_MAXIMIZE, S_MAX_NORM, S_COLUMNS = option_columns(
-    SGDOptions, "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "max_norm"
-)
-A_LR, A_BETA1, A_BETA2, A_EPS, A_DECAY, A_DECOUPLED, A_MAXIMIZE, A_MAX_NORM, A_COLUMNS = option_columns(
-    AdamOptions, "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled", "maximize", "max_norm"
-)
+# Columns of Update.table: the options, then max_norm.
+SGD_COLUMNS = tl.constexpr(len(SGDOptions._fields) + 1)
+ADAM_COLUMNS = tl.constexpr(len(AdamOptions._fields) + 1)
 
 
-class Rows(NamedTuple):
-    """An array of B models, N rows and some columns; a stride is 0 where they share it."""
-
-    ptr: Tensor
-    model: int
-    row: int
-    col: int
-
-
-def _rows(tensor: Tensor, columns: int) -> Rows:
+def _rows(tensor: Tensor, columns: int) -> Batch:
     model, row, col = tensor.stride()
-    return Rows(tensor, 0 if len(tensor) == 1 else model, row, 0 if tensor.shape[2] < columns else col)
+    return Batch(tensor, 0 if len(tensor) == 1 else model, row, 0 if tensor.shape[2] < columns else col)
 
 
 def linear_mse_fit_rounds(
@@ -169,20 +156,19 @@ def _linear_mse_fit_kernel(
     w_at = model * (K * D) + ks[:, None] * D + ds[None, :]
     b_at = model * K + ks
     HAS_BIAS: tl.constexpr = b_ptr is not None
-    COLUMNS: tl.constexpr = A_COLUMNS if ADAM else S_COLUMNS
+    COLUMNS: tl.constexpr = ADAM_COLUMNS if ADAM else SGD_COLUMNS
 
     w, w_m, w_v, w_u = _load(w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_at, mask_w, ACC)
-    w_rule = _load_options(options_ptr, model, option_stride, ADAM)
+    w_rule = _load_options(options_ptr, model, option_stride, COLUMNS - 1)
     own = model if ALONE else 0
     w_t, w_first, w_second = _load_step(w_step_ptr, own, w_rule, ADAM)
     b, b_m, b_v, b_u = _load(b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_at, mask_k, ACC)
     b_rule = w_rule
     if HAS_BIAS:
-        b_rule = _load_options(
-            options_ptr + _option_at(COLUMNS, 0, option_stride), model, option_stride, ADAM
-        )
+        b_options_ptr = options_ptr + _option_at(COLUMNS, 0, option_stride)
+        b_rule = _load_options(b_options_ptr, model, option_stride, COLUMNS - 1)
     b_t, b_first, b_second = _load_step(b_step_ptr, own, b_rule, ADAM)
-    max_norm = _option(options_ptr, COLUMNS - 1, model, option_stride)
+    max_norm = tl.load(options_ptr + _option_at(COLUMNS - 1, model, option_stride))
 
     skips = tl.full((), 0, tl.int64)
     squares = tl.full((), 0.0, ACC)
@@ -261,9 +247,7 @@ def _linear_mse_fit_kernel(
             if HAS_BIAS:
                 squares += tl.sum(b_grad * b_grad, 0)
                 bad += tl.sum((tl.abs(b_grad) < float("inf")).to(tl.int32) ^ 1, 0)
-            clip = max_norm / (tl.sqrt(squares.to(tl.float64)) + 1e-6)
-            clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
-            clip = tl.where(max_norm < 0, 1.0, clip)
+            clip = clip_factor(max_norm, squares.to(tl.float64))
             if SKIP:
                 go = active & (bad == 0)
                 skips += (active & (bad != 0)).to(tl.int64)
@@ -325,32 +309,12 @@ def _option_at(column, model, stride):
 
 
 @triton.jit
-def _option(options_ptr, column: tl.constexpr, model, stride):
-    return tl.load(options_ptr + _option_at(column, model, stride))
-
-
-@triton.jit
-def _load_options(options_ptr, model, stride, ADAM: tl.constexpr):
-    """One parameter's options in float64, as the rule takes them."""
-    if ADAM:
-        return (
-            _option(options_ptr, A_LR, model, stride),
-            _option(options_ptr, A_BETA1, model, stride),
-            _option(options_ptr, A_BETA2, model, stride),
-            _option(options_ptr, A_EPS, model, stride),
-            _option(options_ptr, A_DECAY, model, stride),
-            _option(options_ptr, A_DECOUPLED, model, stride),
-            _option(options_ptr, A_MAXIMIZE, model, stride),
-        )
-    else:
-        return (
-            _option(options_ptr, S_LR, model, stride),
-            _option(options_ptr, S_MOMENTUM, model, stride),
-            _option(options_ptr, S_DAMPENING, model, stride),
-            _option(options_ptr, S_DECAY, model, stride),
-            _option(options_ptr, S_NESTEROV, model, stride),
-            _option(options_ptr, S_MAXIMIZE, model, stride),
-        )
+def _load_options(options_ptr, model, stride, COUNT: tl.constexpr):
+    """One parameter's options in float64, in the order of SGDOptions or AdamOptions."""
+    options = ()
+    for column in tl.static_range(COUNT):
+        options = options + (tl.load(options_ptr + _option_at(column, model, stride)),)
+    return options
 
 
 @triton.jit
@@ -361,7 +325,7 @@ def _load_step(step_ptr, model, rule, ADAM: tl.constexpr):
         t = tl.load(step_ptr + model).to(tl.int64)
     first, second = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     if ADAM:
-        first, second = _correction(1.0 - rule[1], t), _correction(1.0 - rule[2], t)
+        first, second = correction(1.0 - rule[1], t), correction(1.0 - rule[2], t)
     return t, first, second
 
 
@@ -375,21 +339,10 @@ def _update(
         lr, beta1, beta2, eps, decay, decoupled, maximize = rule
         first_new = first + (1.0 - beta1) * (1.0 - first)
         second_new = second + (1.0 - beta2) * (1.0 - second)
-        numbers = (
-            (1.0 - tl.where(decoupled != 0, lr * decay, 0.0)).to(ACC),
-            tl.where(decoupled != 0, 0.0, decay).to(ACC),
-            (1.0 - beta1).to(ACC),
-            beta2.to(ACC),
-            (1.0 - beta2).to(ACC),
-            (1.0 / tl.sqrt(second_new)).to(ACC),
-            eps.to(ACC),
-            (lr / first_new).to(ACC),
-            1.0,
-            1.0,  # the gradient's factors
-        )
+        scalars = adam_scalars(lr, beta1, beta2, eps, decay, decoupled != 0, first_new, second_new, ACC)
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
         largest = u if u_ptr is not None else None
-        p_new, m_new, v_new, largest = adam_rule(p, g * factor, m, v, largest, numbers)
+        p_new, m_new, v_new, largest = adam_rule(p, g * factor, m, v, largest, scalars)
         first, second = tl.where(go, first_new, first), tl.where(go, second_new, second)
         v_new = round_to(v_new, 0, v_ptr.dtype.element_ty, False).to(ACC)
         v = tl.where(go, v_new, v)
@@ -398,15 +351,7 @@ def _update(
             u = tl.where(go, u_new, u)
     else:
         lr, momentum, dampening, decay, nesterov, maximize = rule
-        scalars = (
-            lr.to(ACC),
-            momentum.to(ACC),
-            (1.0 - dampening).to(ACC),
-            decay.to(ACC),
-            nesterov != 0,
-            1.0,
-            1.0,
-        )
+        scalars = lr.to(ACC), momentum.to(ACC), (1.0 - dampening).to(ACC), decay.to(ACC), nesterov != 0
         factor = tl.where(maximize != 0, -clip, clip).to(ACC)
         buffer = m if m_ptr is not None else None
         p_new, m_new = sgd_rule(p, g * factor, buffer, t == 0, scalars)

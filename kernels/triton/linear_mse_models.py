@@ -33,20 +33,11 @@ from torch import Tensor
 
 from ..checks import acc_dtype
 from . import config
-from .dims import Matrix
+from .dims import Batch, Matrix
 from .launch import cdiv, launch
 from .linear_mse import _alignment, _multiplied
 from .matmul import write_scaled_product
 from .shared import DTYPES
-
-
-class Batch(NamedTuple):
-    """Matrices of models as a kernel receives them: a pointer and the strides of models, rows and columns."""
-
-    ptr: Tensor
-    model: int
-    row: int
-    col: int
 
 
 class Results(NamedTuple):
@@ -458,10 +449,8 @@ def _linear_mse_models_sum_kernel(
         tl.store(at, (total * loss_share).to(loss_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(tensor: Tensor | None) -> Batch | None:
+def _rows(tensor: Tensor) -> Batch:
     """Rows of models, or of all models."""
-    if tensor is None:
-        return None
     strides = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
     return Batch(tensor, *strides)
 
@@ -534,9 +523,10 @@ class _Call(NamedTuple):
         return self.input.shape[-2]
 
     @property
-    def elementwise(self) -> tuple[Batch | None, Tensor | None, Batch | None, Matrix | None]:
+    def elementwise(self) -> tuple[Batch, Tensor | None, Batch | None, Matrix | None]:
         """The operands y, b_ptr, s and bounds of a kernel."""
-        return _rows(self.target), self.bias, _rows(self.sample_weight), _edges(self.bounds)
+        s = self.sample_weight
+        return _rows(self.target), self.bias, None if s is None else _rows(s), _edges(self.bounds)
 
     def partials(self, *shape: int) -> Tensor:
         return self.input.new_empty(shape, dtype=self.acc)
@@ -553,7 +543,6 @@ def _by_chunks(call: _Call, chosen: config.LinearMseChunks) -> None:
         call.partials(pieces.slots, sum(sizes)) if call.bounds is not None or pieces.parts > 1 else None
     )
     x = _rows(call.input)
-    assert x is not None
     launch(
         _linear_mse_models_chunks_kernel, (pieces.slots,), x, call.weight.contiguous(), *call.elementwise, call.error,
         Results(call.grad_weight, call.grad_bias, call.loss, partials), B, call.rows, D, pieces.parts, span,
@@ -577,8 +566,6 @@ def _by_shared(call: _Call, chosen: config.LinearMseDot) -> None:
     size = 0 if call.grad_weight is None else K * D
     partials = call.partials(pieces.parts, B * (size + 2 * K))
     x, w = _rows(call.input), _rows(call.weight)
-    assert x is not None
-    assert w is not None
     launch(
         _linear_mse_models_shared_kernel, (pieces.parts * tiles,), x, w, *call.elementwise, call.error, partials,
         call.rows, D, K, B * K, span,
@@ -622,8 +609,6 @@ def _tiles(
     each = N if bounds is None else cdiv(N, B)
     tile = config.models_tile(multiplied, each, B * K if shared else K, D, loads, target)
     x, w = _rows(rows), _rows(weight)
-    assert x is not None
-    assert w is not None
     options = {
         "ALIGN": _alignment((rows, weight), D, x.model, x.row, w.model, w.row), "SHARED": shared,
         "OPERAND": DTYPES[multiplied], "ACC": DTYPES[acc],
@@ -728,12 +713,12 @@ def plan(
 ) -> config.LinearMseChunks | config.LinearMseDot | str:
     """How the fused losses of these operands are computed: the config of ``chunks`` or ``shared``, or why not so."""
     B, K, D = weight.shape
+    target = config.target_of(input.device)
     if bounds is None and input.dim() == 2:
-        target = config.target_of(input.device)
         operand = _multiplied(torch.promote_types(input.dtype, weight.dtype), acc, target)
         return config.models_shared(B * K, D, operand, target)
     rows = input.shape[-2] if bounds is None else cdiv(len(input), max(B, 1))
-    return config.models_chunks(K, D, input.element_size(), acc, rows, config.target_of(input.device))
+    return config.models_chunks(K, D, input.element_size(), acc, rows, target)
 
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:

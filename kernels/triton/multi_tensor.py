@@ -16,7 +16,7 @@ Over 500 lines, since the host writes the tables' columns and the kernels read t
 from collections.abc import Callable, Sequence
 from itertools import chain
 from struct import pack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,39 @@ _NUMBERS = frozenset((bool, float, int))
 
 # Triton's interpreter truncates where the hardware rounds float32 to bfloat16.
 INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.runtime.JITFunction))
+
+
+class StepTables(NamedTuple):
+    """The tables as the kernel of a step receives them.
+
+    Attributes:
+        chunks, rows, options: see the head of this file.
+        arrivals: int32 counters, zeros between launches: one for each tensor, of stacks one for each tile of models.
+    """
+
+    chunks: Tensor
+    rows: Tensor
+    arrivals: Tensor
+    options: Tensor
+
+
+class GuardTensors(NamedTuple):
+    """The tensors of optim.bucket.Guard as the kernel of a step receives them; of stacks the last two have B models.
+
+    Attributes:
+        grad_scale, found_inf: 0-d float32 or None.
+        norms: (NORMS, 2) or (NORMS, 2, B) float64, or None.
+        skipped: (1,) or (B,) int64, or None.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    norms: Tensor | None
+    skipped: Tensor | None
+
+    @classmethod
+    def of(cls, guard: Guard) -> "GuardTensors":
+        return cls(guard.grad_scale, guard.found_inf, guard.norms, guard.skipped)
 
 
 class Table:
@@ -271,7 +304,7 @@ def launch_step(
     tables = tables_of(bucket)
     option_table = tables.options(options, guard.max_norm)  # first, so that all tables go up together
 
-    def launch_anew(*tensors: Tensor | None) -> list[Tensor]:
+    def launch_anew(*tensors: Any) -> list[Tensor]:
         device = bucket.params[0].device
         keys = [key for key in bucket.states if key != "step"]
         operands = [bucket.params, bucket.grads, *(bucket.states[key] for key in keys)]
@@ -279,7 +312,8 @@ def launch_step(
         launch(
             kernel,
             (tables.programs,),
-            *tensors,
+            StepTables(*tensors[:4]),
+            GuardTensors(*tensors[4:]),
             device=device,
             **step_constants(bucket, guard),
             **dtypes,
@@ -287,7 +321,7 @@ def launch_step(
         )
         return []
 
-    guarded = guard.grad_scale, guard.found_inf, guard.norms, guard.skipped
+    guarded = GuardTensors.of(guard)
     key = "step" if guard is UNGUARDED else ("step", guard.skip_nonfinite, *map(_seen, guarded))
     constant = tables.chunks.tensor, tables.rows.tensor, tables.arrivals, option_table
     repeat(bucket, key, launch_anew, *constant, *guarded)
@@ -475,47 +509,45 @@ def load_option(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
-def load_guard(
-    grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr
-):
+def load_guard(guard, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr):
     """(skip, inverse_scale, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
 
-    grad_scale_ptr, found_inf_ptr: 0-d float32, or None. norms_ptr: (NORMS, 2) float64, or None.
-    skipped_ptr: (1,) int64, raised by program 0 if the step is skipped, or None. See optim.bucket.Guard.
+    guard: GuardTensors; program 0 raises ``skipped``.
     """
     skip = tl.full((), 0, tl.int1)
     inverse_scale = tl.full((), 1.0, tl.float64)
     clip = tl.full((), 1.0, tl.float64)
-    if grad_scale_ptr is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
-    if found_inf_ptr is not None:
-        skip = tl.load(found_inf_ptr) != 0
-    if norms_ptr is not None:
+    if guard.grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(guard.grad_scale).to(tl.float64)
+    if guard.found_inf is not None:
+        skip = tl.load(guard.found_inf) != 0
+    if guard.norms is not None:
         squares = tl.full((), 0.0, tl.float64)
         nonfinite = tl.full((), 0.0, tl.float64)
         for row in tl.static_range(NORMS):
-            squares += tl.load(norms_ptr + 2 * row)
-            nonfinite += tl.load(norms_ptr + 2 * row + 1)
-        clip = max_norm / (tl.sqrt(squares) + 1e-6)
-        clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
-        clip = tl.where(max_norm < 0, 1.0, clip)
+            squares += tl.load(guard.norms + 2 * row)
+            nonfinite += tl.load(guard.norms + 2 * row + 1)
+        clip = clip_factor(max_norm, squares)
         if SKIP:
             skip = skip | (nonfinite != 0)
-    if skipped_ptr is not None:
+    if guard.skipped is not None:
         counts = (tl.program_id(0) == 0) & skip
-        tl.store(skipped_ptr, tl.load(skipped_ptr, mask=counts) + 1, mask=counts)
+        tl.store(guard.skipped, tl.load(guard.skipped, mask=counts) + 1, mask=counts)
     return skip, inverse_scale, clip
 
 
 @triton.jit
+def clip_factor(max_norm, squares):
+    """min(1, max_norm / (norm + 1e-6)), given the norm's square in float64; 1 if max_norm is negative."""
+    clip = max_norm / (tl.sqrt(squares) + 1e-6)
+    clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
+    return tl.where(max_norm < 0, 1.0, clip)
+
+
+@triton.jit
 def begin_chunk(
-    chunks_ptr,
-    rows_ptr,
-    options_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
-    norms_ptr,
-    skipped_ptr,
+    tables,
+    guard,
     MAXIMIZE: tl.constexpr,
     MAX_NORM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -528,15 +560,13 @@ def begin_chunk(
     its parameter group; (skip, inverse_scale): as ``load_guard``; and the two factors of the unscaled gradient, -1
     under maximize and the clipping.
     """
-    t, row, place, numel = chunk_of(chunks_ptr, rows_ptr, tl.program_id(0))
+    t, row, place, numel = chunk_of(tables.chunks, tables.rows, tl.program_id(0))
     span = tl.load(row + CHUNKS) * CHUNK
     start = place * span
     group = tl.load(row + GROUP)
-    max_norm = load_option(options_ptr, group, MAX_NORM, COLUMNS)
-    skip, inverse_scale, clip = load_guard(
-        grad_scale_ptr, found_inf_ptr, norms_ptr, skipped_ptr, max_norm, NORMS, SKIP
-    )
-    sign = tl.where(load_option(options_ptr, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
+    max_norm = load_option(tables.options, group, MAX_NORM, COLUMNS)
+    skip, inverse_scale, clip = load_guard(guard, max_norm, NORMS, SKIP)
+    sign = tl.where(load_option(tables.options, group, MAXIMIZE, COLUMNS) != 0, -1.0, 1.0)
     return t, row, start, tl.minimum(start + span, numel), numel, group, skip, inverse_scale, sign, clip
 
 
@@ -569,13 +599,13 @@ def load_param(p_at, master_at, mask, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_grad(g_at, mask, inverse_scale, factor, UNSCALE: tl.constexpr, ACC: tl.constexpr):
-    """The gradient's elements times ``factor``; if UNSCALE unscaled before that, and written back so."""
+def load_grad(g_at, mask, factors, UNSCALE: tl.constexpr, ACC: tl.constexpr):
+    """The gradient's elements times the second factor; if UNSCALE times the first before, and written back so."""
     g = tl.load(g_at, mask=mask).to(ACC)
     if UNSCALE:
-        g = g * inverse_scale
+        g = g * factors[0]
         tl.store(g_at, g.to(g_at.dtype.element_ty), mask=mask)
-    return g * factor
+    return g * factors[1]
 
 
 @triton.jit

@@ -21,31 +21,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ..optim.bucket import AdamOptions, Bucket, Guard, Models, SGDOptions
-from . import adam, config, sgd
+from . import config
+from .adam import adam_scalars, update_adam
 from .launch import cdiv, launch
 from .multi_tensor import (
     CHUNK,
     GRAD,
     GROUP,
-    KEY,
-    MASTER,
     NUMEL,
-    PARAM,
-    STATES,
     STEP,
     WIDTH,
+    GuardTensors,
+    StepTables,
     Tables,
-    draw_words,
+    chunk_of,
+    clip_factor,
     dtype_of,
-    load_grad,
-    load_param,
-    mix,
+    key_at,
     option_columns,
     pointer_at,
-    round_to,
     step_constants,
-    store_param,
 )
+from .sgd import update_sgd
 
 ALIGNED = tl.constexpr(10)
 COUNTER = tl.constexpr(11)  # the first of the tensor's counters, one per tile of models
@@ -216,15 +213,14 @@ def _launch_step(
     launch(
         kernel,
         (tables.programs,),
-        tables.chunks.tensor,
-        tables.rows.tensor,
-        tables.arrivals,
-        tables.option_values(options, guard.max_norm, models.lr_scale),
+        StepTables(
+            tables.chunks.tensor,
+            tables.rows.tensor,
+            tables.arrivals,
+            tables.option_values(options, guard.max_norm, models.lr_scale),
+        ),
+        GuardTensors.of(guard),
         *_active(models),
-        guard.grad_scale,
-        guard.found_inf,
-        guard.norms,
-        guard.skipped,
         models.B,
         device=bucket.params[0].device,
         **step_constants(bucket, guard),
@@ -244,16 +240,10 @@ def in_vectors(n, VECTOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "active_stride"])
 def _stacked_adam_kernel(
-    chunks_ptr,
-    rows_ptr,
-    arrivals_ptr,
-    options_ptr,
+    tables,
+    guard,
     active_ptr,
     active_stride,
-    grad_scale_ptr,
-    found_inf_ptr,
-    norms_ptr,
-    skipped_ptr,
     B,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
@@ -272,119 +262,55 @@ def _stacked_adam_kernel(
 ):
     """One program updates MODELS models' part of one tensor: at most CHUNK elements of each.
 
-    chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64; options_ptr: (groups, 3, columns) float64: see the heads of
-    this file and of multi_tensor.py. arrivals_ptr: int32 counters, zeros between launches.
-    active_ptr: (B,) uint8 or None; grad_scale_ptr, found_inf_ptr: 0-d float32 or None;
-    norms_ptr: (NORMS, 2, B) float64 or None; skipped_ptr: (B,) int64 or None.
+    tables, guard: StepTables and GuardTensors; active_ptr: (B,) uint8 or None.
 
     Bytes per element: as for plain parameters; per model the step read and written, and its options read.
     """
-    t, row, place, n, pieces = tile_of_models(chunks_ptr, rows_ptr)
-    models, inside = models_of(place // pieces, B, MODELS)
-    group = tl.load(row + GROUP)
-    go, inverse_scale, clip = load_guards(
-        options_ptr, group, ADAM_COLUMNS, active_ptr, active_stride, grad_scale_ptr, found_inf_ptr, norms_ptr,
-        skipped_ptr, B, models, inside, tl.where((t == 0) & (place % pieces == 0), B, 0), NORMS, SKIP,
+    row, models, inside, tile, first, n, pieces, options_ptr, go, inverse_scale, factor, lr, decay = begin_models(
+        tables, guard, active_ptr, active_stride, B, ADAM_LR, ADAM_DECAY, ADAM_MAXIMIZE, ADAM_COLUMNS, MODELS, NORMS,
+        SKIP,
     )  # fmt: skip
-    UNSCALE: tl.constexpr = grad_scale_ptr is not None
-    lr = load_value(options_ptr, group, ADAM_LR, ADAM_COLUMNS, models, inside)
-    lr = lr * load_value(options_ptr, group, ADAM_COLUMNS - 1, ADAM_COLUMNS, models, inside)
-    beta1 = load_value(options_ptr, group, BETA1, ADAM_COLUMNS, models, inside)
-    beta2 = load_value(options_ptr, group, BETA2, ADAM_COLUMNS, models, inside)
-    decay = load_value(options_ptr, group, ADAM_DECAY, ADAM_COLUMNS, models, inside)
-    eps = load_number(options_ptr, group, EPS, ADAM_COLUMNS)
-    decoupled = load_number(options_ptr, group, DECOUPLED, ADAM_COLUMNS) != 0
-    sign = tl.where(load_number(options_ptr, group, ADAM_MAXIMIZE, ADAM_COLUMNS) != 0, -1.0, 1.0)
-    step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, go, DTYPE_STEP)
+    UNSCALE: tl.constexpr = guard.grad_scale is not None
+    beta1 = load_value(options_ptr, BETA1, ADAM_COLUMNS, models, inside)
+    beta2 = load_value(options_ptr, BETA2, ADAM_COLUMNS, models, inside)
+    eps = tl.broadcast_to(tl.load(options_ptr + EPS), models.shape)
+    decoupled = tl.load(options_ptr + DECOUPLED) != 0
+    step = take_steps(row, tables.arrivals, tile, pieces, models, inside, go, DTYPE_STEP)
 
     t_new = step.to(tl.int64) + 1
     correction1 = corrections(1.0 - beta1, t_new)
     correction2 = corrections(1.0 - beta2, t_new)
-    scalars = (
-        (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC)[:, None],
-        tl.where(decoupled, 0.0, decay).to(ACC)[:, None],
-        (1.0 - beta1).to(ACC)[:, None],
-        beta2.to(ACC)[:, None],
-        (1.0 - beta2).to(ACC)[:, None],
-        (1.0 / tl.sqrt(correction2)).to(ACC)[:, None],
-        eps.to(ACC),
-        (lr / correction1).to(ACC)[:, None],
-        inverse_scale.to(ACC),
-        (sign * clip).to(ACC)[:, None],
-    )
-    key = keys_of(row, step)[:, None] if STOCHASTIC else 0
-    first = (place % pieces) * CHUNK
+    scalars = as_columns(adam_scalars(lr, beta1, beta2, eps, decay, decoupled, correction1, correction2, ACC))
+    factors = inverse_scale.to(ACC), factor.to(ACC)[:, None]
+    key = key_at(row, step)[:, None] if STOCHASTIC else 0
     if tl.load(row + ALIGNED) != 0:
-        _update_adam(row, models, go, first, in_vectors(n, VECTOR), scalars, key, UNSCALE, True, DTYPE_P, DTYPE_G,
-                     DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+        _update_adam(row, models, go, first, in_vectors(n, VECTOR), scalars, factors, key, UNSCALE, True, DTYPE_P,
+                     DTYPE_G, DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
     else:
-        _update_adam(row, models, go, first, n, scalars, key, UNSCALE, False, DTYPE_P, DTYPE_G,
-                     DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+        _update_adam(row, models, go, first, n, scalars, factors, key, UNSCALE, False, DTYPE_P,
+                     DTYPE_G, DTYPE_M, DTYPE_V, DTYPE_W, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
 
 
 @triton.jit
 def _update_adam(
-    row,
-    models,
-    go,
-    first,
-    n,
-    scalars,
-    key,
-    UNSCALE: tl.constexpr,
-    ALIGNED16: tl.constexpr,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    DTYPE_V: tl.constexpr,
-    DTYPE_W: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ACC: tl.constexpr,
+    row, models, go, first, n, scalars, factors, key, UNSCALE: tl.constexpr, ALIGNED16: tl.constexpr,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr, DTYPE_V: tl.constexpr,
+    DTYPE_W: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Update the columns from ``first`` on, at most CHUNK of the ``n``, of the models that ``go``."""
     for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
-        cols = start + tl.arange(0, COLUMNS)
-        offs = models[:, None] * n + cols[None, :]
-        mask = go[:, None] & (cols < n)[None, :]
-        p_at = pointer_at(row, PARAM, DTYPE_P, ALIGNED16) + offs
-        g_at = pointer_at(row, GRAD, DTYPE_G, ALIGNED16) + offs
-        m_at = pointer_at(row, STATES, DTYPE_M, ALIGNED16) + offs
-        v_at = pointer_at(row, STATES + 1, DTYPE_V, ALIGNED16) + offs
-        master_at = pointer_at(row, MASTER, tl.float32, ALIGNED16) + offs if HAS_MASTER else None
-
-        p = load_param(p_at, master_at, mask, ACC)
-        g = load_grad(g_at, mask, scalars[8], scalars[9], UNSCALE, ACC)
-        m = tl.load(m_at, mask=mask).to(ACC)
-        v = tl.load(v_at, mask=mask).to(ACC)
-        w = None
-        if DTYPE_W is not None:
-            w_at = pointer_at(row, STATES + 2, DTYPE_W, ALIGNED16) + offs
-            w = tl.load(w_at, mask=mask).to(ACC)
-        p, m, v, w = adam.adam_rule(p, g, m, v, w, scalars)
-        word, other = 0, 0
-        if STOCHASTIC:
-            word, other = draw_words(key, offs)
-        store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)
-        tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=mask)
-        tl.store(v_at, round_to(v, other & 0xFFFF, DTYPE_V, STOCHASTIC), mask=mask)
-        if DTYPE_W is not None:
-            tl.store(w_at, round_to(w, other >> 16, DTYPE_W, STOCHASTIC), mask=mask)
+        offs, mask = places_of(models, go, start, n, COLUMNS)
+        update_adam(row, offs, mask, scalars, factors, key, UNSCALE, ALIGNED16, DTYPE_P, DTYPE_G, DTYPE_M, DTYPE_V,
+                    DTYPE_W, HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "active_stride"])
 def _stacked_sgd_kernel(
-    chunks_ptr,
-    rows_ptr,
-    arrivals_ptr,
-    options_ptr,
+    tables,
+    guard,
     active_ptr,
     active_stride,
-    grad_scale_ptr,
-    found_inf_ptr,
-    norms_ptr,
-    skipped_ptr,
     B,
     DTYPE_P: tl.constexpr,
     DTYPE_G: tl.constexpr,
@@ -400,93 +326,46 @@ def _stacked_sgd_kernel(
     VECTOR: tl.constexpr,
 ):
     """One program updates MODELS models' part of one tensor, as ``_stacked_adam_kernel`` does, by SGD's rule."""
-    t, row, place, n, pieces = tile_of_models(chunks_ptr, rows_ptr)
-    models, inside = models_of(place // pieces, B, MODELS)
-    group = tl.load(row + GROUP)
-    go, inverse_scale, clip = load_guards(
-        options_ptr, group, SGD_COLUMNS, active_ptr, active_stride, grad_scale_ptr, found_inf_ptr, norms_ptr,
-        skipped_ptr, B, models, inside, tl.where((t == 0) & (place % pieces == 0), B, 0), NORMS, SKIP,
+    row, models, inside, tile, first, n, pieces, options_ptr, go, inverse_scale, factor, lr, decay = begin_models(
+        tables, guard, active_ptr, active_stride, B, SGD_LR, SGD_DECAY, SGD_MAXIMIZE, SGD_COLUMNS, MODELS, NORMS, SKIP,
     )  # fmt: skip
-    UNSCALE: tl.constexpr = grad_scale_ptr is not None
-    lr = load_value(options_ptr, group, SGD_LR, SGD_COLUMNS, models, inside)
-    lr = lr * load_value(options_ptr, group, SGD_COLUMNS - 1, SGD_COLUMNS, models, inside)
-    momentum = load_value(options_ptr, group, SGD_MOMENTUM, SGD_COLUMNS, models, inside)
-    decay = load_value(options_ptr, group, SGD_DECAY, SGD_COLUMNS, models, inside)
-    dampening = load_number(options_ptr, group, SGD_DAMPENING, SGD_COLUMNS)
-    nesterov = load_number(options_ptr, group, SGD_NESTEROV, SGD_COLUMNS) != 0
-    sign = tl.where(load_number(options_ptr, group, SGD_MAXIMIZE, SGD_COLUMNS) != 0, -1.0, 1.0)
+    UNSCALE: tl.constexpr = guard.grad_scale is not None
+    momentum = load_value(options_ptr, SGD_MOMENTUM, SGD_COLUMNS, models, inside)
+    dampening = tl.load(options_ptr + SGD_DAMPENING)
+    nesterov = tl.load(options_ptr + SGD_NESTEROV) != 0
     fresh = tl.zeros((MODELS, 1), tl.int1)
     key = 0
     if DTYPE_STEP is not None:
         # A step without momentum leaves the first one with it to come; random numbers go by all steps.
         counted = go if STOCHASTIC else go & (momentum != 0)
-        step = take_steps(row, arrivals_ptr, place // pieces, pieces, models, inside, counted, DTYPE_STEP)
+        step = take_steps(row, tables.arrivals, tile, pieces, models, inside, counted, DTYPE_STEP)
         fresh = (step == 0)[:, None]
         if STOCHASTIC:
-            key = keys_of(row, step)[:, None]
+            key = key_at(row, step)[:, None]
 
-    scalars = (
-        lr.to(ACC)[:, None],
-        momentum.to(ACC)[:, None],
-        tl.where(fresh, 1.0, 1.0 - dampening).to(ACC),
-        decay.to(ACC)[:, None],
-        nesterov,
-        inverse_scale.to(ACC),
-        (sign * clip).to(ACC)[:, None],
-    )
-    first = (place % pieces) * CHUNK
+    lr, momentum, decay = as_columns((lr.to(ACC), momentum.to(ACC), decay.to(ACC)))
+    scalars = lr, momentum, (1.0 - dampening).to(ACC), decay, nesterov
+    factors = inverse_scale.to(ACC), factor.to(ACC)[:, None]
     if tl.load(row + ALIGNED) != 0:
-        _update_sgd(row, models, go, first, in_vectors(n, VECTOR), scalars, fresh, key, UNSCALE, True, DTYPE_P,
-                    DTYPE_G, DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+        _update_sgd(row, models, go, first, in_vectors(n, VECTOR), scalars, factors, fresh, key, UNSCALE, True,
+                    DTYPE_P, DTYPE_G, DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
     else:
-        _update_sgd(row, models, go, first, n, scalars, fresh, key, UNSCALE, False, DTYPE_P, DTYPE_G,
-                    DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
+        _update_sgd(row, models, go, first, n, scalars, factors, fresh, key, UNSCALE, False, DTYPE_P,
+                    DTYPE_G, DTYPE_M, HAS_MASTER, STOCHASTIC, ACC, COLUMNS)  # fmt: skip
 
 
 @triton.jit
 def _update_sgd(
-    row,
-    models,
-    go,
-    first,
-    n,
-    scalars,
-    fresh,
-    key,
-    UNSCALE: tl.constexpr,
-    ALIGNED16: tl.constexpr,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ACC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    row, models, go, first, n, scalars, factors, fresh, key, UNSCALE: tl.constexpr, ALIGNED16: tl.constexpr,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr, HAS_MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr, ACC: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Update the columns from ``first`` on, at most CHUNK of the ``n``, of the models that ``go``."""
     for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
-        cols = start + tl.arange(0, COLUMNS)
-        offs = models[:, None] * n + cols[None, :]
-        mask = go[:, None] & (cols < n)[None, :]
-        p_at = pointer_at(row, PARAM, DTYPE_P, ALIGNED16) + offs
-        g_at = pointer_at(row, GRAD, DTYPE_G, ALIGNED16) + offs
-        master_at = pointer_at(row, MASTER, tl.float32, ALIGNED16) + offs if HAS_MASTER else None
-
-        p = load_param(p_at, master_at, mask, ACC)
-        g = load_grad(g_at, mask, scalars[5], scalars[6], UNSCALE, ACC)
-        m = None
-        if DTYPE_M is not None:
-            m_at = pointer_at(row, STATES, DTYPE_M, ALIGNED16) + offs
-            m = tl.load(m_at, mask=mask).to(ACC)
-        p, m = sgd.sgd_rule(p, g, m, fresh, scalars)
-        word = 0
-        if STOCHASTIC:
-            word, _ = draw_words(key, offs)
-        if DTYPE_M is not None:
-            # A model without momentum leaves its buffer as it is.
-            kept = mask & (scalars[1] != 0)
-            tl.store(m_at, round_to(m, word >> 16, DTYPE_M, STOCHASTIC), mask=kept)
-        store_param(p_at, master_at, mask, p, word & 0xFFFF, STOCHASTIC)
+        offs, mask = places_of(models, go, start, n, COLUMNS)
+        kept = mask & (scalars[1] != 0)  # a model without momentum leaves its buffer as it is
+        update_sgd(row, offs, mask, kept, scalars, factors, fresh, key, UNSCALE, ALIGNED16, DTYPE_P, DTYPE_G, DTYPE_M,
+                   HAS_MASTER, STOCHASTIC, ACC)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "active_stride", "tensors"])
@@ -574,24 +453,40 @@ def _add_squares(
     """Add the squares of the columns from ``first`` on, at most CHUNK of the ``n``, and note what is not finite."""
     g_ptr = pointer_at(row, GRAD, DTYPE_G, ALIGNED16)
     for start in range(first, tl.minimum(first + CHUNK, n), COLUMNS):
-        cols = start + tl.arange(0, COLUMNS)
-        mask = go[:, None] & (cols < n)[None, :]
-        g = tl.load(g_ptr + models[:, None] * n + cols[None, :], mask=mask, other=0.0).to(ACC) * inverse
+        offs, mask = places_of(models, go, start, n, COLUMNS)
+        g = tl.load(g_ptr + offs, mask=mask, other=0.0).to(ACC) * inverse
         total = tl.fma(g, g, total)
         bad = bad | (tl.abs(g) < float("inf")).to(tl.int32) ^ 1
     return total, bad
 
 
 @triton.jit
-def tile_of_models(chunks_ptr, rows_ptr):
-    """Of this program: its tensor's number and row, its place among the tensor's programs, the elements of a model,
-    and how many programs share a tile of models."""
-    c = tl.program_id(0).to(tl.int64)
-    t = tl.load(chunks_ptr + 2 * c).to(tl.int64)
-    place = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64)
-    row = rows_ptr + t * WIDTH
-    n = tl.load(row + NUMEL)
-    return t, row, place, n, tl.maximum(tl.cdiv(n, CHUNK), 1)
+def begin_models(
+    tables, guard, active_ptr, active_stride, B, LR: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
+    COLUMNS: tl.constexpr, MODELS: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """What both updates compute first, of the part of a tensor that this program updates.
+
+    Returns (row,): as ``chunk_of``; (models, inside): as ``models_of``; the number of their tile; the first column; the
+    elements of a model; how many programs share the tile; where the group's options begin; (go, inverse_scale): as
+    ``load_guards``; and for each model, in float64, the factor of the unscaled gradient, the rate and the decay.
+    """
+    t, row, place, n = chunk_of(tables.chunks, tables.rows, tl.program_id(0).to(tl.int64))
+    pieces = tl.maximum(tl.cdiv(n, CHUNK), 1)
+    tile = place // pieces
+    models, inside = models_of(tile, B, MODELS)
+    options_ptr = tables.options + tl.load(row + GROUP) * 3 * COLUMNS
+    max_norm = tl.load(options_ptr + (COLUMNS - 2))
+    counted = tl.where((t == 0) & (place % pieces == 0), B, 0)
+    go, inverse_scale, clip = load_guards(
+        guard, max_norm, active_ptr, active_stride, B, models, inside, counted, NORMS, SKIP
+    )
+    lr = load_value(options_ptr, LR, COLUMNS, models, inside)
+    lr = lr * load_value(options_ptr, COLUMNS - 1, COLUMNS, models, inside)
+    decay = load_value(options_ptr, DECAY, COLUMNS, models, inside)
+    factor = tl.where(tl.load(options_ptr + MAXIMIZE) != 0, -1.0, 1.0) * clip
+    first = place % pieces * CHUNK
+    return row, models, inside, tile, first, n, pieces, options_ptr, go, inverse_scale, factor, lr, decay
 
 
 @triton.jit
@@ -602,15 +497,25 @@ def models_of(tile, B, MODELS: tl.constexpr):
 
 
 @triton.jit
-def load_number(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr):
-    """An option that is a number for all models, in float64."""
-    return tl.load(options_ptr + group * 3 * COLUMNS + column)
+def places_of(models, go, start, n, COLUMNS: tl.constexpr):
+    """The elements' places in columns ``start``, ... of a tile of models, and which of them there are and ``go``."""
+    cols = start + tl.arange(0, COLUMNS)
+    return models[:, None] * n + cols[None, :], go[:, None] & (cols < n)[None, :]
 
 
 @triton.jit
-def load_value(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr, models, inside):
+def as_columns(values):
+    """Each of these values per model as a column beside the models' elements."""
+    columns = ()
+    for i in tl.static_range(len(values)):
+        columns = columns + (values[i][:, None],)
+    return columns
+
+
+@triton.jit
+def load_value(options_ptr, column: tl.constexpr, COLUMNS: tl.constexpr, models, inside):
     """The models' values of an option in float64: the number in the table, or what stands at the address below it."""
-    at = options_ptr + group * 3 * COLUMNS + column
+    at = options_ptr + column
     none = tl.zeros_like(models)  # a mask is made of blocks
     source = none + tl.load((at + COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
     form = none + tl.load((at + 2 * COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
@@ -624,25 +529,11 @@ def load_value(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr, 
 
 @triton.jit
 def load_guards(
-    options_ptr,
-    group,
-    COLUMNS: tl.constexpr,
-    active_ptr,
-    active_stride,
-    grad_scale_ptr,
-    found_inf_ptr,
-    norms_ptr,
-    skipped_ptr,
-    B,
-    models,
-    inside,
-    counted,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-):
+    guard, max_norm, active_ptr, active_stride, B, models, inside, counted, NORMS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
     """(go, inverse_scale, clip): which models make the step, and what gradients are multiplied by, in float64.
 
-    The pointers are as the kernels say. counted: this program counts the skipped steps of models below this number.
+    counted: this program counts the skipped steps of models below this number.
     """
     go = inside
     if active_ptr is not None:
@@ -650,27 +541,24 @@ def load_guards(
     skip = models < 0
     inverse_scale = tl.full((), 1.0, tl.float64)
     clip = tl.full(models.shape, 1.0, tl.float64)
-    if grad_scale_ptr is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
-    if found_inf_ptr is not None:
-        skip = go & (tl.load(found_inf_ptr + 0 * models) != 0)
-    if norms_ptr is not None:
+    if guard.grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(guard.grad_scale).to(tl.float64)
+    if guard.found_inf is not None:
+        skip = go & (tl.load(guard.found_inf + 0 * models) != 0)
+    if guard.norms is not None:
         squares = tl.zeros(models.shape, tl.float64)
         nonfinite = tl.zeros(models.shape, tl.float64)
         for part in tl.static_range(NORMS):
-            at = norms_ptr + 2 * part * B.to(tl.int64) + models
+            at = guard.norms + 2 * part * B.to(tl.int64) + models
             squares += tl.load(at, mask=go, other=0.0)
             if SKIP:
                 nonfinite += tl.load(at + B, mask=go, other=0.0)
-        max_norm = load_number(options_ptr, group, COLUMNS - 2, COLUMNS)
-        clip = max_norm / (tl.sqrt(squares) + 1e-6)
-        clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
-        clip = tl.where(max_norm < 0, 1.0, clip)
+        clip = clip_factor(max_norm, squares)
         if SKIP:
             skip = skip | (nonfinite != 0)
-    if skipped_ptr is not None:
+    if guard.skipped is not None:
         mine = skip & (models < counted)
-        tl.store(skipped_ptr + models, tl.load(skipped_ptr + models, mask=mine, other=0) + 1, mask=mine)
+        tl.store(guard.skipped + models, tl.load(guard.skipped + models, mask=mine, other=0) + 1, mask=mine)
     return go & (skip == 0), inverse_scale, clip
 
 
@@ -705,9 +593,3 @@ def corrections(one_less, exponents):
         exponents = exponents >> 1
         most = most >> 1
     return result
-
-
-@triton.jit
-def keys_of(row, steps):
-    """What each model's random numbers of one step start from."""
-    return mix(tl.load(row + KEY).to(tl.uint32) ^ steps.to(tl.int64).to(tl.uint32))

@@ -6,7 +6,7 @@ Kernels are recorded, not run: no value means anything.
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -247,7 +247,7 @@ class Calls:
                 name.removeprefix("Fused").lower().removesuffix("w"),
             ]
             launched.append(record)
-            given = [arg for _, args in launched[0].asked for arg in args if isinstance(arg, Tensor)]
+            given = [tensor for _, args in launched[0].asked for tensor in tensors_in(args)]
             for _, args in launched[0].asked:
                 check_addresses(args, optimizer, params)
             # The tables of the first step serve all; the guard's tensors come anew with each.
@@ -440,13 +440,20 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.clone()
 
 
+def tensors_in(args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """The tensors among a kernel's arguments and in its records."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors_in(arg)
+
+
 def check_addresses(
     args: tuple[Any, ...], optimizer: torch.optim.Optimizer, params: Sequence[Tensor]
 ) -> None:
     """The table that a kernel is given holds the present addresses of its parameters, gradients and states."""
-    rows = next(
-        arg for arg in args if isinstance(arg, Tensor) and arg.shape[1:] == (multi_tensor.WIDTH.value,)
-    )
+    rows = next(tensor for tensor in tensors_in(args) if tensor.shape[1:] == (multi_tensor.WIDTH.value,))
     assert len(rows) == len(params)
     for param, row in zip(params, rows.tolist(), strict=True):
         state = optimizer.state[param]

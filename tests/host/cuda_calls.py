@@ -11,7 +11,7 @@ from gradkernels import use_backend
 from gradkernels.triton import multi_tensor
 from torch import Tensor
 
-from .calls import Calls
+from .calls import Calls, tensors_in
 
 CUDA = torch.device("cuda", 0)
 PARAMS = ((5000,), (7, 9), (33,))
@@ -50,11 +50,8 @@ class CudaCalls(Calls):
         with self._recorder.recording() as record:
             optimizer.step()
         torch.cuda.synchronize()
-        rows = next(
-            arg
-            for arg in record.asked[0][1]
-            if isinstance(arg, Tensor) and arg.shape == (3, multi_tensor.WIDTH.value)
-        )
+        given = tensors_in(record.asked[0][1])
+        rows = next(tensor for tensor in given if tensor.shape == (3, multi_tensor.WIDTH.value))
         kept = [_set_grads(params) for _ in range(5)]
         torch.cuda.synchronize()
         self._standin.library.standin_watch(ctypes.c_void_p(rows.data_ptr()), ctypes.c_size_t(rows.nbytes))

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from gradkernels.triton.linear_mse_fit import S_COLUMNS, _option_at
+from gradkernels.triton.linear_mse_fit import SGD_COLUMNS, _option_at
 
 pytestmark = pytest.mark.gpu if GPU else []
 DEVICE = torch.device(DEVICES["triton"])
@@ -397,5 +397,5 @@ def _option_at_kernel(out_ptr, model, stride, COLUMN: tl.constexpr):
 def test_options_are_counted_in_64_bits():
     """The last of SGD's options of 2**30 models: no test can afford the table."""
     out = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    _option_at_kernel[(1,)](out, 7, 2**30, S_COLUMNS.value - 1)
-    assert out.item() == (S_COLUMNS.value - 1) * 2**30 + 7
+    _option_at_kernel[(1,)](out, 7, 2**30, SGD_COLUMNS.value - 1)
+    assert out.item() == (SGD_COLUMNS.value - 1) * 2**30 + 7
