@@ -24,7 +24,6 @@ from .linear_mse_models import _normal_form as check_models
 from .linear_mse_models import check_bounds
 from .optim.bucket import Guard, Models, Update
 from .optim.plan import Entry, Part, measure_gradients, partition, update_parameters
-from .optim.stacked import measure_models, update_models
 from .optim.step import FusedStep
 from .torch_private import needs_dispatcher
 
@@ -316,16 +315,9 @@ def _step(
 ) -> None:
     """One round of an optimizer: measure, guard, clip, update."""
     if guard.norms is not None:
-        device = guard.norms.device
-        if models is None:
-            norms = measure_gradients(parts, None, device, [], None)
-        else:
-            norms = measure_models(parts, None, models, device)
+        norms = measure_gradients(parts, None, guard.norms.device, models)
         guard.norms.copy_(norms.sum(0, keepdim=True))
-    if models is None:
-        update_parameters(operator, parts, options, guard)
-    else:
-        update_models(operator, parts, options, guard, models)
+    update_parameters(operator, parts, options, guard, models)
 
 
 @contextmanager

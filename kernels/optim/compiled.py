@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .bucket import AdamOptions, Guard, Models, SGDOptions
-from .plan import Entry, measure_gradients, partition, to_device, update_parameters
-from .stacked import local_guard, measure_models, update_models
+from .plan import Entry, measure_gradients, partition, update_parameters
 
 _OPTIONS: dict[str, Any] = {"sgd": SGDOptions, "adam": AdamOptions}
 _SWITCHES = {"nesterov", "maximize", "decoupled"}
@@ -74,11 +73,8 @@ def _step(
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
     guard = Guard(grad_scale, found_inf, norms, max_norm, skip_nonfinite, skipped)
-    if models is None:
-        update_parameters(operator, parts, [kind(**options)], guard)
-    elif params:
-        given = Models(models, active, lr_scale)
-        update_models(operator, parts, [kind(**options)], local_guard(guard, params[0].device), given)
+    given = None if models is None else Models(models, active, lr_scale)
+    update_parameters(operator, parts, [kind(**options)], guard, given)
 
 
 @torch.no_grad()
@@ -92,11 +88,8 @@ def _norm(
     parts = partition((Entry(0, i, grad, grad, {}, None) for i, grad in enumerate(grads)), models)
     for part in parts:
         part.bucket.grads = [grads[slot] for slot in part.slots]
-    if models is not None:
-        scale = to_device(grad_scale, out.device)
-        out.copy_(measure_models(parts, scale, Models(models, active), out.device).sum(0, keepdim=True))
-        return
-    out.copy_(measure_gradients(parts, grad_scale, out.device, [], None).sum(0, keepdim=True))
+    given = None if models is None else Models(models, active)
+    out.copy_(measure_gradients(parts, grad_scale, out.device, given).sum(0, keepdim=True))
 
 
 _library.impl("optimizer_step", _step, "CompositeExplicitAutograd")

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import torch_private as private
 from ..backends import capturing, implementation
-from .bucket import UNGUARDED, Bucket, Guard
+from .bucket import UNGUARDED, Bucket, Guard, Models
 
 _AS_IT_IS = nullcontext()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -198,8 +198,9 @@ def measure_gradients(
     parts: Sequence[Part],
     scale: Tensor | None,
     home: torch.device,
-    extra: list[tuple[tuple[Any, ...], Tensor]],
-    norm_group: Any,
+    models: Models | None = None,
+    extra: Sequence[tuple[tuple[Any, ...], Tensor]] = (),
+    norm_group: Any = None,
 ) -> Tensor:
     """Rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
 
@@ -207,25 +208,29 @@ def measure_gradients(
         parts: their buckets hold the gradients.
         scale: what the gradients are to be divided by, or None.
         home: the device of the result.
+        models: of stacked parameters, whose rows have numbers (B,); a model that is not active has nan and 0.
         extra: rows of gradients that no part has, each after the process groups over which its gradient is sharded.
         norm_group: the process group whose other ranks have parameters of their own, or None.
     """
     devices = [part.bucket.params[0].device for part in parts]
-    tables = {device: norm_table(devices.count(device), device) for device in dict.fromkeys(devices)}
+    tables = {device: norm_table(devices.count(device), device, models) for device in dict.fromkeys(devices)}
     free = {device: iter(table.unbind()) for device, table in tables.items()}
     sharded: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for part, device in zip(parts, devices, strict=True):
         out = next(free[device])
-        launcher = implementation("multi_tensor", part.bucket.params[0]).grad_norm
+        module = implementation("multi_tensor" if models is None else "stacked", part.bucket.params[0])
         with part.dense(write_grads=False):
-            launcher(part.bucket, to_device(scale, device), out)
+            if models is None:
+                module.grad_norm(part.bucket, to_device(scale, device), out)
+            else:
+                module.stacked_grad_norm(part.bucket, to_device(scale, device), models, out)
         sharded[part.shards].append(out)
     if set(tables) == {home} and not extra and not any(sharded) and norm_group is None:
         return tables[home]
 
     for shards, row in extra:
         sharded[shards].append(row)
-    total = torch.zeros_like(norm_table(1, home))
+    total = torch.zeros_like(norm_table(1, home, models))
     for shards, rows in sharded.items():
         subtotal = torch.stack([row.to(total) for row in rows]).sum(0, keepdim=True)
         for group in shards:
@@ -236,14 +241,19 @@ def measure_gradients(
     return total
 
 
-def update_parameters(operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard) -> None:
+def update_parameters(
+    operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard, models: Models | None = None
+) -> None:
     """One launch per part; ``guard`` holds for all, on whatever device its tensors are."""
     for part in parts:
         bucket = part.bucket
         local = guard if guard is UNGUARDED else _on(bucket.params[0].device, guard)
-        launcher = getattr(implementation(operator, bucket.params[0]), f"{operator}_step")
+        module = implementation(operator if models is None else "stacked", bucket.params[0])
         with part.dense(write_grads=guard.grad_scale is not None):
-            launcher(bucket, options, local)
+            if models is None:
+                getattr(module, f"{operator}_step")(bucket, options, local)
+            else:
+                getattr(module, f"stacked_{operator}_step")(bucket, options, local, models)
         torch.autograd.graph.increment_version(bucket.params)
         if guard.skipped is not None:
             guard = guard._replace(skipped=None)  # the first part counts for all
@@ -262,8 +272,9 @@ def norm_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def norm_table(rows: int, device: torch.device) -> Tensor:
-    return torch.empty((rows, 2), dtype=norm_dtype(device), device=device)
+def norm_table(rows: int, device: torch.device, models: Models | None) -> Tensor:
+    shape = (rows, 2) if models is None else (rows, 2, models.B)
+    return torch.empty(shape, dtype=norm_dtype(device), device=device)
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:

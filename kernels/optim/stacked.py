@@ -1,12 +1,11 @@
 """``stacked=True``: one optimizer over a batch of models, whose number is the first dimension of every parameter.
 
-What differs from a plain step is here: which parameters and options are refused, the options that have one value per
-model, and the launches, which are given the ``Models`` besides the bucket. Options, clipping, guard and counts hold for
+What differs from a plain step is here: which parameters and options are refused, and the options that have one value
+per model; the launches are given the ``Models`` besides the bucket. Options, clipping, guard and counts hold for
 one model each; the state's ``step`` is (B,). Nothing here does work that grows with the number of models, and nothing
 waits for the device after construction, save where ``on_nonfinite="raise"`` must.
 """
 
-from collections.abc import Sequence
 from operator import is_
 from typing import Any, ClassVar
 
@@ -14,9 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..backends import implementation
-from .bucket import Guard, Models
-from .plan import Part, is_wrapper, norm_dtype, to_device
+from .bucket import Models
+from .plan import is_wrapper
 
 # The options that may have one value per model; of the betas each one.
 RATES = ("lr", "weight_decay", "momentum", "betas")
@@ -258,45 +256,9 @@ def name_of(group: dict[str, Any], index: int, place: int) -> str:
     return f"{name}, shape {tuple(group['params'][place].shape)}"
 
 
-def measure_models(parts: Sequence[Part], scale: Tensor | None, models: Models, home: torch.device) -> Tensor:
-    """(parts, 2, B): sums of squares of each model's unscaled gradients, and counts of non-finite ones, to be added.
-
-    A model that is not active has nan and 0.
-    """
-    out = torch.empty((len(parts), 2, models.B), dtype=norm_dtype(home), device=home)
-    for part, row in zip(parts, out.unbind(), strict=True):
-        launcher = implementation("stacked", part.bucket.params[0]).stacked_grad_norm
-        with part.dense(write_grads=False):
-            launcher(part.bucket, scale, models, row)
-    return out
-
-
-def update_models(
-    operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard, models: Models
-) -> None:
-    """One launch per part; the tensors of ``guard`` have one value per model, save the scale and ``found_inf``."""
-    for part in parts:
-        bucket = part.bucket
-        launcher = getattr(implementation("stacked", bucket.params[0]), f"stacked_{operator}_step")
-        with part.dense(write_grads=guard.grad_scale is not None):
-            launcher(bucket, options, guard, models)
-        torch.autograd.graph.increment_version(bucket.params)
-        if guard.skipped is not None:
-            guard = guard._replace(skipped=None)  # the first part counts for all
-
-
-def local_guard(guard: Guard, home: torch.device) -> Guard:
-    """The guard with GradScaler's tensors on the parameters' device."""
-    return guard._replace(
-        grad_scale=to_device(guard.grad_scale, home), found_inf=to_device(guard.found_inf, home)
-    )
-
-
 def nonfinite_models(norms: Tensor) -> str:
-    """The first models whose gradients are not finite, in words; empty if there is none. Waits for the device."""
+    """The first models whose gradients are not finite, in words. Waits for the device."""
     found: list[int] = norms[:, 1].sum(0).nonzero().flatten().tolist()
-    if not found:
-        return ""
     rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return f"models {', '.join(map(str, found[:NAMED]))}{rest}" if len(found) > 1 else f"model {found[0]}"
 

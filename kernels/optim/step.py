@@ -44,7 +44,7 @@ from .plan import (
     shards_of,
     update_parameters,
 )
-from .stacked import StackedStep, local_guard, measure_models, nonfinite_models, spread_step, update_models
+from .stacked import StackedStep, nonfinite_models, spread_step
 
 ON_NONFINITE = ("ignore", "skip", "raise")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -379,8 +379,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         """
         if self.norm_group is not None or (compiling and self.on_nonfinite == "raise"):
             return False
-        scale = _resolved(getattr(self, "grad_scale", None))
-        found_inf = _resolved(getattr(self, "found_inf", None))
+        scale, found_inf = self._scaler_tensors()
         calls: list[_Call] = []
         every_grad: list[Tensor] = []
         for group in self.param_groups:
@@ -467,39 +466,16 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             for part in plan.parts:
                 part.bucket.grads = []  # a plan that kept gradients would keep their memory
 
-    def _apply_stacked(self, plan: Plan) -> None:
-        models = self._models_of_step()
-        options = [self._options(group) for group in self.param_groups]
-        scale = _resolved(getattr(self, "grad_scale", None))
-        found_inf = _resolved(getattr(self, "found_inf", None))
-        if scale is None and found_inf is None and not self._measures():
-            update_models(self._operator, plan.parts, options, UNGUARDED, models)
-            return
-        home, guard = self._home(), Guard()
-        if scale is not None or found_inf is not None:
-            guard = local_guard(Guard(scale, found_inf), home)
-        if self._measures():
-            norms = measure_models(plan.parts, guard.grad_scale, models, home)
-            self._record(norms)
-            if self.on_nonfinite == "raise" and found_inf is None and (where := nonfinite_models(norms)):
-                raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
-            guard = guard._replace(
-                norms=norms, max_norm=self.max_norm, skip_nonfinite=self.on_nonfinite != "ignore"
-            )
-        if found_inf is not None or guard.skip_nonfinite:
-            guard = guard._replace(skipped=self._skip_count(home))
-        update_models(self._operator, plan.parts, options, guard, models)
-
     def _apply(self, plan: Plan) -> None:
+        models = None
         if self.stacked:
-            if self._models is not None:  # else there are no parameters
-                self._apply_stacked(plan)
-            return
-        scale = _resolved(getattr(self, "grad_scale", None))
-        found_inf = _resolved(getattr(self, "found_inf", None))
+            if self._models is None:  # there are no parameters
+                return
+            models = self._models_of_step()
+        scale, found_inf = self._scaler_tensors()
         options = [self._options(group) for group in self.param_groups]
         if scale is None and found_inf is None and not self._measures():
-            update_parameters(self._operator, plan.parts, options, UNGUARDED)
+            update_parameters(self._operator, plan.parts, options, UNGUARDED, models)
             if plan.delegated:
                 self._step_by_torch(plan, UNGUARDED)
             return
@@ -507,7 +483,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         norms = None
         if self._measures():
             extra = [(shards_of(param), _torch_norm(param, scale)) for _, param in plan.delegated]
-            norms = measure_gradients(plan.parts, scale, home, extra, self.norm_group)
+            group = None if self.stacked else self.norm_group
+            norms = measure_gradients(plan.parts, scale, home, models, extra, group)
             self._record(norms)
             if self.on_nonfinite == "raise" and found_inf is None:
                 self._raise_if_nonfinite(norms)
@@ -515,9 +492,17 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         if found_inf is not None or guard.skip_nonfinite:
             device = plan.parts[0].bucket.params[0].device if plan.parts else home
             guard = guard._replace(skipped=self._skip_count(device))
-        update_parameters(self._operator, plan.parts, options, guard)
+        update_parameters(self._operator, plan.parts, options, guard, models)
         if plan.delegated:
             self._step_by_torch(plan, guard._replace(skipped=None) if plan.parts else guard)
+
+    def _scaler_tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """GradScaler's scale and found_inf, if it has set them, with a lazy negative bit carried out in memory."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return (
+            scale if scale is None else scale.resolve_neg(),
+            found_inf if found_inf is None else found_inf.resolve_neg(),
+        )
 
     def _record(self, norms: Tensor) -> None:
         """Keep the measurements for ``grad_norm``: in one tensor for all CUDA graphs and the steps beside them."""
@@ -568,8 +553,11 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         return self._skipped[device]
 
     def _raise_if_nonfinite(self, norms: Tensor) -> None:
-        if not norms[:, 1].sum().item():
-            return
+        if norms[:, 1].sum().item():
+            where = nonfinite_models(norms) if self.stacked else self._nonfinite_parameters()
+            raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
+
+    def _nonfinite_parameters(self) -> str:
         names = []
         for g, group in enumerate(self.param_groups):
             given = group.get("param_names")
@@ -578,8 +566,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                     names.append(
                         given[i] if given else f"parameter {i} of group {g}, shape {tuple(param.shape)}"
                     )
-        where = "; ".join(names) or "none on this rank"
-        raise FloatingPointError(f"non-finite gradients: {where}. Nothing was updated.")
+        return "; ".join(names) or "none on this rank"
 
     def _step_by_torch(self, plan: Plan, guard: Guard) -> None:
         """Unscale, clip and skip as the fallback does, then let torch's own loop update."""
@@ -684,11 +671,6 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                 raise RuntimeError(
                     attempt + f"parameter {i} has made no step yet: run one before the capture."
                 )
-
-
-def _resolved(tensor: Tensor | None) -> Tensor | None:
-    """The tensor with its negative bit, if it has one, carried out in memory."""
-    return None if tensor is None else tensor.resolve_neg()
 
 
 def _dense_values(param: Tensor) -> Tensor:
