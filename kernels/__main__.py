@@ -16,9 +16,12 @@ import torch
 from . import __version__, backends, verify
 from .checks import DTYPES
 from .ops import OPS, Shaped, op_name
+from .triton.compile_only import CHIPS
 from .verify.console import positive, print_table, to_json
 from .verify.judge import command as judge
 from .verify.ops import HEADER
+
+BACKENDS = backends.NAMES[1:]  # all but "auto"
 
 
 def info() -> dict[str, Any]:
@@ -60,7 +63,7 @@ def _devices() -> list[tuple[str, str]]:
 def _device(name: str, label: str) -> dict[str, Any]:
     tensor = torch.empty(0, device=name)
     serves: dict[str, str] = {}
-    for backend in ("triton", "fallback", "reference"):
+    for backend in BACKENDS:
         with backends.use_backend(backend):
             try:
                 serves[backend] = "yes" if backends.backend_for(tensor) == backend else "no"
@@ -85,11 +88,11 @@ def _info_command(arguments: argparse.Namespace) -> int:
             d["device"],
             d["name"],
             d["auto"],
-            *(d["backends"][name] for name in ("triton", "fallback", "reference")),
+            *(d["backends"][name] for name in BACKENDS),
         )
         for d in devices
     ]
-    print_table(("device", "name", "serves by default", "triton", "fallback", "reference"), rows)
+    print_table(("device", "name", "serves by default", *BACKENDS), rows)
     print()
     print_table(("op", "public"), [(name, ", ".join(public)) for name, public in ops.items()])
     return 0
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     check.add_argument("--dtype", action="append", choices=names)
-    check.add_argument("--backend", action="append", choices=("triton", "fallback", "reference"))
+    check.add_argument("--backend", action="append", choices=BACKENDS)
     check.add_argument(
         "--device", help="cuda, mps, cpu, ... (default: the accelerator that is there, else cpu)"
     )
@@ -194,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     why.add_argument("op", type=op_name, choices=OPS, help="or a function of it, as mse_loss")
     why.add_argument("shape", type=_shape, metavar="SIZES", help=f"such as 8192x512x1: {axes}; of others any")
     why.add_argument("--dtype", choices=names, default="float32")
-    why.add_argument("--target", choices=("sm_80", "sm_90", "sm_100", "gfx942"), default="sm_90")
+    why.add_argument("--target", choices=CHIPS, default="sm_90")
     why.add_argument("--json", action="store_true")
     why.set_defaults(run=_explain_command, parser=why)
     arguments = parser.parse_args(argv)

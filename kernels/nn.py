@@ -68,9 +68,6 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """The affine map of ``input``, as ``gradkernels.linear``."""
-        return self._predictions(input)
-
-    def _predictions(self, input: Tensor) -> Tensor:
         if self.models is None:
             return linear(input, self.weight, self.bias)
         batch, features = input.shape[:-2], input.shape[-1:]
@@ -183,7 +180,7 @@ class LinearMSELoss(Linear):
 
     def predict(self, input: Tensor) -> Tensor:
         """The predictions ``(*, out_features)`` for ``input``, as ``gradkernels.linear``."""
-        return self._predictions(input)
+        return super().forward(input)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction!r}"

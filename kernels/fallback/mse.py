@@ -264,8 +264,7 @@ def mse_backward(
         return _slopes(grad_output, input, target, output_mask, reduction)
     wide = acc_dtype(grad_output, input, target, weight)
     grad = grad_output.to(wide) * _scale(input, reduction, batch_dims)
-    if reduction != "none":
-        grad = grad.reshape((*grad.shape, *(1,) * (input.dim() - batch_dims)))
+    grad = _broadcast(grad, input, reduction, batch_dims)
     few_weights = weight is None or (weight.shape != input.shape and not output_mask[2])
     if few_weights and any(output_mask) and input.is_cpu and input.dtype == target.dtype == wide:
         grad = grad if weight is None else grad * weight

@@ -10,7 +10,7 @@ is ``(N,)``, or one element where other is a vector.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .precision import Array, wide
+from .precision import Array, sum_to, wide
 
 
 @np.errstate(all="ignore")
@@ -57,17 +57,9 @@ def backward(
     if input.ndim == 1:
         grad = np.expand_dims(grad, -2)
     # From here on all three are matrices, or batches of them.
-    grad_input = _sum_to(rows.shape, grad @ np.swapaxes(columns, -1, -2)).reshape(input.shape)
-    grad_other = _sum_to(columns.shape, np.swapaxes(rows, -1, -2) @ grad).reshape(other.shape)
+    grad_input = sum_to(grad @ np.swapaxes(columns, -1, -2), rows.shape).reshape(input.shape)
+    grad_other = sum_to(np.swapaxes(rows, -1, -2) @ grad, columns.shape).reshape(other.shape)
     if bias is None:
         return grad_input, grad_other, None
     grad_bias = grad.sum(axis=tuple(range(grad.ndim - 1)))
     return grad_input, grad_other, grad_bias.reshape(np.shape(bias))
-
-
-def _sum_to(shape: tuple[int, ...], array: Array) -> Array:
-    """Undo a broadcast of ``shape``: sum ``array`` over the dimensions that were added or stretched."""
-    added = array.ndim - len(shape)
-    array = array.sum(axis=tuple(range(added)))
-    stretched = tuple(i for i, size in enumerate(shape) if size == 1 and array.shape[i] != 1)
-    return array.sum(axis=stretched, keepdims=True)

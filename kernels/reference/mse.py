@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .precision import Array, wide
+from .precision import Array, sum_to, wide
 
 Dim = int | Sequence[int] | None
 
@@ -82,7 +82,7 @@ def backward(
         grad_loss = grad_loss / counts
         loss = (weight * error**2).sum(axis=axes, keepdims=True) / counts
     grad_input = 2 * grad_loss * weight * error
-    grad_weight = None if given is None else _sum_to(grad_loss * (error**2 - loss), given)
+    grad_weight = None if given is None else sum_to(grad_loss * (error**2 - loss), given)
     return np.asarray(grad_input), np.asarray(-grad_input), grad_weight
 
 
@@ -112,10 +112,3 @@ def _counts(weight: Array, axes: tuple[int, ...]) -> Array:
     """The weights' sums over ``axes``, which are kept with size 1; NaN where one is 0."""
     total = weight.sum(axis=axes, keepdims=True)
     return np.where(total == 0, np.nan, total)
-
-
-def _sum_to(values: Array, shape: tuple[int, ...]) -> Array:
-    """``values`` added up to a shape that broadcasts to theirs."""
-    values = values.sum(axis=tuple(range(values.ndim - len(shape))))
-    repeated = tuple(axis for axis, size in enumerate(shape) if size != values.shape[axis])
-    return np.asarray(values.sum(axis=repeated, keepdims=True))

@@ -1,4 +1,4 @@
-"""The precision of the references: float64, or what a caller brings that is wider."""
+"""What the references share: the precision, float64 or what a caller brings that is wider, and sums to a shape."""
 
 from typing import Any
 
@@ -18,3 +18,10 @@ def wide(values: ArrayLike) -> Array:
     array = np.asarray(values)
     dtype: Any = np.longdouble if array.dtype == np.longdouble else np.float64
     return np.asarray(array, dtype=dtype)
+
+
+def sum_to(values: Array, shape: tuple[int, ...]) -> Array:
+    """``values`` added up to a shape that broadcasts to theirs: the gradient of the broadcast."""
+    values = values.sum(axis=tuple(range(values.ndim - len(shape))))
+    repeated = tuple(axis for axis, size in enumerate(shape) if size != values.shape[axis])
+    return np.asarray(values.sum(axis=repeated, keepdims=True))
