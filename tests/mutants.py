@@ -381,8 +381,8 @@ MUTANTS = (
         "yield torch.linalg.vector_norm(flat[rows * ROW + 1 :]",
         "optim",
     ),
-    Mutant("p = torch.where(master.to(param.dtype) == param, master, p)", "p = master", "sgd"),
-    Mutant('buffer = torch.where(state["step"] == 0, g, buffer)', "pass", "sgd"),
+    Mutant('p = torch.where(followed, work.pop("master_param"), p)', 'p = work.pop("master_param")', "sgd"),
+    Mutant("new = torch.where(fresh[block.rows].unsqueeze(1), g, new)", "pass", "sgd"),
     Mutant("if acc == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
     Mutant("if output.dtype == torch.float64:  # Triton passes", "if False:  # Triton passes", "work"),
     # The training loop in one call.

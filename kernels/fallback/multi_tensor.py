@@ -111,20 +111,6 @@ def raise_steps(steps: list[Tensor], skip: bool | Tensor) -> None:
         torch._foreach_add_(steps, torch.ones((), dtype=steps[0].dtype, device=steps[0].device), alpha=1)
 
 
-def unscaled(grad: Tensor, decision: Decision, dtype: torch.dtype) -> Tensor:
-    """The gradient in ``dtype``, unscaled and clipped; the unscaled one is written back as torch does."""
-    wide = grad.to(dtype)
-    if decision.scale is not None:
-        wide = wide / decision.scale
-        store(grad, wide, decision.skip)
-    return wide if isinstance(decision.clip, float) and decision.clip == 1.0 else wide * decision.clip
-
-
-def store(out: Tensor, value: Tensor, skip: bool | Tensor) -> None:
-    """Write ``value`` into ``out`` unless ``skip``."""
-    out.copy_(torch.where(skip, out, value.to(out.dtype)) if isinstance(skip, Tensor) else value)
-
-
 # ---- batches ----
 
 

@@ -6,21 +6,9 @@ import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from ..optim.bucket import Bucket, Guard, SGDOptions
-from .multi_tensor import (
-    GO,
-    Decision,
-    by_group,
-    decide,
-    draws,
-    is_native,
-    picked,
-    raise_steps,
-    run,
-    stochastic_bfloat16,
-    store,
-    unscaled,
-)
+from ..optim.bucket import Bucket, Guard, Models, SGDOptions
+from .multi_tensor import GO, Decision, by_group, decide, is_native, picked, raise_steps, run
+from .stacked import stacked_sgd_step
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
@@ -36,14 +24,12 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
         options: of each group, by the index that ``bucket.groups`` holds.
         guard: scale, clipping and whether to skip.
     """
-    decision = decide(guard)
-    if decision.skip is True:
-        return
     steps = bucket.states.get("step", [])
     if steps and not steps[0].is_cpu:
-        for i, group in enumerate(bucket.groups):
-            _update_on_device(bucket, i, options[group], decision)
-        raise_steps(steps, decision.skip)
+        _step_on_device(bucket, options, guard)
+        return
+    decision = decide(guard)
+    if decision.skip is True:
         return
     fresh = steps and {i for i, step in enumerate(steps) if step.item() == 0}
     raise_steps(steps, False)
@@ -137,39 +123,18 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
     torch._foreach_add_(params, grads, alpha=-float(options.lr))
 
 
-def _update_on_device(bucket: Bucket, i: int, options: SGDOptions, decision: Decision) -> None:
-    """One entry whose first step only the device knows of."""
-    param = bucket.params[i]
-    state = {key: tensors[i] for key, tensors in bucket.states.items()}
-    wide = acc_dtype(param)
-    lr, decay = (
-        x if not isinstance(x, Tensor) else x.item() if x.is_cpu else x.squeeze().to(wide)
-        for x in (options.lr, options.weight_decay)
-    )
-    g = unscaled(bucket.grads[i], decision, wide)
-    g = -g if options.maximize else g
-    p = param.to(wide)
-    if "master_param" in state:
-        master = state["master_param"]
-        p = torch.where(master.to(param.dtype) == param, master, p)  # unless the parameter was written since
-    if isinstance(decay, Tensor) or decay != 0:
-        g = g + decay * p
-    new = {}
-    if "momentum_buffer" in state:
-        buffer = state["momentum_buffer"].to(wide) * options.momentum + g * (1 - options.dampening)
-        if "step" in state:
-            buffer = torch.where(state["step"] == 0, g, buffer)
-        new["momentum_buffer"] = buffer
-        g = g + options.momentum * buffer if options.nesterov else buffer
-    p = p - lr * g
+def _step_on_device(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
+    """Steps of which only the device knows whether they are first ones: as those of a stack of one model."""
+    states = {key: [tensor.unsqueeze(0) for tensor in tensors] for key, tensors in bucket.states.items()}
+    params, grads = ([tensor.unsqueeze(0) for tensor in tensors] for tensors in (bucket.params, bucket.grads))
+    one = Bucket(params, grads, states, bucket.groups, bucket.indices, bucket.seed, bucket.memory)
+    numbers = [
+        each._replace(lr=_number(each.lr), weight_decay=_number(each.weight_decay)) for each in options
+    ]
+    norms = None if guard.norms is None else guard.norms.unsqueeze(-1)
+    stacked_sgd_step(one, numbers, guard._replace(norms=norms), Models(1))
 
-    new = {"param": p, **new}
-    out = {"param": param, **state}
-    if bucket.seed is not None:
-        words = draws(0, param.numel(), bucket.seed, bucket.indices[i], state["step"])
-        for (key, value), word in zip(new.items(), words, strict=False):
-            new[key] = stochastic_bfloat16(value, word.as_strided(value.size(), value.stride()))
-    if "master_param" in state:
-        new["master_param"] = p
-    for key, value in new.items():
-        store(out[key], value, decision.skip)
+
+def _number(option: float | Tensor) -> float | Tensor:
+    """An option that may be a tensor of one element, of any shape."""
+    return option.squeeze() if isinstance(option, Tensor) else option
