@@ -300,6 +300,10 @@ def _matmul_shapes(*sizes: int) -> dict[str, Sizes]:
     return {"input": (*batch, M, K), "other": (*batch, K, N), "bias": (N,)}
 
 
+def _models_shapes(B: int, N: int, D: int, K: int) -> dict[str, Sizes]:
+    return {"input": (B, N, D), "weight": (B, K, D), "target": (B, N, K), "bias": (B, K)}
+
+
 def _mse_call(
     sizes: Sizes, weight: Sizes | None = None, float32: tuple[str, ...] = (), **options: Any
 ) -> Call:
@@ -353,12 +357,7 @@ _RECORDS: tuple[Op, ...] = (
         of="linear_mse",
         public={},
         axes="B x N x D x K",
-        shapes=lambda B, N, D, K: {
-            "input": (B, N, D),
-            "weight": (B, K, D),
-            "target": (B, N, K),
-            "bias": (B, K),
-        },
+        shapes=_models_shapes,
         samples=((1, 1, 1, 1), (3, 4, 2, 1), (5, 40, 7, 1), (2, 33, 65, 3), (3, 20, 9, 17)),
         gradients=("weight", "bias"),
         weighting="sample_weight",
@@ -391,12 +390,7 @@ _RECORDS: tuple[Op, ...] = (
             )
         },
         axes="B x N x D x K",
-        shapes=lambda B, N, D, K: {
-            "input": (B, N, D),
-            "weight": (B, K, D),
-            "target": (B, N, K),
-            "bias": (B, K),
-        },
+        shapes=_models_shapes,
         samples=((1, 1, 1, 1), (3, 4, 2, 1), (2, 9, 5, 3)),
         trained=("weight", "bias"),
         optimizers=("sgd", "adam"),

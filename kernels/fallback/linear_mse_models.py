@@ -4,6 +4,7 @@ Products of batches of matrices. Ragged rows are cut into tiles of equally many 
 no tile has rows of two models, and the unused rows of a tile are 0.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def linear_mse_models_forward(
         start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
         count = (end - start).clamp_(min=0) * K
         if rows == 0 or B == 0:
-            return _of_no_rows(input, weight, target, count, reduction, output_mask, dtype, acc)
+            return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
         tiles = tiles_of(bounds, rows)
         input, target = tiles.cut(input), tiles.cut(target)
         sample_weight = None if sample_weight is None else tiles.cut(sample_weight)
@@ -151,23 +152,17 @@ def linear_mse_models_forward(
 
 
 def _of_no_rows(
-    input: Tensor,
     weight: Tensor,
     target: Tensor,
-    count: Tensor,
     reduction: str,
     output_mask: list[bool],
     dtype: torch.dtype,
     acc: torch.dtype,
 ) -> list[Tensor]:
-    loss = torch.zeros(len(weight), dtype=dtype, device=input.device)
-    zeros = (
-        torch.zeros(target.shape, dtype=dtype, device=input.device),
-        torch.zeros(weight.shape, dtype=acc, device=input.device),
-        torch.zeros(weight.shape[:2], dtype=acc, device=input.device),
-    )
-    loss = loss / count if reduction == "mean" else loss
-    return [loss.to(dtype), *(zero for zero, wanted in zip(zeros, output_mask, strict=True) if wanted)]
+    loss = weight.new_full(weight.shape[:1], math.nan if reduction == "mean" else 0.0, dtype=dtype)
+    shapes = (target.shape, dtype), (weight.shape, acc), (weight.shape[:2], acc)
+    wanted = (shape for shape, needed in zip(shapes, output_mask, strict=True) if needed)
+    return [loss, *(weight.new_zeros(shape, dtype=kind) for shape, kind in wanted)]
 
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:

@@ -161,24 +161,11 @@ def linear_mse_forward(
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    x, w, y, b, s = _arrays(input, weight, target, bias, sample_weight)
-    count = target.numel() if reduction == "mean" else 1
-    b = np.zeros(weight.shape[0]) if bias is None else b
-    _, grad_weight, grad_target, grad_bias, _ = linear_mse.backward(1.0, x, w, y, b, s, "sum")
-    assert grad_bias is not None
-    with np.errstate(all="ignore"):
-        loss = linear_mse.forward(x, w, y, b, s, "sum") / count
-    # E is half of what the sum's gradient takes from the target.
-    acc = acc_dtype(input, weight, target, bias, sample_weight)
-    rest = (
-        (-grad_target / 2, dtype),
-        (grad_weight / max(1, count), acc),
-        (np.asarray(grad_bias / max(1, count)), acc),
-    )
-    results = [_tensor(np.asarray(loss), target, dtype)]
-    return results + [
-        _tensor(value, input, dt) for (value, dt), need in zip(rest, output_mask, strict=True) if need
-    ]
+    """As a batch of one model."""
+    x, w, y = (tensor.unsqueeze(0) for tensor in (input, weight, target))
+    b, s = (None if tensor is None else tensor.unsqueeze(0) for tensor in (bias, sample_weight))
+    results = linear_mse_models_forward(x, w, y, b, s, None, reduction, output_mask, dtype)
+    return [result.squeeze(0) for result in results]
 
 
 def linear_mse_backward(
@@ -250,7 +237,7 @@ def linear_mse_models_forward(
             loss[model] = linear_mse.forward(*operands, reduction="sum") / count
         _, grad_w, grad_y, grad_b, _ = linear_mse.backward(1.0, *operands, reduction="sum")
         assert grad_b is not None
-        error[at] = -grad_y / 2
+        error[at] = -grad_y / 2  # half of what the sum's gradient takes from the target
         grad_weight[model], grad_bias[model] = grad_w / max(1, count), grad_b / max(1, count)
     values = zip((loss, error, grad_weight, grad_bias), outputs, [True, *output_mask], strict=True)
     return [_tensor(value, like) for value, like, need in values if need]
