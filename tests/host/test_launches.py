@@ -139,7 +139,7 @@ def test_after_warmup_nothing_is_loaded(worker: Worker, op: str) -> None:
 
 def test_every_kind_of_argument(worker: Worker) -> None:
     """Where Triton specialises on a value or an address and where not: each launch takes the variant it would."""
-    assert len(worker.call("arguments")) == 58
+    assert len(worker.call("arguments")) == 64
 
 
 @pytest.mark.parametrize(
