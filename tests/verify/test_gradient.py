@@ -337,7 +337,7 @@ def test_dtype_noise_on_the_way():
 
     x = torch.tensor([0.3, 1.1, -0.6], dtype=F64)
     report = gradcheck(fn, x.half())
-    assert report.names == ("dtype noise",)
+    assert report.names == ("lost digits",)
     assert "on float64 copies the gradient is right: in float16" in str(report)
     assert gradcheck(fn, x)
 
@@ -801,3 +801,11 @@ def test_a_gradient_of_zero_is_no_kink_in_bfloat16():
     x = torch.tensor([1.25, 1.125], dtype=F64)
     fn = bent(lambda x: x.bfloat16().square().double(), lambda x, g: 0 * g)
     assert gradcheck(fn, x).names == ("no signal",)
+
+
+def test_an_infinite_input_beside_a_wrong_gradient():
+    """Where warnings are errors."""
+    mask = torch.tensor([0.0, -math.inf, 0.0], dtype=F64)
+    x = torch.tensor([[0.3, 0.0, 1.0], [0.1, 0.2, 0.3]], dtype=F64, requires_grad=True)
+    report = gradcheck(lambda x, mask: NearSoftmax.apply(x + mask), (x, mask))
+    assert report.names == ("constant factor",)

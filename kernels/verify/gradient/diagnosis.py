@@ -32,8 +32,8 @@ stale gradient            not cleared between two backwards: the second gives tw
 no signal                 a detached path, a dead unit, an unused weight: exactly zero, the loss is not
 wrong shape               a gradient of another shape than its input
 unreduced gradient        of the broadcast shape: its sum over those dimensions is the slope
-dtype noise               nothing, but a step too small for float32: larger steps agree; or rounding on
-                          the way: on float64 copies the gradient is right
+dtype noise               nothing, but a step too small for float32: larger steps agree
+lost digits               rounding or underflow on the way: on float64 copies the gradient is right
 difference step too large nothing, but a curved function: smaller steps agree, the error goes as step^2;
                           or one that is not finite a step away
 non-differentiable        a kink (relu, abs, max) at or near the point: the slopes from left and right
@@ -107,7 +107,7 @@ def _precision(suspect: Suspect) -> Diagnosis | None:
         return None
     name = str(narrow).removeprefix("torch.")
     return Diagnosis(
-        "dtype noise",
+        "lost digits",
         f"on float64 copies the gradient is right: in {name} rounding or underflow on the way costs it "
         f"{np.abs(here.analytic - exact).max():.1e}; accumulate in a wider dtype, or scale the loss",
     )
@@ -333,8 +333,9 @@ def _scaled(suspect: Suspect, point: Point, i: int, left: np.ndarray, right: np.
             factor = np.broadcast_to(candidate, suspect.shape).reshape(-1)[point.elements]
         except ValueError:
             continue
-        if not np.allclose(factor, 1) and suspect.equal(left * factor, right):
-            return True
+        with np.errstate(invalid="ignore"):  # an infinite one explains nothing
+            if not np.allclose(factor, 1) and suspect.equal(left * factor, right):
+                return True
     return False
 
 
