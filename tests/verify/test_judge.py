@@ -11,9 +11,10 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -26,7 +27,15 @@ from gradkernels.verify.judge import command as judge_command  # noqa: E402
 from gradkernels.verify.judge import trials  # noqa: E402
 from gradkernels.verify.judge import verdict as v  # noqa: E402
 from gradkernels.verify.judge.examine import Options, _Examination, examine  # noqa: E402
-from gradkernels.verify.judge.load import Target, _speaks, load, targets  # noqa: E402
+from gradkernels.verify.judge.load import (  # noqa: E402
+    NotJudgedError,
+    Problem,
+    Target,
+    _speaks,
+    load,
+    seed_all,
+    targets,
+)
 from gradkernels.verify.judge.points import Point  # noqa: E402
 from gradkernels.verify.judge.process import _read, judge  # noqa: E402
 from gradkernels.verify.judge.report import as_json, as_sarif  # noqa: E402
@@ -602,6 +611,178 @@ def test_numbers_among_the_results_are_judged_too() -> None:
         assert len(list(trials.value([ours], [truth]))) == faults
 
 
+@dataclass
+class Late:
+    first: torch.Tensor
+    never: torch.Tensor = field(init=False)
+
+
+class Holder:
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+
+def test_what_else_may_be_among_the_results() -> None:
+    def found(result: object, other: object) -> int:
+        truth = Reference(Subject(lambda x: (x, other)))([torch.rand(3)], [])
+        return len(list(trials.value([call(lambda x: (x, result), truth.native.outputs[:1], [])], [truth])))
+
+    for right, wrong in (
+        (2**25, 2**25 + 1),
+        (2**70, 2**71),
+        (True, False),
+        (2j, 3j),
+        (np.float32(1), np.float32(2)),
+        (np.arange(3), np.ones(3, np.int64)),
+        (types.SimpleNamespace(y=torch.ones(2)), types.SimpleNamespace(y=torch.zeros(2))),
+        (Late(torch.ones(2)), Late(torch.zeros(2))),
+    ):
+        assert (found(right, right), found(wrong, right)) == (0, 1), right
+    assert found(Holder(3), Holder(4)) == 0
+    for held in (torch.ones(2), np.ones(2)):
+        with pytest.raises(NotJudgedError, match="it returned a Holder, which holds tensors"):
+            found(Holder(held), Holder(held))
+
+
+def test_float64_and_mixed_dtypes_may_add_in_another_order() -> None:
+    """torch's error in float64 is that in float32, in smaller units; float32 beside float64 has one of its own."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 513, generator=generator, dtype=torch.float64)
+    y = torch.randn(513, 5, generator=generator, dtype=torch.float64)
+    truth = Reference(Subject(torch.matmul))([x, y], [0])
+    assert 0 < truth.error("outputs", 0) < 1e-11
+    for factor, faults in ((1, 0), (1 + 1e-11, 1)):
+        ours = call(lambda x, y, c=factor: c * (x[:, :, None] * y).flip(1).sum(1), [x, y], [])
+        assert len(list(trials.value([ours], [truth]))) == faults
+    mixed = Reference(Subject(lambda x, y: x.sum() * y.float()))([x.float(), y], [])
+    assert mixed.exact.outputs[0].dtype == torch.float64
+
+
+def examined(
+    function: object, inputs: Callable[[], list], reference: object, patch: pytest.MonkeyPatch
+) -> str:
+    """Return the verdict on a function without a kernel."""
+
+    def make(seed: int) -> Problem:
+        seed_all(seed)
+        return Problem(function, inputs(), reference)
+
+    patch.setattr(trials, "idleness", lambda *_: iter(()))
+    return v.of_file(list(examine(Target("f", "", "", make), Options(), "f.py")))
+
+
+class Bent(torch.autograd.Function):
+    """What two functions give, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, forward, backward, *values):
+        ctx.backward = backward
+        ctx.save_for_backward(*values)
+        return forward(*values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *ctx.backward(*ctx.saved_tensors, grad)
+
+
+def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of the largest, which goes to the last of several."""
+    place = x.shape[-1] - 1 - x.flip(-1).argmax(-1, keepdim=True)
+    return torch.zeros_like(x).scatter_(-1, place, grad[..., None])
+
+
+@pytest.mark.parametrize(
+    ("reference", "backward", "verdict"),
+    [
+        (lambda x, y: x.relu() + y * y, lambda x, y, g: (g * (x >= 0), 2 * y * g), v.VERIFIED),
+        (
+            lambda x, y: x.relu() + y * y,
+            lambda x, y, g: (g * (x > 0), torch.where(y == 0, 1, 2 * y) * g),
+            v.WRONG_GRADIENT,
+        ),
+        (
+            lambda x, y: x.relu() + y * y,
+            lambda x, y, g: (g * (x > 0) * (1 if (x != 0).all() else 1.5), 2 * y * g),
+            v.WRONG_GRADIENT,
+        ),
+        (lambda x, y: x.amax(-1) + y.sum(-1), lambda x, y, g: (last(x, g), g[..., None] + 0 * y), v.VERIFIED),
+        (torch.maximum, lambda x, y, g: (g * (x >= y), g * (x < y)), v.VERIFIED),
+        (
+            lambda x, y: (x * y).relu(),
+            lambda x, y, g: (g * y * (x * y >= 0), g * x * (x * y > 0)),
+            v.VERIFIED,
+        ),
+        (
+            lambda x, y: (x.abs() + y).mean(),
+            lambda x, y, g: (g * x.ge(0).mul(2).sub(1) / y.numel(), 0 * y + g / y.numel()),
+            v.VERIFIED,
+        ),
+    ],
+    ids=[
+        "another slope",
+        "at zeros without a kink",
+        "beside zeros",
+        "largest",
+        "both",
+        "product",
+        "absolute",
+    ],
+)
+def test_gradients_beside_kinks(
+    reference: object, backward: object, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a zero of an input with a kink any slope is right; elsewhere they are judged."""
+    found = examined(
+        lambda *values: Bent.apply(reference, backward, *values),
+        lambda: [torch.randn(5, 7), torch.randn(5, 7)],
+        reference,
+        monkeypatch,
+    )
+    assert found == verdict
+
+
+def by_dense_strides(x: torch.Tensor) -> torch.Tensor:
+    return x.as_strided(x.shape, torch.empty(x.shape).stride())
+
+
+def masked(x: torch.Tensor) -> torch.Tensor:
+    return torch.rand_like(x) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "reference", "verdict"),
+    [
+        (
+            lambda x: Bent.apply(lambda x: 2 * by_dense_strides(x), lambda x, g: (2 * g,), x),
+            None,
+            v.WRONG_VALUE,
+        ),
+        (lambda x: Bent.apply(lambda x: 2 * x, lambda x, g: (2 * g,), x), None, v.VERIFIED),
+        (
+            lambda x: Bent.apply(lambda x: 2 * x, lambda x, g: (2 * by_dense_strides(g),), x),
+            None,
+            v.WRONG_GRADIENT,
+        ),
+        (lambda x: by_dense_strides(x) * masked(x.contiguous()), lambda x: x * masked(x), v.WRONG_VALUE),
+        (lambda x: x * masked(x.contiguous()), lambda x: x * masked(x), v.VERIFIED),
+        (lambda x: x * masked(x), lambda x: x * masked(x), v.VERIFIED),
+        (
+            lambda x: Bent.apply(
+                lambda x: x * x, lambda x, g: ((2 if x.dtype == torch.float64 else 3) * x * g,), x
+            ),
+            None,
+            v.WRONG_GRADIENT,
+        ),
+    ],
+    ids=["no reference", "right", "gradient", "random", "random and right", "random by strides", "one dtype"],
+)
+def test_without_a_reference_and_beside_random_numbers(
+    function: object, reference: object, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers elsewhere in memory have to give the same."""
+    assert examined(function, lambda: [torch.randn(5, 7)], reference, monkeypatch) == verdict
+
+
 def test_a_kink_beside_an_input_without_a_gradient() -> None:
     """What has no gradient, or is not defined off the zeros, tells nothing of a kink."""
     x = torch.tensor([0.0, 1.0])
@@ -613,7 +794,8 @@ def test_a_kink_beside_an_input_without_a_gradient() -> None:
     ):
         one = _Examination(Target("", "", "", lambda seed: None), Options(), "", None, None)
         one.reference, one.arguments, one.wanted = Reference(Subject(function)), 2, [0, 1]
-        assert one._at_a_kink(judged_at, one._truth(judged_at.values)) == kink
+        kinks = one._kinks(judged_at, one._truth(judged_at.values), whole=False)
+        assert any(at.any() for at in kinks.values()) == kink
 
 
 def test_integers_that_are_no_places_are_compared_among_zeros() -> None:

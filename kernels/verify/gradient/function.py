@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import compress
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -229,14 +230,16 @@ class Function:
 
 
 def leaves_in(result: Any) -> list[Any]:
-    """Return what is in tuples, lists, dicts and dataclasses; a pytree takes classes derived from them whole."""
+    """Return what is in tuples, lists, dicts, dataclasses, namespaces; a pytree takes derived classes whole."""
     found = []
     for leaf in tree_leaves(result):
         inner: Any = leaf if isinstance(leaf, (list, tuple)) else None
         if isinstance(leaf, dict):
             inner = leaf.values()
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            inner = (getattr(leaf, field.name) for field in fields(leaf))
+            inner = (getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name))
+        elif isinstance(leaf, SimpleNamespace):
+            inner = vars(leaf).values()
         found += [leaf] if inner is None else leaves_in(list(inner))
     return found
 

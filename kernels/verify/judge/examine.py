@@ -63,6 +63,7 @@ class _Examination:
         self.seed = options.seed + OTHERS
         self.values: list[Any] = []
         self.configurations, self.count, self.stochastic, self.named = 1, 0, False, False
+        self.dense: Outcome | None = None  # that of the values at which every experiment was made
         self.several = False  # whether there are gradients, and outputs of several elements
 
     def run(self) -> Iterator[Case]:
@@ -241,8 +242,16 @@ class _Examination:
             yield from trials.repetition(first, once(zeroed=True), once)
             if full:
                 yield from self._fully(point, first, truth, wanted, once)
-            if truth is None or (self.stochastic and point.kind == "layout"):
-                return  # which number an element draws depends on where it lies
+                self.dense = first
+            if truth is None:
+                if point.kind in ("layout", "upstream") and self.dense is not None:
+                    yield from trials.agreement(first, self.dense, "for the same numbers in dense memory")
+                return
+            if self.stochastic and point.kind == "layout":
+                # Which number an element draws may depend on where it lies, as torch.rand_like does.
+                there = self.reference(point.values, self.wanted, dense=False) if self.reference else truth
+                yield from min((list(self._compared(first, either)) for either in (truth, there)), key=len)
+                return
             outcomes, truths = self._draws(point, first, truth, once)
             ties = point.kind == "zeros"
             count = sum(x.numel() for x in point.values if isinstance(x, Tensor))
@@ -252,8 +261,9 @@ class _Examination:
                 yield from trials.writing(first, truth)
             yield from trials.arrival(first, truth)
             wrong = list(trials.gradient(outcomes, truths))
-            if ties and wrong and self._at_a_kink(point, truth):  # any of its slopes is right, NaN is not
-                wrong = list(trials.finite(outcomes, truths))
+            if ties and wrong:
+                kinks = self._kinks(point, truth, whole=len(outcomes) > 1)
+                wrong = list(trials.gradient(outcomes, truths, kinks))
             fits = [o.shape for o in first.outputs] == [o.shape for o in truth.native.outputs]
             named = []
             # Differences need finite numbers, and a function that leaves its inputs alone.
@@ -269,6 +279,12 @@ class _Examination:
         except _FaultyError as faulty:
             yield from trials.memory(faulty.outcome)
 
+    def _compared(self, outcome: Outcome, truth: Truth) -> Iterator[Finding]:
+        """Compare one outcome with what the reference gives."""
+        yield from trials.value([outcome], [truth])
+        yield from trials.arrival(outcome, truth)
+        yield from trials.gradient([outcome], [truth])
+
     def _draws(
         self, point: Point, first: Outcome, truth: Truth, once: Callable[..., Outcome]
     ) -> tuple[list[Outcome], list[Truth]]:
@@ -283,22 +299,32 @@ class _Examination:
             outcomes.append(once(values=values))
         return outcomes, truths
 
-    def _at_a_kink(self, point: Point, truth: Truth) -> bool:
-        """Whether the reference's gradients jump where zeros among the values become other numbers."""
+    def _kinks(self, point: Point, truth: Truth, whole: bool) -> dict[int, Tensor]:
+        """Return, per input, where the reference's gradients jump as zeros among the values become other numbers.
+
+        Where one does, each zero of that input may: which of equal numbers gets the gradient is anyone's choice.
+
+        Args:
+            point, truth: where.
+            whole: whether all of an input counts where one element jumps.
+        """
 
         def gradients(distance: float) -> dict[int, Tensor | None]:
             return self._truth(off_zero(point.values, self.arguments, distance)).exact.gradients
 
+        found = {}
         try:
             sides = [(gradients(side * 2.0**-10), gradients(side * 2.0**-14)) for side in (1, -1)]
         except Exception:  # it is not defined there
-            return True
-        return any(
-            trials.jumps(gradient, far[place], near[place])
-            for far, near in sides
-            for place, gradient in truth.exact.gradients.items()
-            if gradient is not None
-        )
+            sides = [({}, {})]
+        for place, gradient in truth.exact.gradients.items():
+            if gradient is not None:
+                pairs = [(far.get(place), near.get(place)) for far, near in sides]
+                at = torch.stack([trials.jumps(gradient, *pair) for pair in pairs]).any(0)
+                if at.any():
+                    at |= whole | (point.values[place] == 0)
+                found[place] = at
+        return found
 
     def _truth(self, values: Sequence[Any]) -> Truth:
         assert self.reference is not None
@@ -330,7 +356,7 @@ class _Examination:
                 *(
                     trials.value([outcome], [truth])
                     if truth is not None
-                    else trials.agreement(outcome, first)
+                    else trials.agreement(outcome, first, "in the first configuration")
                 ),
                 *(trials.gradient([outcome], [truth]) if truth is not None else ()),
             ):

@@ -20,7 +20,7 @@ from ..memory import memory_check
 from ..memory.interpreter import interpreted
 from ..memory.regions import CREATORS, METHODS, markable, unwritten
 from ..memory.report import MemoryReport
-from .load import seed_all
+from .load import NotJudgedError, seed_all
 
 SAMPLES = 8  # of torch's error, at the inputs and close to them
 LARGE = 1 << 16  # elements of all inputs; above it one sample has luck no more
@@ -135,12 +135,10 @@ def _called(
     outcome = Outcome()
     with torch.set_grad_enabled(bool(wanted)):
         result = subject(*leaves)
-    numbers = torch.get_default_dtype() if narrow is None else torch.float64
-    outcome.live = [
-        leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=numbers)
-        for leaf in leaves_in(result)
-        if isinstance(leaf, (Tensor, int, float))
-    ]
+    wide = narrow is not None or all(leaf.dtype == torch.float64 for leaf in leaves if is_real(leaf))
+    numbers = torch.float64 if wide else torch.get_default_dtype()
+    found = (_as_tensor(leaf, numbers) for leaf in leaves_in(result))
+    outcome.live = [tensor for tensor in found if tensor is not None]
     outcome.blank = [_blank(output) for output in outcome.live]
     outcome.outputs = [output.detach().clone() for output in outcome.live]
     outcome.mutated = _changed(before, leaves, "the forward")
@@ -153,15 +151,39 @@ def _called(
     if placed is not None:
         given = [placed(tensor, i) for tensor, (i, _) in zip(given, roots, strict=True)]
     kept = [tensor.clone() for tensor in given]
-    found = torch.autograd.grad([o for _, o in roots], [leaves[i] for i in wanted], given, allow_unused=True)
-    outcome.blank += [_blank(g) for g in found if g is not None]
+    grads = torch.autograd.grad([o for _, o in roots], [leaves[i] for i in wanted], given, allow_unused=True)
+    outcome.blank += [_blank(g) for g in grads if g is not None]
     outcome.gradients = {
-        i: None if g is None else g.detach().clone() for i, g in zip(wanted, found, strict=True)
+        i: None if g is None else g.detach().clone() for i, g in zip(wanted, grads, strict=True)
     }
     outcome.mutated = outcome.mutated or _changed(before, leaves, "the backward")
     if any(not same(one, other) for one, other in zip(given, kept, strict=True)):
         outcome.mutated = outcome.mutated or "the backward writes into grad_output"
     return outcome
+
+
+def _as_tensor(leaf: Any, numbers: torch.dtype) -> Tensor | None:
+    """Return a result as a tensor, a number that is no integer in the dtype ``numbers``; None if it is no number.
+
+    Raises:
+        NotJudgedError: it holds tensors or arrays where nobody looks.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, np.ndarray):
+        return torch.from_numpy(leaf.copy()) if leaf.dtype.kind in "biufc" else None
+    if isinstance(leaf, np.generic):
+        return torch.from_numpy(np.array(leaf)) if leaf.dtype.kind in "biufc" else None
+    if isinstance(leaf, int):
+        return torch.tensor(int(leaf) if abs(leaf) < 2**63 else float(leaf))
+    if isinstance(leaf, (float, complex)):
+        return torch.tensor(leaf, dtype=numbers if isinstance(leaf, float) else None)
+    if any(isinstance(inner, (Tensor, np.ndarray)) for inner in getattr(leaf, "__dict__", {}).values()):
+        raise NotJudgedError(
+            f"it returned a {type(leaf).__name__}, which holds tensors: the judge looks into tuples, lists, dicts, "
+            f"dataclasses and namespaces alone"
+        )
+    return None
 
 
 def watched(
@@ -260,11 +282,13 @@ class Truth:
         native: outputs and gradients in the dtypes of the inputs.
         exact: the same on float64 copies; ``native`` itself where that is impossible or the inputs are float64.
         close: gives ``native`` and ``exact`` at inputs close to the given ones, each number moved by one rounding.
+        unit: what counts as 1 of the errors there.
     """
 
     native: Outcome
     exact: Outcome
     close: Callable[[], Sequence[tuple[Outcome, Outcome]]]
+    unit: float = 1.0
 
     def error(self, part: str, place: int) -> float:
         """Return torch's largest error in one of its outputs or gradients at inputs close to the given ones.
@@ -272,7 +296,7 @@ class Truth:
         Where terms cancel, the error at one point is small by luck as often as not.
         """
         pairs = [[getattr(outcome, part)[place] for outcome in pair] for pair in self.close()]
-        return max((_error(native, exact) for native, exact in pairs), default=0.0)
+        return self.unit * max((_error(native, exact) for native, exact in pairs), default=0.0)
 
     @property
     def finite(self) -> bool:
@@ -323,32 +347,44 @@ class Reference:
         with _Wider(self._empties):
             return self._double(*values)
 
-    def __call__(self, values: Sequence[Any], wanted: Sequence[int]) -> Truth:
-        """Return the truth at dense copies of the values; raises what the reference raises."""
-        native, exact = self._both(values, wanted)
+    def __call__(self, values: Sequence[Any], wanted: Sequence[int], dense: bool = True) -> Truth:
+        """Return the truth at dense copies of the values, or at themselves; raises what the reference raises."""
+        native, exact = self._both(values, wanted, dense)
+        double = all(v.dtype == torch.float64 for v in values if is_real(v))
+        # There is nothing wider: torch's error is that in float32, where a rounding is so much larger.
+        unit = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps if double else 1.0
 
         @cache
         def close() -> Sequence[tuple[Outcome, Outcome]]:
             size = sum(v.numel() for v in values if isinstance(v, Tensor))
-            if exact is native or size > LARGE:
+            if (exact is native and not double) or size > LARGE:
                 return ()
-            return [self._both(_moved(values, draw), wanted) for draw in range(1, SAMPLES)]
+            near = cast(values, torch.float32) if double else values
+            try:
+                return [self._both(_moved(near, draw), wanted) for draw in range(1, SAMPLES)]
+            except Exception:
+                if not double:  # else it may want what it was given
+                    raise
+            return ()
 
-        return Truth(native, exact, close)
+        return Truth(native, exact, close, unit)
 
-    def _both(self, values: Sequence[Any], wanted: Sequence[int]) -> tuple[Outcome, Outcome]:
+    def _both(
+        self, values: Sequence[Any], wanted: Sequence[int], dense: bool = True
+    ) -> tuple[Outcome, Outcome]:
         """Return the results in the dtypes of the inputs and in float64, with the same random numbers."""
+        leaves = _dense if dense else leaves_of
         seed_all(self.seed)
-        native = call(self.subject, _dense(values, wanted), wanted)
+        native = call(self.subject, leaves(values, wanted), wanted)
         following = _next_numbers()
         seed_all(self.seed)
         self.draws = following != _next_numbers()
-        if not any(v.dtype == torch.float64 for v in values if is_real(v)):
+        if not all(v.dtype == torch.float64 for v in values if is_real(v)):
             # It may hold tensors, or ask for dtypes, of its own.
             for self._empties in (True, False):
                 with contextlib.suppress(Exception):
                     seed_all(self.seed)
-                    wide = call(self.wide, _dense(cast(values, torch.float64), wanted), wanted, native.live)
+                    wide = call(self.wide, leaves(cast(values, torch.float64), wanted), wanted, native.live)
                     alike = following == _next_numbers()  # else its random numbers are others
                     if self.draws:  # a GPU's may be others all the same
                         alike &= all(map(_near, native.outputs, wide.outputs))

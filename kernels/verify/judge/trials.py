@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
@@ -150,45 +151,44 @@ def strays(outcome: Outcome) -> Iterator[Finding]:
             yield Finding(v.WRONG_GRADIENT, f"a gradient reaches input {place}, the reference gives none")
 
 
-def gradient(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Finding]:
-    """Compare the gradients of one or several draws with those of the reference's autograd."""
+def gradient(
+    outcomes: Sequence[Outcome], truths: Sequence[Truth], kinks: dict[int, Tensor] | None = None
+) -> Iterator[Finding]:
+    """Compare the gradients of one or several draws with those of the reference's autograd.
+
+    At the elements of ``kinks`` any of its slopes is right, NaN is not.
+    """
     for place, first in outcomes[0].gradients.items():
         native = [t.native.gradients.get(place) for t in truths]
         exact = [t.exact.gradients.get(place) for t in truths]
         ours = [o.gradients.get(place) for o in outcomes]
         if first is None or any(t is None for t in (*ours, *native, *exact)):
             continue
+        if kinks is not None and all(mine.shape == kinks[place].shape for mine in ours):  # type: ignore[union-attr]
+            ours = [
+                torch.where(kinks[place] & mine.isfinite(), other.to(mine.dtype), mine)  # type: ignore[arg-type,union-attr]
+                for mine, other in zip(ours, native, strict=True)
+            ]
         sampled = max(t.error("gradients", place) for t in truths)
         text = _judged(ours, exact, native, sampled)  # type: ignore[arg-type]
         if text:
             yield Finding(v.WRONG_GRADIENT, f"input {place}: {text}")
 
 
-def finite(outcomes: Sequence[Outcome], truths: Sequence[Truth]) -> Iterator[Finding]:
-    """Find gradients that are not finite where those of the reference's autograd are."""
-    for place, gradient in outcomes[0].gradients.items():
-        theirs = truths[0].native.gradients.get(place)
-        if (
-            gradient is not None
-            and theirs is not None
-            and theirs.isfinite().all()
-            and not gradient.isfinite().all()
-        ):
-            yield Finding(v.WRONG_GRADIENT, f"input {place}: the gradient is not finite, the reference's is")
-
-
-def jumps(here: Tensor, far: Tensor | None, near: Tensor | None) -> bool:
-    """Return whether a gradient is not the limit of those at a distance and at a 16th of it."""
+def jumps(here: Tensor, far: Tensor | None, near: Tensor | None) -> Tensor:
+    """Return at which elements a gradient is not the limit of those at a distance and at a 16th of it."""
     if far is None or near is None or torch.finfo(here.dtype).bits < 32:
-        return True
-    wide, close_by = (float((other - here).abs().max()) if here.numel() else 0.0 for other in (far, near))
-    return not close_by <= wide / 4 + 64 * torch.finfo(here.dtype).eps * float(here.abs().max())
+        return torch.ones_like(here, dtype=torch.bool)
+    rounding = 64 * torch.finfo(here.dtype).eps * here.abs().max() if here.numel() else 0.0
+    return ~((near - here).abs() <= (far - here).abs() / 4 + rounding)
 
 
-def agreement(outcome: Outcome, first: Outcome) -> Iterator[Finding]:
-    """Compare the outcomes of two configurations where there is no reference."""
-    if not agree(outcome, first):
-        yield Finding(v.WRONG_VALUE, "the result is another than in the first configuration")
+def agreement(outcome: Outcome, first: Outcome, elsewhere: str) -> Iterator[Finding]:
+    """Compare two outcomes that have to be the same where there is no reference."""
+    if not agree(replace(outcome, gradients={}), replace(first, gradients={})):
+        yield Finding(v.WRONG_VALUE, f"the result is another than {elsewhere}")
+    elif not agree(outcome, first):
+        yield Finding(v.WRONG_GRADIENT, f"the gradient is another than {elsewhere}")
 
 
 def diagnosis(
