@@ -611,6 +611,14 @@ def test_numbers_among_the_results_are_judged_too() -> None:
         assert len(list(trials.value([ours], [truth]))) == faults
 
 
+def test_upstream_gradients_are_not_the_inputs() -> None:
+    """A norm does not change along its input: any gradient would do."""
+    for seed in range(10):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        truth = Reference(Subject(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True))))([x], [0])
+        assert truth.native.gradients[0].abs().max() > 0.1
+
+
 @dataclass
 class Late:
     first: torch.Tensor

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..gradient.check import APART
 from ..gradient.function import cast, is_real, leaves_in
 from ..memory import memory_check
 from ..memory.interpreter import interpreted
@@ -92,7 +93,7 @@ def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
 
 def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
     """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``, in dense memory."""
-    generator = torch.Generator().manual_seed(7 + place)
+    generator = torch.Generator().manual_seed(APART + place)
     return torch.randn(output.shape, generator=generator).to(narrow.dtype).to(output)
 
 
