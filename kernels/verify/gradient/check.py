@@ -58,6 +58,7 @@ def gradcheck(
     what the dtype's ``eps`` does to the function's value and, through its curvature, to the gradient. The gradient of
     autograd has to be linear in the upstream gradient as well: the check takes it for zero, with the upstream
     gradient of each output scaled and left out, and with the same ones in transposed and padded memory.
+    Each of several outputs is checked by itself too.
 
     Args:
         fn: a torch function or a module, whose parameters are checked as well. It returns a real tensor or tuples,
