@@ -775,6 +775,11 @@ def masked(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x * masked(x.contiguous()), lambda x: x * masked(x), v.VERIFIED),
         (lambda x: x * masked(x), lambda x: x * masked(x), v.VERIFIED),
         (
+            lambda x: x * masked(x.contiguous()),
+            lambda x: (x.view(-1) * masked(x).view(-1)).view(x.shape),
+            v.VERIFIED,
+        ),
+        (
             lambda x: Bent.apply(
                 lambda x: x * x, lambda x, g: ((2 if x.dtype == torch.float64 else 3) * x * g,), x
             ),
@@ -782,7 +787,16 @@ def masked(x: torch.Tensor) -> torch.Tensor:
             v.WRONG_GRADIENT,
         ),
     ],
-    ids=["no reference", "right", "gradient", "random", "random and right", "random by strides", "one dtype"],
+    ids=[
+        "no reference",
+        "right",
+        "gradient",
+        "random",
+        "random and right",
+        "random by strides",
+        "dense only",
+        "one dtype",
+    ],
 )
 def test_without_a_reference_and_beside_random_numbers(
     function: object, reference: object, verdict: str, monkeypatch: pytest.MonkeyPatch

@@ -249,8 +249,10 @@ class _Examination:
                 return
             if self.stochastic and point.kind == "layout":
                 # Which number an element draws may depend on where it lies, as torch.rand_like does.
-                there = self.reference(point.values, self.wanted, dense=False) if self.reference else truth
-                yield from min((list(self._compared(first, either)) for either in (truth, there)), key=len)
+                truths = [truth]
+                with contextlib.suppress(Exception):  # the reference need not take it there
+                    truths.append(self._truth(point.values, dense=False))
+                yield from min((list(self._compared(first, either)) for either in truths), key=len)
                 return
             outcomes, truths = self._draws(point, first, truth, once)
             ties = point.kind == "zeros"
@@ -326,10 +328,10 @@ class _Examination:
                 found[place] = at
         return found
 
-    def _truth(self, values: Sequence[Any]) -> Truth:
+    def _truth(self, values: Sequence[Any], dense: bool = True) -> Truth:
         assert self.reference is not None
         self.reference.seed = self.seed
-        return self.reference(values, self.wanted)
+        return self.reference(values, self.wanted, dense)
 
     def _fully(
         self,
