@@ -752,6 +752,14 @@ def test_an_upstream_gradient_that_is_clipped(limit):
     assert gradcheck(clipped, four()).names == ("not linear in grad_output",)
 
 
+def test_an_upstream_gradient_that_is_clipped_beside_a_larger_one():
+    fn = bent(
+        lambda x: (x.square(), 1e9 * x.sin()),
+        lambda x, g, h: 2 * x * g.clamp(-2.5, 2.5) + 1e9 * x.cos() * h,
+    )
+    assert gradcheck(fn, four()).names == ("not linear in grad_output",)
+
+
 @pytest.mark.parametrize(
     "other",
     [lambda x: x.sin().bfloat16(), lambda x: 1e9 * x.sin()],

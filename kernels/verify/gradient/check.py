@@ -223,8 +223,8 @@ class _Check:
         try:
             rounds = function.analytic(self.native, self.cotangents)
             mutated = self._mutated("the backward")
-            if mutated is None and function.gradient is None and self.only is None:
-                self.upstream = Upstream.of(function, self.native, self.cotangents)
+            if mutated is None and function.gradient is None:
+                self.upstream = Upstream.of(function, self.native, self.cotangents, self.only)
                 self.tried.append(self.upstream.tried)
                 mutated = self._mutated("the backward")
             if mutated is not None:

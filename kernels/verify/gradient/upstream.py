@@ -69,17 +69,22 @@ class Upstream:
     refusals: dict[str, Exception]
 
     @staticmethod
-    def of(function: Function, values: Sequence[Any], cotangents: Sequence[Tensor]) -> "Upstream":
+    def of(
+        function: Function, values: Sequence[Any], cotangents: Sequence[Tensor], only: int | None = None
+    ) -> "Upstream":
+        """Take the gradients; with ``only``, the other outputs' upstream gradients are zero and stay so."""
+
         def pulled(scales: Sequence[float]) -> list[Tensor | None]:
             return function.pullback(values, [s * c for s, c in zip(scales, cotangents, strict=True)])
 
         count = len(cotangents)
+        places = range(count) if only is None else [only]
 
         def one(scale: float) -> list[list[Tensor | None]]:
-            return [pulled([scale if i == k else 1.0 for i in range(count)]) for k in range(count)]
+            return [pulled([scale if i == k else 1.0 for i in range(count)]) for k in places]
 
         zero = pulled([0.0] * count)
-        without = [zero] if count == 1 else one(0.0)
+        without = [zero] if len(places) == 1 else one(0.0)
         scaled = {scale: one(scale) for scale in SCALES}
         elsewhere, refusals = {}, {}
         for layout, placed in LAYOUTS.items() if any(c.numel() > 1 for c in cotangents) else ():
