@@ -29,6 +29,13 @@ WANTED = ("input", "weight", "target", "bias")
 Shape = tuple[int, ...]
 
 
+@pytest.fixture(autouse=True)
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the fallback small problems are torch's own; here they too go by the operators."""
+    for one in (sys.modules[linear_mse_loss.__module__], module):
+        monkeypatch.setattr(one, "SMALL", -1)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Shapes of the arguments; ``cuts`` are offsets."""
@@ -148,6 +155,17 @@ def test_layouts(backend: str, device: torch.device, layout: Layout, reduction: 
     for samples in shapes if backend == "fallback" else shapes[:: len(shapes) - 1]:
         given = layout.draw(torch.float32, device, bias=samples is None, samples=samples)
         compare(layout, given, reduction, layout.offsets(device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:5], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_small_batches_by_torchs_own_ops(
+    monkeypatch: pytest.MonkeyPatch, reduction: str, layout: Layout
+) -> None:
+    """As the fallback has them; by the operators in all other tests here."""
+    monkeypatch.setattr(module, "SMALL", 1 << 18)
+    with use_backend("fallback"):
+        test_layouts("fallback", torch.device("cpu"), layout, reduction)
 
 
 @pytest.mark.parametrize(
@@ -616,10 +634,7 @@ def test_slopes_below_float16_reach_the_gradient_of_input(matrix_instructions: N
 
 
 @pytest.mark.parametrize("models", [None, 2])
-def test_slopes_below_float16_reach_second_derivatives(
-    matrix_instructions: None, monkeypatch: pytest.MonkeyPatch, models: int | None
-) -> None:
-    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
+def test_slopes_below_float16_reach_second_derivatives(matrix_instructions: None, models: int | None) -> None:
     n, k, d = 4096, 8, 5
     own = () if models is None else (models,)
     x, y = torch.randn(*own, n, d), 30 * torch.randn(*own, n, k)
@@ -637,10 +652,9 @@ def test_slopes_below_float16_reach_second_derivatives(
 @pytest.mark.parametrize("models", [None, 2])
 @pytest.mark.parametrize("of", ["weight", "bias"])
 def test_slopes_below_float16_are_summed_over_rows(
-    matrix_instructions: None, monkeypatch: pytest.MonkeyPatch, models: int | None, of: str
+    matrix_instructions: None, models: int | None, of: str
 ) -> None:
     """A row's part of the second derivatives of weight and bias is a few times the least float16; their sum is not."""
-    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
     n, k, d = 4096, 8, 5
     own = () if models is None else (models,)
     x, y = 1 + torch.rand(*own, n, d), torch.randn(*own, n, k)
@@ -656,8 +670,7 @@ def test_slopes_below_float16_are_summed_over_rows(
     assert_right_in_float16(second, x, w, y, b, direction)
 
 
-def test_slopes_below_float16_reach_tangents_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[linear_mse_loss.__module__], "SMALL", -1)
+def test_slopes_below_float16_reach_tangents_of_gradients() -> None:
     n, k, d = 4096, 8, 5
     drawn = torch.randn(n, d), 0.1 * torch.randn(k, d), 30 * torch.randn(n, k), 0.01 * torch.randn(k, d)
 

@@ -104,7 +104,6 @@ def test_the_fallback_in_blocks(
     monkeypatch: pytest.MonkeyPatch, reduction: str, block: int, dtype: torch.dtype
 ) -> None:
     """As large tensors: blocks that cut each of the dimensions, of memory in any order."""
-    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)
     monkeypatch.setattr(launchers, "_BLOCK", block)
     monkeypatch.setattr(launchers, "_FEW", 0)
     for weight, dim, order in product(
