@@ -73,7 +73,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
 
     Raises:
         ValueError, RuntimeError: what torch.optim.Adam raises, in its words; ``max_norm`` below 0, an unknown
-            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``.
+            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``, ``norm_group`` with ``stacked``.
         ValueError: with ``stacked``, for 0-d or complex parameters, unequal B, ``differentiable=True``, an option that
             is neither a number nor (B,); at the step for sparse gradients, DTensors, and an option that was (B,) and
             has been overwritten with a number, as OneCycleLR does.

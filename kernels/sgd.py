@@ -51,7 +51,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
 
     Raises:
         ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown
-            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``.
+            ``on_nonfinite``, ``master_weights`` together with ``stochastic_rounding``, ``norm_group`` with ``stacked``.
 
     Example:
         >>> optimizer = FusedSGD(model.parameters(), lr=0.1, momentum=0.9, max_norm=1.0)

@@ -114,6 +114,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             raise ValueError(f"Invalid on_nonfinite value: {on_nonfinite!r}; expected one of {expected}")
         if master_weights and stochastic_rounding:
             raise ValueError("master_weights and stochastic_rounding exclude each other: pass one of them")
+        if stacked and norm_group is not None:
+            raise ValueError("norm_group is not for stacked=True, where each model has a norm of its own")
         self.max_norm = max_norm
         self.on_nonfinite = on_nonfinite
         self.master_weights = master_weights
@@ -483,8 +485,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         norms = None
         if self._measures():
             extra = [(shards_of(param), _torch_norm(param, scale)) for _, param in plan.delegated]
-            group = None if self.stacked else self.norm_group
-            norms = measure_gradients(plan.parts, scale, home, models, extra, group)
+            norms = measure_gradients(plan.parts, scale, home, models, extra, self.norm_group)
             self._record(norms)
             if self.on_nonfinite == "raise" and found_inf is None:
                 self._raise_if_nonfinite(norms)

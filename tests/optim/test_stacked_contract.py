@@ -206,6 +206,11 @@ def test_what_counts_models_needs_stacked(name: str) -> None:
         ours_for(name)(stacks((B, 2)), lr=torch.ones(B))
 
 
+def test_models_agree_on_a_norm_with_no_other_rank(name: str) -> None:
+    with pytest.raises(ValueError, match="norm_group is not for stacked=True"):
+        ours_for(name)(stacks((B, 2)), stacked=True, max_norm=1.0, norm_group=object())
+
+
 def test_active_is_none_or_a_bool_for_each_model(name: str) -> None:
     ours = ours_for(name)(stacks((B, 2)), stacked=True)
     assert ours.active is None
