@@ -46,7 +46,7 @@ GO = Decision(None, None, None)
 class Block:
     """Rows and columns of the matrices, and memory for temporaries of that size, or the largest block's.
 
-    The memory is kept from step to step: fresh pages would cost more than the arithmetic.
+    On a CPU the memory is kept from step to step: fresh pages would cost more than the arithmetic.
     """
 
     def __init__(self, rows: slice, columns: slice, memory: list[Tensor], largest: int, models: int) -> None:
@@ -199,7 +199,10 @@ def _matrix(tensor: Tensor, models: int) -> Tensor:
 
 
 def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
-    """The blocks of one entry, the largest first; those of all entries share their temporaries' memory by size."""
+    """The blocks of one entry, the largest first; on a CPU those of all entries share their temporaries by size.
+
+    On a device each step makes its own: the allocator there has memory at hand, and lends it to others meanwhile.
+    """
     param = bucket.params[i] if bucket.params else bucket.grads[i]
     known: list[Block] | None = bucket.memory.get(f"blocks {i}")
     if known is None:
@@ -208,10 +211,11 @@ def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
         wide = max(1, min(columns, most))
         high = max(1, most // wide)
         largest = min(high, models) * min(wide, columns)
-        memory = bucket.memory.setdefault("temporaries", {}).setdefault(largest, [])
+        kept = bucket.memory if param.is_cpu else {}
+        memory = kept.setdefault("temporaries", {}).setdefault(largest, [])
         rows = [slice(top, min(top + high, models)) for top in range(0, models, high)]
         pieces = [slice(left, min(left + wide, columns)) for left in range(0, columns, wide)]
-        known = bucket.memory[f"blocks {i}"] = [
+        known = kept[f"blocks {i}"] = [
             Block(row, piece, memory, largest, models) for row in rows for piece in pieces
         ]
     return known

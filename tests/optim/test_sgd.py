@@ -219,3 +219,12 @@ def test_the_fallback_on_a_device_waits_for_no_value(monkeypatch: pytest.MonkeyP
         states = {"momentum_buffer": [torch.empty(5, device="meta")]} if momentum else {}
         options = SGDOptions(0.1, momentum, 0.0, 0.0, False, False)
         fallback.sgd_step(Bucket([param], [grad], states, [0], [0]), [options], guard)
+
+
+def test_the_fallback_on_a_device_keeps_no_temporaries() -> None:
+    """They would take a multiple of the parameters' memory between the steps."""
+    param, grad, buffer = (torch.empty(5, device="meta") for _ in range(3))
+    states = {"momentum_buffer": [buffer], "step": [torch.empty((), device="meta")]}
+    bucket = Bucket([param], [grad], states, [0], [0])
+    fallback.sgd_step(bucket, [SGDOptions(0.1, 0.9, 0.5, 0.1, True, True)], Guard())
+    assert bucket.memory == {}
