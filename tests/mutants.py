@@ -440,7 +440,9 @@ MUTANTS = (
     Mutant("        tensor = unwrapped(tensor)\n", "        break\n", "memory"),
     Mutant("                storage.copy_(content)\n", "                pass\n", "memory"),
     Mutant("trials = order[:0:-1] if configuration is None else []", "trials = []", "memory"),
-    Mutant("self.upstream = Upstream.of(function, self.native, self.cotangents)", "pass", "gradient"),
+    Mutant(
+        "self.upstream = Upstream.of(function, self.native, self.cotangents, self.only)", "pass", "gradient"
+    ),
     Mutant(
         "passed = passed and stale is None and upstream is None",
         "passed = passed and upstream is None",
