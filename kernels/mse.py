@@ -113,8 +113,8 @@ def mse_loss(
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
     if weight.shape != input.shape:
-        mean = _mean_weight(weight, acc, kept)
-        return mse(input, target, (weight / mean).to(acc), "mean", kept, dtype)
+        wide, mean = _with_mean(weight, acc, kept)
+        return mse(input, target, (wide / mean).to(acc), "mean", kept, dtype)
     return (mse(input, target, weight, "sum", kept, acc) / divisor(weight, target, acc, kept)).to(dtype)
 
 
@@ -191,8 +191,8 @@ def _weighted_mean_and_grad(
         if gradients[2] is not None:
             gradients[2] = gradients[2].sub_(loss / weight_sum)
         return loss.to(dtype), gradients
-    mean = _mean_weight(weight, acc)
-    scaled = weight / mean
+    wide, mean = _with_mean(weight, acc)
+    scaled = wide / mean
     outputs = mse_forward_backward(input, target, scaled.to(acc), None, "mean", output_mask, dtype)
     loss, *gradients = in_places(outputs, output_mask)
     if gradients[2] is not None:
@@ -202,14 +202,15 @@ def _weighted_mean_and_grad(
     return loss, gradients
 
 
-def _mean_weight(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> Tensor:
-    """The mean of weights over all but the first ``batch_dims`` dimensions, nan where it is 0; it keeps their number.
+def _with_mean(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights and their mean over all but the first ``batch_dims`` dimensions, of as many; nan where it is 0.
 
-    In float64 where the device has it: a weight's gradient is a small difference of large sums.
+    Both in float64 where the device has it, and of one conversion: a weight's gradient is a small difference of large
+    sums, which float16 may not hold.
     """
     wide = weight.to(torch.float64 if weight.device.type in ("cpu", "cuda") else acc)
     mean = wide.mean(tuple(range(batch_dims, weight.dim())), keepdim=True)
-    return torch.where(mean == 0, math.nan, mean)
+    return wide, torch.where(mean == 0, math.nan, mean)
 
 
 def mse_in_torch(

@@ -459,6 +459,18 @@ def test_the_weights_gradient_of_a_loss_that_float16_does_not_hold(
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=4e-3)
 
 
+def test_a_broadcast_weights_gradient_whose_parts_float16_does_not_hold(
+    backend: str, device: torch.device
+) -> None:
+    """Its two parts, of the sum and of what that is divided by, are some 90,000; their difference is not."""
+    input, weight = (torch.linspace(*ends, device=device) for ends in ((590, 610, 20), (0.5, 1.5, 4)))
+    input, weight = input.view(5, 4), weight.half().requires_grad_()
+    (gradient,) = torch.autograd.grad(mse_loss(input, torch.zeros_like(input), weight=weight), weight)
+    squares, wide = input.double().square().mean(0), weight.detach().double()
+    expected = (squares - (squares * wide).sum() / wide.sum()) / wide.sum()
+    torch.testing.assert_close(gradient.double(), expected, rtol=2**-10, atol=0)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float64,) * 3, *MIXED[::7]], ids=str)
 @pytest.mark.parametrize("weight", [None, (4,), (3, 1, 1), SHAPE], ids=str)
 def test_small_losses_by_torchs_own_ops(
