@@ -140,6 +140,48 @@ def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str) -> None:
         assert "call" not in record["contenders"][name]
 
 
+@pytest.mark.parametrize("name", [OURS, "rival"])
+def test_what_cannot_be_prepared_of_a_later_set_is_a_row(name: str) -> None:
+    clock = Clock()
+    case = doubling(clock, extra=(function("rival", lambda values: (clock.work(10.0), [2 * values])[1]),))
+    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+    (chosen,) = (each for each in case.implementations if each.name == name)
+
+    def prepare(values: torch.Tensor) -> Any:
+        if not torch.equal(values, checked):
+            raise RuntimeError("no second state")
+        return chosen.prepare(values)
+
+    made = dataclasses.replace(chosen, prepare=prepare)
+    jobs = tuple(made if each is chosen else each for each in case.implementations)
+    found = document(dataclasses.replace(case, implementations=jobs), clock=clock)
+    rows = found["cases"][0]["contenders"]
+    status = {each: row["status"] for each, row in rows.items()}
+    assert status == {OURS: "ok", "eager": "ok", "rival": "ok"} | {name: "failed"}
+    assert results.all_right(found) == (name != OURS)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(wrong: bool) -> None:
+    """A case without a baseline is skipped, which is no fault of ours; one that hides a fault is not."""
+    clock = Clock()
+    case = doubling(clock, factor=3.0 if wrong else 2.0)
+    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+
+    def job(values: torch.Tensor) -> list[torch.Tensor]:
+        if not torch.equal(values, checked):
+            raise RuntimeError("recompile limit")
+        return [2 * values]
+
+    ours, _ = case.implementations
+    jobs = (ours if wrong else function(OURS, job), function("eager", job))
+    found = document(dataclasses.replace(case, implementations=jobs), clock=clock)
+    status = {name: row["status"] for name, row in found["cases"][0]["contenders"].items()}
+    assert status == {OURS: "wrong" if wrong else "failed", "eager": "failed"}
+    assert not results.all_right(found)
+    Screen().document(found)
+
+
 def test_ragged_rows_of_all_sets_are_padded_to_one_shape() -> None:
     *_, ragged = bench_linear_mse_models.build((20, 30, 4, 1), torch.float32)
     assert "ragged" in ragged.variant
