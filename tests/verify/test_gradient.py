@@ -797,6 +797,29 @@ def test_small_inputs_hide_nothing():
     assert not gradcheck(bent(lambda x: 1e12 * x * x, lambda x, g: 2.2e12 * x * g), x)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (x + 1).var(),
+        lambda x: torch.nn.functional.binary_cross_entropy_with_logits(x, torch.full_like(x, 0.5)),
+        lambda x: torch.nn.functional.mse_loss(x.softmax(-1), torch.full_like(x, 0.25)),
+    ],
+    ids=["var", "bce", "mse of softmax"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_small_inputs_of_larger_numbers(fn, dtype):
+    """Whose roundings are not as small as the inputs'."""
+    for scale in (1e-6, 1e-3):
+        assert gradcheck(fn, (scale * four()).to(dtype)), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_inputs_of_a_function_that_narrows_them(dtype):
+    """A step away they are no longer small."""
+    for scale in (1e-6, 1e-3):
+        assert gradcheck(lambda x: x.to(dtype).square().double(), scale * four()), scale
+
+
 def test_kinks_at_some_elements():
     assert gradcheck(torch.relu, torch.tensor([0.0, 2e-6, 1.0], dtype=F64)).names == ("non-differentiable",)
     x = torch.cat([torch.zeros(40), torch.rand(4) + 0.5]).double()

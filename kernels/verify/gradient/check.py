@@ -24,6 +24,7 @@ from .function import (
     is_real,
     is_rough,
     moving,
+    rounds_within,
     slopes,
 )
 from .report import Diagnosis, GradientReport, InputReport
@@ -220,6 +221,7 @@ class _Check:
             return self._report(
                 [], [Diagnosis("non-finite", "the function returns NaN or infinity at this point")]
             )
+        self.within = rounds_within(function, self.native, self.values, self.weight)
         try:
             rounds = function.analytic(self.native, self.cotangents)
             mutated = self._mutated("the backward")
@@ -326,6 +328,8 @@ class _Check:
         far = np.maximum(1.0, sizes)  # that the step is relative to
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / (self.best_step * far)
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
+        ends = self.step * far * epsilon(self.dtype) / eps  # of a difference, which are rounded too
+        sizes = far if self.within else np.maximum(sizes, ends)
         rounding += (
             4 * eps * self._curvature(index, elements, bends, sizes, 0.1 * relative * scale / (4 * eps))
         )

@@ -316,6 +316,33 @@ def moving(function: Function, values: Sequence[Any]) -> Tensor:
     return result if result.any() else ~result
 
 
+def rounds_within(function: Function, native: Sequence[Any], values: Sequence[Any], weight: Tensor) -> bool:
+    """Return whether the function rounds larger numbers than its inputs, as ``(x + 1).var()`` does of small ones.
+
+    Its outputs in the inputs' dtypes then lose more than roundings of the checked inputs cost them.
+
+    Args:
+        function: the function.
+        native: the point in the inputs' own dtypes.
+        values: the same in those that the differences are taken in.
+        weight: a float64 vector over all outputs.
+    """
+    here, generator = function.flat(values), torch.Generator().manual_seed(0)
+    moved = list(values)
+    for i in function.checked:
+        moved[i] = values[i] * (1 + epsilon(native[i].dtype) * _signed(values[i], generator))
+    with contextlib.suppress(Exception):  # it may not run there
+        own, lost = (float((weight * (function.flat(other) - here)).norm()) for other in (moved, native))
+        return lost > 4 * own
+    return False
+
+
+def _signed(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return random numbers of either sign, between 1/2 and 1 in size."""
+    drawn = torch.rand(like.shape, generator=generator) * 2 - 1
+    return (drawn + drawn.sign()).to(like) / 2
+
+
 def is_rough(
     function: Function, values: Sequence[Any], weight: Tensor, dtype: torch.dtype, noise: float
 ) -> bool:
@@ -326,8 +353,7 @@ def is_rough(
     generator, step = torch.Generator().manual_seed(0), epsilon(dtype)
 
     def unit(value: Tensor) -> Tensor:
-        drawn = torch.rand(value.shape, generator=generator) * 2 - 1
-        return (drawn + drawn.sign()).to(value) / 2 * value.abs().clamp(min=1)
+        return _signed(value, generator) * value.abs().clamp(min=1)
 
     units = {i: unit(values[i]) for i in function.checked}
     places = torch.arange(8.0) + torch.rand(8, generator=generator)
