@@ -638,7 +638,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             )
 
     def _made(self) -> list[Any]:
-        """Whether many steps in one launch make a state: those there are of each parameter, and its options."""
+        """For each parameter the options and the names of its states, by which rounds decide what to allocate."""
         return [
             (id(param), self._kind(group), *self.state.get(param, {}))
             for group in self.param_groups
