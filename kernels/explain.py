@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .checks import acc_dtype
@@ -130,7 +129,7 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
         numel = math.prod(sizes)
         span = config.step_span(numel)
         name, plans = "chunks", config.STEP_PLANS
-        found = {"CHUNK": span, "programs": max(1, triton.cdiv(numel, span))}
+        found = {"CHUNK": span, "programs": max(1, launch_module.cdiv(numel, span))}
         found |= config.optimizer(dtype.itemsize, target)
         moved = sum(_STEP_TRAFFIC[op]) * numel * dtype.itemsize
     rest = tuple(other for other in plans if other != name and other not in refused)
@@ -145,6 +144,8 @@ def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) ->
     Raises:
         ValueError: sizes that are not the op's.
     """
+    import triton
+
     calls: list[tuple[str, tuple[Any, ...]]] = []
     driver = null_driver(target, [])
     driver.launcher_cls = lambda source, metadata: lambda *args: calls.append((metadata.hash, args))

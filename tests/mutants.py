@@ -257,7 +257,7 @@ MUTANTS = (
     Mutant("weight.new_empty(weight.shape, dtype=acc)", "weight.new_empty(weight.shape)", "trainers"),
     Mutant("sums.new_empty((P, sums.numel()), dtype=acc)", "sums.new_empty((P, sums.numel()))", "trainers"),
     Mutant("return torch.where(total == 0, math.nan, total)", "return total", "trainers"),
-    Mutant("return torch.where(mean == 0, math.nan, mean)", "return mean", "trainers"),
+    Mutant("return wide, torch.where(mean == 0, math.nan, mean)", "return wide, mean", "trainers"),
     Mutant(
         "slope = (slope - (slope * scaled).sum() / weight.numel()) / mean", "slope = slope / mean", "trainers"
     ),

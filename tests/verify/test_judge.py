@@ -529,7 +529,7 @@ def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
         calls.append(x.dtype)
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
-    truth = Reference(Subject(norm))([torch.tensor([[0.7], [-1.3], [0.2]])], [0])
+    truth = Reference(Subject(norm))([torch.tensor([[2.0], [-1.0], [0.5]])], [0])
     exact = truth.exact.gradients[0]
     calls.clear()
     right = replace(truth.native, gradients={0: exact.float()})

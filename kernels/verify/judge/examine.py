@@ -18,7 +18,7 @@ from ..tolerance import DRAWS
 from . import trials
 from . import verdict as v
 from .load import NotJudgedError, Problem, Target
-from .points import Point, derived, off_zero, reshaped, reshuffled, smaller
+from .points import Point, derived, differentiable, is_mask, off_zero, reshaped, reshuffled, smaller
 from .subject import Outcome, Reference, Subject, Truth, leaves_of, watched
 from .verdict import Case, Finding
 
@@ -111,13 +111,13 @@ class _Examination:
         problem = self._made(self.options.seed)
         self.problem = problem
         self.arguments = len(problem.inputs)
-        shared = _shared(problem)
+        shared = problem.shared_parameters()
         self.subject = Subject(problem.function, shared)
         self.reference = None
         if problem.reference is not None:
             self.reference = Reference(Subject(problem.reference, shared))
         self.values = self._values(problem, shared)
-        self.wanted = [] if self.options.forward_only else _differentiable(self.values, self.arguments)
+        self.wanted = [] if self.options.forward_only else differentiable(self.values, self.arguments)
 
     def _made(self, seed: int) -> Problem:
         problem = self.target.make(seed)
@@ -370,7 +370,7 @@ class _Examination:
                 # Nobody says that a mask has a gradient.
                 found = first.gradients
                 wanted = [
-                    i for i in wanted if found.get(i) is not None or not _is_mask(point.values[i])
+                    i for i in wanted if found.get(i) is not None or not is_mask(point.values[i])
                 ] or wanted
             began = time.monotonic()
             once()
@@ -478,30 +478,6 @@ class _FaultyError(Exception):
     def __init__(self, outcome: Outcome) -> None:
         super().__init__()
         self.outcome = outcome
-
-
-def _shared(problem: Problem) -> list[str]:
-    """Return the names of the parameters that both models have, in the same shapes."""
-    if not isinstance(problem.function, torch.nn.Module) or not isinstance(
-        problem.reference, torch.nn.Module
-    ):
-        return []
-    ours, theirs = dict(problem.function.named_parameters()), dict(problem.reference.named_parameters())
-    return [
-        n for n, p in theirs.items() if n in ours and ours[n].shape == p.shape and ours[n].dtype == p.dtype
-    ]
-
-
-def _differentiable(values: Sequence[Any], arguments: int) -> list[int]:
-    """Return the inputs that require a gradient, all real ones if none does, and the parameters."""
-    real = [i for i, value in enumerate(values) if is_real(value)]
-    marked = [i for i in real if i < arguments and values[i].requires_grad]
-    return (marked or [i for i in real if i < arguments]) + [i for i in real if i >= arguments]
-
-
-def _is_mask(value: Tensor) -> bool:
-    """Return whether there are 0, 1 and -inf alone; all equal they may be a weight or a bias at its start."""
-    return len(value.unique()) > 1 and bool(((value == 0) | (value == 1) | value.isneginf()).all())
 
 
 def _cast(function: Any, dtype: torch.dtype) -> Any:

@@ -36,6 +36,17 @@ class Problem:
     inputs: list[Any]
     reference: Callable[..., Any] | None
 
+    def shared_parameters(self) -> list[str]:
+        """Return the names of the parameters that both models have, in the same shapes."""
+        if not isinstance(self.function, torch.nn.Module) or not isinstance(self.reference, torch.nn.Module):
+            return []
+        ours, theirs = dict(self.function.named_parameters()), dict(self.reference.named_parameters())
+        return [
+            n
+            for n, p in theirs.items()
+            if n in ours and ours[n].shape == p.shape and ours[n].dtype == p.dtype
+        ]
+
 
 @dataclass(frozen=True)
 class Target:

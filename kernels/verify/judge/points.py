@@ -283,3 +283,15 @@ def reshuffled(values: Sequence[Any], arguments: int, seed: int) -> list[Any]:
         return _like(moved if not torch.equal(moved, value) else moved * 0.75, value)
 
     return [shuffle(v) if i < arguments else v for i, v in enumerate(values)]
+
+
+def differentiable(values: Sequence[Any], arguments: int) -> list[int]:
+    """Return the inputs that require a gradient, all real ones if none does, and the parameters."""
+    real = [i for i, value in enumerate(values) if is_real(value)]
+    marked = [i for i in real if i < arguments and values[i].requires_grad]
+    return (marked or [i for i in real if i < arguments]) + [i for i in real if i >= arguments]
+
+
+def is_mask(value: Tensor) -> bool:
+    """Return whether there are 0, 1 and -inf alone; all equal they may be a weight or a bias at its start."""
+    return len(value.unique()) > 1 and bool(((value == 0) | (value == 1) | value.isneginf()).all())
