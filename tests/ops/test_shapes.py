@@ -76,14 +76,25 @@ def sources(draw: Callable[..., Any], case: Case, dtype: torch.dtype) -> dict[st
     }
 
 
-def measurable(case: Case, name: str, arrays: Sequence[Any]) -> bool:
-    """Whether there is anything to measure by: a mean of equal errors has no slope in a weight, but by rounding."""
+def measurable(case: Case, name: str, arrays: Sequence[Any], dtype: torch.dtype) -> bool:
+    """Whether there is anything to measure by.
+
+    A mean of errors that are equal, or equal but for the dtype's rounding, has no slope in a weight but by rounding.
+    """
     if name != WEIGHTS.get(case.op) or case.options["reduction"] != "mean":
         return True
     plain = {other: shape for other, shape in case.shapes.items() if other != name}
     others = [array for other, array in zip(case.shapes, arrays, strict=True) if other != name]
     errors = Case(case.op, plain, {"reduction": "none"}).forward(*others)
-    return bool(errors.size == 0 or np.ptp(errors) > 0)
+    return bool(errors.size == 0 or np.ptp(errors) > torch.finfo(dtype).eps * np.abs(errors).max())
+
+
+def rounds_to_one_side(name: str, input: Any) -> bool:
+    """Whether the interpreter's sum over rows does, as NumPy adds one after the other; compiled kernels add in a tree.
+
+    Rows of equal predictions have the same low bits in all errors.
+    """
+    return name == "bias" and input.ndim > 1 and input.size > 0 and not np.ptp(input, axis=-2).any()
 
 
 def check_call(op: str, device: torch.device, data: Data) -> None:
@@ -104,7 +115,7 @@ def check_call(op: str, device: torch.device, data: Data) -> None:
         exact = case.backward(exactly(upstream), *arrays)
         for place, grad in mine.items():
             name = list(case.shapes)[place]
-            if measurable(case, name, arrays):
+            if measurable(case, name, arrays, dtype):
                 draws.add(f"grad_{name}", grad, theirs[place], exact[place])
     draws.assert_match()
 
@@ -145,7 +156,9 @@ def test_loss_and_grad(backend: str, device: torch.device, op: str, data: Data) 
         for name, grad in zip(names, found, strict=True):
             if name not in wrt:
                 assert grad is None
-            elif measurable(case, name, arrays):
+            elif measurable(case, name, arrays, dtype) and not (
+                backend == "triton" and device.type == "cpu" and rounds_to_one_side(name, arrays[0])
+            ):
                 draws.add(f"grad_{name}", grad, theirs[list(shapes).index(name)], exact[name])
     draws.assert_match()
 
