@@ -259,6 +259,8 @@ def name_of(group: dict[str, Any], index: int, place: int) -> str:
 def nonfinite_models(norms: Tensor) -> str:
     """The first models whose gradients are not finite, in words. Waits for the device."""
     found: list[int] = norms[:, 1].sum(0).nonzero().flatten().tolist()
+    if not found:  # a scaler's found_inf may be another optimizer's
+        return "none on this rank"
     rest = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return f"models {', '.join(map(str, found[:NAMED]))}{rest}" if len(found) > 1 else f"model {found[0]}"
 

@@ -77,7 +77,7 @@ def build(
     generator = torch.Generator().manual_seed(len(shape) + sum(shape) + 100_003 * draw)
 
     def randn(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        values = torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        values = torch.randn(sizes, generator=generator, device="cpu", dtype=torch.float64).to(dtype)
         return NUMBERS[numbers](values).to(device)
 
     if isinstance(record, Function):

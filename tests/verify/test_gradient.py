@@ -840,3 +840,11 @@ def test_an_infinite_input_beside_a_wrong_gradient():
     x = torch.tensor([[0.3, 0.0, 1.0], [0.1, 0.2, 0.3]], dtype=F64, requires_grad=True)
     report = gradcheck(lambda x, mask: NearSoftmax.apply(x + mask), (x, mask))
     assert report.names == ("constant factor",)
+
+
+def test_random_numbers_are_drawn_whatever_the_default_device_is() -> None:
+    """In float64, and in bfloat16, where roundings are looked at as well."""
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(5, dtype=dtype, requires_grad=True)
+        with torch.device("meta"):
+            assert gradcheck(lambda x: x * x + x, x)

@@ -199,7 +199,9 @@ class _Check:
             )
         generator = torch.Generator().manual_seed(self.seed + APART)
         self.cotangents = [
-            torch.ones_like(o) if self.scalar else torch.randn(o.shape, generator=generator).to(o)
+            torch.ones_like(o)
+            if self.scalar
+            else torch.randn(o.shape, generator=generator, device="cpu").to(o)
             for o in outputs
         ]
         if self.only is not None:

@@ -339,7 +339,7 @@ def rounds_within(function: Function, native: Sequence[Any], values: Sequence[An
 
 def _signed(like: Tensor, generator: torch.Generator) -> Tensor:
     """Return random numbers of either sign, between 1/2 and 1 in size."""
-    drawn = torch.rand(like.shape, generator=generator) * 2 - 1
+    drawn = torch.rand(like.shape, generator=generator, device="cpu") * 2 - 1
     return (drawn + drawn.sign()).to(like) / 2
 
 
@@ -356,7 +356,7 @@ def is_rough(
         return _signed(value, generator) * value.abs().clamp(min=1)
 
     units = {i: unit(values[i]) for i in function.checked}
-    places = torch.arange(8.0) + torch.rand(8, generator=generator)
+    places = torch.arange(8.0, device="cpu") + torch.rand(8, generator=generator, device="cpu")
     found = []
     for place in places.tolist():
         close = [v + place * step * units[i] if i in units else v for i, v in enumerate(values)]

@@ -242,7 +242,7 @@ def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
         negative = [_like(-v.detach(), v) if i in positive else v for i, v in enumerate(values)]
         yield Point("negative values", negative, "scale")
     generator = torch.Generator().manual_seed(3)
-    halves = [torch.rand(v.shape, generator=generator).to(v.device) < 0.5 for v in real]
+    halves = [torch.rand(v.shape, generator=generator, device="cpu").to(v.device) < 0.5 for v in real]
     zeros = iter(halves)
     yield Point(
         "zeros among the values",
@@ -264,7 +264,7 @@ def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any
     def moved(value: Any) -> Any:
         if not is_real(value) or not value.numel():
             return value
-        drawn = (2 * torch.rand(value.shape, generator=generator) - 1).to(value)
+        drawn = (2 * torch.rand(value.shape, generator=generator, device="cpu") - 1).to(value)
         return _like(torch.where(value == 0, drawn * distance * value.abs().max(), value.detach()), value)
 
     return [moved(value) if i < arguments else value for i, value in enumerate(values)]
@@ -277,7 +277,7 @@ def reshuffled(values: Sequence[Any], arguments: int, seed: int) -> list[Any]:
     def shuffle(value: Any) -> Any:
         if not is_real(value):
             return value
-        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
         moved = value.detach().reshape(-1)[order].view(value.shape)
         # One element, or equal ones, have no other order.
         return _like(moved if not torch.equal(moved, value) else moved * 0.75, value)

@@ -94,7 +94,7 @@ def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
 def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
     """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``, in dense memory."""
     generator = torch.Generator().manual_seed(APART + place)
-    return torch.randn(output.shape, generator=generator).to(narrow.dtype).to(output)
+    return torch.randn(output.shape, generator=generator, device="cpu").to(narrow.dtype).to(output)
 
 
 def call(
@@ -431,7 +431,7 @@ def _moved(values: Sequence[Any], draw: int) -> list[Any]:
     def moved(value: Any) -> Any:
         if not is_real(value):
             return value
-        signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        signs = torch.randint(0, 2, value.shape, generator=generator, device="cpu").to(value) * 2 - 1
         return value.detach() * (1 + signs * torch.finfo(value.dtype).eps)
 
     return [moved(value) for value in values]
