@@ -13,7 +13,7 @@ import gradkernels.triton.mse as launchers
 import pytest
 import torch
 from gradkernels import __main__ as cli
-from gradkernels import verify
+from gradkernels import backends, verify
 from gradkernels.fallback import mse as fallback
 from gradkernels.ops import OPS
 from gradkernels.verify import ops as checks
@@ -89,7 +89,6 @@ fallback_mean, fallback_backward = fallback._mean, fallback.mse_backward
 )
 def test_a_fault_of_calls_that_sizes_do_not_describe(monkeypatch, name, fault, concerned):
     given = {"dtypes": [torch.bfloat16], "backends": ["fallback"]}
-    monkeypatch.setattr(sys.modules["gradkernels.mse"], "SMALL", -1)  # small problems are torch's own
     assert verify.kernels(["mse"], **given)
     monkeypatch.setattr(fallback, name, fault)
     report = verify.kernels(["mse"], **given)
@@ -99,13 +98,30 @@ def test_a_fault_of_calls_that_sizes_do_not_describe(monkeypatch, name, fault, c
     assert "dim=" in report.rows()[0][6] or "target" in report.rows()[0][6]
 
 
+def broken(*arguments):
+    raise RuntimeError("out of registers")
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "names"),
+    [(name, backends.module("fallback", name), list(op.launchers())) for name, op in OPS.items()]
+    + [
+        ("mse", "gradkernels.mse", ["torch_mse_loss"]),
+        ("linear_mse", "gradkernels.linear_mse", ["linear_in_torch"]),
+    ],
+)
+def test_the_fallback_goes_by_its_kernels_and_by_torch_s_own_ops(op, module, names, monkeypatch):
+    """Which alone serve small calls, were it not for the check."""
+    for name in names:
+        monkeypatch.setattr(sys.modules.get(module, module), name, broken)
+    report = verify.kernels([op], shapes=[OPS[op].samples[-1]], dtypes=F32, backends=["fallback"])
+    assert report.verdicts[0].detail == "RuntimeError: out of registers"
+
+
 def test_nan_and_an_exception_are_failed_verdicts(monkeypatch):
     original = launchers.mse_backward
     monkeypatch.setattr(launchers, "mse_backward", lambda *a: [grad * float("nan") for grad in original(*a)])
     assert not verify.kernels(["mse"], shapes=[(3,)], dtypes=F32, backends=["triton"])
-
-    def broken(*arguments):
-        raise RuntimeError("out of registers")
 
     monkeypatch.setattr(launchers, "mse_backward", broken)
     report = verify.kernels(["mse"], shapes=[(3,)], dtypes=F32, backends=["triton"])
