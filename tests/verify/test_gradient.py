@@ -776,6 +776,23 @@ def test_an_output_beside_another_that_hides_it(other):
         assert ("output 0 by itself" if factor > 1 else "each output by itself") in report.tried
 
 
+def test_several_outputs_take_few_calls_more_than_one():
+    calls = 0
+
+    def fn(x, count):
+        nonlocal calls
+        calls += 1
+        return [(k + 1) * x.sin() for k in range(count)]
+
+    def called(count):
+        nonlocal calls
+        calls = 0
+        assert gradcheck(fn, (torch.linspace(-1, 1, 200, dtype=F64), count))
+        return calls
+
+    assert called(5) < 1.5 * called(1)
+
+
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 @pytest.mark.parametrize("value", [-1e9, torch.finfo(F64).min])
 def test_large_outputs_that_stay_as_they_are_hide_nothing(value, dtype):

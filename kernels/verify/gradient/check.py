@@ -28,7 +28,7 @@ from .function import (
     slopes,
 )
 from .report import Diagnosis, GradientReport, InputReport
-from .suspect import Point, Suspect, weight_of
+from .suspect import Point, Suspect, weights_of
 from .upstream import Upstream
 
 APART = 1 << 30  # added to the seed: the inputs are often the first numbers of a small one
@@ -95,18 +95,7 @@ def gradcheck(
     if isinstance(inputs, Tensor) or not isinstance(inputs, Sequence):
         inputs = (inputs,)
     function = Function(fn, inputs, gradient, names)
-
-    def checked(only: int | None = None) -> GradientReport:
-        return _Check(function, step, tolerance, lr, max_elements, seed, only).run()
-
-    report = checked()
-    if report and function.count > 1:
-        for place in range(function.count):  # a large or a coarse one hides the others' errors
-            if not (alone := checked(place)):
-                report = alone
-                break
-        else:
-            report = replace(report, tried=(*report.tried, "each output by itself"))
+    report = _Check(function, step, tolerance, lr, max_elements, seed).run()
     if raise_exception:
         report.raise_if_failed()
     return report
@@ -123,12 +112,12 @@ class _Check:
         lr: float | None,
         max_elements: int,
         seed: int,
-        only: int | None,
     ) -> None:
         self.function, self.lr, self.max_elements, self.seed = function, lr, max_elements, seed
-        self.only = only  # the output that counts; None for all
+        self.only: int | None = None  # the output that counts; None for all
         self.tolerance, self.given_step = tolerance, step
         self.upstream: Upstream | None = None
+        self.found: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # by ``_slopes``
         self.tried: list[str] = []
         self.native = cast(function.values, None)
         self.untouched = [self.native[i].clone() for i in function.checked]
@@ -190,7 +179,6 @@ class _Check:
                 places = ", ".join(str(k) for k, attached in enumerate(function.attached) if not attached)
                 self.tried.append(f"without the outputs that require no gradient: {places}")
                 outputs = list(compress(outputs, function.attached))
-        function.count = len(outputs)
         self.scalar = len(outputs) == 1 and outputs[0].numel() == 1
         if not self.scalar and (function.gradient is not None or self.lr is not None):
             raise ValueError(
@@ -204,10 +192,21 @@ class _Check:
             else torch.randn(o.shape, generator=generator, device="cpu").to(o)
             for o in outputs
         ]
-        if self.only is not None:
-            self.cotangents = [c if k == self.only else 0 * c for k, c in enumerate(self.cotangents)]
-            self.tried.append(f"output {self.only} by itself")
-        self.weight = weight_of(self.cotangents)
+        self.weights = weights_of(self.cotangents)
+        tried, cotangents = self.tried[:], self.cotangents
+        report = self._checked()
+        if not report or len(outputs) == 1:
+            return report
+        for self.only in range(len(outputs)):  # a large or a coarse one hides the others' errors
+            self.cotangents = [c if k == self.only else 0 * c for k, c in enumerate(cotangents)]
+            self.tried = [*tried, f"output {self.only} by itself"]
+            if not (alone := self._checked()):
+                return alone
+        return replace(report, tried=(*report.tried, "each output by itself"))
+
+    def _checked(self) -> GradientReport:
+        """Check all outputs, or ``only`` one."""
+        function, self.weight = self.function, torch.cat(weights_of(self.cotangents))
         self.values, self.dtype = self._widened()
         self.best_step = epsilon(self.dtype) ** (1 / 3)
         self.step = self.best_step if self.given_step is None else self.given_step
@@ -271,7 +270,7 @@ class _Check:
                 index = self.function.checked[error.position]
                 summed = _array(error.gradient.sum(dims, keepdim=True)).reshape(-1)
                 elements = np.arange(len(summed))[: self.max_elements]
-                slope, _ = slopes(self.function, self.values, index, elements, self.weight, self.step)
+                slope, _ = self._slopes(index, elements, self.step)
                 scale = max(np.abs(slope).max(initial=0.0), np.abs(summed).max(initial=0.0))
                 right = np.abs(summed[elements] - slope).max(initial=0.0) <= 1e-3 * scale
                 which = f"dimension {dims[0]}" if len(dims) == 1 else f"dimensions {dims}"
@@ -320,7 +319,7 @@ class _Check:
             none = gradient.reshape(-1)
             return self._entry(index, elements, none, none, none, True, ())
         analytic = gradient.reshape(-1)[elements]
-        numerical, bends = slopes(self.function, self.values, index, elements, self.weight, self.step)
+        numerical, bends = self._slopes(index, elements, self.step)
         slopes_found = np.abs([analytic, numerical])
         scale = float(slopes_found[np.isfinite(slopes_found)].max(initial=0.0))
         narrow = torch.finfo(max(value.dtype, self.dtype, key=epsilon))
@@ -339,9 +338,7 @@ class _Check:
         errors = np.abs(analytic - numerical)
         failing = np.flatnonzero(np.isfinite(errors) & (errors > allowed))
         if self.given_step is None and len(failing):
-            closer, _ = slopes(
-                self.function, self.values, index, elements[failing], self.weight, 0.5 * self.step
-            )
+            closer, _ = self._slopes(index, elements[failing], 0.5 * self.step)
             extrapolated = (4 * closer - numerical[failing]) / 3  # the error of second order cancels
             right = np.abs(analytic[failing] - extrapolated) <= allowed[failing]
             numerical[failing[right]] = extrapolated[right]
@@ -381,6 +378,18 @@ class _Check:
         passed = passed and stale is None and upstream is None
         return self._entry(index, elements, analytic, numerical, allowed, passed, tuple(found))
 
+    def _slopes(self, index: int, elements: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the slopes of the outputs that count and the size of their second differences.
+
+        Those of every output are taken at once, and kept for the outputs by themselves.
+        """
+        key = (index, elements.tobytes(), step)
+        if key not in self.found:
+            self.found[key] = slopes(self.function, self.values, index, elements, self.weights, step)
+        first, second = self.found[key]
+        rows = slice(None) if self.only is None else [self.only]
+        return first[rows].sum(0), np.abs(second[rows].sum(0))
+
     def _curvature(
         self, index: int, elements: np.ndarray, bends: np.ndarray, sizes: np.ndarray, least: float
     ) -> float:
@@ -397,9 +406,7 @@ class _Check:
                 if not roots[k] > math.sqrt(least):  # it does not matter
                     return float(roots[k])
                 if k not in smooth:
-                    _, (closer,) = slopes(
-                        self.function, self.values, index, elements[[k]], self.weight, 0.5 * self.step
-                    )
+                    _, (closer,) = self._slopes(index, elements[[k]], 0.5 * self.step)
                     smooth[k] = bends[k] / 2 <= closer <= 1.5 * bends[k]
                 if smooth[k]:
                     return float(roots[k])

@@ -105,7 +105,6 @@ class Function:
         self.parameters: list[str] = []
         self.values = [_own(value) for value in inputs]
         self.attached: list[bool] | None = None  # which outputs count; None for all
-        self.count = 1  # of those outputs
         self.names = list(names) if names is not None else _argument_names(fn, len(inputs))
         if len(self.names) != len(inputs):
             raise ValueError(f"names: expected {len(inputs)} names, one per input, got {len(self.names)}")
@@ -267,22 +266,26 @@ def slopes(
     values: Sequence[Any],
     index: int,
     elements: np.ndarray,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     step: float,
     one_sided: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first differences of ``weight . outputs`` for some elements of one input, and the size of the second.
+    """Return the first and second differences of ``weight . output`` for some elements of one input.
 
     Args:
         function, values: the function and the point.
         index: the value that is moved.
         elements: flat indices into it.
-        weight: a float64 vector over all outputs.
+        weights: a float64 vector for each output.
         step: the difference step, relative to max(1, |x|).
         one_sided: 0 for centered differences, +1 or -1 for a forward or backward one.
+
+    Returns:
+        Two arrays of a row per output.
     """
     base = values[index]
-    result, bends = np.empty(len(elements)), np.empty(len(elements))
+    sizes = [len(weight) for weight in weights]
+    result, bends = np.empty((2, len(weights), len(elements)))
     centre_output = function.flat(values)
     moved = list(values)
     for k, element in enumerate(elements):
@@ -296,8 +299,13 @@ def slopes(
                 moved[index][where] = centre + sign * h
             ends.append((float(moved[index][where]), function.flat(moved)))
         (high, above), (low, below) = ends
-        result[k] = float(weight @ (above - below)) / (high - low) if high != low else float("nan")
-        bends[k] = abs(float(weight @ ((above - centre_output) + (below - centre_output)))) / h / h
+        for found, change, over in (
+            (result, above - below, high - low or float("nan")),
+            (bends, (above - centre_output) + (below - centre_output), h),
+        ):
+            for row, weight, part in zip(found, weights, change.split_with_sizes(sizes), strict=True):
+                row[k] = float(weight @ part) / over
+        bends[:, k] /= h
     return result, bends
 
 

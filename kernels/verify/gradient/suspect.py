@@ -80,8 +80,8 @@ class Suspect:
 
     def slopes(self, which: np.ndarray, step: float, one_sided: int = 0) -> np.ndarray:
         """Take the differences at some of the elements again, with another step."""
-        weight, elements = weight_of(self.here.cotangents), self.here.elements[which]
-        return slopes(self.function, self.values, self.index, elements, weight, step, one_sided)[0]
+        weights, elements = weights_of(self.here.cotangents), self.here.elements[which]
+        return slopes(self.function, self.values, self.index, elements, weights, step, one_sided)[0].sum(0)
 
     def equal(self, left: np.ndarray, right: np.ndarray) -> bool:
         """Return whether two gradients agree, relative to the larger of them, and are not just zero."""
@@ -136,11 +136,13 @@ class Suspect:
             found = self.function.analytic(native, cotangents)[0][self.position]
             if found is None:
                 return []
-            full, weight = in_float64(found).numpy(), weight_of(cotangents)
-            numerical, _ = slopes(self.function, self._wide(native), self.index, elements, weight, self.step)
+            full, wide = in_float64(found).numpy(), self._wide(native)
+            numerical = slopes(self.function, wide, self.index, elements, weights_of(cotangents), self.step)[
+                0
+            ]
         except Exception:  # whatever a user's function raises at a point that it was not written for
             return []
-        return [Point(native, full, elements, full.reshape(-1)[elements], numerical, cotangents)]
+        return [Point(native, full, elements, full.reshape(-1)[elements], numerical.sum(0), cotangents)]
 
     @cached_property
     def taped(self) -> list[tuple[Point, Tape, list[Any]]]:
@@ -185,6 +187,6 @@ class Suspect:
         return list(dict.fromkeys(found))
 
 
-def weight_of(cotangents: Sequence[Tensor]) -> Tensor:
-    """Return the cotangents as one float64 vector."""
-    return torch.cat([in_float64(c).reshape(-1) for c in cotangents])
+def weights_of(cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Return the cotangents as float64 vectors."""
+    return [in_float64(c).reshape(-1) for c in cotangents]
