@@ -204,6 +204,29 @@ def test_read_of_unwritten_memory(create):
         copy(x, y, 64)
 
 
+@pytest.mark.parametrize(
+    ("made", "seen"),
+    [
+        (torch.float32, torch.int32),
+        (torch.uint32, torch.uint32),
+        (torch.uint64, torch.float64),
+        (torch.uint8, torch.float32),
+        (torch.int8, torch.float64),
+        (torch.float16, torch.int64),
+    ],
+    ids=str,
+)
+def test_unwritten_memory_under_another_dtype(made, seen):
+    """As a workspace of bytes, or a kernel that copies words."""
+    with memory_check(raise_exception=False) as report:
+        x = torch.empty(512, dtype=made).view(seen)
+        copy(torch.ones(60).to(seen), x, 60)
+        copy(x, torch.zeros(64, dtype=seen), 64)
+    assert (found(report).kind, found(report).tensor, found(report).cells) == (
+        "read of unwritten memory", "x_ptr", 4,
+    )  # fmt: skip
+
+
 def test_output_that_no_program_wrote():
     with memory_check(raise_exception=False) as report:
         y = torch.empty(10, 10)
@@ -305,6 +328,41 @@ def test_atomics_order_programs_if_they_acquire_and_release(sem, scope, races):
 
 
 @triton.jit
+def scatter_kernel(i_ptr, x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    place = tl.load(i_ptr + offs, offs < n, other=0)
+    tl.store(y_ptr + place, tl.load(x_ptr + offs, offs < n, other=0), offs < n)
+
+
+def test_two_lanes_store_to_one_address():
+    x, places = torch.tensor([1.0, 2, 3, 4, 2]), torch.tensor([0, 2, 1, 3, 2])
+    with memory_check():
+        scatter_kernel[(1,)](places, x, torch.zeros(4), 5, BLOCK=8)
+    x[4] = 5
+    with memory_check(raise_exception=False) as report:
+        scatter_kernel[(1,)](places, x, torch.zeros(4), 5, BLOCK=8)
+    assert (found(report).kind, found(report).tensor, found(report).cells) == ("race", "y_ptr", 1)
+    assert "two lanes of program (0, 0, 0) store different numbers to y_ptr" in found(report).text
+    assert ", 2 elements from its start" in found(report).text
+
+
+@triton.jit
+def words_kernel(x_ptr, y_ptr, shift):
+    """Copies four words from byte ``shift`` on."""
+    offs = tl.arange(0, 4)
+    tl.store(y_ptr + offs, tl.load((x_ptr + shift).to(tl.pointer_type(tl.int32)) + offs))
+
+
+def test_misaligned_words():
+    x, y = torch.zeros(32, dtype=torch.int8), torch.zeros(4, dtype=torch.int32)
+    with memory_check():
+        words_kernel[(1,)](x, y, 4)
+    with memory_check(raise_exception=False) as report:
+        words_kernel[(1,)](x, y, 2)
+    assert (found(report).kind, found(report).tensor, found(report).cells) == ("misaligned load", "x_ptr", 4)
+
+
+@triton.jit
 def late_store_kernel(x_ptr, partial_ptr, count_ptr, y_ptr, P: tl.constexpr):
     """As above, but the partial is written after the atomic that should publish it."""
     pid = tl.program_id(0)
@@ -372,6 +430,22 @@ def test_atomic_loads_and_stores_order_too(sem, races):
         message_kernel[(2,)](x, flag, y, SEM=sem, BACK="release" if sem == "acquire" else sem)
     assert y.item() == 5
     assert len(report.faults) == races
+
+
+@pytest.mark.skipif(not hasattr(tl, "atomic_load"), reason="tl.atomic_load is new in triton 3.9")
+def test_a_plain_load_after_an_atomic_one_races_with_an_atomic_store():
+    @triton.jit
+    def kernel(x_ptr, y_ptr):
+        if tl.program_id(0) == 0:
+            tl.store(y_ptr, tl.atomic_load(x_ptr, sem="relaxed"))
+        elif tl.program_id(0) == 1:
+            tl.store(y_ptr + 1, tl.load(x_ptr))
+        else:
+            tl.atomic_store(x_ptr, 1.0, sem="relaxed")
+
+    with memory_check(raise_exception=False) as report:
+        kernel[(3,)](torch.zeros(1), torch.zeros(2))
+    assert (found(report).kind, "program (1, 0, 0) read" in found(report).text) == ("race", True)
 
 
 @triton.jit

@@ -225,7 +225,7 @@ def filled(byte: int | None, number: int | None = None) -> Iterator[None]:
             if dense and number is not None:
                 tensor.detach().fill_(number)
             elif dense and (byte is not None or not markable(tensor)):
-                _bytes(tensor).fill_(0x5A if byte is None else byte)
+                _bytes(tensor).fill_(0xA5 if byte is None else byte)
             return tensor
 
         return create

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, UntypedStorage
 
 from .interpreter import ADDRESS, TAG_SHIFT, Observer, check_canary, current_program, source_site, watch
-from .regions import MARKS, Region, mark, markable, unwritten, watched_tensors
+from .regions import BYTES, MARKS, Region, mark, mark_in, markable, unwritten, watched_tensors
 from .report import UNWRITTEN, Fault, MemoryFaultError, MemoryReport, Traffic
 from .shadow import LAUNCHES, Access, Cells, Clock
 
@@ -34,9 +34,11 @@ def memory_check(
     - loads of unwritten memory, and atomics that read it. The checker fills ``outputs``, and what ``torch.empty``,
       ``empty_like``, ``empty_strided``, ``empty_permuted``, ``new_empty`` and ``new_empty_strided`` return inside the
       block, with a mark (a NaN that no arithmetic gives); where the mark still stands, nothing was written. One-byte
-      and 16-bit integers have no value to spare and are not tracked;
+      types and 16-bit integers have no value to spare: they are not tracked, but for loads of 4 bytes and more from
+      a tensor of bytes;
     - races: two programs of a launch touch one address, one of them writes, not both atomically, and no
-      acquire/release atomic orders them;
+      acquire/release atomic orders them; or two lanes of one store write different numbers to it;
+    - accesses at an address that is no multiple of their size, through a pointer cast to a wider dtype;
     - elements without a writer, of ``outputs`` and of tensors made inside the block that kernels stored to and never
       loaded from (what is loaded again is scratch, of which the loads are checked).
 
@@ -109,7 +111,9 @@ class _Checker(Observer):
         self.sites: dict[tuple[str, int], int] = {}
         self.found: dict[tuple[str, str, str, str], int] = {}
         self.known = list(self.report.faults), dict(self.found)  # before the launch that is under way
-        self.pending: list[tuple[Region, np.ndarray, np.ndarray]] = []
+        # Of the access that is under way: what may find a mark, and lanes that store to one address.
+        self.pending: list[tuple[Region, np.ndarray, np.ndarray, int]] = []
+        self.doubled: list[tuple[Region, np.ndarray, np.ndarray]] = []
         self.kernel, self.site, self.line = "", 0, ""
         self.index: tuple[int, int, int] | None = None
         self.before: dict[int, tuple[UntypedStorage, UntypedStorage]] | None = None  # of a trial: contents
@@ -184,6 +188,7 @@ class _Checker(Observer):
         self, kind: str, order: tuple[str, str], pointers: np.ndarray, mask: np.ndarray, itemsize: int
     ) -> np.ndarray:
         self.pending.clear()
+        self.doubled.clear()
         active = np.flatnonzero(mask)
         if not active.size:
             return mask
@@ -281,6 +286,10 @@ class _Checker(Observer):
         distinct = addresses
         if addresses.size > 1 and not (addresses[1:] > addresses[:-1]).all():
             distinct = np.unique(addresses)
+            if kind == "store" and distinct.size < addresses.size:
+                self.doubled.append((region, addresses, lanes))
+        if itemsize > 1 and (odd := addresses % np.uint64(itemsize) != 0).any():
+            self._misaligned(kind, region, addresses[odd], itemsize)
         moved = int(distinct.size) * itemsize
         reads, stores = kind in ("load", "atomic load"), kind in ("store", "atomic store")
         if reads:
@@ -292,8 +301,8 @@ class _Checker(Observer):
             entry.atomics += moved
         if not stores:
             self.read.add(base)
-            if base in self.empties and itemsize == region.tensor.element_size():
-                self.pending.append((region, addresses, lanes))
+            if base in self.empties and (found := mark_in(self.empties[base][0], itemsize)) is not None:
+                self.pending.append((region, addresses, lanes, found))
         if not reads:
             self.stored[base] = (self.kernel, region.name)
         if kind.startswith("atomic"):
@@ -303,23 +312,41 @@ class _Checker(Observer):
             self._race(kind, region, *race)
 
     def loaded(self, values: np.ndarray) -> None:
-        for region, addresses, lanes in self.pending:
-            if region.tensor.dtype not in MARKS:
-                continue
-            words = np.ascontiguousarray(values).reshape(-1)[lanes].view(f"u{values.dtype.itemsize}")
-            raw = words == MARKS[region.tensor.dtype]
+        for region, addresses, lanes, found in self.pending:
+            raw = _words(values, lanes) == found
             if raw.any():
                 address = int(addresses[int(np.argmax(raw))])
-                offset = (address - region.start) // region.tensor.element_size()
                 self._fault(
                     "read of unwritten memory",
                     region.name,
-                    f"program {self.index} reads {region}, {offset} elements from its start, where nothing has "
-                    f"been written since torch.empty",
+                    f"program {self.index} reads {region}, {_elements(region, address)} elements from its start, "
+                    f"where nothing has been written since torch.empty",
                     address,
                     int(raw.sum()),
                 )
         self.pending.clear()
+
+    def storing(self, values: np.ndarray) -> None:
+        for region, addresses, lanes in self.doubled:
+            order = np.argsort(addresses, kind="stable")
+            addresses, words = addresses[order], _words(values, lanes)[order]
+            differ = (addresses[1:] == addresses[:-1]) & (words[1:] != words[:-1])
+            if differ.any():
+                address = int(addresses[int(np.argmax(differ))])
+                text = (
+                    f"two lanes of program {self.index} store different numbers to {region}, "
+                    f"{_elements(region, address)} elements from its start, and nothing says which one stays"
+                )
+                self._fault("race", region.name, text, address, int(differ.sum()))
+        self.doubled.clear()
+
+    def _misaligned(self, kind: str, region: Region, addresses: np.ndarray, itemsize: int) -> None:
+        first = int(addresses[0])
+        text = (
+            f"program {self.index} {_verb(kind)} {region} at address {first:#x}, no multiple of the {itemsize} bytes "
+            f"that it takes at once: a GPU refuses that"
+        )
+        self._fault(f"misaligned {kind.split()[0]}", region.name, text, first, addresses.size)
 
     def _out_of_bounds(self, kind: str, region: Region | None, addresses: np.ndarray) -> None:
         first = int(addresses[0])
@@ -338,11 +365,10 @@ class _Checker(Observer):
         grid = current_program()[1]
         x, rest = divmod(other.program, grid[1] * grid[2])
         theirs = (x, *divmod(rest, grid[2]))
-        offset = (address - region.start) // region.tensor.element_size()
         did = "wrote" if other.written else "read"
         text = (
-            f"program {self.index} {_verb(kind)} {region}, {offset} elements from its start, which program {theirs} "
-            f"{did} in the same launch at {self._line(other.site)}, and nothing orders the two"
+            f"program {self.index} {_verb(kind)} {region}, {_elements(region, address)} elements from its start, "
+            f"which program {theirs} {did} in the same launch at {self._line(other.site)}, and nothing orders the two"
         )
         self._fault("race", region.name, text, address, cells)
 
@@ -366,7 +392,7 @@ class _Checker(Observer):
         """Find, at the end of the block, the elements that nothing has written."""
         for base, (tensor, given) in self.empties.items():
             kernel, argument = self.stored.get(base, ("", ""))
-            if not given and (not kernel or base in self.read):
+            if tensor.dtype in BYTES or (not given and (not kernel or base in self.read)):
                 continue
             left = unwritten(tensor)
             if left.any() and base in self.shadows:
@@ -390,6 +416,15 @@ class _Checker(Observer):
 
 
 LARGE = 1 << 28
+
+
+def _words(values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+    """Return the bits of some of the values as integers."""
+    return np.ascontiguousarray(values).reshape(-1)[lanes].view(f"u{values.dtype.itemsize}")
+
+
+def _elements(region: Region, address: int) -> int:
+    return (address - region.start) // region.tensor.element_size()
 
 
 def _verb(kind: str) -> str:

@@ -74,6 +74,9 @@ class Observer:
     def loaded(self, values: np.ndarray) -> None:
         """Receive the values of the load announced last, or what an atomic announced last found."""
 
+    def storing(self, values: np.ndarray) -> None:
+        """Receive the values of the store announced last, before it happens."""
+
 
 def interpreted() -> bool:
     """Return whether Triton's kernels are interpreted in this process."""
@@ -159,6 +162,7 @@ class _Proxy:
 
     def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> Any:
         addresses, allowed = self._announce("store", pointers, mask, value.dtype.itemsize)
+        self._observer.storing(value)
         return self._original.store(addresses, value, allowed)
 
     def atomic_rmw(self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, sem: Any) -> Any:

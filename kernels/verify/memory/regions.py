@@ -1,7 +1,7 @@
 """The addresses that a tensor owns, and the marks in memory that nothing has written yet."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...torch_private import functions_replaced, is_wrapped, unwrapped
 
-# NaNs that no arithmetic produces, and an integer that hardly anything computes. One-byte types and int16
+# NaNs that no arithmetic produces, and an integer that hardly anything computes. One-byte types and 16-bit integers
 # have no value to spare: memory of theirs counts as written.
 MARKS = {
     torch.float64: 0x7FF5A5A5A5A5A5A5,
@@ -21,7 +21,12 @@ MARKS = {
     torch.bfloat16: 0x7FA5,
     torch.int32: 0xA5A5A5A5,
     torch.int64: 0xA5A5A5A5A5A5A5A5,
+    torch.uint32: 0xA5A5A5A5,
+    torch.uint64: 0xA5A5A5A5A5A5A5A5,
 }
+# Of a workspace of bytes, which kernels reach through views and pointers of wider dtypes.
+BYTES = {torch.uint8: 0xA5, torch.int8: 0xA5}
+_ALL = MARKS | BYTES
 
 MAX_MARKED = 1 << 28
 
@@ -36,7 +41,15 @@ def mark(tensor: Tensor) -> None:
     """Fill the whole storage of a CPU tensor with the mark of its dtype."""
     storage, itemsize = tensor.untyped_storage(), tensor.element_size()
     if storage.nbytes() >= itemsize:
-        _words(storage.data_ptr(), storage.nbytes() // itemsize, itemsize)[:] = MARKS[tensor.dtype]
+        _words(storage.data_ptr(), storage.nbytes() // itemsize, itemsize)[:] = _ALL[tensor.dtype]
+
+
+def mark_in(tensor: Tensor, itemsize: int) -> int | None:
+    """Return what an access of ``itemsize`` bytes finds where the mark of ``tensor`` stands; None if it cannot tell."""
+    own = tensor.element_size()
+    if itemsize % own or (tensor.dtype in BYTES and itemsize < 4):
+        return None
+    return int.from_bytes(_ALL[tensor.dtype].to_bytes(own, "little") * (itemsize // own), "little")
 
 
 def unwritten(tensor: Tensor) -> np.ndarray:
@@ -49,9 +62,9 @@ def unwritten(tensor: Tensor) -> np.ndarray:
     return np.asarray(view == MARKS[tensor.dtype])
 
 
-def markable(tensor: Any) -> bool:
+def markable(tensor: Any, dtypes: Container[torch.dtype] = MARKS) -> bool:
     """Return whether ``tensor`` can be marked; marking more than MAX_MARKED bytes takes too long."""
-    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in MARKS:
+    if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.dtype not in dtypes:
         return False
     if tensor.layout != torch.strided or is_wrapped(tensor):  # neither has a storage
         return False
@@ -80,7 +93,7 @@ def watched_tensors(created: Callable[[Tensor], None], asked: Callable[[Tensor],
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
         def create(*args: Any, **kwargs: Any) -> Any:
             tensor = original(*args, **kwargs)
-            if not torch.compiler.is_compiling() and markable(inner := _innermost(tensor)):
+            if not torch.compiler.is_compiling() and markable(inner := _innermost(tensor), _ALL):
                 mark(inner)
                 created(inner)
             return tensor

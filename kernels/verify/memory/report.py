@@ -19,8 +19,8 @@ class Fault:
     """A fault of one line of a kernel, with its first occurrence.
 
     Attributes:
-        kind: ``"out-of-bounds load"``, ``"out-of-bounds store"``, ``"out-of-bounds atomic"``, ``"read of
-            unwritten memory"``, ``"race"`` or ``"unwritten output"``.
+        kind: ``"out-of-bounds load"``, ``"out-of-bounds store"``, ``"out-of-bounds atomic"``, the same with
+            ``"misaligned"``, ``"read of unwritten memory"``, ``"race"`` or ``"unwritten output"``.
         kernel, tensor: the names of the kernel and of its argument.
         text: a sentence that says what happened.
         address: the first address concerned.

@@ -154,7 +154,7 @@ class Cells:
             self.writes[cells] = word
         else:
             reads = self.reads[cells]
-            keep = clock.unordered(reads, False)
+            keep = clock.unordered(reads, False) & (atomic | ((reads >> _ATOMIC_AT) & 1 == 0))
             self.reads[cells] = np.where(keep, reads, word)
         return race
 
