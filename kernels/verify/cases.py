@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops import OPS, OPTIMIZERS, Call, Function, Optimizer, Training
+from .gradient.function import drawing
 from .tolerance import exactly
 
 Results = dict[str, Tensor]
@@ -74,11 +75,11 @@ def build(
     """
     record = OPS.get(op)
     shape = next(iter(what.shapes.values())) if isinstance(what, Call) else what
-    generator = torch.Generator().manual_seed(len(shape) + sum(shape) + 100_003 * draw)
+    drawn = drawing(len(shape) + sum(shape) + 100_003 * draw)
 
     def randn(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
-        values = torch.randn(sizes, generator=generator, device="cpu", dtype=torch.float64).to(dtype)
-        return NUMBERS[numbers](values).to(device)
+        values = drawn(partial(torch.randn, dtype=torch.float64), sizes)
+        return NUMBERS[numbers](values.to(dtype)).to(device)
 
     if isinstance(record, Function):
         return _function(record, what, dtype, randn)

@@ -20,6 +20,7 @@ from .function import (
     Narrowed,
     ShapeError,
     cast,
+    drawing,
     epsilon,
     is_real,
     is_rough,
@@ -185,12 +186,9 @@ class _Check:
                 f"gradient= and lr= need a scalar function; {function.name} returned shapes "
                 f"{[tuple(output.shape) for output in outputs]}"
             )
-        generator = torch.Generator().manual_seed(self.seed + APART)
+        draw = drawing(self.seed + APART)
         self.cotangents = [
-            torch.ones_like(o)
-            if self.scalar
-            else torch.randn(o.shape, generator=generator, device="cpu").to(o)
-            for o in outputs
+            torch.ones_like(o) if self.scalar else draw(torch.randn, o.shape).to(o) for o in outputs
         ]
         self.weights = weights_of(self.cotangents)
         tried, cotangents = self.tried[:], self.cotangents

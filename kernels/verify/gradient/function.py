@@ -335,19 +335,25 @@ def rounds_within(function: Function, native: Sequence[Any], values: Sequence[An
         values: the same in those that the differences are taken in.
         weight: a float64 vector over all outputs.
     """
-    here, generator = function.flat(values), torch.Generator().manual_seed(0)
+    here, draw = function.flat(values), drawing(0)
     moved = list(values)
     for i in function.checked:
-        moved[i] = values[i] * (1 + epsilon(native[i].dtype) * _signed(values[i], generator))
+        moved[i] = values[i] * (1 + epsilon(native[i].dtype) * _signed(values[i], draw))
     with contextlib.suppress(Exception):  # it may not run there
         own, lost = (float((weight * (function.flat(other) - here)).norm()) for other in (moved, native))
         return lost > 4 * own
     return False
 
 
-def _signed(like: Tensor, generator: torch.Generator) -> Tensor:
+def drawing(seed: int) -> Callable[..., Tensor]:
+    """Return ``draw(torch.rand, *sizes)``: from a seed, on the CPU whatever the default device is."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda kind, *args: kind(*args, generator=generator, device="cpu")
+
+
+def _signed(like: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     """Return random numbers of either sign, between 1/2 and 1 in size."""
-    drawn = torch.rand(like.shape, generator=generator, device="cpu") * 2 - 1
+    drawn = draw(torch.rand, like.shape) * 2 - 1
     return (drawn + drawn.sign()).to(like) / 2
 
 
@@ -358,13 +364,13 @@ def is_rough(
 
     Over so short a way a cubic polynomial fits a smooth function, up to ``noise`` relative to its size and slope.
     """
-    generator, step = torch.Generator().manual_seed(0), epsilon(dtype)
+    draw, step = drawing(0), epsilon(dtype)
 
     def unit(value: Tensor) -> Tensor:
-        return _signed(value, generator) * value.abs().clamp(min=1)
+        return _signed(value, draw) * value.abs().clamp(min=1)
 
     units = {i: unit(values[i]) for i in function.checked}
-    places = torch.arange(8.0, device="cpu") + torch.rand(8, generator=generator, device="cpu")
+    places = torch.arange(8.0, device="cpu") + draw(torch.rand, 8)
     found = []
     for place in places.tolist():
         close = [v + place * step * units[i] if i in units else v for i, v in enumerate(values)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..gradient.function import is_real
+from ..gradient.function import drawing, is_real
 from ..gradient.upstream import LAYOUTS
 from .subject import LARGE
 
@@ -241,17 +241,14 @@ def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
     if positive:  # to which a rectifier would do nothing
         negative = [_like(-v.detach(), v) if i in positive else v for i, v in enumerate(values)]
         yield Point("negative values", negative, "scale")
-    generator = torch.Generator().manual_seed(3)
-    halves = [torch.rand(v.shape, generator=generator, device="cpu").to(v.device) < 0.5 for v in real]
-    zeros = iter(halves)
-    yield Point(
-        "zeros among the values",
-        [
-            _like(v.detach().masked_fill(next(zeros), 0), v) if is_real(v) and i < arguments else v
-            for i, v in enumerate(values)
-        ],
-        "zeros",
-    )
+    draw = drawing(3)
+    zeros = [
+        _like(v.detach().masked_fill(draw(torch.rand, v.shape).to(v.device) < 0.5, 0), v)
+        if is_real(v) and i < arguments
+        else v
+        for i, v in enumerate(values)
+    ]
+    yield Point("zeros among the values", zeros, "zeros")
 
 
 def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any]:
@@ -259,12 +256,12 @@ def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any
 
     A distance below 0 gives their opposites.
     """
-    generator = torch.Generator().manual_seed(5)
+    draw = drawing(5)  # not as zeros are drawn: these would all get one sign
 
     def moved(value: Any) -> Any:
         if not is_real(value) or not value.numel():
             return value
-        drawn = (2 * torch.rand(value.shape, generator=generator, device="cpu") - 1).to(value)
+        drawn = (2 * draw(torch.rand, value.shape) - 1).to(value)
         return _like(torch.where(value == 0, drawn * distance * value.abs().max(), value.detach()), value)
 
     return [moved(value) if i < arguments else value for i, value in enumerate(values)]
@@ -272,12 +269,12 @@ def off_zero(values: Sequence[Any], arguments: int, distance: float) -> list[Any
 
 def reshuffled(values: Sequence[Any], arguments: int, seed: int) -> list[Any]:
     """Return the values with the elements of each floating-point input in another order."""
-    generator = torch.Generator().manual_seed(seed)
+    draw = drawing(seed)
 
     def shuffle(value: Any) -> Any:
         if not is_real(value):
             return value
-        order = torch.randperm(value.numel(), generator=generator, device="cpu").to(value.device)
+        order = draw(torch.randperm, value.numel()).to(value.device)
         moved = value.detach().reshape(-1)[order].view(value.shape)
         # One element, or equal ones, have no other order.
         return _like(moved if not torch.equal(moved, value) else moved * 0.75, value)

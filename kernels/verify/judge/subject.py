@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..gradient.check import APART
-from ..gradient.function import cast, is_real, leaves_in
+from ..gradient.function import cast, drawing, is_real, leaves_in
 from ..memory import memory_check
 from ..memory.interpreter import interpreted
 from ..memory.regions import CREATORS, METHODS, markable, unwritten
@@ -93,8 +93,7 @@ def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
 
 def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
     """Return the random upstream gradient of an output, rounded to the dtype of ``narrow``, in dense memory."""
-    generator = torch.Generator().manual_seed(APART + place)
-    return torch.randn(output.shape, generator=generator, device="cpu").to(narrow.dtype).to(output)
+    return drawing(APART + place)(torch.randn, output.shape).to(narrow.dtype).to(output)
 
 
 def call(
@@ -426,12 +425,12 @@ def _near(native: Tensor, exact: Tensor) -> bool:
 
 def _moved(values: Sequence[Any], draw: int) -> list[Any]:
     """Move each number by one rounding, up or down."""
-    generator = torch.Generator().manual_seed(draw)
+    drawn = drawing(draw)
 
     def moved(value: Any) -> Any:
         if not is_real(value):
             return value
-        signs = torch.randint(0, 2, value.shape, generator=generator, device="cpu").to(value) * 2 - 1
+        signs = drawn(torch.randint, 2, value.shape).to(value) * 2 - 1
         return value.detach() * (1 + signs * torch.finfo(value.dtype).eps)
 
     return [moved(value) for value in values]
