@@ -26,7 +26,6 @@ class Access:
 
     program: int
     site: int
-    atomic: bool
     written: bool
 
 
@@ -99,16 +98,6 @@ class Clock:
         return found
 
 
-def unpack(word: int, written: bool) -> Access:
-    """Return the access that a word encodes."""
-    return Access(
-        (word & ((1 << _PROGRAM) - 1)) - 1,
-        (word >> _SITE_AT) & ((1 << _SITE) - 1),
-        bool((word >> _ATOMIC_AT) & 1),
-        written,
-    )
-
-
 class Cells:
     """The shadow of one storage: per cell, the last write and the first unordered read of this launch."""
 
@@ -141,19 +130,16 @@ class Cells:
         atomic = kind == "atomic" or kind.startswith("atomic ")
         word = clock.word(site, atomic)
         race = None
-        writes = self.writes[cells]
+        writes, reads = self.writes[cells], self.reads[cells]
         racing = clock.unordered(writes, atomic)
         if racing.any():
             race = self._race(cells, writes, racing, True)
-        reads = None
         if kind not in ("load", "atomic load"):
-            reads = self.reads[cells]
             racing = clock.unordered(reads, atomic)
             if race is None and racing.any():
                 race = self._race(cells, reads, racing, False)
             self.writes[cells] = word
         else:
-            reads = self.reads[cells]
             keep = clock.unordered(reads, False) & (atomic | ((reads >> _ATOMIC_AT) & 1 == 0))
             self.reads[cells] = np.where(keep, reads, word)
         return race
@@ -163,7 +149,9 @@ class Cells:
     ) -> tuple[int, int, Access]:
         first = int(np.argmax(racing))
         address = self.base + int(cells[first]) * self.granule
-        return int(racing.sum()), address, unpack(int(words[first]), written)
+        word = int(words[first])
+        other = Access((word & ((1 << _PROGRAM) - 1)) - 1, (word >> _SITE_AT) & ((1 << _SITE) - 1), written)
+        return int(racing.sum()), address, other
 
     def already_read(self, addresses: np.ndarray, itemsize: int, clock: Clock) -> int:
         """Return how many of the addresses a load of this launch has read before."""
