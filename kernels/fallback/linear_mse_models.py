@@ -1,7 +1,8 @@
 """A batch of linear models and their squared errors in plain torch.
 
 Products of batches of matrices. Ragged rows are cut into tiles of equally many rows, so that they are a batch too;
-no tile has rows of two models, and the unused rows of a tile are 0.
+no tile has rows of two models, and the unused rows of a tile are 0. On a CPU rows beside models of one output, or of
+one feature, stay where they lie: tiles of one row, which are elementwise products and sums of segments.
 """
 
 import math
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from ..checks import acc_dtype
-from .matmul import matmul_forward, parts_of
+from .matmul import ROWS, matmul_forward, parts_of
+
+# Numbers of models that are copied beside their rows at a time: they stay in a core's cache.
+CACHED = 1 << 18
 
 
 class Tiles(NamedTuple):
-    """How the rows of B models are cut.
+    """The rows of B models, copied into tiles.
 
     Attributes:
         model: of each tile.
         row: of each place in a tile ``(tiles, T)``; 0 where there is none.
-        unused: the places where there is none ``(tiles, T, 1)``.
+        unused: the places where there is none ``(tiles, T)``.
         start, end: of each model's rows ``(B,)``.
         offsets: ``(B + 1,)``: model b has the tiles offsets[b], ..., offsets[b + 1] - 1.
     """
@@ -33,45 +37,174 @@ class Tiles(NamedTuple):
     offsets: Tensor
 
     def cut(self, rows: Tensor) -> Tensor:
-        """``(R, K)`` as ``(tiles, T, K)``."""
-        values = rows.index_select(0, self.row.flatten()).unflatten(0, self.row.shape)
-        return values.masked_fill_(self.unused, 0)
+        """``(R, K)`` as ``(tiles, T, K)``, with 0 in unused places."""
+        return self.cleared(rows.index_select(0, self.row.flatten()).unflatten(0, self.row.shape))
 
-    def join(self, tiles: Tensor, rows: int) -> Tensor:
+    def cleared(self, values: Tensor) -> Tensor:
+        """``(tiles, T, K)`` itself, with 0 in unused places."""
+        _clear(values.flatten(0, 1), self.unused.flatten())
+        return values
+
+    def join(self, values: Tensor, rows: int) -> Tensor:
         """``(tiles, T, K)`` as ``(R, K)``, with 0 in rows of no model."""
-        each = torch.arange(rows, device=tiles.device)
+        each = torch.arange(rows, device=values.device)
         # The last model that starts here or before, as an empty one may start where the next does.
         last = torch.searchsorted(self.start, each, right=True) - 1
         owner = last.clamp(min=0)
         place = self.offsets[owner] * self.row.shape[1] + each - self.start[owner]
         place.clamp_(0, self.row.numel() - 1)
-        values = tiles.flatten(0, 1).index_select(0, place)
-        return values.masked_fill_(((last < 0) | (each >= self.end[owner])).unsqueeze(-1), 0)
+        values = values.flatten(0, 1).index_select(0, place)
+        return _clear(values, (last < 0) | (each >= self.end[owner]))
 
-    def sums(self, tiles: Tensor) -> Tensor:
+    def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(tiles, T, K)``: rows ``(tiles, T, D)`` times their models (B, K, D)."""
+        return _products(values, models[self.model], dtype)
+
+    def contract(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(B, K, D)``: products of ``(tiles, T, K)`` and ``(tiles, T, D)`` summed over the rows of each model."""
+        return self._added(matmul_forward(left.mT, right, None, [], dtype).to(acc_dtype(left)))
+
+    def sums(self, values: Tensor) -> Tensor:
+        """``(B, K)``: ``(tiles, T, K)`` summed over the rows of each model."""
+        return self._added(values.sum(1))
+
+    def _added(self, values: Tensor) -> Tensor:
         """``(tiles, ...)`` summed over the tiles of each model, in order."""
-        if tiles.device.type != "mps":
-            return torch.segment_reduce(tiles, "sum", offsets=self.offsets, unsafe=True, initial=0)
-        result = tiles.new_zeros((len(self.offsets) - 1, *tiles.shape[1:]))
-        return result.index_add_(0, self.model, tiles)
+        if values.device.type != "mps":
+            return _segments(values, self.offsets)
+        return values.new_zeros((len(self.start), *values.shape[1:])).index_add_(0, self.model, values)
 
 
-def tiles_of(bounds: Tensor, rows: int) -> Tiles:
-    """Tiles of half as many rows as a model has on average: then at most a third of all places is unused."""
+class Rows(NamedTuple):
+    """The rows of B models where they lie, as n tiles of one row: for one output or one feature, on a CPU.
+
+    Attributes:
+        model: of each row that has one.
+        row: those rows; None, where they are all.
+        edges: ``(B + 1,)``: model b has the rows edges[b], ..., edges[b + 1] - 1 among them.
+        pieces: ``(pieces + 1,)`` edges of pieces of at most ROWS rows, and ``(B + 1,)`` edges of models among pieces;
+            None where no model has more rows.
+    """
+
+    model: Tensor
+    row: Tensor | None
+    edges: Tensor
+    pieces: tuple[Tensor, Tensor] | None
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """``(R, K)`` as ``(n, 1, K)``, without rows of no model."""
+        return (rows if self.row is None else rows.index_select(0, self.row)).unsqueeze(1)
+
+    def cleared(self, values: Tensor) -> Tensor:
+        return values
+
+    def join(self, values: Tensor, rows: int) -> Tensor:
+        """``(n, 1, K)`` as ``(R, K)``, with 0 in rows of no model."""
+        values = values.squeeze(1)
+        if self.row is None:
+            return values
+        return values.new_zeros(rows, values.shape[1]).index_copy_(0, self.row, values)
+
+    def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(n, 1, K)``: rows ``(n, 1, D)`` times their models (B, K, D), where K or D is 1."""
+        models = models.flatten(1)
+        if values.shape[2] == 1:
+            return models.index_select(0, self.model).mul_(values.squeeze(1)).unsqueeze(1)
+        result = values.new_empty(len(values))
+        size = max(1, CACHED // values.shape[2])
+        for each, owner, place in zip(
+            values.split(size), self.model.split(size), result.split(size), strict=True
+        ):
+            torch.sum(models.index_select(0, owner).mul_(each.squeeze(1)), 1, out=place)
+        return result.view(-1, 1, 1)
+
+    def contract(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        """``(B, K, D)``: products of ``(n, 1, K)`` and ``(n, 1, D)`` summed over each model's rows; K or D is 1."""
+        wide, factor = (right, left) if left.shape[2] == 1 else (left, right)
+        sums = torch.nn.functional.embedding_bag(
+            torch.arange(len(wide)),
+            wide.squeeze(1),
+            self.edges if self.pieces is None else self.pieces[0],
+            mode="sum",
+            per_sample_weights=factor.flatten(),
+            include_last_offset=True,
+        )
+        sums = sums if self.pieces is None else _segments(sums, self.pieces[1])
+        return sums.view(-1, left.shape[2], right.shape[2])
+
+    def sums(self, values: Tensor) -> Tensor:
+        """``(B, K)``: ``(n, 1, K)`` summed over the rows of each model."""
+        return _segments(values.squeeze(1).double(), self.edges).to(values.dtype)
+
+
+def _clear(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` (n, K) itself, with 0 where the mask ``rows`` (n,) holds."""
+    if values.is_cpu:  # a third of the time of a mask that is broadcast
+        return values.index_fill_(0, rows.nonzero().squeeze(1), 0)
+    return values.masked_fill_(rows.unsqueeze(1), 0)
+
+
+def _segments(values: Tensor, offsets: Tensor) -> Tensor:
+    """``(n, ...)`` summed from each offset to the next, in order."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+def layout_of(bounds: Tensor, rows: int, K: int, D: int, *dtypes: torch.dtype) -> Rows | Tiles | None:
+    """How the rows of models ``(K, D)`` are cut; None where no model has any.
+
+    Args:
+        dtypes: of rows, models and results.
+    """
     models = len(bounds)
-    T = max(1, -(-rows // max(1, 2 * models)))
-    bounds = bounds.to(torch.int64).clamp(0, rows)
-    start, end = (side.contiguous() for side in bounds.unbind(1))
-    ends = ((end - start).clamp(min=0) + T - 1).div(T, rounding_mode="floor").cumsum(0)
-    offsets = torch.nn.functional.pad(ends, (1, 0))
-    # On a device the number of tiles is not waited for: no more can be there.
-    count = max(1, int(offsets[-1])) if bounds.is_cpu else rows // T + models
-    tile = torch.arange(count, device=bounds.device)
-    model = torch.searchsorted(ends, tile, right=True).clamp_(max=models - 1)
-    first = start[model] + (tile - offsets[model]) * T
+    start, end = (side.contiguous() for side in bounds.to(torch.int64).clamp(0, rows).unbind(1))
+    length = (end - start).clamp_(min=0)
+    if models == 0 or rows == 0 or (bounds.is_cpu and not length.any()):
+        return None
+    if bounds.is_cpu and min(K, D) == 1 and len(set(dtypes)) == 1 and dtypes[0].itemsize >= 4:
+        edges = torch.nn.functional.pad(length.cumsum(0), (1, 0))
+        model, row, pieces = torch.repeat_interleave(length), None, None
+        if len(model) != rows:
+            row = torch.arange(len(model)).add_((start - edges[:-1]).index_select(0, model))
+        if length.max() > ROWS:
+            _, first, offsets = _pieces(edges[:-1], length, ROWS, rows)
+            pieces = torch.cat([first, edges[-1:]]), offsets
+        return Rows(model, row, edges, pieces)
+    # Half as many rows as a model has on average: then at most a third of all places is unused.
+    T = min(ROWS, max(1, -(-rows // (2 * models))))
+    model, first, offsets = _pieces(start, length, T, rows)
     row = first[:, None] + torch.arange(T, device=bounds.device)
     unused = row >= end[model][:, None]
-    return Tiles(model, row.masked_fill_(unused, 0), unused.unsqueeze(-1), start, end, offsets)
+    return Tiles(model, row.masked_fill_(unused, 0), unused, start, end, offsets)
+
+
+def _pieces(start: Tensor, length: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Models of ``length`` rows from ``start`` on, in pieces of at most ``size``.
+
+    Returns:
+        The model and the first row of each piece, and ``(B + 1,)`` the number of pieces before each model.
+    """
+    counts = (length + size - 1).div_(size, rounding_mode="floor")
+    ends = counts.cumsum(0)
+    offsets = torch.nn.functional.pad(ends, (1, 0))
+    if start.is_cpu:
+        model = torch.repeat_interleave(counts)
+    else:  # The number of pieces is not waited for: no more can be there.
+        pieces = torch.arange(rows // size + len(start), device=start.device)
+        model = torch.searchsorted(ends, pieces, right=True).clamp_(max=len(start) - 1)
+    first = start[model] + (torch.arange(len(model), device=start.device) - offsets[model]) * size
+    return model, first, offsets
+
+
+def _products(rows: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(*, N, K)``: rows ``(N, D)`` or ``(B, N, D)`` times models ``(B, K, D)``."""
+    if rows.dim() == 2:  # one product of all models
+        return matmul_forward(models, rows.mT, None, [], dtype).mT
+    same = rows.dtype == models.dtype == dtype
+    if same and models.shape[1] == 1:  # torch takes 0.6 to 0.9 of the other product's time
+        return torch.bmm(models, rows.mT).view(*rows.shape[:2], 1)
+    if same:
+        return torch.bmm(rows, models.mT)
+    return matmul_forward(rows, models.mT, None, [], dtype)
 
 
 def linear_mse_models_forward(
@@ -87,55 +220,48 @@ def linear_mse_models_forward(
 ) -> list[Tensor]:
     """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
-    B, K, _ = weight.shape
+    K, D = weight.shape[1:]
     if input.dtype != weight.dtype:  # under autocast, which leaves float64 as it is
         input, weight = input.to(acc), weight.to(acc)
-    tiles = None
-    if bounds is None:
-        count: Tensor | int = target.shape[1] * K
-    else:
-        rows = len(input)
+    wide = torch.promote_types(input.dtype, dtype)
+    rows, layout = len(input), None
+    count: Tensor | int = target.shape[-2] * K
+    if bounds is not None:
+        layout = layout_of(bounds, rows, K, D, input.dtype, wide, acc)
+        if layout is None:
+            return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
         start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
         count = (end - start).clamp_(min=0) * K
-        if rows == 0 or B == 0:
-            return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
-        tiles = tiles_of(bounds, rows)
-        input, target = tiles.cut(input), tiles.cut(target)
-        sample_weight = None if sample_weight is None else tiles.cut(sample_weight)
-        weight = weight[tiles.model]
-        bias = None if bias is None else bias[tiles.model]
-    wide = torch.promote_types(input.dtype, dtype)
-    if input.dim() == 2:  # one product of all weights
-        residual = matmul_forward(weight, input.mT, None, [], wide).mT
-    elif input.dtype == wide and K == 1:  # torch takes 0.6 to 0.9 of the other product's time
-        residual = torch.bmm(weight, input.mT).view(*input.shape[:2], 1)
-    elif input.dtype == wide:
-        residual = torch.bmm(input, weight.mT)
-    else:
-        residual = matmul_forward(input, weight.mT, None, [], wide)
+        input, target = layout.cut(input), layout.cut(target)
+        sample_weight = None if sample_weight is None else layout.cut(sample_weight)
+        bias = None if bias is None else bias[layout.model]
+    residual = _products(input, weight, wide) if layout is None else layout.predict(input, weight, wide)
     if bias is not None:
         residual = residual.add_(bias.unsqueeze(1))
     residual = residual.to(acc).sub_(target)
-    if tiles is not None:  # a bias and, times 0, infinite weights
-        residual.masked_fill_(tiles.unused, 0)
+    if layout is not None:  # a bias and, times 0, infinite weights
+        residual = layout.cleared(residual)
     error = residual if sample_weight is None else residual * sample_weight
-    loss = (error * residual).sum((1, 2))
+    squares = error * residual
+    loss = squares.sum((1, 2)) if layout is None else layout.sums(squares).sum(1)
     grad_weight = None
     if output_mask[1]:
         # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
         operand = acc if input.dtype == torch.float16 else input.dtype
-        left, right = error.to(operand).mT, input.to(operand)
-        product = torch.bmm if right.dim() == 3 else torch.matmul
-        # Parts of 16 bits would be rounded to them before they are added.
-        parts = [slice(None)] if operand.itemsize == 2 else parts_of(right.shape[-2])
-        products = [product(left[..., rows], right[..., rows, :]) for rows in parts]
-        grad_weight = products[0] if len(products) == 1 else torch.stack(products).sum(0)
-    grad_bias = error.sum(1) if output_mask[2] else None
-    if tiles is not None:
-        loss = tiles.sums(loss)
-        grad_weight = None if grad_weight is None else tiles.sums(grad_weight.to(acc))
-        grad_bias = None if grad_bias is None else tiles.sums(grad_bias)
-        error = tiles.join(error, rows) if output_mask[0] else error
+        left, right = error.to(operand), input.to(operand)
+        if layout is not None:
+            grad_weight = layout.contract(left, right, operand)
+        else:
+            product = torch.bmm if right.dim() == 3 else torch.matmul
+            # Parts of 16 bits would be rounded to them before they are added.
+            parts = [slice(None)] if operand.itemsize == 2 else parts_of(right.shape[-2])
+            products = [product(left[:, rows].mT, right[..., rows, :]) for rows in parts]
+            grad_weight = products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    grad_bias = None
+    if output_mask[2]:
+        grad_bias = error.sum(1) if layout is None else layout.sums(error)
+    if layout is not None and output_mask[0]:
+        error = layout.join(error, rows)
     factor: Tensor | float = 2.0
     if reduction == "mean":
         loss = loss.div_(count)
@@ -167,17 +293,16 @@ def _of_no_rows(
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """Each row times its own model; see kernels/triton/linear_mse_models.py."""
-    if len(rows) == 0 or len(bounds) == 0:
+    layout = layout_of(bounds, len(rows), *models.shape[1:], rows.dtype, models.dtype, dtype)
+    if layout is None:
         return rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
-    tiles = tiles_of(bounds, len(rows))
-    products = matmul_forward(tiles.cut(rows), models[tiles.model].mT, None, [], dtype)
-    return tiles.join(products, len(rows))
+    return layout.join(layout.predict(layout.cut(rows), models, dtype), len(rows))
 
 
 def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """The sums of products over each model's rows; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(left, right)
-    if len(left) == 0 or len(bounds) == 0:
+    layout = layout_of(bounds, len(left), left.shape[1], right.shape[1], left.dtype, right.dtype, acc)
+    if layout is None:
         return left.new_zeros((len(bounds), left.shape[1], right.shape[1]), dtype=dtype)
-    tiles = tiles_of(bounds, len(left))
-    return tiles.sums(matmul_forward(tiles.cut(left).mT, tiles.cut(right), None, [], acc)).to(dtype)
+    return layout.contract(layout.cut(left), layout.cut(right), acc).to(dtype)

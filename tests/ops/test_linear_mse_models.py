@@ -446,6 +446,27 @@ def test_ragged_rows_of_infinite_weights(backend: str, device: torch.device) -> 
     assert loss.item() == grads[1].item() == torch.inf
 
 
+@pytest.mark.parametrize(("K", "D"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_long_models_of_ragged_rows(K: int, D: int) -> None:
+    """The fallback makes long sums of short ones: equal numbers, whose rounding goes to the same side throughout."""
+    long = 1 << 18
+    layout = Layout((long + 5, D), (long + 5, K), (), weight=(3, K, D), cuts=(1, long, long, long + 4))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        drawn = {
+            name: torch.full_like(tensor, 0.1, dtype=torch.float32).to(dtype)
+            for name, tensor in layout.draw(dtype, "cpu").items()
+            if tensor is not None
+        }
+        with use_backend("fallback"):
+            loss, grads = linear_mse_loss_and_grad(
+                **drawn, offsets=layout.offsets("cpu"), reduction="sum", wrt=WANTED
+            )
+        found.append([loss, *grads])
+    for single, double in zip(*found, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=300 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_gradients_of_what_models_share_are_summed(backend: str, device: torch.device) -> None:
     x, w, y = (torch.randn(shape, device=device) for shape in ((N, D), (B, K, D), (N, K)))
     _, (grad_input, _, grad_target, _) = linear_mse_loss_and_grad(x, w, y, wrt=WANTED)
