@@ -21,7 +21,7 @@ from .checks import cyclic
 from .linear_mse import _check as check_one
 from .linear_mse import linear_mse_loss
 from .linear_mse_models import _normal_form as check_models
-from .linear_mse_models import check_bounds
+from .linear_mse_rows import check_bounds
 from .optim.bucket import Guard, Models, Update
 from .optim.plan import Entry, Part, measure_gradients, partition, update_parameters
 from .optim.step import FusedStep

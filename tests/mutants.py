@@ -114,30 +114,34 @@ MUTANTS = (
     # The fused loss: its derivatives.
     Mutant("needed = (input or target, weight, bias)", "needed = (input, weight, bias)", "derivatives"),
     Mutant(
-        "if output_mask[4] or any(cotangent is not None for cotangent in others):",
-        "if output_mask[4]:",
+        "return needed[4] or any(cotangent is not None for cotangent in others)",
+        "return needed[4]",
         "derivatives",
     ),
     Mutant(
-        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, R, wide)",
-        "R = scale_and_add(q * d_loss.to(acc_dtype(d_loss)), error, None, wide)",
+        "R = scaled(error, share, bounds, wide, R)",
+        "R = scaled(error, share, bounds, wide)",
         "derivatives",
     ),
     Mutant(
-        "grad_input = product(left, (q * d_grad_weight).to(left.dtype), grad_input",
-        "grad_input = product(left, d_grad_weight.to(left.dtype), grad_input",
+        "grad_input = rows_back(beside_slopes(error), d_grad_weight, like_input, bounds, grad_input)",
+        "grad_input = rows_back(beside_slopes(error), d_grad_weight, like_input, bounds)",
         "derivatives",
     ),
     Mutant(
-        "d_grad = (ctx.factor * _dot(projected, error))", "d_grad = _dot(projected, error)", "derivatives"
+        "scale = (factor * grad_output.to(acc))",
+        "scale = (factor * grad_output.detach().to(acc))",
+        "derivatives",
     ),
     Mutant(
-        'return 2.0 / max(1, count) if reduction == "mean" else 2.0',
-        'return 2.0 / max(1, count + 1) if reduction == "mean" else 2.0',
+        'return 2.0 / max(1, math.prod(shape)) if reduction == "mean" else 2.0',
+        'return 2.0 / (1 + math.prod(shape)) if reduction == "mean" else 2.0',
         "linear_mse",
     ),
     Mutant(
-        "if in_dims[0] is None:\n        grad_output = grad_output.expand(batch_size)", "pass", "derivatives"
+        "return _backward_formula(grad_output.expand(size), error",
+        "return _backward_formula(grad_output, error",
+        "derivatives",
     ),
     Mutant(
         "ctx.save_for_backward(input if needs_other else None, other if needs_input else None)",
@@ -145,7 +149,7 @@ MUTANTS = (
         "saved",
     ),
     Mutant("weight if everything or output_mask[0] else None", "weight", "saved"),
-    Mutant("d_bias + (d_loss * grad_bias)", "(d_loss * grad_bias)", "saved"),
+    Mutant("d_bias + (each * grad_bias)", "(each * grad_bias)", "saved"),
     # Launching.
     Mutant(
         "run = compiled.run  # loads the module, before which `function` is None",

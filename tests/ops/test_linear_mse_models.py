@@ -14,6 +14,8 @@ import pytest
 import torch
 from gradkernels import backends, linear_mse_loss, linear_mse_loss_and_grad, use_backend
 from gradkernels import linear_mse_models as module
+from gradkernels import linear_mse_rows as algebra
+from gradkernels.linear_mse_operators import slopes
 from gradkernels.ops import torch_linear_mse_loss
 from gradkernels.reference import linear_mse as reference
 from torch import Tensor
@@ -548,7 +550,8 @@ def test_offsets_that_do_not_fit_are_an_error_on_the_cpu(name: str, cut: list[in
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device, where nobody waits for the values of offsets."""
-    monkeypatch.setattr("gradkernels.linear_mse_models.check_bounds", lambda *_: None)
+    for operators in ("linear_mse_rows", "linear_mse_operators"):
+        monkeypatch.setattr(f"gradkernels.{operators}.check_bounds", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -738,12 +741,11 @@ def test_elements_of_ragged_rows_are_counted_in_64_bits(monkeypatch: pytest.Monk
     rows, columns = 2**20, 2**12
     bounds = torch.tensor([[0, rows - 1], [rows - 1, rows]], dtype=torch.int32)
     seen = []
-    monkeypatch.setattr(module, "_product", lambda flat, scale, edges, dtype: seen.append(edges) or flat)
-    module._scaled(torch.empty(rows, columns, device="meta"), torch.ones(2), bounds, torch.float32)
+    monkeypatch.setattr(algebra, "_product", lambda flat, scale, edges, dtype: seen.append(edges) or flat)
+    algebra.scaled(torch.empty(rows, columns, device="meta"), torch.ones(2), bounds, torch.float32)
     assert seen[0].tolist() == [[0, (rows - 1) * columns], [(rows - 1) * columns, rows * columns]]
-    weight, target = torch.empty(2, columns, 0), torch.empty(rows, columns, device="meta")
-    slopes = module._slopes(weight, target, bounds, "mean", torch.float32)
-    assert slopes.tolist() == pytest.approx([2 / ((rows - 1) * columns), 2 / columns])
+    found = slopes(torch.empty(()), torch.float32, (rows, columns), bounds, "mean")
+    assert found.tolist() == pytest.approx([2 / ((rows - 1) * columns), 2 / columns])
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[5]], ids=str)
