@@ -100,38 +100,29 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
     what = f"{op} {'x'.join(map(str, sizes))} ({axes}), {str(dtype).removeprefix('torch.')}"
     what += f", {target.backend} {target.arch}; contiguous, aligned"
     x, y, *_ = _operands(op, sizes, dtype)
-    refused: dict[str, str] = {}
-    moved = 0
+    plan, moved = None, 0
     if op == "matmul":
-        product = matmul.prepare(x, y, None, [], dtype).plan
-        assert product is not None
-        name, plans, refused = product.name, config.MATMUL_PLANS, product.refused
-        found = product.tile._asdict()
+        plans, plan = config.MATMUL_PLANS, matmul.prepare(x, y, None, [], dtype).plan
     elif op == "linear_mse":
-        loss = linear_mse.plan(x, y, acc_dtype(x, y))
-        name, plans, refused = loss.name, config.LINEAR_MSE_PLANS, loss.refused
-        found = {} if loss.config is None else loss.config._asdict()
+        plans, plan = config.LINEAR_MSE_PLANS, linear_mse.plan(x, y, acc_dtype(x, y))
     elif op == "linear_mse_models":
-        tile = linear_mse_models.plan(x, y, None, acc_dtype(x, y))
-        plans = config.LINEAR_MSE_MODELS_PLANS
-        if isinstance(tile, str):
-            name, refused, found = "tiles", {"chunks": tile}, {}
-        else:
-            name, found = "chunks", tile._asdict()
-    elif op == "mse":
-        square = mse.plan(coalesce_dims((), x, y), config.MSE_BLOCK)
-        name, plans, found = square.plan, config.MSE_PLANS, square._asdict()
+        plans, plan = config.LINEAR_MSE_MODELS_PLANS, linear_mse_models.plan(x, y, None, acc_dtype(x, y))
     elif op == "linear_mse_fit":
         _, N, D, K = sizes
-        fit = config.linear_mse_fit(N, K, D, dtype, target)
-        name, plans, refused, found = fit.name, config.LINEAR_MSE_FIT_PLANS, fit.refused, fit.tile or {}
+        plans, plan = config.LINEAR_MSE_FIT_PLANS, config.linear_mse_fit(N, K, D, dtype, target)
+    elif op == "mse":
+        square = mse.plan(coalesce_dims((), x, y), config.MSE_BLOCK)
+        plans, plan = config.MSE_PLANS, config.Plan(square.plan, square)
     else:
         numel = math.prod(sizes)
         span = config.step_span(numel)
-        name, plans = "chunks", config.STEP_PLANS
-        found = {"CHUNK": span, "programs": max(1, launch_module.cdiv(numel, span))}
-        found |= config.optimizer(dtype.itemsize, target)
+        tile = {"CHUNK": span, "programs": max(1, launch_module.cdiv(numel, span))}
+        tile |= config.optimizer(dtype.itemsize, target)
+        plans, plan = config.STEP_PLANS, config.Plan("chunks", tile)
         moved = sum(_STEP_TRAFFIC[op]) * numel * dtype.itemsize
+    assert plan is not None
+    name, tile, refused, _ = plan
+    found = tile._asdict() if hasattr(tile, "_asdict") else tile or {}
     rest = tuple(other for other in plans if other != name and other not in refused)
     return Explanation(what, name, plans[name], refused, rest, found, bytes=moved)
 

@@ -19,7 +19,7 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -126,6 +126,22 @@ def _first(*conditions: tuple[bool, str]) -> str:
     return next((sentence for holds, sentence in conditions if holds), "")
 
 
+class Plan(NamedTuple):
+    """How a call is computed.
+
+    Attributes:
+        name: a key of the op's table of plans, such as MATMUL_PLANS.
+        tile: of a program, and how that is compiled; None where the plan has kernels of another op.
+        refused: why plans that are preferred to this one do not serve, or are not preferred, by their names.
+        registers: the cap per thread of a matrix product, if any.
+    """
+
+    name: str
+    tile: Any
+    refused: dict[str, str] = {}  # noqa: RUF012
+    registers: int | None = None
+
+
 # ---- matrix products ----
 
 
@@ -151,22 +167,6 @@ class Operands(NamedTuple):
     aligned: bool
     descriptors: bool
     columns: bool
-
-
-class MatmulPlan(NamedTuple):
-    """How a product is computed.
-
-    Attributes:
-        name: a key of MATMUL_PLANS.
-        tile: of a program.
-        refused: why each plan preferred to this one does not serve, by its name.
-        registers: the cap per thread, if any.
-    """
-
-    name: str
-    tile: MatmulConfig
-    refused: dict[str, str] = {}  # noqa: RUF012
-    registers: int | None = None
 
 
 # In order of preference.
@@ -235,7 +235,7 @@ def matmul_plan(
     sums: int,
     operands: Operands,
     target: Target,
-) -> MatmulPlan:
+) -> Plan:
     """How ``batches`` products of (M, K) by (K, N) matrices are computed.
 
     Args:
@@ -259,7 +259,7 @@ def matmul_plan(
     }
     if not refused["elementwise"]:
         tile = MatmulConfig(ELEMENTWISE_BLOCK, 1, triton.next_power_of_2(max(K, 1)), 4, 1)
-        return MatmulPlan("elementwise", tile)
+        return Plan("elementwise", tile)
     double = dtype == torch.float64
     if N == 1:
         # Long in the direction in which the left operand is contiguous.
@@ -268,7 +268,7 @@ def matmul_plan(
             block_m = 256 if M > 64 else 16
         # Left to itself, sm_100's compiler takes 64 registers and keeps the rest of a 16-bit tile in memory.
         most = None if double else FOUR_PROGRAMS
-        return MatmulPlan("gemv", MatmulConfig(block_m, 1, GEMV_BLOCK // block_m, 4, 1), refused, most)
+        return Plan("gemv", MatmulConfig(block_m, 1, GEMV_BLOCK // block_m, 4, 1), refused, most)
     refused["gemv"] = f"the result has {N} columns"
     refused["outer"] = _first(
         (sums != 1, f"{sums} products are summed into each result"),
@@ -277,7 +277,7 @@ def matmul_plan(
     if not refused["outer"]:
         tile = MatmulConfig(64, 64 if double else 128, 1, 4, 1)
         del refused["outer"]
-        return MatmulPlan("outer", tile, refused, ALL_REGISTERS if double else THREE_PROGRAMS)
+        return Plan("outer", tile, refused, ALL_REGISTERS if double else THREE_PROGRAMS)
     small = matmul(dtype, min(M, 64), min(N, 64), K, target)
     tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128) * batches
     splits = max(1, sums * K // small.BLOCK_K // MIN_STEPS_PER_SPLIT["gemm"])
@@ -296,7 +296,7 @@ def matmul_plan(
     if not refused["gemm_tma"]:
         block_n = _tma_block_n(M, N, dtype.itemsize)
         del refused["gemm_tma"]
-        return MatmulPlan("gemm_tma", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3), refused)
+        return Plan("gemm_tma", MatmulConfig(128, block_n, small.BLOCK_K, 8, 3), refused)
     if double:
         tile = small
     elif not operands.aligned:  # each element has an address of its own, in registers
@@ -307,7 +307,7 @@ def matmul_plan(
         tile = small._replace(BLOCK_K=longer * small.BLOCK_K)
     else:
         tile = MatmulConfig(128, _large_block_n(dtype, target), small.BLOCK_K, 8, small.num_stages)
-    return MatmulPlan("gemm", tile, refused)
+    return Plan("gemm", tile, refused)
 
 
 def splits(tiles: int, steps: int, plan: str) -> int:
@@ -376,40 +376,6 @@ class LinearMseDot(NamedTuple):
     num_warps: int
 
 
-class LinearMsePlan(NamedTuple):
-    """How the fused loss of K outputs is computed.
-
-    Attributes:
-        name: a key of LINEAR_MSE_PLANS.
-        config: None for ``tiles``, whose tile is that of linear_mse_product.
-        K: outputs.
-        chunks, dot: the configs of these plans, or why there is none.
-    """
-
-    name: str
-    config: LinearMseChunks | LinearMseDot | None
-    K: int
-    chunks: LinearMseChunks | str
-    dot: LinearMseDot | str
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """Why each other plan is not taken, by its name."""
-        K, few, many = (
-            self.K,
-            "multiply and add keeps up with memory",
-            "multiply and add is bound by instructions",
-        )
-        chunks = f"K = {K} is at least {DOT_MIN_OUTPUTS = }: {many}"
-        dot = f"K = {K} is less than {DOT_MIN_OUTPUTS = }: {few}"
-        reasons = {
-            "chunks": self.chunks if isinstance(self.chunks, str) else chunks,
-            "dot": self.dot if isinstance(self.dot, str) else dot,
-            "tiles": "it reads X twice",
-        }
-        return {name: why for name, why in reasons.items() if name != self.name}
-
-
 # In order of preference.
 LINEAR_MSE_PLANS = {
     "chunks": "X is read once: a row stays in registers while its errors and its part of the gradient are computed",
@@ -451,8 +417,8 @@ ROWS_PER_PROGRAM = 48
 
 def linear_mse_plan(
     K: int, D: int, itemsize: int, acc: torch.dtype, operand: torch.dtype, target: Target
-) -> LinearMsePlan:
-    """How the fused loss of K outputs of D inputs is computed.
+) -> Plan:
+    """How the fused loss of K outputs of D inputs is computed: by LinearMseChunks, by LinearMseDot, or by ``tiles``.
 
     Args:
         K, D: outputs and inputs.
@@ -463,11 +429,18 @@ def linear_mse_plan(
     """
     chunks = linear_mse_chunks(K, D, itemsize, acc, target)
     dot = linear_mse_dot(K, D, operand, target)
-    if isinstance(chunks, LinearMseChunks) and not (isinstance(dot, LinearMseDot) and K >= DOT_MIN_OUTPUTS):
-        return LinearMsePlan("chunks", chunks, K, chunks, dot)
-    if isinstance(dot, LinearMseDot):
-        return LinearMsePlan("dot", dot, K, chunks, dot)
-    return LinearMsePlan("tiles", None, K, chunks, dot)
+    if not isinstance(chunks, str) and not isinstance(dot, str):
+        if K >= DOT_MIN_OUTPUTS:
+            chunks = f"K = {K} is at least {DOT_MIN_OUTPUTS = }: multiply and add is bound by instructions"
+        else:
+            dot = f"K = {K} is less than {DOT_MIN_OUTPUTS = }: multiply and add keeps up with memory"
+    found = {"chunks": chunks, "dot": dot, "tiles": "it reads X twice"}
+    refused = {name: why for name, why in found.items() if isinstance(why, str)}
+    for name in ("chunks", "dot"):
+        if name not in refused:
+            return Plan(name, found[name], refused)
+    del refused["tiles"]
+    return Plan("tiles", None, refused)
 
 
 def _is_half_a_row(K: int, values: int) -> bool:
@@ -804,28 +777,14 @@ FIT_BYTES = 1 << 19
 FIT_ELEMENTS = 16
 
 
-class LinearMseFitPlan(NamedTuple):
-    """How the training loop of a model runs.
-
-    Attributes:
-        name: a key of LINEAR_MSE_FIT_PLANS.
-        tile: of a program, as the kernel's options.
-        refused: why the other plan does not serve.
-    """
-
-    name: str
-    tile: dict[str, int] | None
-    refused: dict[str, str] = {}  # noqa: RUF012
-
-
 LINEAR_MSE_FIT_PLANS = {
     "one launch": "a program goes through all rounds of a model, whose weights and moments stay in its registers",
     "loop": "each round is launched by itself, as the loss, its gradients and the step",
 }
 
 
-def linear_mse_fit(rows: int, K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseFitPlan:
-    """How a model of (K, D) weights is trained on so many rows a round."""
+def linear_mse_fit(rows: int, K: int, D: int, dtype: torch.dtype, target: Target) -> Plan:
+    """How a model of (K, D) weights is trained on so many rows a round; the tile is that of the kernel's options."""
     block_k, block_d = triton.next_power_of_2(max(K, 1)), triton.next_power_of_2(max(D, 1))
     weights = block_k * block_d
     read = rows * (D + K) * dtype.itemsize
@@ -835,10 +794,10 @@ def linear_mse_fit(rows: int, K: int, D: int, dtype: torch.dtype, target: Target
         (read > FIT_BYTES, f"a round reads {read} bytes, more than {FIT_BYTES}"),
     )
     if refused:
-        return LinearMseFitPlan("loop", None, {"one launch": refused})
+        return Plan("loop", None, {"one launch": refused})
     elements = FIT_ELEMENTS // (2 if dtype == torch.float64 else 1) * warp_size(target)
     wanted = triton.next_power_of_2(rows) * weights
     num_warps = min(8, max(1, triton.next_power_of_2(max(wanted // 4, weights)) // elements))
     tile_rows = max(1, min(triton.next_power_of_2(rows), elements * num_warps // weights))
     tile = {"ROWS": tile_rows, "BLOCK_K": block_k, "BLOCK_D": block_d, "num_warps": num_warps}
-    return LinearMseFitPlan("one launch", tile)
+    return Plan("one launch", tile)

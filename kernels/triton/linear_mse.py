@@ -496,7 +496,7 @@ def _multiplied(operand: torch.dtype, acc: torch.dtype, target: config.Target) -
     return acc if acc == torch.float64 or target.backend == "interpreter" else operand
 
 
-def plan(input: Tensor, weight: Tensor, acc: torch.dtype) -> config.LinearMsePlan:
+def plan(input: Tensor, weight: Tensor, acc: torch.dtype) -> config.Plan:
     """How the fused loss of these operands is computed."""
     K, D = weight.shape
     operand = acc if acc == torch.float64 else torch.promote_types(input.dtype, weight.dtype)
@@ -585,7 +585,7 @@ def linear_mse_forward(
         divisor = N * K if reduction == "mean" else 1
         operands = (input, weight, target, bias, sample_weight)
         call = _Call(*operands, loss, error, grad_weight, grad_bias, divisor, acc)
-        chosen = plan(input, weight, acc).config
+        chosen = plan(input, weight, acc).tile
         if isinstance(chosen, config.LinearMseChunks):
             _by_chunks(call, chosen)
         elif isinstance(chosen, config.LinearMseDot):

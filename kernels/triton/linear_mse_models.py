@@ -698,7 +698,7 @@ def linear_mse_models_forward(
     bias = None if bias is None else bias.contiguous()
     operands = (input, weight, target, bias, sample_weight, bounds)
     call = _Call(*operands, loss, error, grad_weight, grad_bias, reduction == "mean", acc)
-    chosen = plan(input, weight, bounds, acc)
+    chosen = plan(input, weight, bounds, acc).tile
     if isinstance(chosen, config.LinearMseChunks):
         _by_chunks(call, chosen)
     elif isinstance(chosen, config.LinearMseDot):
@@ -708,17 +708,17 @@ def linear_mse_models_forward(
     return results
 
 
-def plan(
-    input: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype
-) -> config.LinearMseChunks | config.LinearMseDot | str:
-    """How the fused losses of these operands are computed: the config of ``chunks`` or ``shared``, or why not so."""
+def plan(input: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype) -> config.Plan:
+    """How the fused losses of these operands are computed."""
     B, K, D = weight.shape
     target = config.target_of(input.device)
     if bounds is None and input.dim() == 2:
         operand = _multiplied(torch.promote_types(input.dtype, weight.dtype), acc, target)
-        return config.models_shared(B * K, D, operand, target)
-    rows = input.shape[-2] if bounds is None else cdiv(len(input), max(B, 1))
-    return config.models_chunks(K, D, input.element_size(), acc, rows, target)
+        name, tile = "shared", config.models_shared(B * K, D, operand, target)
+    else:
+        rows = input.shape[-2] if bounds is None else cdiv(len(input), max(B, 1))
+        name, tile = "chunks", config.models_chunks(K, D, input.element_size(), acc, rows, target)
+    return config.Plan("tiles", None, {name: tile}) if isinstance(tile, str) else config.Plan(name, tile)
 
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:

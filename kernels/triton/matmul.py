@@ -312,7 +312,7 @@ class Prepared(NamedTuple):
 
     shape: tuple[int, ...]
     swapped: bool = False
-    plan: config.MatmulPlan | None = None
+    plan: config.Plan | None = None
     run: Run | None = None
 
 

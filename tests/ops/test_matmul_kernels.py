@@ -152,7 +152,7 @@ def test_result_and_bias_of_other_dtypes():
 def test_tensor_descriptors(transposed, wide, dtype, monkeypatch):
     """Several tiles for each program, ragged at every edge, with each kind of bias; NaN lies between wide rows."""
     monkeypatch.setattr(module, "_plans", {})
-    plan = config.MatmulPlan("gemm_tma", config.MatmulConfig(32, 32, 16, 4, 1))
+    plan = config.Plan("gemm_tma", config.MatmulConfig(32, 32, 16, 4, 1))
     monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
 
     def laid_out(rows, columns, swapped):
@@ -187,7 +187,7 @@ def test_what_no_descriptor_fits_takes_none(monkeypatch):
 def test_every_plan_gives_the_same(name, monkeypatch):
     """What the choice of kernel would not take for these sizes: small tiles, many groups, several splits."""
     monkeypatch.setattr(module, "_plans", {})
-    plan = config.MatmulPlan(name, config.MatmulConfig(16, 16, 1 if name == "outer" else 16, 4, 1))
+    plan = config.Plan(name, config.MatmulConfig(16, 16, 1 if name == "outer" else 16, 4, 1))
     monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
     monkeypatch.setitem(config.MIN_STEPS_PER_SPLIT, name, 2)
     check(random(2, 150, 70), random(2, 70, 33), random(33), [])
@@ -227,7 +227,7 @@ def test_split_sums_have_the_same_bits_in_every_run():
 def test_offsets_past_32_bits(name, shape, stride, which, monkeypatch):
     monkeypatch.setattr(module, "_plans", {})
     blocks = {"elementwise": (16, 1, 8), "gemm": (16, 16, 16), "outer": (16, 16, 1)}
-    plan = config.MatmulPlan(name, config.MatmulConfig(*blocks[name], 4, 1))
+    plan = config.Plan(name, config.MatmulConfig(*blocks[name], 4, 1))
     monkeypatch.setattr(config, "matmul_plan", lambda *_: plan)
     # Untouched memory is only reserved: no page of it exists until it is written.
     size = sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) + 1
