@@ -3,8 +3,6 @@
 A stack is seen as a matrix, a row per model, and is updated in batches of rows (of columns too, where one row is long)
 that fit a cache. What has one value per model is a column beside them. Tensors of another dtype than the arithmetic's,
 and rows that may not be written, are worked on in copies.
-
-Over 500 lines, since the rules and torch's fused kernel share blocks and bias corrections.
 """
 
 import math
@@ -293,27 +291,29 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
 
 
 def _takes_fused(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> bool:
-    """Whether torch's fused kernel, given equal steps, can do all but multiply by the models' rates."""
+    """Whether torch's fused kernel can do all but multiply by the models' rates: they have made equally many steps."""
     param, step = bucket.params[i], bucket.states["step"][i]
     for value in (options.beta1, options.beta2, options.weight_decay):
         if isinstance(value, Tensor) and value.dim() > 0:
             return False
-    if not is_native(bucket) or not param.is_cpu:
+    if (
+        not is_native(bucket)
+        or not param.is_cpu
+        or not (options.decoupled or float(options.weight_decay) == 0)
+    ):
         return False
-    if param.dtype != acc_dtype(param):
-        # What is left to do after that kernel would be done in 16 bits: rates and moves would be rounded, small
-        # squares are 0 in float16, and so is eps.
-        one_rate = isinstance(_rate(options.lr, models, param.dtype), float)
-        if not one_rate or not (step == step[:1]).all():
-            return False
-    return options.decoupled or float(options.weight_decay) == 0
+    # What is left to do after that kernel would be done in 16 bits: rates and moves would be rounded.
+    wide = param.dtype == acc_dtype(param)
+    return (wide or isinstance(_rate(options.lr, models, param.dtype), float)) and bool(
+        (step == step[:1]).all()
+    )
 
 
 def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> None:
     """Adam whose options but the rate are numbers, by torch's fused kernel.
 
-    Where the block's models have made equally many steps, it makes the update; if they have rates of their own, at
-    rate 1 from a parameter of zeros, and the rates multiply the result. Otherwise it updates the moments alone.
+    Where models have rates of their own, it makes the update at rate 1 from a parameter of zeros, and the rates
+    multiply the result.
     """
     param, step = bucket.params[i], bucket.states["step"][i]
     known = bucket.memory.get(f"fused {i}")
@@ -328,24 +328,19 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
     grad = _matrix(bucket.grads[i], models.B)
     rate = _rate(options.lr, models, param.dtype)
     decay = float(options.weight_decay)
+    alone = isinstance(rate, float)
     with one_thread(is_small(param)):
         for block, p, states in parts:
             block.begin()
-            g = grad if len(parts) == 1 else block.of(grad)
-            low, high = block.row(step).aminmax()
-            before = low.item()
-            equal = before == high.item()
-            alone = equal and isinstance(rate, float)
-            moved = p if alone else block.empty(p)
-            m, v = states["exp_avg"], states["exp_avg_sq"]
+            moved = p if alone else block.empty(p).zero_()
             largest = [states["max_exp_avg_sq"]] if "max_exp_avg_sq" in states else []
             torch._fused_adamw_(
-                [moved if alone or not equal else moved.zero_()],
-                [g],
-                [m],
-                [v],
+                [moved],
+                [grad if len(parts) == 1 else block.of(grad)],
+                [states["exp_avg"]],
+                [states["exp_avg_sq"]],
                 largest,
-                [count.fill_(before + 1)],
+                [torch.add(step[0], 1, out=count)],
                 amsgrad=bool(largest),
                 lr=rate if alone else 1.0,
                 beta1=float(options.beta1),
@@ -356,18 +351,11 @@ def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) ->
                 grad_scale=None,
                 found_inf=None,
             )
-            if alone:
-                continue
-            own = block.row(rate)
-            column = block.column(own) if equal or decay != 0 else own
-            if decay != 0:
-                p.mul_(1 - column * decay)
-            if equal:
+            if not alone:
+                column = block.column(block.row(rate))
+                if decay != 0:
+                    p.mul_(1 - column * decay)
                 p.addcmul_(moved, column)
-            else:
-                betas = float(options.beta1), float(options.beta2)
-                inverses = _inverse_corrections(block, p, block.row(step), before, *betas)
-                _descend(block, p, m, largest[0] if largest else v, own, *inverses, options.eps)
         step += 1
 
 

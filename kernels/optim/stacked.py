@@ -6,6 +6,7 @@ one model each; the state's ``step`` is (B,). Nothing here does work that grows 
 waits for the device after construction, save where ``on_nonfinite="raise"`` must.
 """
 
+from collections.abc import Callable
 from operator import is_
 from typing import Any, ClassVar
 
@@ -186,24 +187,20 @@ class StackedStep:
         self._lr_scale = value
 
     def _check_active(self, value: Tensor | None) -> None:
-        if value is None:
-            return
-        if not self.stacked:
-            raise ValueError("active is for stacked=True")
-        if not isinstance(value, Tensor) or value.dtype != torch.bool:
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"active must be None or a bool tensor, found {found}")
-        self._check_vector("active", value)
+        self._check_own("active", value, "bool tensor", lambda dtype: dtype == torch.bool)
 
     def _check_lr_scale(self, value: Tensor | None) -> None:
+        self._check_own("lr_scale", value, "tensor of real numbers", lambda dtype: not dtype.is_complex)
+
+    def _check_own(self, name: str, value: Any, kind: str, serves: Callable[[torch.dtype], bool]) -> None:
         if value is None:
             return
         if not self.stacked:
-            raise ValueError("lr_scale is for stacked=True")
-        if not isinstance(value, Tensor) or value.is_complex():
+            raise ValueError(f"{name} is for stacked=True")
+        if not isinstance(value, Tensor) or not serves(value.dtype):
             found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"lr_scale must be None or a tensor of real numbers, found {found}")
-        self._check_vector("lr_scale", value)
+            raise TypeError(f"{name} must be None or a {kind}, found {found}")
+        self._check_vector(name, value)
 
     def _models_of_step(self) -> Models:
         """What all launches of a step are given; refuses what has changed since construction."""
