@@ -107,9 +107,8 @@ def mse_loss(
     if order is not None:
         input, target = input.permute(order), target.permute(order)
         weight = None if weight is None else weight.permute(order)
-    if (
-        weight is None or reduction != "mean" or not input.numel()
-    ):  # the mean of nothing is nan however weighted
+    # The mean of nothing is nan, however weighted.
+    if weight is None or reduction != "mean" or not input.numel():
         return mse(input, target, weight, reduction, kept, dtype)
     acc = acc_dtype(input, target, weight)
     if weight.shape != input.shape:

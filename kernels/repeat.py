@@ -109,11 +109,8 @@ def repeatable(function: F) -> F:
             try:
                 key = key_of(*args, **options)
                 shortcut = shortcuts.get(key)
-            except (
-                AttributeError,
-                RuntimeError,
-                TypeError,
-            ):  # not an argument of this function, or without an address
+            except (AttributeError, RuntimeError, TypeError):
+                # Not an argument of this function, or without an address.
                 return function(*args, **options)
             if shortcut:
                 return shortcut(*args, **options)

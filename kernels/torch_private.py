@@ -95,10 +95,9 @@ def needs_dispatcher() -> bool:
 # Whether a tensor holds its own values: one saved inside a transform stays wrapped after it ends, and a ZeroTensor
 # (a derivative of a constant) has no storage.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-unwrapped = (
-    torch._C._functorch.get_unwrapped
-)  # the tensor one wrapper further in, for the memory checker's marks
 is_zerotensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+# The tensor one wrapper further in, for the memory checker's marks.
+unwrapped = torch._C._functorch.get_unwrapped
 
 # torch.nn.functional.mse_loss without its checks and broadcasting, which take 2 of its 5 us.
 torch_mse_loss: Callable[..., Tensor] = torch._C._nn.mse_loss

@@ -224,11 +224,11 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         Raises:
             FloatingPointError: ``on_nonfinite="raise"`` and a gradient is not finite; nothing has changed.
         """
-        if profiler._is_profiler_enabled or self._has_step_hooks() or torch.compiler.is_compiling():
-            if not torch.compiler.is_compiling() and inspect.unwrap(type(self).step) is not FusedStep.step:
-                return self._step(
-                    *args, **kwargs
-                )  # a subclass's own step, which torch wrapped, runs the hooks
+        # A subclass's own step, which torch wrapped, runs the hooks.
+        if torch.compiler.is_compiling() or (
+            (profiler._is_profiler_enabled or self._has_step_hooks())
+            and inspect.unwrap(type(self).step) is FusedStep.step
+        ):
             return self._hooked_step(*args, **kwargs)
         return self._step(*args, **kwargs)
 
@@ -254,9 +254,8 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
                     self._step_outside_the_graph()
             return loss
         before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(
-            self.defaults["differentiable"]
-        )  # a context manager would take twice as long
+        # A context manager would take twice as long.
+        torch._C._set_grad_enabled(self.defaults["differentiable"])
         try:
             self._step_by_launches()
         finally:

@@ -328,9 +328,8 @@ def _step(
     for i, (param, grad) in enumerate(zip(bucket.params, bucket.grads, strict=True)):
         tensors = {key: values[i] for key, values in bucket.states.items()}
         master = tensors.pop("master_param", param)
-        start = torch.where(
-            master.to(param.dtype) == param, master, param
-        )  # a parameter may have been written since
+        # A parameter may have been written since.
+        start = torch.where(master.to(param.dtype) == param, master, param)
         state = {key: _array(tensor) for key, tensor in tensors.items()}
         with np.errstate(all="ignore"):
             unscaled = _array(grad) / scale
