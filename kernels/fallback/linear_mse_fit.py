@@ -10,16 +10,9 @@ from .threads import is_small, one_thread
 
 
 def linear_mse_fit_rounds(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    offsets: Tensor | None,
-    batch_size: int,
-    losses: Tensor,
-    update: Update,
-) -> bool:
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
+    offsets: Tensor | None, batch_size: int, losses: Tensor, update: Update,
+) -> bool:  # fmt: skip
     """``len(losses)`` rounds of errors, losses, gradients and updates.
 
     The data are transposed once, so that the small products of a round run along contiguous rows of N numbers, and

@@ -53,21 +53,11 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
 
 @triton.jit
 def _adam_step_kernel(
-    tables,
-    guard,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    DTYPE_V: tl.constexpr,
-    DTYPE_W: tl.constexpr,
-    DTYPE_STEP: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    tables, guard,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr, DTYPE_V: tl.constexpr, DTYPE_W: tl.constexpr,
+    DTYPE_STEP: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, NORMS: tl.constexpr,
+    SKIP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program updates a chunk, or several in a row, of one tensor.
 
     tables, guard: StepTables and GuardTensors.
@@ -162,23 +152,11 @@ def adam_rule(p, g, m, v, w, scalars):
 
 @triton.jit
 def update_adam(
-    row,
-    offs,
-    mask,
-    scalars,
-    factors,
-    key,
-    UNSCALE: tl.constexpr,
-    WIDE: tl.constexpr,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    DTYPE_V: tl.constexpr,
-    DTYPE_W: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
+    row, offs, mask, scalars, factors, key,
+    UNSCALE: tl.constexpr, WIDE: tl.constexpr, DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr, DTYPE_W: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
     ACC: tl.constexpr,
-):
+):  # fmt: skip
     """Update the elements at the places ``offs`` where ``mask`` says so.
 
     factors: 1 / grad_scale, and what the unscaled gradient is multiplied by. WIDE: every address is a multiple of

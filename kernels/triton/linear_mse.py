@@ -303,15 +303,9 @@ def _linear_mse_grad_input_kernel(
 
 @triton.jit
 def _sum_columns(
-    partials,
-    result_ptr,
-    block,
-    factor,
-    divisor,
-    BLOCK_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    partials, result_ptr, block, factor, divisor,
+    BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Columns block * BLOCK, ... of a result: its partial sums added in order, times factor / divisor."""
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < partials.size

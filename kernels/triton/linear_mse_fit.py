@@ -30,16 +30,9 @@ def _rows(tensor: Tensor, columns: int) -> Batch:
 
 
 def linear_mse_fit_rounds(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    sample_weight: Tensor | None,
-    offsets: Tensor | None,
-    batch_size: int,
-    losses: Tensor,
-    update: Update,
-) -> bool:
+    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
+    offsets: Tensor | None, batch_size: int, losses: Tensor, update: Update,
+) -> bool:  # fmt: skip
     """``len(losses)`` rounds; see kernels/fallback/linear_mse_fit.py.
 
     Returns:
@@ -62,35 +55,14 @@ def linear_mse_fit_rounds(
         states += [*moments, state.get("step")]
     options = update.table(input.device)
     launch(
-        _linear_mse_fit_kernel,
-        (B,),
-        _rows(input, D),
-        _rows(target, K),
-        None if sample_weight is None else _rows(sample_weight, K),
-        weight,
-        *states[:4],
-        bias,
-        *states[4:],
-        options,
+        _linear_mse_fit_kernel, (B,), _rows(input, D), _rows(target, K),
+        None if sample_weight is None else _rows(sample_weight, K), weight, *states[:4], bias, *states[4:], options,
         None if models is None or models.active is None else models.active.contiguous().view(torch.uint8),
-        None if offsets is None else offsets.contiguous(),
-        losses,
-        guard.norms,
-        guard.skipped,
-        N,
-        batch_size,
-        len(losses),
-        1 if options.shape[2] == 1 else B,
-        device=input.device,
-        ADAM=update.operator == "adam",
-        SKIP=guard.skip_nonfinite,
-        ALONE=alone,
-        K=K,
-        D=D,
-        ACC=DTYPES[acc_dtype(weight)],
-        **tile,
-        **config.registers(config.ALL_REGISTERS, chip),
-    )
+        None if offsets is None else offsets.contiguous(), losses, guard.norms, guard.skipped, N, batch_size,
+        len(losses), 1 if options.shape[2] == 1 else B,
+        device=input.device, ADAM=update.operator == "adam", SKIP=guard.skip_nonfinite, ALONE=alone, K=K, D=D,
+        ACC=DTYPES[acc_dtype(weight)], **tile, **config.registers(config.ALL_REGISTERS, chip),
+    )  # fmt: skip
     if not alone:  # programs cannot tell when the others have read the one step
         for state in update.states:
             if "step" in state:
@@ -104,39 +76,11 @@ _MOMENTS = {"sgd": ("momentum_buffer", "", ""), "adam": ("exp_avg", "exp_avg_sq"
 
 @triton.jit
 def _linear_mse_fit_kernel(
-    x,
-    y,
-    s,
-    w_ptr,
-    w_m_ptr,
-    w_v_ptr,
-    w_u_ptr,
-    w_step_ptr,
-    b_ptr,
-    b_m_ptr,
-    b_v_ptr,
-    b_u_ptr,
-    b_step_ptr,
-    options_ptr,
-    active_ptr,
-    offsets_ptr,
-    losses_ptr,
-    norms_ptr,
-    skipped_ptr,
-    N,
-    count,
-    steps,
-    option_stride,
-    ADAM: tl.constexpr,
-    SKIP: tl.constexpr,
-    ALONE: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x, y, s, w_ptr, w_m_ptr, w_v_ptr, w_u_ptr, w_step_ptr, b_ptr, b_m_ptr, b_v_ptr, b_u_ptr, b_step_ptr, options_ptr,
+    active_ptr, offsets_ptr, losses_ptr, norms_ptr, skipped_ptr, N, count, steps, option_stride,
+    ADAM: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """All rounds of one model.
 
     x: (B, N, D). y: (B, N, K). s: (B, N, K) or None. w_ptr: (B, K, D); b_ptr: (B, K) or None. Each with its

@@ -357,25 +357,8 @@ def _mse_hvp_kernel(
     if FLAT:
         if program == programs - 1:
             rest = _hvp_tile(
-                _tail(n),
-                x,
-                t,
-                w,
-                g,
-                dx,
-                dt,
-                dw,
-                dg,
-                out_g,
-                out_x,
-                out_t,
-                out_w,
-                scale,
-                sizes,
-                OF_WEIGHT,
-                1,
-                ACC,
-            )
+                _tail(n), x, t, w, g, dx, dt, dw, dg, out_g, out_x, out_t, out_w, scale, sizes, OF_WEIGHT, 1, ACC
+            )  # fmt: skip
             total += tl.sum(tl.sum(rest, axis=1), axis=0)
     if sums_ptr is not None:
         if OF_WEIGHT:

@@ -310,15 +310,10 @@ def launch_step(
         operands = [bucket.params, bucket.grads, *(bucket.states[key] for key in keys)]
         widest = max(tensors[0].element_size() for tensors in operands)
         launch(
-            kernel,
-            (tables.programs,),
-            StepTables(*tensors[:4]),
-            GuardTensors(*tensors[4:]),
-            device=device,
-            **step_constants(bucket, guard),
-            **dtypes,
+            kernel, (tables.programs,), StepTables(*tensors[:4]), GuardTensors(*tensors[4:]),
+            device=device, **step_constants(bucket, guard), **dtypes,
             **config.optimizer(widest, config.target_of(device)),
-        )
+        )  # fmt: skip
         return []
 
     guarded = GuardTensors.of(guard)
@@ -384,20 +379,12 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
         norm_chunks: Tensor, rows: Tensor, arrivals: Tensor, *tensors: Tensor | None
     ) -> list[Tensor]:
         launch(
-            _grad_norm_kernel,
-            (min(chunks, config.NORM_PROGRAMS),),
-            norm_chunks,
-            rows,
-            arrivals[len(bucket.params) :],
-            *tensors,
-            chunks,
-            device=out.device,
-            DTYPE_G=dtype_of(bucket.grads),
-            ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
-            PROGRAMS=config.NORM_PROGRAMS,
-            BLOCK=config.BLOCK,
-            num_warps=config.warps(config.target_of(out.device)),
-        )
+            _grad_norm_kernel, (min(chunks, config.NORM_PROGRAMS),), norm_chunks, rows,
+            arrivals[len(bucket.params) :], *tensors, chunks,
+            device=out.device, DTYPE_G=dtype_of(bucket.grads),
+            ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32, PROGRAMS=config.NORM_PROGRAMS,
+            BLOCK=config.BLOCK, num_warps=config.warps(config.target_of(out.device)),
+        )  # fmt: skip
         return []
 
     key = "norm", _seen(grad_scale), _seen(out)
@@ -407,18 +394,9 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["chunks"])
 def _grad_norm_kernel(
-    chunks_ptr,
-    rows_ptr,
-    arrivals_ptr,
-    grad_scale_ptr,
-    partials_ptr,
-    out_ptr,
-    chunks,
-    DTYPE_G: tl.constexpr,
-    ACC: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    chunks_ptr, rows_ptr, arrivals_ptr, grad_scale_ptr, partials_ptr, out_ptr, chunks,
+    DTYPE_G: tl.constexpr, ACC: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program sums the squares of every PROGRAMS-th chunk; the last one to finish adds up all sums in order.
 
     chunks_ptr: (C, 2) int32; rows_ptr: (N, WIDTH) int64: see the head of this file. chunks: C.
@@ -546,14 +524,9 @@ def clip_factor(max_norm, squares):
 
 @triton.jit
 def begin_chunk(
-    tables,
-    guard,
-    MAXIMIZE: tl.constexpr,
-    MAX_NORM: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-):
+    tables, guard,
+    MAXIMIZE: tl.constexpr, MAX_NORM: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
     """What every update kernel computes first, of the chunk that this program updates.
 
     Returns (t, row): as ``chunk_of``; the first element, that after the last, and how many the tensor has; the index of

@@ -46,19 +46,11 @@ def sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> Non
 
 @triton.jit
 def _sgd_step_kernel(
-    tables,
-    guard,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    DTYPE_STEP: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-    ACC: tl.constexpr,
+    tables, guard,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr, DTYPE_STEP: tl.constexpr,
+    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program updates a chunk, or several in a row, of one tensor.
 
     tables, guard: StepTables and GuardTensors.
@@ -116,23 +108,10 @@ def sgd_rule(p, g, m, first, scalars):
 
 @triton.jit
 def update_sgd(
-    row,
-    offs,
-    mask,
-    kept,
-    scalars,
-    factors,
-    first,
-    key,
-    UNSCALE: tl.constexpr,
-    WIDE: tl.constexpr,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ACC: tl.constexpr,
-):
+    row, offs, mask, kept, scalars, factors, first, key,
+    UNSCALE: tl.constexpr, WIDE: tl.constexpr, DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_M: tl.constexpr,
+    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Update the elements at the places ``offs`` where ``mask`` says so, the buffers where ``kept`` does.
 
     factors, WIDE: as of update_adam.

@@ -127,25 +127,12 @@ def stacked_grad_norm(bucket: Bucket, grad_scale: Tensor | None, models: Models,
             known = bucket.memory["norm_partials"] = partials, arrivals
         partials, arrivals = known
     launch(
-        _stacked_norm_kernel,
-        (tables.tiles, splits),
-        tables.rows.tensor,
-        arrivals,
-        *_active(models),
-        grad_scale,
-        partials,
-        out,
-        models.B,
-        len(bucket.params),
-        device=out.device,
-        DTYPE_G=dtype_of(bucket.grads),
-        ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32,
-        SPLITS=splits,
-        MODELS=tables.tile,
-        COLUMNS=tables.columns,
-        VECTOR=tables.vector,
-        **bucket.memory["compiled"],
-    )
+        _stacked_norm_kernel, (tables.tiles, splits), tables.rows.tensor, arrivals, *_active(models), grad_scale,
+        partials, out, models.B, len(bucket.params),
+        device=out.device, DTYPE_G=dtype_of(bucket.grads),
+        ACC=tl.float64 if bucket.grads[0].dtype == torch.float64 else tl.float32, SPLITS=splits, MODELS=tables.tile,
+        COLUMNS=tables.columns, VECTOR=tables.vector, **bucket.memory["compiled"],
+    )  # fmt: skip
 
 
 def stacked_sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard, models: Models) -> None:
@@ -240,26 +227,12 @@ def in_vectors(n, VECTOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "active_stride"])
 def _stacked_adam_kernel(
-    tables,
-    guard,
-    active_ptr,
-    active_stride,
-    B,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_STEP: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    DTYPE_V: tl.constexpr,
-    DTYPE_W: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-    ACC: tl.constexpr,
-    MODELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    tables, guard, active_ptr, active_stride, B,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_STEP: tl.constexpr, DTYPE_M: tl.constexpr,
+    DTYPE_V: tl.constexpr, DTYPE_W: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr,
+    NORMS: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr, MODELS: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     """One program updates MODELS models' part of one tensor: at most CHUNK elements of each.
 
     tables, guard: StepTables and GuardTensors; active_ptr: (B,) uint8 or None.
@@ -307,24 +280,11 @@ def _update_adam(
 
 @triton.jit(do_not_specialize=["B", "active_stride"])
 def _stacked_sgd_kernel(
-    tables,
-    guard,
-    active_ptr,
-    active_stride,
-    B,
-    DTYPE_P: tl.constexpr,
-    DTYPE_G: tl.constexpr,
-    DTYPE_STEP: tl.constexpr,
-    DTYPE_M: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    NORMS: tl.constexpr,
-    SKIP: tl.constexpr,
-    ACC: tl.constexpr,
-    MODELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    tables, guard, active_ptr, active_stride, B,
+    DTYPE_P: tl.constexpr, DTYPE_G: tl.constexpr, DTYPE_STEP: tl.constexpr, DTYPE_M: tl.constexpr,
+    HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr, ACC: tl.constexpr,
+    MODELS: tl.constexpr, COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """One program updates MODELS models' part of one tensor, as ``_stacked_adam_kernel`` does, by SGD's rule."""
     row, models, inside, tile, first, n, pieces, options_ptr, go, inverse_scale, factor, lr, decay = begin_models(
         tables, guard, active_ptr, active_stride, B, SGD_LR, SGD_DECAY, SGD_MAXIMIZE, SGD_COLUMNS, MODELS, NORMS, SKIP,
@@ -370,22 +330,10 @@ def _update_sgd(
 
 @triton.jit(do_not_specialize=["B", "active_stride", "tensors"])
 def _stacked_norm_kernel(
-    rows_ptr,
-    arrivals_ptr,
-    active_ptr,
-    active_stride,
-    grad_scale_ptr,
-    partials_ptr,
-    out_ptr,
-    B,
-    tensors,
-    DTYPE_G: tl.constexpr,
-    ACC: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MODELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows_ptr, arrivals_ptr, active_ptr, active_stride, grad_scale_ptr, partials_ptr, out_ptr, B, tensors,
+    DTYPE_G: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr, MODELS: tl.constexpr, COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
-):
+):  # fmt: skip
     """One program sums the squares of MODELS models: of every SPLITS-th piece of CHUNK columns, over all tensors.
 
     The last program of a tile of models adds up the SPLITS sums in order.
