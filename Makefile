@@ -46,7 +46,7 @@ test-ttir: setup
 # Runs with the Python at hand, offline: on a GPU machine the installed torch and triton are the ones to test.
 # Ends within eight minutes; the last line says what was left out.
 test-gpu: build/here/gradkernels
-	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m tests.gpu
+	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m tests.gpu $(ARGS)
 
 mutants: setup
 	$(RUN) -m tests.mutants
@@ -74,7 +74,7 @@ bench: setup
 # Offline, with the Python at hand; without matplotlib there, `python -m bench report` draws the report elsewhere.
 # Ends within eight minutes; the last line says what was left out.
 bench-gpu: build/here/gradkernels
-	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m bench --device cuda --quick --scale --budget 400 --out "$(OUT)"
+	PYTHONPATH="$(CURDIR)/build/here" $(PYTHON) -m bench --device cuda --quick --scale --budget 400 --out "$(OUT)" $(ARGS)
 
 # The folder under the name that it is imported by, for a Python into which nothing may be installed.
 build/here/gradkernels:

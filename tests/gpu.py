@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ FOLDER = ROOT / "build" / "test-gpu"
 SECONDS = 420.0  # of a whole run; what runs then has a fourteenth of it to end
 TEST_SECONDS = 100.0  # of one test, its compilations included
 MEMORY = 16 << 30  # bytes of the GPU for each worker: the largest tests take half of it
+SHOWN = 40  # failures that the end names once more
 SPOILT = 70  # a worker's exit status when its CUDA context is of no more use
 
 FIRST = (  # what even a short run has to try, in this order
@@ -119,7 +121,7 @@ class _Worker:
             if torch.cuda.memory_reserved() > MEMORY // 8:
                 torch.cuda.empty_cache()
         except RuntimeError as error:
-            return f"the CUDA context is lost: {error}"
+            return f"the CUDA context is lost: {str(error).partition(chr(10))[0]}"
         return ""
 
 
@@ -139,6 +141,7 @@ class _Process:
 
     def start(self) -> None:
         self.test, self.since, self.died = "", time.time(), False
+        self.status: int | None = None
         self.process = subprocess.Popen(self.command, cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT)
 
     def stop(self) -> int:
@@ -147,7 +150,7 @@ class _Process:
 
     def events(self, seconds: float) -> Iterator[dict[str, Any]]:
         """What it has said since the last call; at its end, or that of a test's ``seconds``, what it cannot say."""
-        status = self.process.poll()
+        self.status = self.process.poll()  # before its last words are read
         *lines, self.rest = (self.rest + self.said.read()).split("\n")
         for event in map(json.loads, lines):
             if "start" in event:
@@ -156,17 +159,17 @@ class _Process:
                 self.test = ""
             yield event
         taken = time.time() - self.since
-        if status is None and self.test and taken > seconds:
-            status = self.stop()
-        if status is not None and not self.died and (self.test or status == SPOILT):
+        if self.status is None and self.test and taken > seconds:
+            self.status = self.stop()
+        if self.status is not None and not self.died and (self.test or self.status == SPOILT):
             self.died = True
             if self.test:
-                text = f"its process ended with status {status} after {taken:.0f} s; see {self.log.name}"
+                text = f"its process ended with status {self.status} after {taken:.0f} s; see {self.log.name}"
                 yield {"end": self.test, "outcome": "failed", "text": text}
 
     def over(self) -> bool:
-        """Whether it has ended for good, at the end of the list or of the time."""
-        if self.process.poll() is None:
+        """Whether the last ``events`` were its last, at the end of the list or of the time."""
+        if self.status is None:
             return False
         if not self.died or time.time() > self.until:
             return True
@@ -184,19 +187,28 @@ def _workers() -> int:
     return max(1, min((os.cpu_count() or 2) // 2, fitting))
 
 
-def summary(tests: Iterable[str], outcomes: dict[str, str], spent: float, budget: float) -> list[str]:
-    """What was found, and in the last line what was left out and why."""
+def _first_error(text: str) -> str:
+    """The first line that pytest marks as the error's, or else the last."""
+    lines = text.splitlines()
+    return next((line[2:].strip() for line in lines if re.match(r"E\s", line)), lines[-1] if lines else "")
+
+
+def summary(
+    tests: Iterable[str], outcomes: dict[str, str], failures: dict[str, str], spent: float, why: str
+) -> list[str]:
+    """A line of each failure, and in the last line what was left out and why."""
     left = [test for test in tests if test not in outcomes]
     names = Counter(test.partition("[")[0].rpartition("::")[2] for test in left)
-    lines = (
-        ["not run: " + ", ".join(f"{name} x {count}" for name, count in names.most_common())] if left else []
-    )
+    lines = [f"failed: {test}: {_first_error(text)[:200]}" for test, text in failures.items()]
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"failed: {len(lines) - SHOWN} more, as above"]
+    if left:
+        lines.append("not run: " + ", ".join(f"{name} x {count}" for name, count in names.most_common()))
     found = Counter(outcomes.values())
     last = (
         f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped in {spent:.0f} s; "
     )
     if left:
-        why = f"the budget of {budget:.0f} s was spent" if spent >= budget else "the workers ended early"
         return [*lines, f"{last}{len(left)} tests not run: {why}"]
     return [*lines, f"{last}no test was left out"]
 
@@ -224,6 +236,9 @@ def main(argv: list[str]) -> int:
     running, shown = list(workers), begin
     tests: list[str] = []
     outcomes: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    why = ""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers end with this process
     try:
         while running and time.time() < begin + budget + budget / 14:
             time.sleep(0.2)
@@ -232,19 +247,22 @@ def main(argv: list[str]) -> int:
                 if "end" in event and outcomes.get(event["end"], "passed") == "passed":
                     outcomes[event["end"]] = event["outcome"]
                     if event["outcome"] == "failed":
+                        failures[event["end"]] = event["text"]
                         print(f"FAILED {event['end']}\n{event['text'][-4000:]}\n", flush=True)
             running = [worker for worker in running if not worker.over()]
             if time.time() - shown > 15:
                 shown = time.time()
                 print(f"{shown - begin:4.0f} s: {len(outcomes)} of {len(tests)} tests", flush=True)
     except KeyboardInterrupt:
-        budget = time.time() - begin
+        why = "it was interrupted"
     finally:
         for worker in workers:
             worker.stop()
     if not tests:
         print((folder / "0.log").read_text()[-4000:])
-    print(*summary(tests, outcomes, time.time() - begin, budget), sep="\n")
+    spent = time.time() - begin
+    why = why or (f"the budget of {budget:.0f} s was spent" if spent >= budget else "the workers ended early")
+    print(*summary(tests, outcomes, failures, spent, why), sep="\n")
     return 0 if "passed" in outcomes.values() and "failed" not in outcomes.values() else 1
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,6 +98,7 @@ def test_each_test_runs_once_whatever_others_do(tmp_path: Path) -> None:
     assert sorted(failed) == ["test_broken.py", "test_dies", "test_fails", "test_hangs"], found.stdout
     assert "assert (2 + 2) == 5" in found.stdout
     assert "ended with status -6" in found.stdout
+    assert re.findall(r"^failed: .*test_fails: assert \(2 \+ 2\) == 5$", found.stdout, re.MULTILINE)
     last = found.stdout.splitlines()[-1]
     assert re.fullmatch(r"5 passed, 4 failed, 1 skipped in \d+ s; no test was left out", last)
 
@@ -140,8 +142,53 @@ def test_a_spoilt_context_fails_the_test_and_ends_the_worker(
 
 def test_the_last_line_says_what_was_left_out_and_why() -> None:
     tests = ["a.py::test_a[1]", "a.py::test_a[2]", "a.py::test_b", "a.py::test_c"]
-    outcomes = {"a.py::test_c": "passed"}
-    names, last = gpu.summary(tests, outcomes, spent=421.0, budget=420.0)
+    outcomes = {"a.py::test_c": "failed"}
+    text = "    assert x\nE   assert 4 == 5\nE    +  where 4 = x()\na.py:3: AssertionError"
+    failed, names, last = gpu.summary(tests, outcomes, {"a.py::test_c": text}, 421.0, "no time")
+    assert failed == "failed: a.py::test_c: assert 4 == 5"
     assert names == "not run: test_a x 2, test_b x 1"
-    assert last == "1 passed, 0 failed, 0 skipped in 421 s; 3 tests not run: the budget of 420 s was spent"
-    assert gpu.summary(tests, outcomes, 30.0, 420.0)[-1].endswith("3 tests not run: the workers ended early")
+    assert last == "0 passed, 1 failed, 0 skipped in 421 s; 3 tests not run: no time"
+    many = {f"a.py::test_a[{i}]": "its process ended" for i in range(50)}
+    assert gpu.summary([], {}, many, 1.0, "")[gpu.SHOWN - 1 : -1] == [
+        "failed: a.py::test_a[39]: its process ended",
+        "failed: 10 more, as above",
+    ]
+
+
+def test_the_last_words_of_a_worker_are_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends between a look at what it has said and the look whether it runs."""
+    made = SimpleNamespace(poll=lambda: None)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda *arguments, **options: made)
+    worker = gpu._Process(0, tmp_path, math.inf, [])
+    events = tmp_path / "0.events"
+    events.write_text('{"start": "a"}\n')
+    assert [*worker.events(100.0)] == [{"start": "a"}]
+    events.write_text('{"start": "a"}\n{"end": "a", "outcome": "passed"}\n')
+    made.poll = lambda: 0
+    assert not worker.over()
+    assert [*worker.events(100.0)] == [{"end": "a", "outcome": "passed"}]
+    assert worker.over()
+    worker.log.close()
+    worker.said.close()
+
+
+def test_a_run_that_is_ended_ends_its_workers(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(SUITE)
+    command = [sys.executable, "-m", "tests.gpu", "--workers", "1", f"--folder={tmp_path / 'work'}"]
+    run = subprocess.Popen(
+        [*command, str(tmp_path), "-k", "hangs or passes"],
+        cwd=gpu.ROOT,
+        env={**os.environ, "RAN": str(tmp_path / "ran")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    events = tmp_path / "work" / "0.events"
+    while not (events.exists() and "::test_hangs" in events.read_text().partition("start")[2]):
+        assert run.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # until it is read
+    run.terminate()
+    said, _ = run.communicate(timeout=60)
+    assert said.splitlines()[-1].endswith("not run: it was interrupted")
+    left = subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "work") not in left
