@@ -218,16 +218,16 @@ def places(arguments: argparse.Namespace, described: dict[str, Any]) -> Places:
     Raises:
         OSError: a place that cannot be written to.
     """
-    from .throughput import machine
+    from .throughput import machine, results
 
     jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
     if arguments.out:
         folder = Path(arguments.out.replace("{device}", machine.slug(described)))
         jsons, csvs, plots = [*jsons, folder / "bench.json"], [*csvs, folder / "bench.csv"], [*plots, folder]
-    for folder in (*(path.parent for path in (*jsons, *csvs)), *plots):
-        folder.mkdir(parents=True, exist_ok=True)
     for path in (*jsons, *csvs):
-        path.open("a").close()  # raises where it is a folder, or may not be written
+        results.claim(path)
+    for folder in plots:
+        folder.mkdir(parents=True, exist_ok=True)
     return jsons, csvs, plots
 
 

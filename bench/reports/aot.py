@@ -22,7 +22,7 @@ from gradkernels.ops import OPS
 from gradkernels.triton.compile_only import CHIPS, disassembly, null_driver, usage
 
 from ..throughput.case import dtype_name
-from ..throughput.results import write_json
+from ..throughput.results import claim, write_json
 from .cases import AotCase
 
 AOT_CASES: tuple[AotCase, ...] = tuple(
@@ -201,6 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         ops = ", ".join(dict.fromkeys(case.op for case in AOT_CASES))
         parser.error(f"no case of --op {options.op!r} --dtype {options.dtype!r}; the ops are {ops}")
+    if options.json:
+        try:
+            claim(options.json)
+        except OSError as error:
+            parser.error(f"--json: {error}")
     rows = []
     for row in report(options.target or list(CHIPS), cases):
         print(_line(row), flush=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..throughput.results import write_json
+from ..throughput.results import claim, write_json
 from .cases import Job
 
 
@@ -123,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         parser.error("counting traffic needs the triton package (pip install triton)")
+    if arguments.json is not None:
+        try:
+            claim(arguments.json)
+        except OSError as error:
+            parser.error(f"--json: {error}")
     if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before triton is first imported
         command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode

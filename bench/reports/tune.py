@@ -94,6 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = config.name_of(device)
     folder = options.out or config.TUNED
     path = folder / config.file_name(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     config.TUNED = Path()  # the default to beat is the untuned one
     config.tuned.cache_clear()
     found = {}
@@ -103,7 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             key, tile = tune_product(sizes, dtype, device)
             if tile is not None:
                 found[key] = list(tile)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "matmul": found}
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(found)} tiles in {path}")

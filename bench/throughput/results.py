@@ -207,6 +207,16 @@ def load(path: str | Path) -> dict[str, Any]:
     return document
 
 
+def claim(path: Path) -> None:
+    """Make a file that is to be written later, and its folder, if they are not there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("a").close()  # raises where it is a folder, or may not be written
+
+
 def write_json(document: Any, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

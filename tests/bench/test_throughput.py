@@ -8,7 +8,9 @@ that its lines run and what they compute, and nothing about a GPU.
 import contextlib
 import csv
 import dataclasses
+import importlib
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -471,3 +473,18 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
         with pytest.raises(SystemExit, match="2"):
             cli.main(["mse", "--shape=8", "--device=cpu", f"{option}={tmp_path}"])
         assert f"Is a directory: '{tmp_path}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["aot", "traffic"])
+def test_a_report_that_cannot_be_written_is_not_begun(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton")
+    report = importlib.import_module(f"bench.reports.{command}")
+    for work in {"report", "jobs", "subprocess"} & vars(report).keys():
+        monkeypatch.setattr(report, work, None)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "there.json", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main([command, f"--json={place}"])
+        assert re.search(f"error: --json: .*: '{tmp_path}", capsys.readouterr().err)
