@@ -217,8 +217,10 @@ def prepare(
     try:
         with gradkernels.use_backend(settings.backend):
             gradkernels.backend_for(torch.empty(0, device=settings.device))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(first_line(error)) from error
+    except (AssertionError, RuntimeError) as error:  # no such device, or a backend that does not serve it
+        raise InputError(
+            f"--backend {settings.backend} --device {settings.device}: {first_line(error)}"
+        ) from error
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()

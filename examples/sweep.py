@@ -509,7 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--models takes at least 2, --steps at least 1")
     try:
         device = torch.empty(0, device=options.device).device
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError) as error:  # no such device
         parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())

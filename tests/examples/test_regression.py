@@ -932,7 +932,7 @@ def test_bad_tables_are_refused(
         (("--optimizer", "lion"), r"--optimizer: invalid choice: 'lion'"),
         (("--depth", 3), r"unrecognized arguments: --depth"),
         (("--backend", "cuda"), r"--backend: invalid choice"),
-        (("--device", "abacus"), r"abacus"),
+        (("--device", "abacus"), r"--backend auto --device abacus: "),
         (("--resume", "--record", "x.json"), r"not allowed with"),
         (("--record", "nowhere.json"), r"cannot use nowhere.json: .*No such file"),
         (("--resume",), r"cannot use .*checkpoint.pt: "),
