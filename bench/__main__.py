@@ -4,8 +4,10 @@ import argparse
 import importlib
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="bench.json, bench.csv and the report in a folder; {device} is this machine's name",
     )
+    # The folder that throughput.session shares with a child.
+    made.add_argument("--under", type=Path, help=argparse.SUPPRESS)
     return made
 
 
@@ -145,13 +149,12 @@ def run(argv: Sequence[str]) -> int:
         made.error(f"--busy is about the CPU, not --device {arguments.device}")
     import torch
 
-    from .throughput import busy, machine, results
-    from .throughput.budget import Budget
-    from .throughput.console import Screen, header
-    from .throughput.runner import Runner
-    from .throughput.scale import study
-    from .throughput.timing import timer_for
+    from .throughput import busy, machine
+    from .throughput.console import Screen
+    from .throughput.session import Session, supervise
 
+    if arguments.precision:
+        torch.backends.cuda.matmul.fp32_precision = arguments.precision
     try:
         device = pick_device("cpu" if arguments.busy else arguments.device)
         ops = declared(arguments.ops)
@@ -160,53 +163,129 @@ def run(argv: Sequence[str]) -> int:
         where = places(arguments, described)
     except (OSError, ValueError, RuntimeError) as error:
         made.error(str(error))
-    if arguments.precision:
-        torch.backends.cuda.matmul.fp32_precision = arguments.precision
-    screen = Screen()
     if arguments.busy:
-        return busy.run(cases, arguments.seconds or 2.0, screen)
-    seconds = arguments.seconds or (0.14 if arguments.quick else 0.7)
-    timer = timer_for(device)
-    runner = Runner(device, timer, seconds, arguments.quick)
+        return busy.run(cases, arguments.seconds or 2.0, Screen())
+    if device.type != "cpu" and arguments.under is None:
+        return supervise(argv, begin, arguments.budget)
+    return measure(arguments, device, ops, cases, described, where, Session(arguments.under, begin))
+
+
+def measure(
+    arguments: argparse.Namespace,
+    device: Any,
+    ops: Sequence[Any],
+    cases: Sequence[Any],
+    described: dict[str, Any],
+    where: "Places",
+    session: Any,
+) -> int:
+    """Check and time what the session lacks, print, write; exit status 1 if a result of ours is wrong."""
+    import torch
+
+    from .throughput import results, scale
+    from .throughput.budget import Budget
+    from .throughput.console import Screen
+    from .throughput.runner import Runner, first_line
+    from .throughput.session import LostError
+    from .throughput.timing import timer_for
+
+    screen, seconds = Screen(), arguments.seconds or (0.14 if arguments.quick else 0.7)
+    sweeps = [(op, sweep) for op in ops if arguments.scale for sweep in op.sweep(device.type)]
+    planned = dict.fromkeys([case.name for case in cases] + [scale.name_of(*each) for each in sweeps])
+    jsons, csvs, plots = where
+    status = 0
+    why = f"the budget of {arguments.budget or 0:.0f} s was spent"
+
+    def keep() -> dict[str, Any]:
+        """Write what is known, for whatever ends the run next; return it as a document."""
+        found = [session.found[name] for name in planned if name in session.found]
+        document = session.head | {"cases": [record for record in found if "axis" not in record]}
+        if arguments.scale:
+            document["scale"] = [record for record in found if "axis" in record]
+        session.save()
+        for path in jsons:
+            results.write_json(document, path)
+        return document
+
+    try:
+        timer = timer_for(device)
+        long, short = (
+            Runner(device, timer, each, arguments.quick, session.within) for each in (seconds, seconds / 3)
+        )
+        parts = {cases[i].name: (long, partial(long.case, cases[i])) for i in most_telling_first(cases)}
+        for each in sweeps:
+            parts[scale.name_of(*each)] = short, partial(scale.study, *each, short, torch.float32)
+        if not session.head:
+            session.at("the limits of this machine")
+            session.head = beginning(arguments, described, device, timer, seconds, screen)
+        budget = Budget(arguments.budget, session.begin)
+        with screen.progress(len(parts), len(session.found)) as advance, budget.enforced():
+            for name, (runner, part) in parts.items():
+                if name in session.found or not budget.admits():
+                    continue
+                session.at(name)
+                advance(name)
+                lost = session.lost.get(name, {})
+                try:
+                    session.found[name] = part(lost=lost)
+                except Exception as error:  # of the benchmark's own; what an implementation raises is its row
+                    traceback.print_exc()
+                    if reason := runner.refusal():
+                        session.leave(runner.running, reason)
+                    session.found[name] = part(lost={**lost, "": first_line(error)})
+                except LostError as error:
+                    session.leave(runner.running, str(error))
+                keep()
+    except KeyboardInterrupt:
+        if not session.head:
+            raise
+        status, why = 130, "it was interrupted"
+    except Exception as error:
+        if not session.head:
+            raise
+        traceback.print_exc()
+        status, why = 1, first_line(error)
+    session.at("")
+    document = keep()
+    screen.document(document)
+    for path in csvs:
+        results.write_csv(document, path)
+    for path in (*jsons, *csvs):
+        screen.line(f"written: {path}")
+    for folder in plots:  # last, so that a missing matplotlib loses nothing
+        draw(document, folder, screen)
+    if left := [name for name in planned if name not in session.found]:
+        screen.line(f"not timed: {len(left)} of {len(planned)}, {why}: " + "; ".join(left))
+    return status or int(not results.all_right(document))
+
+
+def beginning(
+    arguments: argparse.Namespace,
+    described: dict[str, Any],
+    device: Any,
+    timer: Any,
+    seconds: float,
+    screen: Any,
+) -> dict[str, Any]:
+    """Measure the machine's limits, print and return the head of a document."""
+    from .throughput import machine, results
+    from .throughput.console import header
+
     load = machine.load_average()
-    document: dict[str, Any] = {
+    limits = machine.measure_rates(device, timer, min(seconds, 0.5))
+    busy = machine.signs_of_other_work(described, limits, load)
+    for line in header(described, limits):
+        screen.line(line)
+    for line in busy:
+        screen.line(f"warning: {line}", "bad")
+    settings = {"quick": arguments.quick, "seconds": seconds}
+    return {
         "schema": results.SCHEMA,
         "machine": described,
-        "limits": machine.measure_rates(device, timer, min(seconds, 0.5)),
-        "settings": {"quick": arguments.quick, "seconds": seconds},
-        "cases": [],
+        "limits": limits,
+        "settings": settings,
+        "busy": busy,
     }
-    document["busy"] = machine.signs_of_other_work(document["machine"], document["limits"], load)
-    for line in header(document["machine"], document["limits"]):
-        screen.line(line)
-    for line in document["busy"]:
-        screen.line(f"warning: {line}", "bad")
-    sweeps = [f"{op.name} over {sweep.axis}" for op in ops for sweep in op.sweep(device.type)]
-    planned = [case.name for case in cases] + (sweeps if arguments.scale else [])
-    records: dict[int, dict[str, Any]] = {}
-    short = Runner(device, timer, seconds / 3, arguments.quick)
-    try:
-        with screen.progress(len(planned)) as advance:
-            budget = Budget(arguments.budget, begin, advance)
-            with budget.enforced():
-                for number in most_telling_first(cases):
-                    if budget.admits(cases[number].name):
-                        records[number] = runner.case(cases[number])
-                if arguments.scale:
-                    document["scale"] = []
-                    for op in ops:
-                        for found in study(op, short, torch.float32, budget.admits):
-                            document["scale"].append(found)
-    finally:  # what was measured is written whatever ended the run
-        document["cases"] = [records[number] for number in sorted(records)]
-        screen.document(document)
-        write(document, where, screen)
-    if left := budget.left_out(planned):
-        screen.line(
-            f"not timed: {len(left)} of {len(planned)}, the budget of {arguments.budget:.0f} s was spent: "
-            + "; ".join(left)
-        )
-    return 0 if results.all_right(document) else 1
 
 
 Places = tuple[list[Path], list[Path], list[Path]]
@@ -229,21 +308,6 @@ def places(arguments: argparse.Namespace, described: dict[str, Any]) -> Places:
     for folder in plots:
         folder.mkdir(parents=True, exist_ok=True)
     return jsons, csvs, plots
-
-
-def write(document: dict[str, Any], where: Places, screen: Any) -> None:
-    """Write the files that were asked for; the numbers first, so that a missing matplotlib loses nothing."""
-    from .throughput import results
-
-    jsons, csvs, plots = where
-    for path in jsons:
-        results.write_json(document, path)
-    for path in csvs:
-        results.write_csv(document, path)
-    for path in (*jsons, *csvs):
-        screen.line(f"written: {path}")
-    for folder in plots:
-        draw(document, folder, screen)
 
 
 def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:

@@ -103,11 +103,11 @@ class Screen:
         print_table(columns, rows, title, numbers=True)
 
     @contextlib.contextmanager
-    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
+    def progress(self, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
         """Yield a function that takes the name of the next step and advances a bar or prints a line on stderr."""
         if not (rich and sys.stderr.isatty()):
-            done = iter(range(1, total + 1))
-            yield lambda name: print(f"[{next(done, total)}/{total}] {name}", file=sys.stderr, flush=True)
+            numbers = iter(range(done + 1, total + 1))
+            yield lambda name: print(f"[{next(numbers)}/{total}] {name}", file=sys.stderr, flush=True)
             return
         columns = (
             rich.progress.BarColumn(24),
@@ -117,7 +117,7 @@ class Screen:
         )
         console = rich.console.Console(stderr=True)
         with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=total, completed=-1)
+            task = bar.add_task("", total=total, completed=done - 1)
             yield lambda name: bar.update(task, advance=1, description=rich.markup.escape(name))
 
     def document(self, document: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
+from .session import LostError
 from .timing import Sampler, Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
@@ -60,23 +61,34 @@ class Runner:
         timer: the clock; it decides how often a call is repeated and what can be told apart.
         seconds: of timing for each implementation of each case.
         quick: implementations that compile for seconds only run on the cases that ask for them.
+        within: called with the name of each implementation before it runs, and "" before they run in turns.
     """
 
-    def __init__(self, device: torch.device, timer: WallTimer, seconds: float, quick: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        timer: WallTimer,
+        seconds: float,
+        quick: bool,
+        within: Callable[[str], Any] = lambda name: None,
+    ) -> None:
         self.device, self.timer, self.seconds, self.quick = device, timer, seconds, quick
+        self.within, self.running = within, ""
 
-    def case(self, case: Case, implementations: int | None = None) -> dict[str, Any]:
-        """Check the first so many implementations of a case (default: all), time those that pass, return the record."""
-        case = dataclasses.replace(case, implementations=case.implementations[:implementations])
-        record: dict[str, Any] = {
-            "op": case.op,
-            "variant": case.variant,
-            "label": case.label,
-            "sizes": case.sizes,
-            "dtype": dtype_name(case.dtype),
-            "bytes": case.bytes,
-            "flops": case.flops,
-        }
+    def case(self, case: Case, lost: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Check the implementations of a case, time those that pass, return the record.
+
+        Args:
+            case: what is to be done.
+            lost: why an implementation, by name, fails without being called; "" stands for all.
+        """
+        record, lost = head(case), lost or {}
+        if "" in lost:
+            return record | {"contenders": {OURS: failed(lost[""])}}
+        tried = [
+            replaced(each, lost[each.name]) if each.name in lost else each for each in case.implementations
+        ]
+        case = dataclasses.replace(case, implementations=tuple(tried))
         reference_bytes = 12 * case.bytes // case.dtype.itemsize  # float64, and its temporaries
         own_bytes = 2 * case.bytes + case.beside
         for place, needed in ((torch.device("cpu"), reference_bytes), (self.device, own_bytes)):
@@ -86,7 +98,18 @@ class Runner:
             torch._dynamo.reset()  # else the ninth shape of a function would run uncompiled, silently
             torch._dynamo.config.fail_on_recompile_limit_hit = True
         try:
-            return record | self._checked_and_timed(case)
+            inputs, outcomes = self.checked(case)
+            try:
+                timed = self._time(case, inputs, outcomes)
+            except (torch.OutOfMemoryError, NoBaselineError):
+                if outcomes[case.implementations[0].name]["status"] not in ("wrong", "failed"):
+                    raise
+                timed = {}  # to be wrong is what there is to say
+            return (
+                record
+                | timed
+                | {"contenders": {each.name: outcomes[each.name] for each in case.implementations}}
+            )
         except torch.OutOfMemoryError:
             return record | {"skipped": "out of memory"}
         except NoBaselineError as error:
@@ -134,8 +157,14 @@ class Runner:
         _need_baseline(outcomes[plain.name])
         return inputs, outcomes
 
-    def _checked_and_timed(self, case: Case) -> dict[str, Any]:
-        inputs, outcomes = self.checked(case)
+    def _time(
+        self, case: Case, inputs: tuple[Any, ...], outcomes: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Enter the timings of what is right into the outcomes; return the conditions.
+
+        Raises:
+            NoBaselineError: plain torch cannot be timed.
+        """
         sets = input_sets(case.bytes, self.timer.cache_bytes)
         for implementation in case.implementations:
             if implementation.per_set and sets > PROGRAMS and outcomes[implementation.name]["status"] == "ok":
@@ -147,19 +176,11 @@ class Runner:
         each = case.bytes * (1 + len(running) / 2) + case.beside
         together = sets * each < free_bytes(self.device)
         for turn in [running] if together else [[implementation] for implementation in running]:
-            for implementation, timings in zip(turn, self._timed(turn, rotated), strict=True):
+            for implementation, timings in zip(turn, self._timed(case, turn, rotated), strict=True):
                 outcomes[implementation.name] |= timings
-        ours, plain = (outcomes[implementation.name] for implementation in case.implementations[:2])
-        if ours["status"] == "ok":  # else that is what there is to say
-            _need_baseline(plain)
+        _need_baseline(outcomes[case.implementations[1].name])
         cold = sets > 1 or case.bytes >= 4 * self.timer.cache_bytes
-        return {
-            "cache": "cold" if cold else "warm",
-            "in_turns": together,
-            "contenders": {
-                implementation.name: outcomes[implementation.name] for implementation in case.implementations
-            },
-        }
+        return {"cache": "cold" if cold else "warm", "in_turns": together}
 
     def _first_results(
         self, case: Case, implementation: Implementation, inputs: tuple[Any, ...]
@@ -169,38 +190,44 @@ class Runner:
             return {"status": "absent", "note": implementation.absent}, []
         if implementation.slow_start and self.quick and not case.compile:
             return {"status": "left out", "note": "compiles for seconds: not at this shape with --quick"}, []
+        self._begin(implementation)
         try:
             with poisoned(implementation.name == OURS), quiet(), implementation.within():
                 call = implementation.prepare(*inputs)
                 results, seconds = self.timer.first_call(call)
                 for _ in range(case.calls - 1):
                     results = call()
-                return {"first_call_s": seconds}, [result.detach().clone() for result in case.pick(results)]
-        except torch.OutOfMemoryError:
-            if implementation in case.implementations[:2]:
-                raise
-            return {"status": "failed", "note": "out of memory"}, []
+                picked = [result.detach().clone() for result in case.pick(results)]
+                self.timer.synchronize()  # a fault shows here, not in the next implementation
+                return {"first_call_s": seconds}, picked
         except Exception as error:
-            return _failure(error), []
+            if isinstance(error, torch.OutOfMemoryError) and implementation in case.implementations[:2]:
+                raise
+            return self._failure(error), []
 
-    def _timed(self, turn: Sequence[Implementation], rotated: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    def _timed(
+        self, case: Case, turn: Sequence[Implementation], rotated: list[tuple[Any, ...]]
+    ) -> list[dict[str, Any]]:
         with quiet():
             results: list[dict[str, Any]] = [{} for _ in turn]
             samplers: dict[str, list[tuple[int, Sampler, str]]] = {"call": [], "device": []}
             for i, each in enumerate(turn):
+                self._begin(each)
                 try:  # other sets of inputs than the checked one, and graph capture
                     calls = [each.prepare(*one) for one in rotated]
                     made = [
-                        _within(each, make, calls) for make in (self.timer.per_call, self.timer.on_device)
+                        self._sampler(each, make, calls)
+                        for make in (self.timer.per_call, self.timer.on_device)
                     ]
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:
-                    results[i] = _failure(error)
+                    if isinstance(error, torch.OutOfMemoryError) and each in case.implementations[:2]:
+                        raise
+                    results[i] = self._failure(error)
                     continue
                 for taken, found in zip(samplers.values(), made, strict=True):
                     if found is not None:
                         taken.append((i, *found))
+            self.within("")
             for key, taken in samplers.items():
                 rounds = in_turns(
                     [sampler for _, sampler, _ in taken], self.seconds, self.timer.pause, self.timer.clock
@@ -209,6 +236,48 @@ class Runner:
                     results[i][key] = in_microseconds(summarise(samples, method))
         return results
 
+    def _begin(self, implementation: Implementation) -> None:
+        self.running = implementation.name
+        self.within(self.running)
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """Return the row of what failed.
+
+        Raises:
+            LostError: it took the device along.
+        """
+        if reason := self.refusal():
+            raise LostError(reason) from error
+        return failed("out of memory" if isinstance(error, torch.OutOfMemoryError) else first_line(error))
+
+    def refusal(self) -> str:
+        """Return why the device serves no later call, as a CUDA context after an illegal access; "" if it does."""
+        try:
+            self.timer.synchronize()
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        return ""
+
+    def _sampler(
+        self,
+        implementation: Implementation,
+        make: Callable[[Sequence[Call]], tuple[Sampler, str] | None],
+        calls: Sequence[Call],
+    ) -> tuple[Sampler, str] | None:
+        """Make a sampler of what an implementation takes, without what it takes to enter its surroundings."""
+        with implementation.within():
+            made = make(calls)
+        if made is None:
+            return None
+        sampler, method = made
+
+        def sample() -> float:
+            self.running = implementation.name
+            with implementation.within():
+                return sampler()
+
+        return sample, method
+
 
 def _need_baseline(outcome: dict[str, Any]) -> None:
     """Raise NoBaselineError where plain torch's row has no right result."""
@@ -216,29 +285,29 @@ def _need_baseline(outcome: dict[str, Any]) -> None:
         raise NoBaselineError(outcome["note"])
 
 
-def _failure(error: Exception) -> dict[str, Any]:
-    """The row of an implementation that fails, which is not the end of the run."""
-    note = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+def head(case: Case) -> dict[str, Any]:
+    """Return what a record says of the case itself."""
+    same = {name: getattr(case, name) for name in ("op", "variant", "label", "sizes", "bytes", "flops")}
+    return same | {"dtype": dtype_name(case.dtype)}
+
+
+def replaced(implementation: Implementation, reason: str) -> Implementation:
+    """Return an implementation that fails for a reason."""
+
+    def prepare(*inputs: Any) -> Call:
+        raise RuntimeError(reason)
+
+    return dataclasses.replace(implementation, prepare=prepare)
+
+
+def failed(note: str) -> dict[str, Any]:
+    """Return the row of an implementation that fails, which is not the end of the run."""
     return {"status": "failed", "note": note[:200], "first_call_s": None}
 
 
-def _within(
-    implementation: Implementation,
-    make: Callable[[Sequence[Call]], tuple[Sampler, str] | None],
-    calls: Sequence[Call],
-) -> tuple[Sampler, str] | None:
-    """Make a sampler of what an implementation takes, without what it takes to enter its surroundings."""
-    with implementation.within():
-        made = make(calls)
-    if made is None:
-        return None
-    sampler, method = made
-
-    def sample() -> float:
-        with implementation.within():
-            return sampler()
-
-    return sample, method
+def first_line(error: Exception) -> str:
+    """Return an exception's type and the first line of its message."""
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[0]
 
 
 def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -5,13 +5,14 @@ checks): the least time measured. The knee is the size at which a call takes twi
 longer dominates. The exponent ``p`` is the slope of ``time - fixed`` beyond the knee, in logarithms.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from .case import Op, dtype_name
+from .case import Op, Sweep, dtype_name
 from .results import microseconds, outcome
 from .runner import Runner
 
@@ -45,47 +46,44 @@ def fit(sizes: Sequence[float], times_us: Sequence[float]) -> dict[str, float | 
     }
 
 
-def study(
-    op: Op, runner: Runner, dtype: torch.dtype, next_is: Callable[[str], bool] = lambda name: True
-) -> Iterator[dict[str, Any]]:
-    """Yield the sweeps of an op that ``next_is`` admits by name, on its first variant: ours and plain torch.
+def name_of(op: Op, sweep: Sweep) -> str:
+    return f"{op.name} over {sweep.axis}"
 
-    One that stopped before so many points as ``LEAST`` has no fit.
+
+def study(
+    op: Op, sweep: Sweep, runner: Runner, dtype: torch.dtype, lost: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return a sweep of an op's first variant, ours and plain torch; of fewer points than ``LEAST`` there is no fit.
+
+    ``lost`` says why it is not measured.
     """
-    for sweep in op.sweep(runner.device.type):
-        position = op.axes.index(sweep.axis)
-        points: list[dict[str, float]] = []
-        stopped = ""
-        if not next_is(f"{op.name} over {sweep.axis}"):
-            continue
-        for value in sweep.values:
-            shape = (*sweep.base[:position], value, *sweep.base[position + 1 :])
-            case = next(iter(op.build(shape, dtype)))
-            record = runner.case(case, implementations=2)
-            found = outcome(record)
-            if found["status"] != "ok":
-                stopped = f"{found['status']} at {sweep.axis} = {value}: {found['note']}"
-                break
-            ours, plain = (
-                microseconds(outcome(record, each.name), "call") for each in case.implementations[:2]
-            )
-            points.append({"value": value, "ours_us": ours, "torch_us": plain})
-            if max(ours, plain) > LONGEST_US:
-                break
-        enough = len(points) >= LEAST
-        if not (enough or stopped):
-            continue
-        values = [point["value"] for point in points]
-        yield {
-            "op": op.name,
-            "variant": case.variant,
-            "dtype": dtype_name(dtype),
-            "axis": sweep.axis,
-            "base": dict(zip(op.axes, sweep.base, strict=True)),
-            "points": points,
-            "stopped": stopped,
-            **{
-                who: fit(values, [point[f"{who}_us"] for point in points]) if enough else None
-                for who in ("ours", "torch")
-            },
-        }
+    position = op.axes.index(sweep.axis)
+    points: list[dict[str, float]] = []
+    stopped = "; ".join(f"failed: {reason}" for reason in (lost or {}).values())
+    for value in () if stopped else sweep.values:
+        shape = (*sweep.base[:position], value, *sweep.base[position + 1 :])
+        case = next(iter(op.build(shape, dtype)))
+        record = runner.case(replace(case, implementations=case.implementations[:2]))
+        found = outcome(record)
+        if found["status"] != "ok":
+            stopped = f"{found['status']} at {sweep.axis} = {value}: {found['note']}"
+            break
+        ours, plain = (microseconds(outcome(record, each.name), "call") for each in case.implementations[:2])
+        points.append({"value": value, "ours_us": ours, "torch_us": plain})
+        if max(ours, plain) > LONGEST_US:
+            break
+    values = [point["value"] for point in points]
+    fits = {
+        who: fit(values, [point[f"{who}_us"] for point in points]) if len(points) >= LEAST else None
+        for who in ("ours", "torch")
+    }
+    return {
+        "op": op.name,
+        "variant": next(iter(op.build(sweep.base, dtype))).variant,
+        "dtype": dtype_name(dtype),
+        "axis": sweep.axis,
+        "base": dict(zip(op.axes, sweep.base, strict=True)),
+        "points": points,
+        "stopped": stopped,
+        **fits,
+    }

@@ -27,7 +27,7 @@ from bench.throughput import budget, machine, results
 from bench.throughput import case as declaration
 from bench.throughput.case import OURS, Case, Implementation, function
 from bench.throughput.console import Screen
-from bench.throughput.runner import Runner, free_bytes
+from bench.throughput.runner import Runner, free_bytes, head
 from bench.throughput.timing import ROUNDS
 
 from .fakes import LIMITS, Clock, document, doubling
@@ -121,15 +121,22 @@ def test_failed_and_absent_implementations_are_named() -> None:
     assert "elsewhere is not installed" in said
 
 
-@pytest.mark.parametrize("name", [OURS, "eager", "rival"])
-def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        *((name, RuntimeError("recompile limit")) for name in (OURS, "eager", "rival")),
+        ("rival", torch.OutOfMemoryError()),
+    ],
+    ids=repr,
+)
+def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str, error: Exception) -> None:
     clock = Clock()
     case = doubling(clock, extra=(function("rival", lambda values: (clock.work(10.0), [2 * values])[1]),))
     (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
 
     def job(values: torch.Tensor) -> list[torch.Tensor]:
         if not torch.equal(values, checked):
-            raise RuntimeError("recompile limit")
+            raise error
         return [2 * values]
 
     jobs = tuple(function(name, job) if each.name == name else each for each in case.implementations)
@@ -163,25 +170,35 @@ def test_what_cannot_be_prepared_of_a_later_set_is_a_row(name: str) -> None:
     assert results.all_right(found) == (name != OURS)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("recompile limit"), torch.OutOfMemoryError()], ids=repr)
 @pytest.mark.parametrize("wrong", [False, True])
-def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(wrong: bool) -> None:
-    """A case without a baseline is skipped, which is no fault of ours; one that hides a fault is not."""
+def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(
+    wrong: bool, error: Exception, tmp_path: Path
+) -> None:
+    """A case without a baseline or memory is skipped, which is no fault of ours; one that hides a fault is not."""
     clock = Clock()
     case = doubling(clock, factor=3.0 if wrong else 2.0)
     (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
 
+    def broken(values: torch.Tensor) -> list[torch.Tensor]:
+        raise RuntimeError("no such instruction")
+
     def job(values: torch.Tensor) -> list[torch.Tensor]:
         if not torch.equal(values, checked):
-            raise RuntimeError("recompile limit")
+            raise error
         return [2 * values]
 
     ours, _ = case.implementations
-    jobs = (ours if wrong else function(OURS, job), function("eager", job))
+    jobs = (ours if wrong else function(OURS, broken), function("eager", job))
     found = document(dataclasses.replace(case, implementations=jobs), clock=clock)
-    status = {name: row["status"] for name, row in found["cases"][0]["contenders"].items()}
-    assert status == {OURS: "wrong" if wrong else "failed", "eager": "failed"}
+    assert results.outcome(found["cases"][0])["status"] == ("wrong" if wrong else "failed")
+    assert not any("call" in row for row in found["cases"][0]["contenders"].values())
     assert not results.all_right(found)
     Screen().document(found)
+    pytest.importorskip("matplotlib")
+    from bench.throughput import report
+
+    report.write(found, tmp_path)
 
 
 def test_ragged_rows_of_all_sets_are_padded_to_one_shape() -> None:
@@ -324,11 +341,10 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
     """A case takes a second: there is time for as many as the budget has seconds, and one more."""
     clock, tried = SimpleNamespace(now=100.0, case=1.0), []
 
-    def skipped(self: Runner, case: Case) -> dict[str, Any]:
+    def skipped(self: Runner, case: Case, lost: Any) -> dict[str, Any]:
         clock.now += clock.case
         tried.append(case)
-        head = {key: getattr(case, key) for key in ("op", "variant", "label", "sizes", "bytes", "flops")}
-        return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
+        return head(case) | {"skipped": "for the test"}
 
     monkeypatch.setattr(Runner, "case", skipped)
     for module in (cli, budget):
@@ -360,13 +376,12 @@ def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
     """The second case would go on for ever, in a contender's call."""
     calls = []
 
-    def case(self: Runner, case: Case) -> dict[str, Any]:
+    def case(self: Runner, case: Case, lost: Any) -> dict[str, Any]:
         calls.append(case.name)
         while len(calls) == 2:
             with contextlib.suppress(Exception):  # as a contender's error becomes its row
                 time.sleep(0.01)
-        head = {key: getattr(case, key) for key in ("op", "variant", "label", "sizes", "bytes", "flops")}
-        return {**head, "dtype": declaration.dtype_name(case.dtype), "skipped": "for the test"}
+        return head(case) | {"skipped": "for the test"}
 
     monkeypatch.setattr(Runner, "case", case)
     monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
@@ -376,36 +391,90 @@ def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
     assert (signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)) == ((0.0, 0.0), before)
     kept = json.loads((tmp_path / "run").read_text())
     assert [results.case_name(record) for record in kept["cases"]] == calls[:1]
-    assert "scale" not in kept
+    assert not kept["scale"]
     said = capsys.readouterr().out.splitlines()[-1]
     assert calls[0] not in said
     assert calls[1] in said
 
 
-def test_what_was_measured_is_written_whatever_ends_the_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, SystemExit])
+def test_what_was_measured_is_on_disk_whatever_ends_the_run(
+    ends: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    clock = Clock()
-    measured = document(doubling(clock), clock=clock)["cases"]
+    """An interrupted run also prints it, and what it has not tried; one that is killed has written the numbers."""
+    clock, tried = Clock(), []
+    (measured,) = document(doubling(clock), clock=clock)["cases"]
 
-    def case(self: Runner, case: Case) -> dict[str, Any]:
-        if not measured:
-            raise KeyboardInterrupt
-        return measured.pop()
+    def case(self: Runner, case: Case, lost: Any) -> dict[str, Any]:
+        tried.append(case.name)
+        if len(tried) > 1:
+            raise ends
+        return measured
 
     monkeypatch.setattr(Runner, "case", case)
     monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(["mse", "--quick", "--device", "cpu", "--json", str(tmp_path / "run")])
+    command = ["mse", "--quick", "--device", "cpu", "--json", str(tmp_path / "run")]
+    if ends is KeyboardInterrupt:
+        assert cli.main(command) == 130
+        said = capsys.readouterr().out
+        assert "doubling: forward" in said
+        last = said.splitlines()[-1]
+        assert re.match(r"not timed: \d+ of \d+, it was interrupted: ", last)
+        assert tried[0] not in last
+        assert tried[1] in last
+    else:
+        with pytest.raises(SystemExit):
+            cli.main(command)
     (kept,) = json.loads((tmp_path / "run").read_text())["cases"]
     assert kept["contenders"][OURS]["status"] == "ok"
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_the_header_says_the_precision_of_products(
+    precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
+    monkeypatch.setattr(Runner, "case", lambda self, case, lost: head(case) | {"skipped": "for the test"})
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        assert cli.main(["mse", "--shape=8", "--device=cpu", f"--precision={precision}"]) == 0
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert f"float32 products: {precision}" in capsys.readouterr().out
+
+
+def test_a_fault_of_the_benchmark_ends_its_case_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    planted = Runner.checked
+
+    def checked(self: Runner, case: Case) -> Any:
+        if case.variant == "forward":
+            raise TypeError("no such argument")
+        return planted(self, case)
+
+    monkeypatch.setattr(Runner, "checked", checked)
+    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
+    command = ["mse", "--shape=8", "--device=cpu", "--seconds=1e-6", f"--json={tmp_path / 'run'}"]
+    assert cli.main(command) == 1
+    rows = {
+        each["variant"]: results.outcome(each) for each in json.loads((tmp_path / "run").read_text())["cases"]
+    }
+    assert rows["forward"]["note"] == "TypeError: no such argument"
+    assert rows["forward + backward"]["status"] == "ok"
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_budget_spent_before_the_first_case_ends_quietly() -> None:
-    spent = budget.Budget(0.001, time.monotonic() - 1, lambda name: None)
+    spent = budget.Budget(0.001, time.monotonic() - 1)
+    assert not spent.admits()
+    ended = time.monotonic()
     with spent.enforced():
-        time.sleep(1)
-    assert spent.left_out(["a case"]) == ["a case"]
+        time.sleep(10)
+    assert time.monotonic() - ended < 5
 
 
 def test_the_device_asked_for_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

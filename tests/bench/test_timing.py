@@ -217,7 +217,7 @@ def test_study_follows_an_axis_until_memory_or_patience_ends() -> None:
     sweep = Sweep("n", (10, 200, 400, 1000, 2000, 5000, 10**4, 10**5), (1,))
     op = Op("doubling", ("n",), build, "", sweeps={"cpu": (sweep,)})
     runner = Runner(CPU, wall(clock), seconds=0.001, quick=True)
-    (found,) = scale.study(op, runner, torch.float32)
+    found = scale.study(op, sweep, runner, torch.float32)
     assert [point["value"] for point in found["points"]] == [10, 200, 400, 1000, 2000, 5000]
     assert "GiB" in found["stopped"]
     assert found["ours"]["exponent"] == pytest.approx(1, abs=0.05)
@@ -234,9 +234,9 @@ def test_a_sweep_that_is_wrong_at_once_is_said_and_fails_the_run(
     def build(shape: tuple[int, ...], dtype: torch.dtype) -> list[Case]:
         return [doubling(clock, n=shape[0], factor=2.0 if shape[0] < 10**right else 2.02)]
 
-    op = Op("doubling", ("n",), build, "", sweeps={"cpu": (Sweep("n", (1, 10, 100, 1000), (1,)),)})
+    sweep, op = Sweep("n", (1, 10, 100, 1000), (1,)), Op("doubling", ("n",), build, "")
     runner = Runner(CPU, wall(clock), seconds=0.001, quick=True)
-    found = document(doubling(clock), clock=clock, scale=[*scale.study(op, runner, torch.float32)])
+    found = document(doubling(clock), clock=clock, scale=[scale.study(op, sweep, runner, torch.float32)])
     assert not results.all_right(found)
     Screen().document(found)
     said = capsys.readouterr().out
