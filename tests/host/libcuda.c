@@ -6,7 +6,8 @@
 // synchronises: what is written too late, or overwritten too early, stays so.
 //
 // GRADKERNELS_CUDA_LOG names the file that receives one line for each event; GRADKERNELS_CUDA_DEVICES is the
-// number of devices, 2 by default. Over 500 lines, since a driver is one library with one state.
+// number of devices, 2 by default. A launch of the kernel that GRADKERNELS_CUDA_FAULT names spoils the context:
+// whatever follows is refused, as after an illegal access. Over 500 lines, since a driver is one library with one state.
 #define _GNU_SOURCE
 #include "cuda.h"
 #include <elf.h>
@@ -84,6 +85,7 @@ static const unsigned char *watched;
 static size_t watched_bytes;
 static _Thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 static _Thread_local char reason[512];
+static bool spoilt;
 
 // ---- the record
 
@@ -133,8 +135,14 @@ static CUresult refuse_in(CUgraph graph, const char *what) {
   return refuse(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "%s during a capture", what);
 }
 
-// Refuse a call that may interfere with a capture, unless the modes of the capture and the thread let it pass.
+static CUresult refuse_spoilt(void) {
+  return refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered");
+}
+
+// Refuse any call after a fault, and one that may interfere with a capture, unless the modes of the capture and the
+// thread let it pass.
 static CUresult unsafe(const char *what) {
+  if (spoilt) return refuse_spoilt();
   if (capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED) return CUDA_SUCCESS;
   for (CUstream stream = streams; stream; stream = stream->next) {
     CUgraph graph = stream->graph;
@@ -403,6 +411,7 @@ static void run_all(void) {
 }
 
 static CUresult push(CUstream handle, struct work work) {
+  if (spoilt) return refuse_spoilt();
   pthread_mutex_lock(&lock);
   CUstream stream = stream_of(handle);
   if (stream && stream->graph && stream->graph->invalid) {
@@ -754,5 +763,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   record("launch kernel=%s function=%zu device=%d stream=%zu graph=%zu grid=%u,%u,%u threads=%u shared=%u params=%s",
          function->name, (size_t)function, current->device, (size_t)config->hStream,
          (size_t)standin_graph_of(config->hStream), x, y, z, threads, config->sharedMemBytes, values);
-  return push(config->hStream, (struct work){LAUNCH});
+  CUresult pushed = push(config->hStream, (struct work){LAUNCH});
+  const char *faulty = getenv("GRADKERNELS_CUDA_FAULT");
+  if (faulty && !strcmp(faulty, function->name)) spoilt = true;
+  return pushed;
 }
