@@ -8,9 +8,15 @@ from .matmul import matmul_forward
 
 
 def linear_mse_forward(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None, reduction: str,
-    output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
     wide = acc_dtype(input, weight, target, bias, sample_weight)
     # Both products over all rows: in blocks of rows, each operator's threads would be waited for once a block.

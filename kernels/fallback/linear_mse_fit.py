@@ -10,9 +10,16 @@ from .threads import is_small, one_thread
 
 
 def linear_mse_fit_rounds(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
-    offsets: Tensor | None, batch_size: int, losses: Tensor, update: Update,
-) -> bool:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    offsets: Tensor | None,
+    batch_size: int,
+    losses: Tensor,
+    update: Update,
+) -> bool:
     """``len(losses)`` rounds of errors, losses, gradients and updates.
 
     The data are transposed once, so that the small products of a round run along contiguous rows of N numbers, and

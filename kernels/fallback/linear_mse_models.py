@@ -208,9 +208,16 @@ def _products(rows: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_mse_models_forward(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
-    bounds: Tensor | None, reduction: str, output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    bounds: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
     K, D = weight.shape[1:]

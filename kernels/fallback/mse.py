@@ -245,9 +245,14 @@ def _slopes(
 
 
 def mse_backward(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    batch_dims: int,
     output_mask: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
     if (
         weight is None
@@ -268,10 +273,18 @@ def mse_backward(
 
 
 def mse_hvp(
-    grad_output: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None, d_grad: Tensor | None,
-    d_input: Tensor | None, d_target: Tensor | None, d_weight: Tensor | None, reduction: str, batch_dims: int,
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    batch_dims: int,
     output_mask: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
     primals, tangents = (grad_output, input, target, weight), (d_grad, d_input, d_target, d_weight)
     d_loss, *gradients = hessian_vector_product(primals, tangents, reduction, batch_dims, output_mask)
@@ -336,9 +349,14 @@ def _sum_of(*products: tuple[Tensor | None, ...], like: Tensor) -> Tensor:
 
 
 def mse_forward_backward(
-    input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str,
-    output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """The loss / ``weight_sum`` and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
     if weight is weight_sum is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
         one = input.new_ones(())

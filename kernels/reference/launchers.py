@@ -73,9 +73,14 @@ def mse_forward(
 
 
 def mse_backward(
-    grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int,
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    batch_dims: int,
     output_mask: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     grad = _per_element(_array(grad_output), input.shape, reduction, batch_dims)
     x, y, w = _arrays(input, target, weight)
     grads = mse.backward(grad, x, y, w, "none")
@@ -84,10 +89,18 @@ def mse_backward(
 
 
 def mse_hvp(
-    grad_output: Tensor | None, input: Tensor, target: Tensor, weight: Tensor | None, d_grad: Tensor | None,
-    d_input: Tensor | None, d_target: Tensor | None, d_weight: Tensor | None, reduction: str, batch_dims: int,
+    grad_output: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    d_grad: Tensor | None,
+    d_input: Tensor | None,
+    d_target: Tensor | None,
+    d_weight: Tensor | None,
+    reduction: str,
+    batch_dims: int,
     output_mask: list[bool],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The gradient's derivative along the direction by the five-point stencil, exact for its cubic polynomial."""
     shape = tuple(input.shape)
     shapes = shape, shape, shape, shape if weight is None else tuple(weight.shape)
@@ -123,9 +136,14 @@ def mse_hvp(
 
 
 def mse_forward_backward(
-    input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str,
-    output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_sum: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     share = torch.ones((), dtype=torch.float64, device="cpu")
     share = share if weight_sum is None else share / weight_sum.cpu()
     loss = mse_forward(input.cpu(), target, weight, reduction, 0, torch.float64) * share
@@ -134,9 +152,15 @@ def mse_forward_backward(
 
 
 def linear_mse_forward(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None, reduction: str,
-    output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     """As a batch of one model."""
     x, w, y = (tensor.unsqueeze(0) for tensor in (input, weight, target))
     b, s = (None if tensor is None else tensor.unsqueeze(0) for tensor in (bias, sample_weight))
@@ -154,9 +178,16 @@ def linear_mse_backward(
 
 
 def linear_mse_fit_rounds(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
-    offsets: Tensor | None, batch_size: int, losses: Tensor, update: Update,
-) -> bool:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    offsets: Tensor | None,
+    batch_size: int,
+    losses: Tensor,
+    update: Update,
+) -> bool:
     x, y, s = _arrays(input, target, sample_weight)
     if s is not None:
         s = np.broadcast_to(s, (*s.shape[:2], y.shape[2]))
@@ -181,9 +212,16 @@ def linear_mse_fit_rounds(
 
 
 def linear_mse_models_forward(
-    input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
-    bounds: Tensor | None, reduction: str, output_mask: list[bool], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    sample_weight: Tensor | None,
+    bounds: Tensor | None,
+    reduction: str,
+    output_mask: list[bool],
+    dtype: torch.dtype,
+) -> list[Tensor]:
     x, w, y, b, s = _arrays(input, weight, target, bias, sample_weight)
     B, K, D = w.shape
     acc = acc_dtype(input, weight, target, bias, sample_weight)
