@@ -121,7 +121,7 @@ MUTANTS = (
     Mutant(
         "R = scaled(error, share, bounds, wide, R)",
         "R = scaled(error, share, bounds, wide)",
-        "derivatives",
+        "models",
     ),
     Mutant(
         "grad_input = rows_back(beside_slopes(error), d_grad_weight, like_input, bounds, grad_input)",
