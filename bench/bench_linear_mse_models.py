@@ -170,10 +170,13 @@ def _implementations(layout: str, b: int, dtype: torch.dtype) -> Iterator[Implem
     yield compiled("compile", _bmm, _of_rows)
     too_many = "" if b <= LOOPED else f"not timed over more than {LOOPED} models"
     yield Implementation("loop", function("", _loop).prepare, absent=too_many)
+    absent = "" if dtype.itemsize > 2 else "not for 16 bits"
+    if layout == "ragged" and torch.cuda.is_available():
+        absent = absent or "not timed on ragged rows: a GPU has no gelsy"
     yield Implementation(
         "lstsq",
         function("", partial(_of_rows, _lstsq)).prepare,
-        absent="" if dtype.itemsize > 2 else "not for 16 bits",
+        absent=absent,
         unit="steps",
         reference=_solutions,
     )

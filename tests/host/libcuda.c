@@ -291,6 +291,19 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   return CUDA_SUCCESS;
 }
 
+// The image is kept for as long as the process: the module refers to it.
+CUresult cuModuleLoad(CUmodule *module, const char *path) {
+  FILE *file = fopen(path, "rb");
+  if (!file) return refuse(CUDA_ERROR_FILE_NOT_FOUND, "no module %s", path);
+  fseek(file, 0, SEEK_END);
+  long bytes = ftell(file);
+  rewind(file);
+  void *image = calloc(1, bytes + SELFMAG);
+  size_t read = fread(image, 1, bytes, file);
+  fclose(file);
+  return read == (size_t)bytes ? cuModuleLoadData(module, image) : CUDA_ERROR_INVALID_IMAGE;
+}
+
 CUresult cuModuleUnload(CUmodule module) {
   pthread_mutex_lock(&lock);
   for (CUfunction *link = &functions; *link;)
@@ -767,4 +780,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   const char *faulty = getenv("GRADKERNELS_CUDA_FAULT");
   if (faulty && !strcmp(faulty, function->name)) spoilt = true;
   return pushed;
+}
+
+// By which Inductor launches.
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
+                        unsigned threads_z, unsigned shared, CUstream stream, void **params, void **extra) {
+  CUlaunchConfig config = {x, y, z, threads_x, threads_y, threads_z, shared, stream};
+  return cuLaunchKernelEx(&config, function, params, extra);
 }
