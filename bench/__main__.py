@@ -252,8 +252,12 @@ def measure(
         results.write_csv(document, path)
     for path in (*jsons, *csvs):
         screen.line(f"written: {path}")
-    for folder in plots:  # last, so that a missing matplotlib loses nothing
-        draw(document, folder, screen)
+    for folder in plots:  # last, so that a fault in it loses nothing
+        try:
+            draw(document, folder, screen)
+        except Exception:
+            traceback.print_exc()
+            status = status or 1
     if left := [name for name in planned if name not in session.found]:
         screen.line(f"not timed: {len(left)} of {len(planned)}, {why}: " + "; ".join(left))
     return status or int(not results.all_right(document))
