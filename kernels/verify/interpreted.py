@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks: libdevice, arithmetic of bfloat16, and float arguments that are float32."""
+"""What Triton's interpreter lacks: libdevice, bfloat16's arithmetic, float32 arguments, scalars of comparisons."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -105,13 +105,21 @@ def _narrowed(tile: Any) -> Any:
 
 
 def arithmetic(original: Callable[..., Any], operands: int) -> Callable[..., Any]:
-    """Return an operation of the interpreter's builder that takes the values of bfloat16, not their bits."""
+    """Return an operation of the interpreter's builder that takes the values of bfloat16, not their bits.
+
+    What compares gives int1; the interpreter calls it what was compared, and a scalar becomes a block of that.
+    """
+    import triton.language as tl
 
     def operate(builder: Any, *args: Any) -> Any:
         wide = [_widened(arg) for arg in args[:operands]]
         if all(one is other for one, other in zip(wide, args, strict=False)):
-            return original(builder, *args)
-        return _narrowed(original(builder, *wide, *args[operands:]))
+            result = original(builder, *args)
+        else:
+            result = _narrowed(original(builder, *wide, *args[operands:]))
+        if result.data.dtype == np.bool_:
+            result.dtype = tl.int1
+        return result
 
     return operate
 

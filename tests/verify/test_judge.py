@@ -973,7 +973,7 @@ def gaps_kernel(x_ptr, y_ptr, out_ptr, scale, N: tl.constexpr):
     x, y = tl.load(x_ptr + square), tl.load(y_ptr + square)
     tl.store(out_ptr, tl.sum(tl.sum(x * x - y, axis=1), axis=0).to(tl.float32))
     tl.store(out_ptr + 1, tl.sum(tl.sum(tl.dot(x, y), axis=1), axis=0))
-    tl.store(out_ptr + 2, libdevice.tanh(scale.to(tl.float32)))
+    tl.store(out_ptr + 2 + offs, libdevice.tanh(scale.to(tl.float32)), mask=(offs < 1) & (scale > 0))
     largest, place = tl.max(x, axis=1, return_indices=True)
     tl.store(out_ptr + 3 + offs, largest)
     tl.store(out_ptr + 3 + N + offs, place)
@@ -988,7 +988,7 @@ def copying_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_what_the_interpreter_lacks_is_there() -> None:
-    """Arithmetic of bfloat16 on values, not on bits; libdevice; a float argument that is a float32."""
+    """bfloat16's arithmetic on values, not on bits; libdevice; a float32 argument; a scalar condition in a mask."""
     x, y = (torch.randn(16, 16).bfloat16() for _ in range(2))
     out = torch.empty(3 + 3 * 16 + 256)
     with cuda_on_cpu():
