@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -84,11 +84,20 @@ class Outcome:
         return [*self.outputs, *(g for g in self.gradients.values() if g is not None)]
 
 
-def leaves_of(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
-    """Return the values with the same memory and strides, those at ``wanted`` as leaves that require a gradient."""
-    return [
-        v.detach().requires_grad_(i in wanted) if isinstance(v, Tensor) else v for i, v in enumerate(values)
-    ]
+def leaves_of(
+    values: Sequence[Any], wanted: Sequence[int], copied: torch.memory_format | None = None
+) -> list[Any]:
+    """Return the values, those at ``wanted`` as leaves that require a gradient.
+
+    They have the same memory and strides, or with ``copied`` memory of their own in this format.
+    """
+    leaves = []
+    for i, leaf in enumerate(values):
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach() if copied is None else leaf.detach().clone(memory_format=copied)
+            leaf.requires_grad_(i in wanted)
+        leaves.append(leaf)
+    return leaves
 
 
 def _upstream(output: Tensor, place: int, narrow: Tensor) -> Tensor:
@@ -373,7 +382,7 @@ class Reference:
         self, values: Sequence[Any], wanted: Sequence[int], dense: bool = True
     ) -> tuple[Outcome, Outcome]:
         """Return the results in the dtypes of the inputs and in float64, with the same random numbers."""
-        leaves = _dense if dense else leaves_of
+        leaves = partial(leaves_of, copied=torch.contiguous_format if dense else None)
         seed_all(self.seed)
         native = call(self.subject, leaves(values, wanted), wanted)
         following = _next_numbers()
@@ -397,14 +406,6 @@ def _next_numbers() -> tuple[float, ...]:
     """Draw a number from each of the generators that can be seeded."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     return (*(float(torch.rand((), device=d)) for d in devices), float(np.random.rand()), random.random())
-
-
-def _dense(values: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
-    copied = [
-        v.detach().clone(memory_format=torch.contiguous_format) if isinstance(v, Tensor) else v
-        for v in values
-    ]
-    return leaves_of(copied, wanted)
 
 
 def _error(native: Tensor | None, exact: Tensor | None) -> float:

@@ -236,7 +236,7 @@ def _grafted(
     subject: Subject, reference: Reference, values: Sequence[Any], wanted: Sequence[int]
 ) -> Callable[..., Any]:
     """Return the reference with the backward of the subject, and without outputs that it gives no gradient to."""
-    leaves = leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in values], wanted)
+    leaves = leaves_of(values, wanted, torch.preserve_format)
     with torch.enable_grad():
         attached = [o.requires_grad for o in leaves_in(reference.subject(*leaves)) if is_real(o)]
 
@@ -255,9 +255,7 @@ def _grafted(
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor) -> Any:
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            leaves = leaves_of(
-                [t.detach().clone() if isinstance(t, Tensor) else t for t in ctx.values], wanted
-            )
+            leaves = leaves_of(ctx.values, wanted, torch.preserve_format)
             with torch.enable_grad():
                 result = subject(*leaves)
             outputs = outputs_of(result)
@@ -304,15 +302,14 @@ def _reuse(
     wanted: Sequence[int],
     right: Callable[[Outcome, Sequence[Any]], bool],
 ) -> Iterator[Finding]:
-    leaves = leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in values], wanted)
+    leaves = leaves_of(values, wanted, torch.preserve_format)
     first, failed = watched(subject, leaves, wanted)
     if failed is not None:
         return
     for leaf, other in zip(leaves, others, strict=True):
         if isinstance(leaf, Tensor):
-            leaf.data.copy_(
-                other
-            )  # does not count as a change to autograd, nor to a cache that looks at versions
+            # Not a change to autograd, nor to a cache that looks at versions.
+            leaf.data.copy_(other)
     second, failed = watched(subject, leaves, wanted)
     if failed is not None:
         return
@@ -321,11 +318,7 @@ def _reuse(
         if not any(live.untyped_storage().data_ptr() in inputs for live in first.live):
             yield Finding(v.REUSED, "the second call writes into what the first one returned")
             return
-    fresh, failed = watched(
-        subject,
-        leaves_of([t.detach().clone() if isinstance(t, Tensor) else t for t in others], wanted),
-        wanted,
-    )
+    fresh, failed = watched(subject, leaves_of(others, wanted, torch.preserve_format), wanted)
     for kind, old, new, true in (
         ("result", first.outputs, second.outputs, fresh.outputs),
         ("gradient", [*first.gradients.values()], [*second.gradients.values()], [*fresh.gradients.values()]),

@@ -288,8 +288,8 @@ class _Checker(Observer):
             distinct = np.unique(addresses)
             if kind == "store" and distinct.size < addresses.size:
                 self.doubled.append((region, addresses, lanes))
-        if itemsize > 1 and (odd := addresses % np.uint64(itemsize) != 0).any():
-            self._misaligned(kind, region, addresses[odd], itemsize)
+        if itemsize > 1 and (odd := addresses & np.uint64(itemsize - 1)).any():
+            self._misaligned(kind, region, addresses[odd > 0], itemsize)
         moved = int(distinct.size) * itemsize
         reads, stores = kind in ("load", "atomic load"), kind in ("store", "atomic store")
         if reads:
