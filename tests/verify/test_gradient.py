@@ -807,11 +807,35 @@ def test_large_outputs_that_stay_as_they_are_hide_nothing(value, dtype):
         assert bool(report) == (factor == 1), report
 
 
-def test_small_inputs_hide_nothing():
-    """Their roundings are small too."""
+def chain(x):
+    for _ in range(60):
+        x = 1.01 * x
+    return 1e12 * x * x
+
+
+@pytest.mark.parametrize(
+    ("fn", "scale", "wrong"),
+    [
+        (lambda x: 1e12 * x * x, 1e-6, 1.1),
+        (chain, 1e-6, 1.1),
+        (lambda x: x * torch.rsqrt(x.square().mean()), 1e-3, 1.002),
+    ],
+    ids=["square", "chain", "norm"],
+)
+def test_small_inputs_hide_nothing(fn, scale, wrong):
+    """Their roundings are small too, those of sixty products as well, and where a function is flat along them."""
+    for factor in (1, wrong):
+        off = bent(fn, lambda x, g, c=factor: c * torch.func.grad(lambda x: (fn(x) * g).sum())(x))
+        assert bool(gradcheck(off, scale * four().float())) == (factor == 1)
+
+
+def test_small_inputs_beside_an_output_that_rounds_larger_numbers():
     x = 1e-6 * four().float()
-    assert gradcheck(lambda x: 1e12 * x * x, x)
-    assert not gradcheck(bent(lambda x: 1e12 * x * x, lambda x, g: 2.2e12 * x * g), x)
+    for factor in (1, 1.1):
+        fn = bent(
+            lambda x: (1e12 * x * x, 1e6 * (x + 1)), lambda x, g, h, c=factor: 2e12 * c * x * g + 1e6 * h
+        )
+        assert bool(gradcheck(fn, x)) == (factor == 1)
 
 
 @pytest.mark.parametrize(
@@ -826,7 +850,7 @@ def test_small_inputs_hide_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_small_inputs_of_larger_numbers(fn, dtype):
     """Whose roundings are not as small as the inputs'."""
-    for scale in (1e-6, 1e-3):
+    for scale in (1e-6, 1e-3, 0.02):
         assert gradcheck(fn, (scale * four()).to(dtype)), scale
 
 
@@ -835,6 +859,10 @@ def test_small_inputs_of_a_function_that_narrows_them(dtype):
     """A step away they are no longer small."""
     for scale in (1e-6, 1e-3):
         assert gradcheck(lambda x: x.to(dtype).square().double(), scale * four()), scale
+    for factor in (1, 1.4):
+        off = bent(lambda x: 1 * x, lambda x, g, c=factor: c * g)
+        report = gradcheck(lambda x, off=off: off(x).to(dtype).square().double(), four())
+        assert bool(report) == (factor == 1)
 
 
 def test_kinks_at_some_elements():

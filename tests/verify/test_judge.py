@@ -609,6 +609,10 @@ def test_numbers_among_the_results_are_judged_too() -> None:
     for factor, count, faults in ((1, 9, 0), (1.01, 9, 1), (1, 8, 1)):
         ours = call(lambda x, f=factor, c=count: (x * x, f * (x * x).sum().item(), c), [x], [])
         assert len(list(trials.value([ours], [truth]))) == faults
+    truth = Reference(Subject(lambda x: x.sum().item()))([x.double()], [])
+    for factor, faults in ((1, 0), (1 + 1e-9, 1)):
+        ours = call(lambda x, f=factor: f * x.sum().item(), [x.double()], [])
+        assert len(list(trials.value([ours], [truth]))) == faults
 
 
 def test_upstream_gradients_are_not_the_inputs() -> None:
@@ -714,6 +718,11 @@ def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
             v.WRONG_GRADIENT,
         ),
         (lambda x, y: x.amax(-1) + y.sum(-1), lambda x, y, g: (last(x, g), g[..., None] + 0 * y), v.VERIFIED),
+        (
+            lambda x, y: x.max(-1).values + y.sum(-1),
+            lambda x, y, g: (last(x, g), g[..., None] + 0 * y),
+            v.VERIFIED,
+        ),
         (torch.maximum, lambda x, y, g: (g * (x >= y), g * (x < y)), v.VERIFIED),
         (
             lambda x, y: (x * y).relu(),
@@ -731,6 +740,7 @@ def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         "at zeros without a kink",
         "beside zeros",
         "largest",
+        "first of the largest",
         "both",
         "product",
         "absolute",
@@ -780,6 +790,24 @@ def masked(x: torch.Tensor) -> torch.Tensor:
             v.VERIFIED,
         ),
         (
+            lambda x: Bent.apply(torch.relu, lambda x, g: (g * (x >= 0),), x) * masked(x.contiguous()),
+            lambda x: x.relu() * masked(x),
+            v.VERIFIED,
+        ),
+        (
+            lambda x: (
+                Bent.apply(torch.sin, lambda x, g: (x.cos() * g * (1 if x.is_contiguous() else 1.5),), x)
+                * masked(x.contiguous())
+            ),
+            lambda x: x.sin() * masked(x),
+            v.WRONG_GRADIENT,
+        ),
+        (
+            lambda x: (x.sin() if x.is_contiguous() else x.detach().sin()) * masked(x.contiguous()),
+            lambda x: x.sin() * masked(x),
+            v.WRONG_GRADIENT,
+        ),
+        (
             lambda x: Bent.apply(
                 lambda x: x * x, lambda x, g: ((2 if x.dtype == torch.float64 else 3) * x * g,), x
             ),
@@ -795,6 +823,9 @@ def masked(x: torch.Tensor) -> torch.Tensor:
         "random and right",
         "random by strides",
         "dense only",
+        "random and a kink",
+        "random and gradients by strides",
+        "random and none by strides",
         "one dtype",
     ],
 )

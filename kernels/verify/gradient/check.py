@@ -328,7 +328,9 @@ class _Check:
         rounding = 4 * torch.finfo(self.dtype).eps * self.level / (self.best_step * far)
         rounding += 16 * eps * narrow.smallest_normal  # subnormal numbers are this far apart
         ends = self.step * far * epsilon(self.dtype) / eps  # of a difference, which are rounded too
-        sizes = far if self.within else np.maximum(sizes, ends)
+        if self.within > 1:
+            sizes = np.maximum(sizes, np.fmin(far, 4 * self.within * float(sizes.max())))  # nan: 0 times inf
+        sizes = np.maximum(sizes, ends)
         rounding += (
             4 * eps * self._curvature(index, elements, bends, sizes, 0.1 * relative * scale / (4 * eps))
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -324,10 +325,11 @@ def moving(function: Function, values: Sequence[Any]) -> Tensor:
     return result if result.any() else ~result
 
 
-def rounds_within(function: Function, native: Sequence[Any], values: Sequence[Any], weight: Tensor) -> bool:
-    """Return whether the function rounds larger numbers than its inputs, as ``(x + 1).var()`` does of small ones.
+def rounds_within(function: Function, native: Sequence[Any], values: Sequence[Any], weight: Tensor) -> float:
+    """Return how many times as large as its inputs the numbers are that a function rounds; 1 if they are no larger.
 
-    Its outputs in the inputs' dtypes then lose more than roundings of the checked inputs cost them.
+    By ``(x + 1).var()`` of small ones they are: in the inputs' dtypes the outputs lose so many times what roundings of
+    the checked inputs cost them.
 
     Args:
         function: the function.
@@ -341,8 +343,9 @@ def rounds_within(function: Function, native: Sequence[Any], values: Sequence[An
         moved[i] = values[i] * (1 + epsilon(native[i].dtype) * _signed(values[i], draw))
     with contextlib.suppress(Exception):  # it may not run there
         own, lost = (float((weight * (function.flat(other) - here)).norm()) for other in (moved, native))
-        return lost > 4 * own
-    return False
+        ratio = lost / own if own else math.inf if lost else 1.0
+        return ratio if ratio > 4 else 1.0
+    return 1.0
 
 
 def drawing(seed: int) -> Callable[..., Tensor]:

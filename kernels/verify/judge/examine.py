@@ -244,7 +244,7 @@ class _Examination:
                 yield from self._fully(point, first, truth, wanted, once)
                 self.dense = first
             if truth is None:
-                if point.kind in ("layout", "upstream") and self.dense is not None:
+                if point.kind == "layout" and self.dense is not None:
                     yield from trials.agreement(first, self.dense, "for the same numbers in dense memory")
                 return
             if self.stochastic and point.kind == "layout":
