@@ -19,6 +19,7 @@ from .linear_mse_rows import (
     folded,
     folded_bounds,
     lengths,
+    mapped,
     of_models,
     row_sums,
     rows_back,
@@ -48,7 +49,7 @@ def slopes(
 
     ``like``: any tensor of the device. ``target``: its shape.
     """
-    two = like.new_full((), 2.0, dtype=dtype)
+    two = torch.full((), 2.0, dtype=dtype, device=like.device)
     if reduction == "sum":
         return two
     rows, outputs = target[-2:]
@@ -442,12 +443,12 @@ def _backward_fake(
 def _models_vmap(operator: Operator, size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
     """A batch of batches of models is one of more models."""
     *tensors, bounds, reduction, output_mask, dtype = args
+    rows = models = mapped(size, tensors[1], in_dims[1]).shape[1]
     if bounds is not None:
-        rows = tensors[0].shape[-2] if in_dims[0] is None else tensors[0].movedim(in_dims[0], 0).shape[1]
+        rows = mapped(size, tensors[0], in_dims[0]).shape[1]
         operands = [folded(size, tensor, dim) for tensor, dim in zip(tensors, in_dims[:5], strict=True)]
         bounds = folded_bounds(size, bounds, in_dims[5], rows)
     else:
-        models = tensors[1].movedim(in_dims[1], 0).shape[1] if in_dims[1] is not None else len(tensors[1])
         operands = []
         for tensor, dim, own in zip(tensors, in_dims[:5], (3, 3, 3, 2, 3), strict=True):
             if tensor is not None:
@@ -460,7 +461,8 @@ def _models_vmap(operator: Operator, size: int, in_dims: Sequence[int | None], *
                 tensor = folded(size, tensor, dim)
             operands.append(tensor)
     outputs = operator(*operands, bounds, reduction, output_mask, dtype)
-    return [output.unflatten(0, (size, output.shape[0] // size)) for output in outputs]
+    each = [models, *(n for n, wanted in zip((rows, models, models), output_mask, strict=True) if wanted)]
+    return [output.unflatten(0, (size, n)) for output, n in zip(outputs, each, strict=True)]
 
 
 def _vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:

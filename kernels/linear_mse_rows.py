@@ -97,9 +97,10 @@ def scaled(
     """Each row times its model's ``scale`` (B,), and the addend."""
     if bounds is None:
         column = None if addend is None else addend.unsqueeze(-1)
-        return product(rows.unsqueeze(-1), scale.reshape(-1, 1, 1, 1), column, dtype=dtype).squeeze(-1)
+        return product(rows.unsqueeze(-1), scale[:, None, None, None], column, dtype=dtype).squeeze(-1)
     edges = bounds.to(torch.int64) * rows.shape[1]
-    values = _product(rows.reshape(-1, 1), scale.reshape(-1, 1, 1), edges, dtype).reshape(rows.shape)
+    flat = rows.reshape(rows.numel(), 1)  # -1 would be any size where vmap has none
+    values = _product(flat, scale[:, None, None], edges, dtype).reshape(rows.shape)
     return values if addend is None else values + addend
 
 
@@ -186,14 +187,14 @@ def _outer_fake(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype)
     return left.new_empty((bounds.shape[0], left.shape[1], right.shape[1]), dtype=dtype)
 
 
-def _mapped(size: int, tensor: Tensor, dim: int | None) -> Tensor:
+def mapped(size: int, tensor: Tensor, dim: int | None) -> Tensor:
     """The mapped dimension first; a tensor without one is expanded, which copies nothing."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def folded(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
     """``(size, B, ...)`` as ``(size * B, ...)``."""
-    return None if tensor is None else _mapped(size, tensor, dim).flatten(0, 1)
+    return None if tensor is None else mapped(size, tensor, dim).flatten(0, 1)
 
 
 def folded_bounds(size: int, bounds: Tensor, dim: int | None, rows: int) -> Tensor:
@@ -201,7 +202,7 @@ def folded_bounds(size: int, bounds: Tensor, dim: int | None, rows: int) -> Tens
 
     What is out of range must not become the rows of another: on the CPU, where that is an error, it stays out.
     """
-    bounds = _mapped(size, bounds, dim).to(torch.int64)
+    bounds = mapped(size, bounds, dim).to(torch.int64)
     firsts = torch.arange(size, device=bounds.device)[:, None, None] * rows
     inside = bounds.clamp(0, rows)
     moved = inside + firsts
@@ -210,10 +211,11 @@ def folded_bounds(size: int, bounds: Tensor, dim: int | None, rows: int) -> Tens
 
 def _rows_vmap(operator: Operator, size: int, in_dims: Sequence[int | None], *args: Any) -> Tensor:
     left, right, bounds, dtype = args
-    rows = left.shape[-2] if in_dims[0] is None else left.movedim(in_dims[0], 0).shape[1]
+    rows = mapped(size, left, in_dims[0]).shape[1]
     operands = (folded(size, tensor, dim) for tensor, dim in zip((left, right), in_dims[:2], strict=True))
     output = operator(*operands, folded_bounds(size, bounds, in_dims[2], rows), dtype)
-    return output.unflatten(0, (size, output.shape[0] // size))
+    each = rows if operator is _product else mapped(size, bounds, in_dims[2]).shape[1]
+    return output.unflatten(0, (size, each))
 
 
 # ``(R, K)``: ``rows`` (R, D) times each row's own of ``models`` (B, K, D), transposed; 0 in rows of no model.

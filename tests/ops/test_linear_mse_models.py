@@ -20,7 +20,7 @@ from gradkernels.ops import torch_linear_mse_loss
 from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
 from ..cases import REDUCTIONS, label, on_both_backends, value_and_gradients
 from ..conftest import DEVICES
@@ -707,6 +707,25 @@ def test_slopes_below_float16_reach_tangents_of_gradients() -> None:
         return jvp(lambda w: grad(linear_mse_loss)(x, w, y), (w,), (z,))[1:]
 
     assert_right_in_float16(tangents, *drawn)
+
+
+@pytest.mark.parametrize("layout", ["one", "shared", "ragged"])
+def test_derivatives_of_no_elements(layout: str) -> None:
+    """vmap has no sizes there, over which torch.func takes derivatives of derivatives."""
+    weight = torch.randn((K, D) if layout == "one" else (B, K, D))
+    cut = torch.zeros(B + 1, dtype=torch.int64) if layout == "ragged" else None
+    samples = torch.ones(0, K)
+
+    def loss(x: Tensor, reduction: str, samples: Tensor | None) -> Tensor:
+        target = x.new_zeros(0, K)
+        return linear_mse_loss(
+            x, weight, target, sample_weight=samples, offsets=cut, reduction=reduction
+        ).sum()
+
+    for outer, inner in ((jacfwd, jacfwd), (jacfwd, jacrev), (jacrev, jacrev)):  # torch refuses the fourth
+        for reduction, weights in product(REDUCTIONS, (None, samples)):
+            found = outer(inner(loss))(torch.zeros(0, D), reduction, weights)
+            assert found.shape == (0, D, 0, D)
 
 
 def test_second_derivatives_of_a_row_of_no_model_are_zero() -> None:
