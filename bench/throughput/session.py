@@ -90,9 +90,12 @@ def supervise(argv: Sequence[str], begin: float, budget: float | None) -> int:
 
     def hangs() -> bool:
         """Wait until the child ends, or end it; return whether its part took too long."""
+        written, since = 0, time.monotonic()
         while child.poll() is None:
             time.sleep(0.05)
-            hung = time.time() - now.stat().st_mtime > longest
+            if (at := now.stat().st_mtime_ns) != written:
+                written, since = at, time.monotonic()  # a clock that is set must end nothing
+            hung = time.monotonic() - since > longest
             if hung or time.monotonic() > until:
                 child.kill()
                 child.wait()
@@ -126,6 +129,8 @@ def supervise(argv: Sequence[str], begin: float, budget: float | None) -> int:
             if interrupted or not part or not session.head:
                 return 1  # what there is was written, or the machine's limits cannot be had
             if hung or time.monotonic() < until:
-                session.lost.setdefault(part, {})[implementation] = reason
+                lost = session.lost.setdefault(part, {})
+                # One that was not called cannot be what failed: the inputs may be, which all of the part have.
+                lost["" if implementation in lost else implementation] = reason
                 session.save()
             until = max(until, time.monotonic() + GRACE)

@@ -20,11 +20,12 @@ from bench.throughput import machine, session, timing
 from bench.throughput.case import OURS, Case, Op, Results, function
 
 FOLDER, *ARGUMENTS = sys.argv[1:]
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
 SPOILT: list[str] = []
 
 
 def spoil() -> None:
-    SPOILT.append("CUDA error: an illegal memory access was encountered")
+    SPOILT.append(ILLEGAL)
     synchronize()
 
 
@@ -39,6 +40,7 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "rival is killed": ("rival", lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "rival hangs": ("rival", lambda: time.sleep(600)),
     "eager spoils": ("eager", spoil),
+    "inputs spoil": ("inputs", lambda: SPOILT.append(ILLEGAL)),  # which the first implementation learns
     "no fault": ("", str),
 }
 
@@ -54,6 +56,11 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
             happens()
         return [2 * values]
 
+    def make(_: torch.device, generator: torch.Generator) -> tuple[torch.Tensor]:
+        if where == "inputs":
+            happens()
+        return (torch.randn(8, generator=generator),)
+
     def job(name: str) -> Any:
         return function(name, lambda values: run(name, values))
 
@@ -65,7 +72,7 @@ def build(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Case]:
         dtype,
         8,
         1,
-        lambda device, generator: (torch.randn(8, generator=generator),),
+        make,
         tuple(map(job, (OURS, "eager", "rival"))),
         lambda values: [2 * values],
     )

@@ -31,10 +31,12 @@ def test_each_part_is_measured_whatever_others_do_to_their_process(tmp_path: Pat
         "rival is killed": right | {"rival": "failed"},
         "rival hangs": right | {"rival": "failed"},
         "eager spoils": {},
+        "inputs spoil": {OURS: "failed"},
         "no fault": right,
     }
     notes = {name: results.outcome(cases[name], who)["note"] for name, who in (
-        ("ours crashes", OURS), ("rival is killed", "rival"), ("rival hangs", "rival"), ("eager spoils", OURS)
+        ("ours crashes", OURS), ("rival is killed", "rival"), ("rival hangs", "rival"), ("eager spoils", OURS),
+        ("inputs spoil", OURS),
     )}  # fmt: skip
     assert notes == {
         "ours crashes": "RuntimeError: its process ended with status -11",
@@ -42,6 +44,7 @@ def test_each_part_is_measured_whatever_others_do_to_their_process(tmp_path: Pat
         "rival hangs": "RuntimeError: hung for 15 s",
         "eager spoils": "plain torch has no result: RuntimeError: "
         "CUDA error: an illegal memory access was encountered",
+        "inputs spoil": "CUDA error: an illegal memory access was encountered",
     }
     calls = Counter((tmp_path / "calls").read_text().splitlines())
     assert calls["ours crashes: gradkernels"] == calls["eager spoils: eager"] == 1  # none is tried again
@@ -64,5 +67,5 @@ def test_a_run_that_is_ended_prints_what_it_has(tmp_path: Path) -> None:
     shown, errors = run.communicate()
     assert run.returncode == 130, "".join(said) + errors
     last = shown.splitlines()[-1]
-    assert re.match(r"not timed: 3 of 6, it was interrupted: planted rival hangs", last)
+    assert re.match(r"not timed: 4 of 7, it was interrupted: planted rival hangs", last)
     assert len(json.loads((tmp_path / "bench.json").read_text())["cases"]) == 3
