@@ -24,7 +24,7 @@ class Tiles(NamedTuple):
     Attributes:
         model: of each tile.
         row: of each place in a tile ``(tiles, T)``; 0 where there is none.
-        unused: the places where there is none ``(tiles, T)``.
+        unused: the places where there is none: a mask (tiles * T,); on a CPU their numbers.
         start, end: of each model's rows ``(B,)``.
         offsets: ``(B + 1,)``: model b has the tiles offsets[b], ..., offsets[b + 1] - 1.
     """
@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
     def cleared(self, values: Tensor) -> Tensor:
         """``(tiles, T, K)`` itself, with 0 in unused places."""
-        _clear(values.flatten(0, 1), self.unused.flatten())
+        _clear(values.flatten(0, 1), self.unused)
         return values
 
     def join(self, values: Tensor, rows: int) -> Tensor:
@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
         place = self.offsets[owner] * self.row.shape[1] + each - self.start[owner]
         place.clamp_(0, self.row.numel() - 1)
         values = values.flatten(0, 1).index_select(0, place)
-        return _clear(values, (last < 0) | (each >= self.end[owner]))
+        return _clear(values, _places((last < 0) | (each >= self.end[owner])))
 
     def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
         """``(tiles, T, K)``: rows ``(tiles, T, D)`` times their models (B, K, D)."""
@@ -137,11 +137,16 @@ class Rows(NamedTuple):
         return _segments(values.squeeze(1).double(), self.edges).to(values.dtype)
 
 
-def _clear(values: Tensor, rows: Tensor) -> Tensor:
-    """``values`` (n, K) itself, with 0 where the mask ``rows`` (n,) holds."""
-    if values.is_cpu:  # a third of the time of a mask that is broadcast
-        return values.index_fill_(0, rows.nonzero().squeeze(1), 0)
-    return values.masked_fill_(rows.unsqueeze(1), 0)
+def _places(mask: Tensor) -> Tensor:
+    """Where a mask holds, as ``_clear`` takes it; elsewhere than on a CPU their number would be waited for."""
+    return mask.nonzero().squeeze(1) if mask.is_cpu else mask
+
+
+def _clear(values: Tensor, places: Tensor) -> Tensor:
+    """``values`` (n, K) itself, with 0 in some rows."""
+    if places.dtype == torch.bool:
+        return values.masked_fill_(places.unsqueeze(1), 0)
+    return values.index_fill_(0, places, 0)  # a third of the time of a mask that is broadcast
 
 
 def _segments(values: Tensor, offsets: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def layout_of(bounds: Tensor, rows: int, K: int, D: int, *dtypes: torch.dtype) -
     model, first, offsets = _pieces(start, length, T, rows)
     row = first[:, None] + torch.arange(T, device=bounds.device)
     unused = row >= end[model][:, None]
-    return Tiles(model, row.masked_fill_(unused, 0), unused, start, end, offsets)
+    return Tiles(model, row.masked_fill_(unused, 0), _places(unused.flatten()), start, end, offsets)
 
 
 def _pieces(start: Tensor, length: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
