@@ -111,14 +111,6 @@ def of_models(rows: Tensor, bounds: Tensor | None) -> Tensor:
     return scaled(rows, rows.new_ones(()).expand(len(bounds)), bounds, rows.dtype)
 
 
-def _save_factors(ctx: Any, left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> None:
-    """Save each factor for the other one's gradient alone, as MatmulFunction does."""
-    needs_left, needs_right = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(left if needs_right else None, right if needs_left else None, bounds)
-    ctx.save_for_forward(left, right, bounds)
-    ctx.dtype, ctx.dtypes = dtype, (left.dtype, right.dtype)
-
-
 def _tangent(operator: Operator, ctx: Any, d_left: Tensor | None, d_right: Tensor | None) -> Tensor | None:
     left, right, bounds = ctx.saved_tensors
     parts = [] if d_left is None else [operator(d_left, right, bounds, ctx.dtype)]
@@ -126,12 +118,20 @@ def _tangent(operator: Operator, ctx: Any, d_left: Tensor | None, d_right: Tenso
     return sum(parts[1:], parts[0]) if parts else None
 
 
-class ProductFunction(torch.autograd.Function):
-    """Derivatives of ``rows[r] . models[b(r), k]``."""
+class _FactorsFunction(torch.autograd.Function):
+    """Saves each factor for the other one's gradient alone, as MatmulFunction does."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_factors(ctx, *inputs)
+        left, right, bounds, ctx.dtype = inputs
+        needs_left, needs_right = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(left if needs_right else None, right if needs_left else None, bounds)
+        ctx.save_for_forward(left, right, bounds)
+        ctx.dtypes = left.dtype, right.dtype
+
+
+class ProductFunction(_FactorsFunction):
+    """Derivatives of ``rows[r] . models[b(r), k]``."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,12 +147,8 @@ class ProductFunction(torch.autograd.Function):
         return _tangent(_product, ctx, d_rows, d_models)
 
 
-class OuterFunction(torch.autograd.Function):
+class OuterFunction(_FactorsFunction):
     """Derivatives of the sums of ``left[r, k] * right[r, d]`` over each model's rows."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_factors(ctx, *inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -25,7 +25,7 @@ class Tiles(NamedTuple):
         model: of each tile.
         row: of each place in a tile ``(tiles, T)``; 0 where there is none.
         unused: the places where there is none: a mask (tiles * T,); on a CPU their numbers.
-        start, end: of each model's rows ``(B,)``.
+        start, length: of each model's rows ``(B,)``.
         offsets: ``(B + 1,)``: model b has the tiles offsets[b], ..., offsets[b + 1] - 1.
     """
 
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
     row: Tensor
     unused: Tensor
     start: Tensor
-    end: Tensor
+    length: Tensor
     offsets: Tensor
 
     def cut(self, rows: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
         place = self.offsets[owner] * self.row.shape[1] + each - self.start[owner]
         place.clamp_(0, self.row.numel() - 1)
         values = values.flatten(0, 1).index_select(0, place)
-        return _clear(values, _places((last < 0) | (each >= self.end[owner])))
+        return _clear(values, _places((last < 0) | (each >= (self.start + self.length)[owner])))
 
     def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
         """``(tiles, T, K)``: rows ``(tiles, T, D)`` times their models (B, K, D)."""
@@ -81,6 +81,7 @@ class Rows(NamedTuple):
     Attributes:
         model: of each row that has one.
         row: those rows; None, where they are all.
+        length: of each model's rows ``(B,)``.
         edges: ``(B + 1,)``: model b has the rows edges[b], ..., edges[b + 1] - 1 among them.
         pieces: ``(pieces + 1,)`` edges of pieces of at most ROWS rows, and ``(B + 1,)`` edges of models among pieces;
             None where no model has more rows.
@@ -88,6 +89,7 @@ class Rows(NamedTuple):
 
     model: Tensor
     row: Tensor | None
+    length: Tensor
     edges: Tensor
     pieces: tuple[Tensor, Tensor] | None
 
@@ -173,13 +175,13 @@ def layout_of(bounds: Tensor, rows: int, K: int, D: int, *dtypes: torch.dtype) -
         if length.max() > ROWS:
             _, first, offsets = _pieces(edges[:-1], length, ROWS, rows)
             pieces = torch.cat([first, edges[-1:]]), offsets
-        return Rows(model, row, edges, pieces)
+        return Rows(model, row, length, edges, pieces)
     # Half as many rows as a model has on average: then at most a third of all places is unused.
     T = min(ROWS, max(1, -(-rows // (2 * models))))
     model, first, offsets = _pieces(start, length, T, rows)
     row = first[:, None] + torch.arange(T, device=bounds.device)
-    unused = row >= end[model][:, None]
-    return Tiles(model, row.masked_fill_(unused, 0), _places(unused.flatten()), start, end, offsets)
+    unused = row >= (start + length)[model][:, None]
+    return Tiles(model, row.masked_fill_(unused, 0), _places(unused.flatten()), start, length, offsets)
 
 
 def _pieces(start: Tensor, length: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,8 +237,7 @@ def linear_mse_models_forward(
         layout = layout_of(bounds, rows, K, D, input.dtype, wide, acc)
         if layout is None:
             return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
-        start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
-        count = (end - start).clamp_(min=0) * K
+        count = layout.length * K
         input, target = layout.cut(input), layout.cut(target)
         sample_weight = None if sample_weight is None else layout.cut(sample_weight)
         bias = None if bias is None else bias[layout.model]
