@@ -48,10 +48,7 @@ class Session:
     def at(self, part: str, implementation: str = "", reason: str = "") -> None:
         """Note what runs from now on."""
         self.part = part
-        if self.folder is not None:
-            written = self.folder / "next"
-            written.write_text(json.dumps([part, implementation, reason]))
-            written.replace(self.folder / "now")  # whole at any time
+        self._put("now", [part, implementation, reason])
 
     def within(self, implementation: str) -> None:
         """Note which implementation of the part runs."""
@@ -59,11 +56,14 @@ class Session:
 
     def save(self) -> None:
         """Keep what was found for another process."""
+        self._put("state", {name: getattr(self, name) for name in ("begin", "head", "found", "lost")})
+
+    def _put(self, name: str, value: Any) -> None:
+        """Write a file of the folder, which is whole at any time."""
         if self.folder is not None:
-            kept = {name: getattr(self, name) for name in ("begin", "head", "found", "lost")}
             written = self.folder / "written"
-            written.write_text(json.dumps(kept))
-            written.replace(self.folder / "state")
+            written.write_text(json.dumps(value))
+            written.replace(self.folder / name)
 
     def leave(self, implementation: str, reason: str) -> None:
         """End the process, whose device is lost, with the reason why."""
