@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 import traceback
@@ -167,6 +168,8 @@ def run(argv: Sequence[str]) -> int:
         return busy.run(cases, arguments.seconds or 2.0, Screen())
     if device.type != "cpu" and arguments.under is None:
         return supervise(argv, begin, arguments.budget)
+    if arguments.under is not None:  # it is ended by an interrupt, which a shell's background jobs ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return measure(arguments, device, ops, cases, described, where, Session(arguments.under, begin))
 
 
