@@ -1,4 +1,4 @@
-"""What the references share: the precision, float64 or what a caller brings that is wider, and sums to a shape."""
+"""What the references share: the precision, float64 or what a caller brings that holds more, and sums to a shape."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ Array = NDArray[np.float64]
 
 
 def wide(values: ArrayLike) -> Array:
-    """The values in float64; in ``np.longdouble`` if they come so, to judge float64 results by.
+    """The values in float64; in ``np.longdouble`` if they come so, to judge float64 results by, or ``np.complex128``.
 
     Example:
         >>> wide([1, 2])
         array([1., 2.])
     """
     array = np.asarray(values)
-    dtype: Any = np.longdouble if array.dtype == np.longdouble else np.float64
+    dtype: Any = array.dtype if array.dtype in (np.longdouble, np.complex128) else np.float64
     return np.asarray(array, dtype=dtype)
 
 

@@ -14,7 +14,15 @@ import gradkernels
 import numpy as np
 import pytest
 import torch
-from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear, linear_mse_loss_and_grad, use_backend
+from gradkernels import (
+    FusedAdam,
+    FusedAdamW,
+    FusedSGD,
+    linear,
+    linear_mse_loss_and_grad,
+    mse_loss,
+    use_backend,
+)
 from gradkernels.ops import torch_linear_mse_loss, torch_matmul, torch_mse_loss
 from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
@@ -433,3 +441,15 @@ def test_reference_backend_takes_infinity_without_a_warning() -> None:
         )
     assert gradient is not None
     assert gradient.isinf().tolist() == [[True, False]]
+
+
+def test_reference_backend_differentiates_twice_without_cancellation() -> None:
+    """Along a direction 10^9 times as large as the point."""
+    x, w = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (1e-3, 0.5))
+    along = (torch.tensor(1e6, dtype=torch.float64), torch.tensor(3e6, dtype=torch.float64))
+    with use_backend("reference"):
+        loss = mse_loss(x, torch.zeros_like(x), weight=w, reduction="sum")
+        found = torch.autograd.grad(loss, (x, w), create_graph=True)
+        slopes = torch.autograd.grad(found, (x, w), along)
+    expected = 2 * 0.5 * 1e6 + 2 * 1e-3 * 3e6, 2 * 1e-3 * 1e6  # of w x^2
+    torch.testing.assert_close([slope.item() for slope in slopes], list(expected), rtol=1e-14, atol=0)
