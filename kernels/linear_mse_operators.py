@@ -146,7 +146,7 @@ class LinearMseModelsFunction(torch.autograd.Function):
         # Asked for once: a checkpoint gives them no second time.
         *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
         needed = ctx.needs_input_grad[:5]
-        d_loss, *others = given = in_places(cotangents, ctx.output_mask)
+        d_loss, *others = given = _cotangents(ctx, cotangents, tensors[5])
         if _is_general(needed, others):
             outputs = error, grad_weight, grad_bias
             return [*_general_backward(ctx, tensors, outputs, given, _acc_of(ctx)), None]
@@ -180,7 +180,7 @@ class LinearMseFunction(LinearMseModelsFunction):
     def backward(ctx: Any, *cotangents: Any) -> Grads:
         *tensors, error, grad_weight, grad_bias = ctx.saved_tensors
         needed = ctx.needs_input_grad[:5]
-        d_loss, *others = given = in_places(cotangents, ctx.output_mask)
+        d_loss, *others = given = _cotangents(ctx, cotangents)
         if _is_general(needed, others):
             tensors, outputs, given = map(_batch_of_one, (tensors, (error, grad_weight, grad_bias), given))
             wide = torch.float32 if ctx.dtype == torch.float16 else ctx.dtype
@@ -203,6 +203,16 @@ class LinearMseFunction(LinearMseModelsFunction):
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, directions = ([*_batch_of_one(given), None] for given in (ctx.saved_tensors, tangents))
         return tuple(tangent.squeeze(0) for tangent in _tangents(ctx, tensors, directions, ctx.dtype))
+
+
+def _cotangents(ctx: Any, cotangents: Sequence[Any], bounds: Tensor | None = None) -> Grads:
+    """In their places; the loss of no rows has one of 0, since nan, which its mean is, times a gradient of 0 is nan."""
+    d_loss, *others = in_places(cotangents, ctx.output_mask)
+    if d_loss is not None and bounds is not None:
+        d_loss = d_loss.masked_fill(bounds[:, 0] >= bounds[:, 1], 0)
+    elif d_loss is not None and not all(ctx.shapes[1]):
+        d_loss = torch.zeros_like(d_loss)
+    return [d_loss, *others]
 
 
 def _acc_of(ctx: Any) -> torch.dtype:

@@ -5,7 +5,8 @@ from itertools import product
 
 import pytest
 import torch
-from gradkernels import linear, linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
+from gradkernels import linear, linear_mse_loss, linear_mse_loss_and_grad, mse_loss_and_grad, use_backend
+from gradkernels.ops import torch_linear_mse_loss
 from torch import Tensor
 from torch.func import jacfwd
 
@@ -107,3 +108,29 @@ def test_jacobians_of_no_outputs(backend: str, device: torch.device) -> None:
     """By a vmap over nothing, where a size of -1 could be any."""
     x, weight, bias = (torch.randn(shape, device=device) for shape in ((5, 1), (0, 1), (0,)))
     assert jacfwd(linear, 2)(x, weight, bias).shape == (5, 0, 0)
+
+
+@pytest.mark.parametrize("layout", ["one", "own", "shared", "ragged"])
+def test_a_root_of_the_mean_of_no_rows(backend: str, device: torch.device, layout: str) -> None:
+    """Its cotangent is nan, and a sum over no rows is still 0; a model with rows has its own gradient."""
+    models = () if layout == "one" else (3,)
+    rows = {"own": (3, 0), "ragged": (4,)}.get(layout, (0,))
+    x, w, y, b = (
+        torch.randn(shape, device=device, requires_grad=True)
+        for shape in ((*rows, 5), (*models, 2, 5), (*rows, 2), (*models, 2))
+    )
+    offsets = torch.tensor([0, 0, 4, 4], device=device) if layout == "ragged" else None
+    loss = linear_mse_loss(x, w, y, b, offsets=offsets)
+    gradients = torch.autograd.grad(loss.sqrt().sum(), (x, w, y, b), create_graph=True)
+    second = torch.autograd.grad(
+        sum(gradient.sum() for gradient in gradients), (w, b), materialize_grads=True
+    )
+    if layout != "ragged":
+        expected = second_expected = [torch.zeros_like(w), torch.zeros_like(b)]
+    else:
+        plain = torch_linear_mse_loss(x, w[1], y, b[1])
+        firsts = torch.autograd.grad(plain.sqrt(), (x, w, y, b), create_graph=True)
+        seconds = torch.autograd.grad(sum(gradient.sum() for gradient in firsts), (w, b))
+        expected, second_expected = [firsts[1], firsts[3]], [*seconds]
+    same([gradients[1], gradients[3]], expected, layout)
+    same([*second], second_expected, f"{layout} again")
