@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..optim.bucket import AdamOptions, Bucket, Guard
+from . import fused
 from .multi_tensor import Decision, by_group, decide, raise_steps, run
 
 
@@ -26,28 +26,9 @@ def adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard) -> N
 
 
 def _update(bucket: Bucket, chosen: list[int], options: AdamOptions, decision: Decision) -> None:
-    lr, skip = options.lr, decision.skip
-
     def kernel(
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
-        update = torch._fused_adamw_ if options.decoupled else torch._fused_adam_
-        update(
-            params,
-            grads,
-            states["exp_avg"],
-            states["exp_avg_sq"],
-            states.get("max_exp_avg_sq", []),
-            states["step"],
-            amsgrad="max_exp_avg_sq" in states,
-            lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
-            beta1=float(options.beta1),
-            beta2=float(options.beta2),
-            weight_decay=float(options.weight_decay),
-            eps=options.eps,
-            maximize=options.maximize,
-            grad_scale=scale,
-            found_inf=skip.float() if isinstance(skip, Tensor) else None,
-        )
+        fused.adam(options, params, grads, states, scale, decision.skip)
 
     run(bucket, chosen, decision, kernel)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import acc_dtype
 from ..optim.bucket import Bucket, Guard, Models, SGDOptions
+from . import fused
 from .multi_tensor import GO, Decision, by_group, decide, is_native, picked, raise_steps, run
 from .stacked import stacked_sgd_step
 
@@ -56,29 +57,14 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
     if is_native(bucket) and _is_one_addition(bucket, options) and decision == GO:
         _loop(picked(bucket.params, chosen), picked(bucket.grads, chosen), [], options)
         return
-    lr, skip = options.lr, decision.skip
 
     def kernel(
         params: list[Tensor], grads: list[Tensor], states: dict[str, list[Tensor]], scale: Tensor | None
     ) -> None:
-        buffers = states.get("momentum_buffer", [])
         if _needs_foreach_loop(params[0]):  # else they are wide copies of 16-bit ones
-            _loop(params, grads, buffers, options)
-            return
-        torch._fused_sgd_(
-            params,
-            grads,
-            buffers,
-            weight_decay=float(options.weight_decay),
-            momentum=float(options.momentum),
-            lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
-            dampening=options.dampening,
-            nesterov=options.nesterov,
-            maximize=options.maximize,
-            is_first_step=False,
-            grad_scale=scale,
-            found_inf=skip.float() if isinstance(skip, Tensor) else None,
-        )
+            _loop(params, grads, states.get("momentum_buffer", []), options)
+        else:
+            fused.sgd(options, params, grads, states, scale, decision.skip)
 
     run(bucket, chosen, decision, kernel, one_pass=not _needs_foreach_loop(bucket.params[0]))
 
@@ -92,10 +78,7 @@ def _folded(options: SGDOptions, clip: float) -> SGDOptions:
 
 
 def _needs_foreach_loop(param: Tensor) -> bool:
-    """Whether torch's loop must serve instead of its fused kernel.
-
-    On the CPU, up to 2.13, that leaves whole blocks of 16-bit parameters unmoved (pytorch#191763).
-    """
+    """Whether torch's loop must serve instead of its fused kernel."""
     return param.is_cpu and param.element_size() == 2
 
 

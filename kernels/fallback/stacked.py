@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import acc_dtype
 from ..optim.bucket import UNGUARDED, AdamOptions, Bucket, Guard, Models, SGDOptions
+from . import fused
 from .multi_tensor import batch_size, draw_words, is_native, stochastic_bfloat16, tensor_key
 from .threads import is_small, one_thread
 
@@ -22,6 +23,7 @@ SHORT = 64
 LARGE = 1 << 14
 
 Value = float | Tensor  # a number, or one per model
+Options = SGDOptions | AdamOptions
 
 
 class Decision(NamedTuple):
@@ -135,10 +137,14 @@ def stacked_sgd_step(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        momentum = options[group].momentum
+        given, momentum = options[group], options[group].momentum
+        rate = _rate(given.lr, models, bucket.params[i].dtype)
+        if decision is GO and _takes_fused(bucket, i, given, rate):
+            _fused_update(bucket, i, models, rate, given, fused.sgd)
+            continue
         # A step without momentum leaves the first one with it to come; random numbers go by all steps.
         counted = momentum != 0 if isinstance(momentum, Tensor) and bucket.seed is None else None
-        _update(bucket, i, decision, models, _sgd_rule(bucket, i, options[group], models), counted)
+        _update(bucket, i, decision, models, _sgd_rule(bucket, i, given, models), counted)
 
 
 def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Guard, models: Models) -> None:
@@ -154,10 +160,12 @@ def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Gua
     if decision is None:
         return
     for i, group in enumerate(bucket.groups):
-        if decision is GO and _takes_fused(bucket, i, options[group], models):
-            _fused_adam(bucket, i, options[group], models)
+        given = options[group]
+        rate = _rate(given.lr, models, bucket.params[i].dtype)
+        if decision is GO and _takes_fused(bucket, i, given, rate):
+            _fused_update(bucket, i, models, rate, given, fused.adam)
         else:
-            _update(bucket, i, decision, models, _adam_rule(bucket, i, options[group], models))
+            _update(bucket, i, decision, models, _adam_rule(bucket, i, given, models))
 
 
 def _decide(guard: Guard, models: Models) -> Decision | None:
@@ -290,67 +298,56 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
     return draw_words(place, tensor_key(bucket.seed, bucket.indices[i], step[block.rows].unsqueeze(1)))
 
 
-def _takes_fused(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> bool:
-    """Whether torch's fused kernel can do all but multiply by the models' rates: they have made equally many steps."""
-    param, step = bucket.params[i], bucket.states["step"][i]
-    for value in (options.beta1, options.beta2, options.weight_decay):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return False
-    if (
-        not is_native(bucket)
-        or not param.is_cpu
-        or not (options.decoupled or float(options.weight_decay) == 0)
-    ):
+def _takes_fused(bucket: Bucket, i: int, options: Options, rate: Value) -> bool:
+    """Whether torch's fused kernel can do all but multiply by the models' rates."""
+    param = bucket.params[i]
+    others = options._replace(lr=0.0)
+    if not (is_native(bucket) and param.is_cpu) or any(isinstance(x, Tensor) and x.dim() > 0 for x in others):
         return False
+    wide, decays = param.dtype == acc_dtype(param), float(options.weight_decay) != 0
+    if isinstance(options, AdamOptions):
+        step = bucket.states["step"][i]
+        fits, decays = bool((step == step[:1]).all()), decays and not options.decoupled
+    else:  # without momentum one addition does
+        fits = (
+            wide
+            and "momentum_buffer" in bucket.states
+            and float(options.momentum) != 0
+            and not options.dampening
+        )
     # What is left to do after that kernel would be done in 16 bits: rates and moves would be rounded.
-    wide = param.dtype == acc_dtype(param)
-    return (wide or isinstance(_rate(options.lr, models, param.dtype), float)) and bool(
-        (step == step[:1]).all()
-    )
+    return fits and (isinstance(rate, float) or (wide and not decays))
 
 
-def _fused_adam(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> None:
-    """Adam whose options but the rate are numbers, by torch's fused kernel.
+def _fused_update(
+    bucket: Bucket, i: int, models: Models, rate: Value, options: Options, update: Callable[..., None]
+) -> None:
+    """Update one entry by torch's fused kernel.
 
-    Where models have rates of their own, it makes the update at rate 1 from a parameter of zeros, and the rates
-    multiply the result.
+    Where models have rates of their own, it makes the update at rate 1 from a parameter of zeros, which has no decay,
+    and the rates multiply the result.
     """
-    param, step = bucket.params[i], bucket.states["step"][i]
+    param = bucket.params[i]
     known = bucket.memory.get(f"fused {i}")
     if known is None:
-        blocks = _blocks(bucket, i, models.B)
-        matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
-        views = [{key: block.of(matrix) for key, matrix in matrices.items()} for block in blocks]
-        starts = [block.of(_matrix(param, models.B)) for block in blocks]
         count = torch.zeros((), dtype=torch.float32, device=param.device)
-        known = bucket.memory[f"fused {i}"] = list(zip(blocks, starts, views, strict=True)), count
+        matrices = {key: _matrix(t[i], models.B) for key, t in bucket.states.items() if key != "step"}
+        blocks = _blocks(bucket, i, models.B)
+        starts = [block.of(_matrix(param, models.B)) for block in blocks]
+        views = [{key: [block.of(state)] for key, state in matrices.items()} for block in blocks]
+        places = [view | {"step": [count]} for view in views]
+        known = bucket.memory[f"fused {i}"] = list(zip(blocks, starts, places, strict=True)), count
     parts, count = known
-    grad = _matrix(bucket.grads[i], models.B)
-    rate = _rate(options.lr, models, param.dtype)
-    decay = float(options.weight_decay)
+    grad, decay = _matrix(bucket.grads[i], models.B), float(options.weight_decay)
     alone = isinstance(rate, float)
+    options = options._replace(lr=rate if alone else 1.0)
+    step = bucket.states["step"][i]
     with one_thread(is_small(param)):
+        torch.add(step[0], 1, out=count)
         for block, p, states in parts:
             block.begin()
             moved = p if alone else block.empty(p).zero_()
-            largest = [states["max_exp_avg_sq"]] if "max_exp_avg_sq" in states else []
-            torch._fused_adamw_(
-                [moved],
-                [grad if len(parts) == 1 else block.of(grad)],
-                [states["exp_avg"]],
-                [states["exp_avg_sq"]],
-                largest,
-                [torch.add(step[0], 1, out=count)],
-                amsgrad=bool(largest),
-                lr=rate if alone else 1.0,
-                beta1=float(options.beta1),
-                beta2=float(options.beta2),
-                weight_decay=decay if alone else 0.0,
-                eps=options.eps,
-                maximize=options.maximize,
-                grad_scale=None,
-                found_inf=None,
-            )
+            update(options, [moved], [grad if len(parts) == 1 else block.of(grad)], states)
             if not alone:
                 column = block.column(block.row(rate))
                 if decay != 0:
