@@ -836,6 +836,25 @@ def test_without_a_reference_and_beside_random_numbers(
     assert examined(function, lambda: [torch.randn(5, 7)], reference, monkeypatch) == verdict
 
 
+def test_infinite_results_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says what their gradient is; what else is wrong is found."""
+
+    def inverse(x: torch.Tensor) -> torch.Tensor:
+        return 1 / x
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        x.detach()[1] = 5
+        return 1 / x
+
+    for function, reference, verdict in (
+        (inverse, None, v.NOT_JUDGED),
+        (inverse, inverse, v.VERIFIED),
+        (written, None, v.MUTATED),
+    ):
+        found = examined(function, lambda: [torch.tensor([0.0, 1.0, -2.0, 3.0])], reference, monkeypatch)
+        assert found == verdict
+
+
 def test_a_kink_beside_an_input_without_a_gradient() -> None:
     """What has no gradient, or is not defined off the zeros, tells nothing of a kink."""
     x = torch.tensor([0.0, 1.0])

@@ -24,6 +24,7 @@ from .verdict import Case, Finding
 
 ELEMENTS = 24  # that are differenced per input
 OTHERS = 1 << 20  # added to the seed of the values, so that what is drawn in a call is not them again
+UNDIFFERENCED = "inputs or results are not finite, and without a reference nothing else judges the gradient"
 DECISIVE = (v.NOT_JUDGED, v.UNSAFE, v.REUSED)  # what happens elsewhere says nothing new
 
 
@@ -161,8 +162,7 @@ class _Examination:
     def _judge(self, point: Point, full: bool = False) -> Case | None:
         """Judge one point, with every experiment or with some; None where it makes no sense for the reference."""
         truth = None
-        given = point.kind == "given"
-        self.seed += 1  # at each point others: some numbers switch everything off
+        given, self.seed = point.kind == "given", self.seed + 1  # other ones: some switch everything off
         if self.reference is not None:
             try:
                 truth = self._truth(point.values)
@@ -194,7 +194,7 @@ class _Examination:
             yield from trials.diagnosis(self.subject, self.reference, point.values, self.wanted, ELEMENTS)
 
     def _verdict(self, point: Point, findings: Sequence[Finding]) -> Case:
-        worst = v.first([finding.verdict for finding in findings])
+        worst = v.first(verdicts := [finding.verdict for finding in findings]) or next(iter(verdicts), None)
         if worst is None:
             return self._case(point, v.VERIFIED, "")
         chosen = [finding for finding in findings if finding.verdict == worst]
@@ -372,6 +372,11 @@ class _Examination:
                 wanted = [
                     i for i in wanted if found.get(i) is not None or not is_mask(point.values[i])
                 ] or wanted
+            if not all(
+                t.isfinite().all() for t in (*first.outputs, *(point.values[i] for i in wanted)) if is_real(t)
+            ):
+                yield Finding(v.NOT_JUDGED, UNDIFFERENCED)
+                return
             began = time.monotonic()
             once()
             each = time.monotonic() - began
@@ -428,11 +433,10 @@ class _Examination:
     def _reference_serves(self, values: Sequence[Any], places: Sequence[int]) -> bool:
         """Whether the reference raises nothing where these gradients alone are asked for."""
         assert self.reference is not None
-        try:
+        with contextlib.suppress(Exception):
             self.reference(values, places)
-        except Exception:
-            return False
-        return True
+            return True
+        return False
 
     def _diagnosis(self, point: Point, wanted: list[int], elements: int, lenient: bool) -> list[Finding]:
         try:

@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault at one point: one of FAULTS, what was seen, and where."""
+    """A fault at one point, one of FAULTS, or "not judged": what was seen, and where."""
 
     verdict: str
     message: str
