@@ -150,7 +150,7 @@ def run(argv: Sequence[str]) -> int:
         made.error(f"--busy is about the CPU, not --device {arguments.device}")
     import torch
 
-    from .throughput import busy, machine
+    from .throughput import busy, machine, memory
     from .throughput.console import Screen
     from .throughput.session import Session, supervise
 
@@ -161,6 +161,8 @@ def run(argv: Sequence[str]) -> int:
         ops = declared(arguments.ops)
         cases = cases_of(ops, arguments, device.type)
         described = machine.describe(device)
+        if device.type == "cpu":
+            described["memory"] = memory.recycle()
         where = places(arguments, described)
     except (OSError, ValueError, RuntimeError) as error:
         made.error(str(error))

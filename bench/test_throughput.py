@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 
 from .__main__ import declared, pick_device
+from .throughput import memory
 from .throughput.case import Case, Implementation
 from .throughput.runner import Runner, quiet
 from .throughput.timing import input_sets, timer_for
@@ -24,6 +25,8 @@ CASES = [case for op in declared(()) for case in op.cases(DEVICE.type, quick=Tru
 
 @functools.cache
 def _runner() -> Runner:
+    if DEVICE.type == "cpu":
+        memory.recycle()
     return Runner(DEVICE, timer_for(DEVICE), seconds=0.0, quick=True)
 
 

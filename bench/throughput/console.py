@@ -52,10 +52,11 @@ def header(machine: dict[str, Any], limits: dict[str, Any]) -> list[str]:
     """Describe the machine, its versions and its limits, a line each."""
     gpu = [f"{key} {machine[key]}" for key in ("capability", "driver", "runtime") if key in machine]
     threads = [f"{machine['threads']} threads"] if "threads" in machine else []
+    memory = [f"memory: {machine['memory']}"] if "memory" in machine else []
     versions = [f"{key} {machine[key]}" for key in ("torch", "triton", "numpy", "python", "gradkernels")]
     matmul = ", ".join(f"{SHORT[name]} {number(rate / 1e12)}" for name, rate in limits["matmul"].items())
     return [
-        " · ".join([machine["device"], *gpu, *threads]),
+        " · ".join([machine["device"], *gpu, *threads, *memory]),
         " · ".join(versions),
         f"commit {machine['commit']} · {machine['date']} · float32 products: {machine['fp32_precision']}",
         f"measured limits: copy {number(limits['copy'] / 1e9)} GB/s · matmul {matmul} TFLOP/s",

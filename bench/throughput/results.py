@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from .case import OURS
+from .memory import FEW
 
 SCHEMA = 1
 TIED = 0.005  # two times whose ratio is printed as 1.00 are a tie
+PAGE = 4096  # bytes
 SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -161,6 +163,10 @@ def remarks(document: dict[str, Any]) -> list[str]:
                     f"{record['op']}: {name} does another job, once: its column tells how many {result['unit']} of "
                     f"{OURS} take as long; a run of more takes longer than it"
                 ] = None
+            if (pages := result.get("page_faults") or 0) * PAGE > 0.1 * record["bytes"] and pages > FEW:
+                found[
+                    f"{case_name(record)}: {name} waits for {pages:.0f} new pages of memory in each call"
+                ] = None
             if result["status"] in ("wrong", "failed"):
                 found[f"{case_name(record)}: {name} {result['status'].upper()}: {result['note']}"] = None
             elif result["status"] == "absent":
@@ -226,7 +232,8 @@ def write_json(document: Any, path: str | Path) -> None:
 CSV_COLUMNS = (
     *("op", "variant", "label", "dtype", "bytes", "flops", "cache", "contender", "status", "first_call_s"),
     *("call_us", "call_p20_us", "call_p80_us", "device_us", "device_p20_us", "device_p80_us", "gb_per_s"),
-    *("tflop_per_s", "copy_share", "matmul_share", "ratio_to_gradkernels", "device", "date", "commit"),
+    *("tflop_per_s", "copy_share", "matmul_share", "ratio_to_gradkernels", "page_faults"),
+    *("device", "date", "commit"),
 )
 
 

@@ -3,12 +3,9 @@
 import contextlib
 import dataclasses
 import gc
-import os
-import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +15,13 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
+from .memory import free_bytes, give_back, page_faults
 from .session import LostError
 from .timing import Sampler, Timing, WallTimer, in_turns, input_sets, summarise
 
 MICRO = 1e6
 LARGE = 1 << 26  # bytes
 PROGRAMS = 4  # that an implementation compiles for one case
-MEMINFO = Path("/proc/meminfo")
 
 
 def to_numpy(inputs: Any) -> Any:
@@ -32,21 +29,6 @@ def to_numpy(inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return in_float64(inputs).numpy()
     return type(inputs)(map(to_numpy, inputs)) if isinstance(inputs, (list, tuple)) else inputs
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the memory that a case may take."""
-    if device.type == "cuda":
-        # What torch's allocator keeps of tensors that are gone, it gives again.
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    with contextlib.suppress(OSError):  # memory that only caches files is not free, but to be had
-        if available := re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()):
-            return int(available[1]) << 10
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 8 << 30
 
 
 class NoBaselineError(RuntimeError):
@@ -117,6 +99,7 @@ class Runner:
         finally:
             if case.bytes > LARGE:
                 gc.collect()  # the next case needs the memory
+                give_back()
 
     def inputs(self, case: Case, number: int) -> tuple[Any, ...]:
         """Draw the inputs of a case; the number is the seed."""
@@ -211,6 +194,7 @@ class Runner:
         with quiet():
             results: list[dict[str, Any]] = [{} for _ in turn]
             samplers: dict[str, list[tuple[int, Sampler, str]]] = {"call": [], "device": []}
+            prepared: dict[int, list[Call]] = {}
             for i, each in enumerate(turn):
                 self._begin(each)
                 try:  # other sets of inputs than the checked one, and graph capture
@@ -224,6 +208,7 @@ class Runner:
                         raise
                     results[i] = self._failure(error)
                     continue
+                prepared[i] = calls
                 for taken, found in zip(samplers.values(), made, strict=True):
                     if found is not None:
                         taken.append((i, *found))
@@ -234,6 +219,9 @@ class Runner:
                 )
                 for (i, _, method), samples in zip(taken, rounds, strict=True):
                     results[i][key] = in_microseconds(summarise(samples, method))
+            for i, calls in prepared.items() if self.device.type == "cpu" else ():
+                with turn[i].within():
+                    results[i]["page_faults"] = page_faults(calls)
         return results
 
     def _begin(self, implementation: Implementation) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .case import Call
+from .memory import settle
 
 ROUNDS = 7
 MAX_SETS = 64  # sets of inputs to rotate; a job so small that they still fit into the cache is timed warm
@@ -99,6 +100,8 @@ class WallTimer:
     ) -> None:
         self.clock, self.least = clock, least
         self.cache_bytes = _cpu_cache_bytes()
+        if device.type == "cpu":
+            self.settle = settle
         self.synchronize = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
 
     def first_call(self, call: Call) -> tuple[Any, float]:
@@ -108,6 +111,10 @@ class WallTimer:
         results = call()
         self.synchronize()
         return results, self.clock() - start
+
+    def settle(self, calls: Sequence[Call]) -> None:
+        """Warm up: every set once."""
+        self._repeated(calls, len(calls))
 
     def _repeated(self, calls: Sequence[Call], count: int) -> float:
         self.synchronize()
@@ -119,7 +126,7 @@ class WallTimer:
 
     def per_call(self, calls: Sequence[Call]) -> tuple[Sampler, str]:
         """Return a sampler of what one call costs its caller in a loop, launch included."""
-        self._repeated(calls, len(calls))  # warm-up: every set once
+        self.settle(calls)
         count = math.ceil(self.least / max(self._repeated(calls, 1), 1e-9))
         if count > 1:
             count = math.ceil(self.least / max(self._repeated(calls, count), 1e-9))

@@ -140,7 +140,7 @@ def test_what_was_measured_is_on_disk_whatever_ends_the_run(
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_the_header_says_the_precision_of_products(
+def test_the_header_says_the_precision_of_products_and_the_state_of_memory(
     precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
@@ -150,7 +150,9 @@ def test_the_header_says_the_precision_of_products(
         assert cli.main(["mse", "--shape=8", "--device=cpu", f"--precision={precision}"]) == 0
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert f"float32 products: {precision}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"float32 products: {precision}" in said
+    assert "memory: recycled" in said
 
 
 def test_a_fault_of_the_benchmark_ends_its_case_alone(

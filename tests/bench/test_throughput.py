@@ -20,7 +20,6 @@ from bench.throughput import case as declaration
 from bench.throughput import results
 from bench.throughput.case import OURS, Implementation, function
 from bench.throughput.console import Screen
-from bench.throughput.runner import free_bytes
 from bench.throughput.timing import ROUNDS
 
 from .fakes import LIMITS, Clock, document, doubling
@@ -255,21 +254,6 @@ def test_another_job_is_counted_in_steps_and_for_no_speedup(
     assert line["contender"] == "solve"
     assert bool(line["call_us"]) is right
     assert line["gb_per_s"] == line["copy_share"] == ""
-
-
-def test_free_memory_counts_what_only_caches_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr("bench.throughput.runner.MEMINFO", meminfo)
-    cpu = torch.device("cpu")
-    without = free_bytes(cpu)
-    meminfo.write_text("MemTotal:  9 kB\nMemFree:       1 kB\nMemAvailable:       5 kB\n")
-    assert free_bytes(cpu) == 5120 != without > 0
-
-
-def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, found in (("mem_get_info", (10, 99)), ("memory_reserved", 60), ("memory_allocated", 20)):
-        monkeypatch.setattr(torch.cuda, name, lambda device, found=found: found)
-    assert free_bytes(torch.device("cuda")) == 10 + 60 - 20
 
 
 def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
