@@ -15,7 +15,10 @@ from typing import Any
 from gradkernels.ops import OPS as RECORDS
 from gradkernels.verify.console import positive
 
+from .throughput.results import claimed
+
 OPS = (*RECORDS, "training")  # the ops, and what is made of them
+COMMANDS = {"throughput": ("report", "compare"), "reports": ("aot", "host", "traffic", "tune")}
 EXAMPLES = """
 other commands:
   report FILE...          pictures and an HTML page from results (beside each file, or --out DIR)
@@ -69,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
         help="start nothing after so many seconds, nor what could end a fifth later, and end what runs until then; "
         "the most telling cases come first, what was left out is said last",
     )
-    made.add_argument("--json", type=Path, metavar="FILE")
-    made.add_argument("--csv", type=Path, metavar="FILE")
-    made.add_argument("--plot", type=Path, metavar="DIR", help="pictures and report.html (needs matplotlib)")
+    made.add_argument("--json", type=claimed, metavar="FILE")
     made.add_argument(
         "--out",
         metavar="DIR",
@@ -163,8 +164,12 @@ def run(argv: Sequence[str]) -> int:
         described = machine.describe(device)
         if device.type == "cpu":
             described["memory"] = memory.recycle()
-        where = places(arguments, described)
-    except (OSError, ValueError, RuntimeError) as error:
+        jsons = [arguments.json] if arguments.json else []
+        folder = Path(arguments.out.replace("{device}", machine.slug(described))) if arguments.out else None
+        if folder:
+            claimed(folder / "bench.csv")
+            jsons.append(claimed(folder / "bench.json"))
+    except (argparse.ArgumentTypeError, ValueError, RuntimeError) as error:
         made.error(str(error))
     if arguments.busy:
         return busy.run(cases, arguments.seconds or 2.0, Screen())
@@ -172,7 +177,7 @@ def run(argv: Sequence[str]) -> int:
         return supervise(argv, begin, arguments.budget)
     if arguments.under is not None:  # it is ended by an interrupt, which a shell's background jobs ignore
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    return measure(arguments, device, ops, cases, described, where, Session(arguments.under, begin))
+    return measure(arguments, device, ops, cases, described, jsons, folder, Session(arguments.under, begin))
 
 
 def measure(
@@ -181,13 +186,14 @@ def measure(
     ops: Sequence[Any],
     cases: Sequence[Any],
     described: dict[str, Any],
-    where: "Places",
+    jsons: Sequence[Path],
+    folder: Path | None,
     session: Any,
 ) -> int:
     """Check and time what the session lacks, print, write; exit status 1 if a result of ours is wrong."""
     import torch
 
-    from .throughput import results, scale
+    from .throughput import report, results, scale
     from .throughput.budget import Budget
     from .throughput.console import Screen
     from .throughput.runner import Runner, first_line
@@ -197,7 +203,6 @@ def measure(
     screen, seconds = Screen(), arguments.seconds or (0.14 if arguments.quick else 0.7)
     sweeps = [(op, sweep) for op in ops if arguments.scale for sweep in op.sweep(device.type)]
     planned = dict.fromkeys([case.name for case in cases] + [scale.name_of(*each) for each in sweeps])
-    jsons, csvs, plots = where
     status = 0
     why = f"the budget of {arguments.budget or 0:.0f} s was spent"
 
@@ -253,13 +258,12 @@ def measure(
     session.at("")
     document = keep()
     screen.document(document)
-    for path in csvs:
-        results.write_csv(document, path)
-    for path in (*jsons, *csvs):
+    for path in jsons:
         screen.line(f"written: {path}")
-    for folder in plots:  # last, so that a fault in it loses nothing
-        try:
-            draw(document, folder, screen)
+    if folder:
+        results.write_csv(document, folder / "bench.csv")
+        try:  # last, so that a fault in it loses nothing
+            report.draw(document, folder)
         except Exception:
             traceback.print_exc()
             status = status or 1
@@ -297,115 +301,12 @@ def beginning(
     }
 
 
-Places = tuple[list[Path], list[Path], list[Path]]
-
-
-def places(arguments: argparse.Namespace, described: dict[str, Any]) -> Places:
-    """Return the JSON files, the CSV files and the folders of pictures that were asked for, and make their folders.
-
-    Raises:
-        OSError: a place that cannot be written to.
-    """
-    from .throughput import machine, results
-
-    jsons, csvs, plots = ([path] if path else [] for path in (arguments.json, arguments.csv, arguments.plot))
-    if arguments.out:
-        folder = Path(arguments.out.replace("{device}", machine.slug(described)))
-        jsons, csvs, plots = [*jsons, folder / "bench.json"], [*csvs, folder / "bench.csv"], [*plots, folder]
-    for path in (*jsons, *csvs):
-        results.claim(path)
-    for folder in plots:
-        folder.mkdir(parents=True, exist_ok=True)
-    return jsons, csvs, plots
-
-
-def draw(document: dict[str, Any], folder: Path, screen: Any) -> bool:
-    """Write the report, or print why there is none; return True if it was written."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        screen.line(
-            "no pictures: matplotlib is not installed; elsewhere, `python -m bench report FILE` draws them"
-        )
-        return False
-    from .throughput import report
-
-    screen.line(f"written: {report.write(document, folder)}")
-    return True
-
-
-def read(parser: argparse.ArgumentParser, *paths: Path) -> list[dict[str, Any]]:
-    """Load results; end the program with one line and status 2 if a file holds none."""
-    from .throughput import results
-
-    try:
-        return [results.load(path) for path in paths]
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-
-
-def report_command(argv: Sequence[str]) -> int:
-    made = argparse.ArgumentParser(
-        prog="python -m bench report", description="Pictures and an HTML page from results."
-    )
-    made.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    made.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: beside each file; of several, a folder each"
-    )
-    arguments = made.parse_args(argv)
-    from .throughput import machine
-    from .throughput.console import Screen
-
-    documents = read(made, *arguments.files)
-    folders = [arguments.out or path.parent for path in arguments.files]
-    if arguments.out and len(folders) > 1:
-        folders = [arguments.out / machine.slug(document["machine"]) for document in documents]
-    if len(set(folders)) < len(folders):  # runs before and after something, in one folder or of one machine
-        folders = [folder / path.stem for folder, path in zip(folders, arguments.files, strict=True)]
-    if len(set(folders)) < len(folders):
-        made.error("files of one name would be drawn into one folder")
-    drawn = [draw(document, folder, Screen()) for document, folder in zip(documents, folders, strict=True)]
-    return 0 if all(drawn) else 1
-
-
-def compare_command(argv: Sequence[str]) -> int:
-    from .throughput import compare
-    from .throughput.console import Screen
-
-    made = argparse.ArgumentParser(
-        prog="python -m bench compare",
-        description=compare.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("before", type=Path)
-    made.add_argument("after", type=Path)
-    made.add_argument(
-        "--threshold", type=positive, default=compare.THRESHOLD, help="smallest change that counts (0.05)"
-    )
-    arguments = made.parse_args(argv)
-    before, after = read(made, arguments.before, arguments.after)
-    screen = Screen()
-    if before["machine"]["device"] != after["machine"]["device"]:
-        screen.line("the two runs are of different machines", "bad")
-    changes = compare.compare_runs(before, after, arguments.threshold)
-    screen.table(f"{arguments.before} -> {arguments.after}", compare.COLUMNS, compare.rows(changes))
-    counts = {
-        word: sum(change.verdict == word for change in changes)
-        for word in ("wrong", "slower", "faster", "noise")
-    }
-    screen.line(", ".join(f"{count} {word}" for word, count in counts.items()) + f", of {len(changes)} cases")
-    return 1 if compare.regressed(changes) else 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["report"]:
-        return report_command(argv[1:])
-    if argv[:1] == ["compare"]:
-        return compare_command(argv[1:])
-    if argv[:1] in (["aot"], ["host"], ["traffic"], ["tune"]):
-        return importlib.import_module(f".reports.{argv[0]}", __package__).main(argv[1:])
+    for folder, commands in COMMANDS.items():
+        if argv and argv[0] in commands:
+            return importlib.import_module(f".{folder}.{argv[0]}", __package__).main(argv[1:])
     return run(argv)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional
 
-from .reports.cases import AotCase, Call, HostCall, Job, meta, randn
+from .reports.cases import AotCase, Call, Job, meta, randn
 from .throughput.case import Case, Implementation, Op, Results, Sweep, compiled, dtype_name, function, powers
 
 LOOPED = 1000  # models; a loop over more is not timed
@@ -257,8 +257,6 @@ AOT_CASES = tuple(
         ("ragged product", _launch_product(1 << 18, 100, 64, 64)),
     )
 )
-
-HOST_CALLS: tuple[HostCall, ...] = ()
 
 
 def traffic_jobs() -> Iterator[Job]:

@@ -8,13 +8,11 @@ the matrix instructions.
 import argparse
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from gradkernels.ops import OPS
 from gradkernels.triton.compile_only import CHIPS, disassembly, null_driver, usage
 
 from ..throughput.case import dtype_name
-from ..throughput.results import claim, write_json
+from ..throughput.results import claimed, write_json
 from .cases import AotCase
 
 AOT_CASES: tuple[AotCase, ...] = tuple(
@@ -178,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", default="", help="only this op")
     parser.add_argument("--dtype", default="", help="only this dtype, such as bfloat16")
     parser.add_argument("--target", action="append", choices=CHIPS, help="may be repeated; default: all")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=claimed, metavar="FILE", help="write the rows here too")
     parser.add_argument(
         "--predict",
         action="store_true",
@@ -201,11 +199,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         ops = ", ".join(dict.fromkeys(case.op for case in AOT_CASES))
         parser.error(f"no case of --op {options.op!r} --dtype {options.dtype!r}; the ops are {ops}")
-    if options.json:
-        try:
-            claim(options.json)
-        except OSError as error:
-            parser.error(f"--json: {error}")
     rows = []
     for row in report(options.target or list(CHIPS), cases):
         print(_line(row), flush=True)
@@ -213,7 +206,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         write_json([asdict(row) for row in rows], options.json)
     return 1 if any(row.error or row.spills for row in rows) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

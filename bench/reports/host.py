@@ -126,7 +126,7 @@ def calls_of_ops(rounds: int, device: str) -> None:
     from gradkernels.ops import FUNCTIONS
 
     modules = [importlib.import_module(f"..bench_{name}", __package__) for name in FUNCTIONS]
-    calls = [call for module in modules for call in module.HOST_CALLS]
+    calls = [call for module in modules for call in getattr(module, "HOST_CALLS", ())]
     print(f"{'ours / torch':27}{'forward':>25}{'forward + backward':>25}")
     with ExitStack() as stack:
         for op in () if device == "cuda" else FUNCTIONS:

@@ -1,6 +1,8 @@
 """What the optimizers declare to the reports in common: buckets for the compiler, steps whose bytes are counted."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -66,37 +68,36 @@ def _options(op: str, rate: float | Tensor) -> Any:
 
 
 def launch_step(
-    op: str, states: Sequence[str], sizes: Sequence[int], dtype: torch.dtype, clip: bool
+    op: str,
+    states: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    clip: bool = False,
+    stacked: bool = False,
 ) -> list[int]:
-    """Launch a step of an optimizer over tensors of these sizes that hold no values; the bytes of each launch."""
+    """Launch a step over tensors of these shapes that hold no values; return the bytes of each launch.
+
+    Args:
+        stacked: one tensor is a batch of models, each with a rate of its own.
+    """
     from gradkernels.triton.multi_tensor import grad_norm
 
-    tensors, size = bucket(dtype, *states, sizes=sizes), sum(sizes) * dtype.itemsize
+    count = shapes[0][0] if stacked else 0
+    tensors = bucket(dtype, *states, sizes=shapes, steps=(count,) if stacked else ())
     if op == "sgd":
         del tensors.states["step"]
-    guarded, of_norm = UNGUARDED, []
+    size = sum(map(math.prod, shapes)) * dtype.itemsize
+    moved = (3 + 2 * len(states)) * size + 12 * count
+    options = [_options(op, torch.empty(count) if stacked else 0.1)]
+    if stacked:
+        module = import_module("gradkernels.triton.stacked")
+        getattr(module, f"stacked_{op}_step")(tensors, options, UNGUARDED, Models(count))
+        return [moved]
+    guarded = Guard(norms=torch.empty(1, 2, dtype=FLOAT64), max_norm=1.0) if clip else UNGUARDED
     if clip:
-        guarded, of_norm = Guard(norms=torch.empty(1, 2, dtype=FLOAT64), max_norm=1.0), [size]
         grad_norm(tensors, None, guarded.norms[0])
-    launcher = getattr(import_module(f"gradkernels.triton.{op}"), f"{op}_step")
-    launcher(tensors, [_options(op, 0.1)], guarded)
-    return [*of_norm, (3 + 2 * len(states)) * size]
-
-
-def launch_stacked_step(
-    op: str, states: Sequence[str], shape: tuple[int, int], dtype: torch.dtype
-) -> list[int]:
-    """Launch a step of a batch of models, each with a rate of its own; the bytes of the launch."""
-    from gradkernels.triton import stacked
-
-    options = _options(op, torch.empty(shape[0]))
-    param, grad, *values = (torch.empty(shape, dtype=dtype) for _ in range(2 + len(states)))
-    kept = {key: [value] for key, value in zip(states, values, strict=True)}
-    if op == "adam":
-        kept["step"] = [torch.empty(shape[0])]
-    launcher = getattr(stacked, f"stacked_{op}_step")
-    launcher(Bucket([param], [grad], kept, [0], [0]), [options], UNGUARDED, Models(shape[0]))
-    return [(3 + 2 * len(states)) * param.nbytes + 12 * shape[0]]
+    getattr(import_module(f"gradkernels.triton.{op}"), f"{op}_step")(tensors, options, guarded)
+    return [size, moved] if clip else [moved]
 
 
 def models() -> Any:
@@ -126,7 +127,7 @@ def step_job(
 ) -> Job:
     """A step over tensors of many sizes; ``per_element`` counts the bytes that must move for each parameter."""
     shapes = [(1 << 16,), (300, 41), (1000,)] + [(64,)] * 20
-    count = sum(torch.Size(shape).numel() for shape in shapes)
+    count = sum(map(math.prod, shapes))
     steps = _steps(shapes, ours, theirs, options)
     job = f"{name} step, {len(shapes)} tensors, {count} float32 parameters"
     return Job(job, *steps, per_element * count, 1.02, 1.02, launches)
@@ -149,8 +150,8 @@ def stacked_job(
         per_element, per_model: bytes that must move for each number, and once for each model.
     """
     steps = _steps([shape], ours, theirs, shared, stacked=True, lr=torch.full(shape[:1], 0.1))
-    minimum = per_element * torch.Size(shape).numel() + per_model * shape[0]
-    job = f"{name}, {shape[0]} models x {torch.Size(shape[1:]).numel()} float32"
+    minimum = per_element * math.prod(shape) + per_model * shape[0]
+    job = f"{name}, {shape[0]} models x {math.prod(shape[1:])} float32"
     return Job(job, *steps, minimum, 1.1, 1.1, launches)
 
 
@@ -171,14 +172,10 @@ def _steps(
         optimizer = build(params, **options)
         optimizer.step()  # the first step makes the state
         clips = build is theirs and "max_norm" in shared
-        steps.append(_clipped(params, shared["max_norm"], optimizer) if clips else optimizer.step)
+        steps.append(partial(_clipped, params, shared["max_norm"], optimizer) if clips else optimizer.step)
     return steps
 
 
-def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
-        optimizer.step()
-
-    return step
+def _clipped(params: list[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
+    optimizer.step()

@@ -10,12 +10,9 @@ CUDA mse_loss writes the elementwise loss and reads it again, 7 elements per ele
 import argparse
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from gradkernels.ops import OPS
@@ -23,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..throughput.results import claim, write_json
+from ..throughput.results import claimed, write_json
 from .cases import Job
 
 
@@ -119,18 +116,11 @@ def _row(c: Count) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; the exit status is 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(prog="python -m bench traffic", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument("--json", type=claimed, metavar="FILE", help="write the figures here as well")
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("triton") is None:
         parser.error("counting traffic needs the triton package (pip install triton)")
-    if arguments.json is not None:
-        try:
-            claim(arguments.json)
-        except OSError as error:
-            parser.error(f"--json: {error}")
-    if os.environ.get("TRITON_INTERPRET") != "1":  # it must be set before triton is first imported
-        command = [sys.executable, "-m", __spec__.name, *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
     from gradkernels.verify.console import print_table
 
     counts = [count(job) for job in jobs()]
@@ -138,7 +128,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json is not None:
         write_json([c.record() for c in counts], arguments.json)
     return 0 if all(c.passed for c in counts) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

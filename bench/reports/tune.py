@@ -111,7 +111,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(found)} tiles in {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,15 +10,18 @@ range is the noise; and a busier or slower machine slows torch as well. With sev
 satisfy either condition by chance once in 3432 cases.
 """
 
+import argparse
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradkernels.verify.console import Cell
+from gradkernels.verify.console import Cell, positive, print_line, print_table
 
 from .case import OURS
-from .results import baselines, case_name, outcome
+from .results import baselines, case_name, load_or_exit, outcome
 
 THRESHOLD = 0.05
 
@@ -127,3 +130,27 @@ def rows(changes: Sequence[Change]) -> list[list[Cell]]:
 
 
 COLUMNS = ("case", "before us", "after us", "clock", f"{OURS} / torch", "verdict")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "--threshold", type=positive, default=THRESHOLD, help="smallest change that counts (0.05)"
+    )
+    arguments = parser.parse_args(argv)
+    before, after = load_or_exit(parser, arguments.before, arguments.after)
+    if before["machine"]["device"] != after["machine"]["device"]:
+        print_line("the two runs are of different machines", "bad")
+    changes = compare_runs(before, after, arguments.threshold)
+    print_line()
+    print_table(COLUMNS, rows(changes), f"{arguments.before} -> {arguments.after}", numbers=True)
+    counts = Counter(change.verdict for change in changes)
+    said = (f"{counts[word]} {word}" for word in ("wrong", "slower", "faster", "noise"))
+    print_line(f"{', '.join(said)}, of {len(changes)} cases")
+    return int(regressed(changes))

@@ -127,7 +127,7 @@ def measure_rates(
     def fastest(calls: list[Any], work: float) -> float:
         samplers = [timer.per_call([call])[0] for call in calls]
         return max(
-            work / summarise(rounds, "").median
+            1e6 * work / summarise(rounds, "")["median_us"]
             for rounds in in_turns(samplers, seconds, timer.pause, timer.clock)
         )
 

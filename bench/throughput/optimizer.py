@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reports.optimizer import launch_stacked_step, launch_step
+from ..reports.optimizer import launch_step
 from .case import OURS, Call, Case, Implementation, Op, Sweep, compiled, draw_inputs, powers
 
 SAMPLED = 1 << 24  # elements; of a longer list evenly spaced ones are checked
@@ -146,7 +146,7 @@ def step_case(
         pick=pick,
         calls=steps,
         compile=list(tensors) == [(10**7,)],
-        launch=partial(launch_step, op, states, list(map(math.prod, tensors)), dtype, clip),
+        launch=partial(launch_step, op, states, tensors, dtype, clip),
     )
 
 
@@ -225,7 +225,7 @@ def stacked_case(
         case,
         sizes={"tensors": models, "numel": models * numel},
         bytes=case.bytes + 12 * models,
-        launch=partial(launch_stacked_step, op, states, shape, dtype),
+        launch=partial(launch_step, op, states, [shape], dtype, stacked=True),
     )
 
 

@@ -1,15 +1,20 @@
 """Write pictures and one self-contained HTML page from results: ``python -m bench report FILE...``."""
 
+import argparse
 import base64
 import html
+import importlib.util
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gradkernels.verify.console import Cell, print_line
+
 from .case import OURS
-from .console import Cell, header, scale_table, table, times
-from .results import fitted, groups, remarks, summaries
+from .console import header, scale_table, table, times
+from .machine import slug
+from .results import fitted, groups, load_or_exit, remarks, summaries
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -139,8 +144,34 @@ def page(document: dict[str, Any], paths: dict[str, Path]) -> str:
     return PAGE.format(title=title, body="\n".join(body))
 
 
-def write(document: dict[str, Any], folder: Path) -> Path:
-    """Write the pictures and ``report.html`` into a folder; return the page's path."""
+def draw(document: dict[str, Any], folder: Path) -> bool:
+    """Write the pictures and ``report.html`` into a folder, or print why not; return True if they were written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print_line(
+            "no pictures: matplotlib is not installed; elsewhere, `python -m bench report FILE` draws them"
+        )
+        return False
     path = folder / "report.html"
     path.write_text(page(document, pictures(document, folder)))
-    return path
+    print_line(f"written: {path}")
+    return True
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench report", description="Pictures and an HTML page from results."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: beside each file; of several, a folder each"
+    )
+    arguments = parser.parse_args(argv)
+    documents = load_or_exit(parser, *arguments.files)
+    folders = [arguments.out or path.parent for path in arguments.files]
+    if arguments.out and len(folders) > 1:
+        folders = [arguments.out / slug(document["machine"]) for document in documents]
+    if len(set(folders)) < len(folders):  # runs before and after something, in one folder or of one machine
+        folders = [folder / path.stem for folder, path in zip(folders, arguments.files, strict=True)]
+    if len(set(folders)) < len(folders):
+        parser.error("files of one name would be drawn into one folder")
+    return 1 - min([draw(*each) for each in zip(documents, folders, strict=True)])

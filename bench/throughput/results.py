@@ -1,5 +1,6 @@
 """Compute rates, shares of the limits, ratios and losses from a run; read and write its files."""
 
+import argparse
 import csv
 import json
 from collections.abc import Iterable, Sequence
@@ -192,14 +193,14 @@ def all_right(document: dict[str, Any]) -> bool:
     )
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Read a file that ``write_json`` wrote.
 
     Raises:
         ValueError: it cannot be read, is something else, or of another schema.
     """
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError:  # neither text nor JSON
@@ -213,18 +214,26 @@ def load(path: str | Path) -> dict[str, Any]:
     return document
 
 
-def claim(path: Path) -> None:
-    """Make a file that is to be written later, and its folder, if they are not there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("a").close()  # raises where it is a folder, or may not be written
+def load_or_exit(parser: argparse.ArgumentParser, *paths: Path) -> list[dict[str, Any]]:
+    """Read such files; end the program with one line and status 2 if one is something else."""
+    try:
+        return [load(path) for path in paths]
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
-def write_json(document: Any, path: str | Path) -> None:
+def claimed(path: str | Path) -> Path:
+    """Make a file that is to be written later, and its folder, if they are not there: a ``type`` for argparse."""
     path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()  # raises where it is a folder, or may not be written
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
+
+
+def write_json(document: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -237,10 +246,8 @@ CSV_COLUMNS = (
 )
 
 
-def write_csv(document: dict[str, Any], path: str | Path) -> None:
+def write_csv(document: dict[str, Any], path: Path) -> None:
     """Write one line per case and implementation; each has its machine, date and commit."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     machine = {key: document["machine"][key] for key in ("device", "date", "commit")}
     with path.open("w", newline="") as file:
         lines = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
@@ -250,9 +257,8 @@ def write_csv(document: dict[str, Any], path: str | Path) -> None:
                 found, speed = outcome(record, name), rates(record, document["limits"], name)
                 line = record | machine | found | (vars(speed) if speed else {})
                 for key in ("call", "device"):
-                    for column in ("median", "p20", "p80"):
-                        timing = found.get(key) or {}
-                        field = f"{key}_us" if column == "median" else f"{key}_{column}_us"
-                        line[field] = timing.get(f"{column}_us")
+                    timing = found.get(key) or {}
+                    line |= {f"{key}_{name}": timing.get(name) for name in ("p20_us", "p80_us")}
+                    line[f"{key}_us"] = timing.get("median_us")
                 line["device"] = machine["device"]
                 lines.writerow(line | {"contender": name, "ratio_to_gradkernels": ratio(record, name)})

@@ -17,9 +17,8 @@ from torch import Tensor
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
 from .memory import free_bytes, give_back, page_faults
 from .session import LostError
-from .timing import Sampler, Timing, WallTimer, in_turns, input_sets, summarise
+from .timing import Sampler, WallTimer, in_turns, input_sets, summarise
 
-MICRO = 1e6
 LARGE = 1 << 26  # bytes
 PROGRAMS = 4  # that an implementation compiles for one case
 
@@ -87,11 +86,8 @@ class Runner:
                 if outcomes[case.implementations[0].name]["status"] not in ("wrong", "failed"):
                     raise
                 timed = {}  # to be wrong is what there is to say
-            return (
-                record
-                | timed
-                | {"contenders": {each.name: outcomes[each.name] for each in case.implementations}}
-            )
+            rows = {each.name: outcomes[each.name] for each in case.implementations}
+            return record | timed | {"contenders": rows}
         except torch.OutOfMemoryError:
             return record | {"skipped": "out of memory"}
         except NoBaselineError as error:
@@ -218,7 +214,7 @@ class Runner:
                     [sampler for _, sampler, _ in taken], self.seconds, self.timer.pause, self.timer.clock
                 )
                 for (i, _, method), samples in zip(taken, rounds, strict=True):
-                    results[i][key] = in_microseconds(summarise(samples, method))
+                    results[i][key] = summarise(samples, method)
             for i, calls in prepared.items() if self.device.type == "cpu" else ():
                 with turn[i].within():
                     results[i]["page_faults"] = page_faults(calls)
@@ -288,32 +284,23 @@ def replaced(implementation: Implementation, reason: str) -> Implementation:
     return dataclasses.replace(implementation, prepare=prepare)
 
 
-def failed(note: str) -> dict[str, Any]:
-    """Return the row of an implementation that fails, which is not the end of the run."""
-    return {"status": "failed", "note": note[:200], "first_call_s": None}
+def failed(note: str, status: str = "failed") -> dict[str, Any]:
+    """Return the row of an implementation that fails or is wrong: it has no time, not even that of its first call."""
+    return {"status": status, "note": note, "first_call_s": None}
 
 
 def first_line(error: Exception) -> str:
     """Return an exception's type and the first line of its message."""
-    return traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+    return traceback.format_exception_only(error)[-1].strip().splitlines()[0][:200]
 
 
 def verdict(results: Results, baseline: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Compare results with the tolerance policy; ``baseline`` is plain torch's results.
-
-    A wrong result has no time, not even that of its first call.
-    """
+    """Compare results with the tolerance policy; ``baseline`` is plain torch's results."""
     if len(results) != len(expected):
-        return {
-            "status": "wrong",
-            "note": f"{len(results)} results instead of {len(expected)}",
-            "first_call_s": None,
-        }
+        return failed(f"{len(results)} results instead of {len(expected)}", "wrong")
     found = [compare(*triple) for triple in zip(results, baseline, expected, strict=True)]
     wrong = [f"result {i}: {comparison}" for i, comparison in enumerate(found) if not comparison.passed]
-    if wrong:
-        return {"status": "wrong", "note": "; ".join(wrong), "first_call_s": None}
-    return {"status": "ok"}
+    return failed("; ".join(wrong), "wrong") if wrong else {"status": "ok"}
 
 
 def verdict_on_another_job(results: Results, expected: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -322,8 +309,7 @@ def verdict_on_another_job(results: Results, expected: Sequence[np.ndarray]) -> 
         error = float(np.abs(to_numpy(result) - right).max(initial=0.0))
         largest = float(np.abs(right).max(initial=0.0))
         if not error <= torch.finfo(result.dtype).eps ** 0.5 * largest:
-            note = f"result {i}: error {error:.2g}, the largest number is {largest:.2g}"
-            return {"status": "wrong", "note": note, "first_call_s": None}
+            return failed(f"result {i}: error {error:.2g}, the largest number is {largest:.2g}", "wrong")
     return {"status": "ok"}
 
 
@@ -333,14 +319,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def in_microseconds(timing: Timing) -> dict[str, Any]:
-    return {
-        "median_us": timing.median * MICRO,
-        "p20_us": timing.p20 * MICRO,
-        "p80_us": timing.p80 * MICRO,
-        "rounds_us": [seconds * MICRO for seconds in timing.rounds],
-        "samples": timing.samples,
-        "method": timing.method,
-    }

@@ -10,7 +10,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,30 +27,17 @@ MAX_FLUSHES = 512  # in a row: a device's queue holds about twice as many
 Sampler = Callable[[], float]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call.
-
-    Attributes:
-        median, p20, p80: over all samples.
-        rounds: the median of each round.
-        samples: how many there were.
-        method: how they were taken.
-    """
-
-    median: float
-    p20: float
-    p80: float
-    rounds: list[float]
-    samples: int
-    method: str
-
-
-def summarise(rounds: Sequence[Sequence[float]], method: str) -> Timing:
-    """Summarise samples that are grouped by round."""
-    p20, median, p80 = np.percentile([sample for samples in rounds for sample in samples], (20, 50, 80))
-    medians = [float(np.median(samples)) for samples in rounds]
-    return Timing(float(median), float(p20), float(p80), medians, sum(map(len, rounds)), method)
+def summarise(rounds: Sequence[Sequence[float]], method: str) -> dict[str, Any]:
+    """Summarise samples in seconds, grouped by round: median and percentiles of all, the median of each round."""
+    p20, median, p80 = np.percentile([1e6 * sample for samples in rounds for sample in samples], (20, 50, 80))
+    return {
+        "median_us": float(median),
+        "p20_us": float(p20),
+        "p80_us": float(p80),
+        "rounds_us": [1e6 * float(np.median(samples)) for samples in rounds],
+        "samples": sum(map(len, rounds)),
+        "method": method,
+    }
 
 
 def in_turns(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as cli
-from bench.throughput import machine, results, scale
+from bench.throughput import machine, report, results, scale
 from bench.throughput.console import Screen
 
 from .fakes import Clock, document, doubling
@@ -42,7 +42,7 @@ def test_report_is_drawn_from_files_alone(tmp_path: Path, capsys: pytest.Capture
 
 def test_no_report_of_several_is_drawn_over_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     clock, drawn = Clock(), []
-    monkeypatch.setattr(cli, "draw", lambda document, folder, screen: bool(drawn.append(folder)) or True)
+    monkeypatch.setattr(report, "draw", lambda document, folder: bool(drawn.append(folder)) or True)
     for name in ("before", "after", "elsewhere/after"):
         results.write_json(document(doubling(clock), clock=clock), tmp_path / f"{name}.json")
     before, after, elsewhere = (
@@ -144,7 +144,6 @@ def test_equal_times_are_a_tie(capsys: pytest.CaptureFixture) -> None:
     assert not summary.losses
     Screen().document(found)
     assert "slower than" not in capsys.readouterr().out
-    report = pytest.importorskip("bench.throughput.report")
     page = report.page(found, dict.fromkeys(("roofline", "doubling"), Path(__file__)))
     assert '<b class="">1.00</b>' in page
     assert '"bad"' not in page

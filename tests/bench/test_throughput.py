@@ -190,7 +190,7 @@ def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(
     pytest.importorskip("matplotlib")
     from bench.throughput import report
 
-    report.write(found, tmp_path)
+    assert report.draw(found, tmp_path)
 
 
 def test_ragged_rows_of_all_sets_are_padded_to_one_shape() -> None:

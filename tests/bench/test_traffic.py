@@ -1,8 +1,7 @@
 """The bytes that the kernels move, against the minimum traffic: the limits are the jobs' own."""
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
 
 import pytest
@@ -59,15 +58,13 @@ def test_eager_traffic_counts_inputs_and_outputs_once_and_no_views():
     assert eager.moved == 4 * 200
 
 
-def test_the_command_starts_its_own_interpreter(monkeypatch, tmp_path):
-    """Without TRITON_INTERPRET it goes on in a child process, whose status it hands back."""
-    called = []
-    monkeypatch.delenv("TRITON_INTERPRET")
-
-    def run(command, env, check):
-        called.append((command, env["TRITON_INTERPRET"]))
-        return subprocess.CompletedProcess(command, 3)
-
-    monkeypatch.setattr(traffic.subprocess, "run", run)
-    assert traffic.main(["--json", "x.json"]) == 3
-    assert called == [([sys.executable, "-m", traffic.__spec__.name, "--json", "x.json"], "1")]
+@pytest.mark.parametrize(("launches", "status"), [(3, 0), (2, 1)])
+def test_the_command_counts_under_the_interpreter(launches, status, monkeypatch, tmp_path):
+    """Whatever the environment says; its status tells whether a limit is exceeded."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(traffic, "jobs", lambda: [replace(JOBS[0], launches=launches)])
+    count = traffic.Count(replace(JOBS[0], launches=launches), 3, JOBS[0].minimum, JOBS[0].minimum, 1)
+    monkeypatch.setattr(traffic, "count", lambda job: count)
+    assert traffic.main(["--json", str(tmp_path / "x.json")]) == status
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert json.loads((tmp_path / "x.json").read_text())[0]["launches"] == 3
