@@ -152,9 +152,9 @@ def _make(
         if layout == "ragged":
             # From no rows at all to twice as many as on average. All sets of inputs have the same lengths: the padded
             # shapes are compiled once.
-            lengths = torch.Generator(device).manual_seed(0)
-            cuts = torch.rand(b, device=device, generator=lengths, dtype=torch.float64).cumsum(0)
-            offsets = functional.pad((cuts * (b * n / cuts[-1])).round().long(), (1, 0))
+            lengths = torch.Generator().manual_seed(0)
+            cuts = torch.rand(b, generator=lengths, dtype=torch.float64).cumsum(0)
+            offsets = functional.pad((cuts * (b * n / cuts[-1])).round().long(), (1, 0)).to(device)
             x, y = draw(b * n, d), draw(b * n, k)
             return x, weight, y, offsets, functools.cache(partial(_padded, x, y, offsets))
         x, y = draw(*((b, n, d) if layout == "own" else (n, d))), draw(b, n, k)

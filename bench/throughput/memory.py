@@ -68,6 +68,7 @@ def free_bytes(device: torch.device) -> int:
         # What torch's allocator keeps of tensors that are gone, it gives again.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
+    give_back()
     with contextlib.suppress(OSError):  # memory that only caches files is not free, but to be had
         if available := re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()):
             return int(available[1]) << 10

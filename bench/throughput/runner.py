@@ -15,7 +15,7 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
-from .memory import free_bytes, give_back, page_faults
+from .memory import free_bytes, page_faults
 from .session import LostError
 from .timing import Sampler, WallTimer, in_turns, input_sets, summarise
 
@@ -95,7 +95,6 @@ class Runner:
         finally:
             if case.bytes > LARGE:
                 gc.collect()  # the next case needs the memory
-                give_back()
 
     def inputs(self, case: Case, number: int) -> tuple[Any, ...]:
         """Draw the inputs of a case; the number is the seed."""

@@ -28,6 +28,8 @@ def test_declarations(name: str, device_type: str) -> None:
         assert all(case.bytes > 0 and case.flops > 0 and case.op == name for case in cases)
         assert all(case.implementations[0].name == OURS for case in cases)
         assert any(case.compile for case in cases) or not quick
+        for case in cases:  # as predictions make them
+            assert case.launch or case.make(torch.device("meta"), torch.Generator())
     for sweep in op.sweep(device_type):
         assert sweep.axis in op.axes
         assert len(sweep.base) == len(op.axes)

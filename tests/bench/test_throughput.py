@@ -7,8 +7,8 @@ that its lines run and what they compute, and nothing about a GPU.
 
 import contextlib
 import csv
-import dataclasses
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import torch
 from bench import bench_linear_mse_models
 from bench.throughput import case as declaration
 from bench.throughput import results
-from bench.throughput.case import OURS, Implementation, function
+from bench.throughput.case import OURS, Case, Implementation, function
 from bench.throughput.console import Screen
 from bench.throughput.timing import ROUNDS
 
-from .fakes import LIMITS, Clock, document, doubling
+from .fakes import CPU, LIMITS, Clock, document, doubling
 
 
 def unwritten(values: torch.Tensor) -> torch.Tensor:
@@ -96,8 +96,8 @@ def test_failed_and_absent_implementations_are_named() -> None:
 
     extra = (
         function("broken", broken),
-        dataclasses.replace(function("elsewhere", broken), absent="not installed"),
-        dataclasses.replace(function("slow", broken), slow_start=True),
+        replace(function("elsewhere", broken), absent="not installed"),
+        replace(function("slow", broken), slow_start=True),
     )
     found = document(doubling(clock, extra=extra), clock=clock)
     status = {name: each["status"] for name, each in found["cases"][0]["contenders"].items()}
@@ -113,53 +113,40 @@ def test_failed_and_absent_implementations_are_named() -> None:
     assert "elsewhere is not installed" in said
 
 
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        *((name, RuntimeError("recompile limit")) for name in (OURS, "eager", "rival")),
-        ("rival", torch.OutOfMemoryError()),
-    ],
-    ids=repr,
-)
-def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str, error: Exception) -> None:
+def failing_later(case: Case, name: str, error: Exception, place: str = "call") -> Case:
+    """The case with an implementation that serves the inputs that are checked, and no later set of them."""
+    (checked,) = case.make(CPU, torch.Generator().manual_seed(0))
+    (chosen,) = (each for each in case.implementations if each.name == name)
+
+    def fail() -> Any:
+        raise error
+
+    def prepare(values: torch.Tensor) -> Any:
+        if torch.equal(values, checked):
+            return chosen.prepare(values)
+        return fail() if place == "prepare" else fail
+
+    jobs = [replace(each, prepare=prepare) if each is chosen else each for each in case.implementations]
+    return replace(case, implementations=tuple(jobs))
+
+
+@pytest.mark.parametrize("place", ["call", "prepare"])
+@pytest.mark.parametrize("error", [RuntimeError("recompile limit"), torch.OutOfMemoryError()], ids=repr)
+@pytest.mark.parametrize("name", [OURS, "eager", "rival"])
+def test_what_fails_on_a_later_set_of_inputs_is_a_row(name: str, error: Exception, place: str) -> None:
     clock = Clock()
     case = doubling(clock, extra=(function("rival", lambda values: (clock.work(10.0), [2 * values])[1]),))
-    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
-
-    def job(values: torch.Tensor) -> list[torch.Tensor]:
-        if not torch.equal(values, checked):
-            raise error
-        return [2 * values]
-
-    jobs = tuple(function(name, job) if each.name == name else each for each in case.implementations)
-    (record,) = document(dataclasses.replace(case, implementations=jobs), clock=clock)["cases"]
-    if name == "eager":
+    found = document(failing_later(case, name, error, place), clock=clock)
+    (record,) = found["cases"]
+    if isinstance(error, torch.OutOfMemoryError) and name != "rival":
+        assert record["skipped"] == "out of memory"
+    elif name == "eager":
         assert record["skipped"] == "plain torch has no result: RuntimeError: recompile limit"
     else:
         status = {each: row["status"] for each, row in record["contenders"].items()}
         assert status == {OURS: "ok", "eager": "ok", "rival": "ok"} | {name: "failed"}
         assert "call" not in record["contenders"][name]
-
-
-@pytest.mark.parametrize("name", [OURS, "rival"])
-def test_what_cannot_be_prepared_of_a_later_set_is_a_row(name: str) -> None:
-    clock = Clock()
-    case = doubling(clock, extra=(function("rival", lambda values: (clock.work(10.0), [2 * values])[1]),))
-    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
-    (chosen,) = (each for each in case.implementations if each.name == name)
-
-    def prepare(values: torch.Tensor) -> Any:
-        if not torch.equal(values, checked):
-            raise RuntimeError("no second state")
-        return chosen.prepare(values)
-
-    made = dataclasses.replace(chosen, prepare=prepare)
-    jobs = tuple(made if each is chosen else each for each in case.implementations)
-    found = document(dataclasses.replace(case, implementations=jobs), clock=clock)
-    rows = found["cases"][0]["contenders"]
-    status = {each: row["status"] for each, row in rows.items()}
-    assert status == {OURS: "ok", "eager": "ok", "rival": "ok"} | {name: "failed"}
-    assert results.all_right(found) == (name != OURS)
+        assert results.all_right(found) == (name != OURS)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("recompile limit"), torch.OutOfMemoryError()], ids=repr)
@@ -170,19 +157,13 @@ def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(
     """A case without a baseline or memory is skipped, which is no fault of ours; one that hides a fault is not."""
     clock = Clock()
     case = doubling(clock, factor=3.0 if wrong else 2.0)
-    (checked,) = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
 
     def broken(values: torch.Tensor) -> list[torch.Tensor]:
         raise RuntimeError("no such instruction")
 
-    def job(values: torch.Tensor) -> list[torch.Tensor]:
-        if not torch.equal(values, checked):
-            raise error
-        return [2 * values]
-
-    ours, _ = case.implementations
-    jobs = (ours if wrong else function(OURS, broken), function("eager", job))
-    found = document(dataclasses.replace(case, implementations=jobs), clock=clock)
+    ours, plain = case.implementations
+    case = replace(case, implementations=(ours if wrong else function(OURS, broken), plain))
+    found = document(failing_later(case, "eager", error), clock=clock)
     assert results.outcome(found["cases"][0])["status"] == ("wrong" if wrong else "failed")
     assert not any("call" in row for row in found["cases"][0]["contenders"].values())
     assert not results.all_right(found)
@@ -217,7 +198,7 @@ def test_to_enter_what_a_rival_runs_in_is_not_timed() -> None:
         clock.work(100.0)
         return [values * 2]
 
-    rival = dataclasses.replace(function("rival", double), within=within)
+    rival = replace(function("rival", double), within=within)
     found = document(doubling(clock, extra=(rival,)), clock=clock)["cases"][0]["contenders"]["rival"]
     assert found["call"]["p80_us"] == pytest.approx(100, rel=1e-3)
     assert found["first_call_s"] == pytest.approx(100e-6, rel=1e-3)
@@ -234,9 +215,7 @@ def test_another_job_is_counted_in_steps_and_for_no_speedup(
         clock.work(1260)
         return [values * 0.5 * (1 if right else 1.01)]
 
-    halved = dataclasses.replace(
-        function("solve", halve), unit="steps", reference=lambda values: [values * 0.5]
-    )
+    halved = replace(function("solve", halve), unit="steps", reference=lambda values: [values * 0.5])
     found = document(doubling(clock, extra=(halved,)), clock=clock)
     assert results.all_right(found)
     assert results.baselines(found["cases"]) == ["eager"]
@@ -267,14 +246,12 @@ def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.Monkey
         raise torch.OutOfMemoryError("out of memory")
 
     for plain, word in ((broken, "not on this device"), (exhausted, "out of memory")):
-        replaced = dataclasses.replace(
-            case, implementations=(case.implementations[0], function("eager", plain))
-        )
+        replaced = replace(case, implementations=(case.implementations[0], function("eager", plain)))
         found = document(replaced, clock=clock)
         assert word in found["cases"][0]["skipped"]
         assert word in results.remarks(found)[0]
     found = document(
-        dataclasses.replace(case, implementations=(*case.implementations, function("rival", exhausted))),
+        replace(case, implementations=(*case.implementations, function("rival", exhausted))),
         clock=clock,
     )
     rows = found["cases"][0]["contenders"]
@@ -283,11 +260,11 @@ def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.Monkey
     def no_such_dtype(device: torch.device, generator: torch.Generator) -> tuple[Any, ...]:
         raise TypeError("this device has no float64")
 
-    found = document(dataclasses.replace(case, make=no_such_dtype), clock=clock)
+    found = document(replace(case, make=no_such_dtype), clock=clock)
     assert "no float64" in found["cases"][0]["skipped"]
-    huge = dataclasses.replace(case, bytes=1 << 60)
+    huge = replace(case, bytes=1 << 60)
     assert "GiB" in document(huge, clock=clock)["cases"][0]["skipped"]
-    padded = dataclasses.replace(case, beside=1 << 60)
+    padded = replace(case, beside=1 << 60)
     assert "GiB" in document(padded, clock=clock)["cases"][0]["skipped"]
     monkeypatch.setattr("bench.throughput.runner.free_bytes", lambda device: 3 * case.bytes)
     assert document(case, clock=clock)["cases"][0]["in_turns"] is False
