@@ -43,6 +43,11 @@ def _glibc(name: str, *arguments: int) -> int:
         return 0
 
 
+def touch(size: int) -> None:
+    """Put so many bytes, whose pages are there, into the heap: what small blocks split is then no new page's."""
+    torch.empty(size, dtype=torch.uint8).fill_(1)
+
+
 def settle(calls: Sequence[Call]) -> None:
     """Make all calls until they take no new pages; what glibc keeps aside for small blocks splits a few large ones."""
     for _ in range(PASSES):

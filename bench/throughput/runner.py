@@ -15,11 +15,12 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
-from .memory import free_bytes, page_faults
+from .memory import free_bytes, page_faults, touch
 from .session import LostError
 from .timing import Sampler, WallTimer, in_turns, input_sets, summarise
 
 LARGE = 1 << 26  # bytes
+MOST_TOUCHED = 1 << 30  # bytes
 PROGRAMS = 4  # that an implementation compiles for one case
 
 
@@ -190,6 +191,8 @@ class Runner:
             results: list[dict[str, Any]] = [{} for _ in turn]
             samplers: dict[str, list[tuple[int, Sampler, str]]] = {"call": [], "device": []}
             prepared: dict[int, list[Call]] = {}
+            if self.device.type == "cpu":
+                touch(min(2 * case.bytes, MOST_TOUCHED))
             for i, each in enumerate(turn):
                 self._begin(each)
                 try:  # other sets of inputs than the checked one, and graph capture
