@@ -18,7 +18,7 @@ import torch
 from .case import Call
 
 MEMINFO = Path("/proc/meminfo")
-PASSES = 12  # to settle
+PASSES = 8  # to settle
 FEW = 16  # pages in each call
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -48,11 +48,16 @@ def touch(size: int) -> None:
     torch.empty(size, dtype=torch.uint8).fill_(1)
 
 
-def settle(calls: Sequence[Call]) -> None:
-    """Make all calls until they take no new pages; what glibc keeps aside for small blocks splits a few large ones."""
+def settle(calls: Sequence[Call]) -> float | None:
+    """Make all calls until they take no new pages; return how many a call still takes.
+
+    What glibc keeps aside for small blocks splits a few large ones.
+    """
     for _ in range(PASSES):
-        if not (page_faults(calls) or 0) > FEW:
-            return
+        found = page_faults(calls)
+        if found is None or found <= FEW:
+            break
+    return found
 
 
 def page_faults(calls: Sequence[Call]) -> float | None:

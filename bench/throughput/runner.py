@@ -15,7 +15,7 @@ from gradkernels.verify.tolerance import compare
 from torch import Tensor
 
 from .case import OURS, Call, Case, Implementation, Results, dtype_name, poisoned
-from .memory import free_bytes, page_faults, touch
+from .memory import free_bytes, settle, touch
 from .session import LostError
 from .timing import Sampler, WallTimer, in_turns, input_sets, summarise
 
@@ -219,7 +219,7 @@ class Runner:
                     results[i][key] = summarise(samples, method)
             for i, calls in prepared.items() if self.device.type == "cpu" else ():
                 with turn[i].within():
-                    results[i]["page_faults"] = page_faults(calls)
+                    results[i]["page_faults"] = settle(calls)
         return results
 
     def _begin(self, implementation: Implementation) -> None:

@@ -23,7 +23,7 @@ from bench.throughput import memory
 def faults(megabytes):
     calls = [lambda: torch.empty(megabytes << 20, dtype=torch.uint8).fill_(1)] * 3
     memory.settle(calls)
-    return memory.page_faults(calls)
+    return memory.page_faults(calls)  # of the next ones
 
 
 default = faults(40)
@@ -54,13 +54,13 @@ def test_a_case_is_timed_with_memory_recycled_and_its_new_pages_are_said(
 ) -> None:
     clock = Clock()
     case = dataclasses.replace(doubling(clock), bytes=1 << 28)
-    monkeypatch.setattr("bench.throughput.runner.page_faults", lambda calls: 20000.0)
+    monkeypatch.setattr("bench.throughput.memory.page_faults", lambda calls: 20000.0)
     found = document(case, clock=clock)
     assert found["cases"][0]["contenders"]["eager"]["page_faults"] == 20000
     said = "doubling forward 1000 float32: eager waits for 20000 new pages of memory in each call"
     assert said in results.remarks(found)
     assert ("malloc_trim", (0,)) in glibc  # before it is known how much is free
-    monkeypatch.setattr("bench.throughput.runner.page_faults", lambda calls: 1.0)
+    monkeypatch.setattr("bench.throughput.memory.page_faults", lambda calls: 1.0)
     assert not results.remarks(document(dataclasses.replace(case, bytes=8), clock=clock))
 
 
