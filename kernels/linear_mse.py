@@ -24,8 +24,8 @@ from .repeat import repeatable
 from .torch_private import torch_mse_loss
 
 # Bytes of input or target up to which torch's own ops and autograd serve on the fallback: a second pass over what
-# the last cache of a CPU holds costs less than the way through the registered operators (65,536 x 64: 0.87x).
-SMALL = 1 << 25
+# the last cache of a CPU holds costs less than the way through the registered operators (twice the time of 4,096 x 64).
+SMALL = 1 << 23
 
 
 @repeatable

@@ -7,6 +7,9 @@ from torch import Tensor
 # integers, constants) 2^19 rows lost 4,000 eps. Sums over data are made of products of so many rows at most.
 ROWS = 1 << 12
 
+# Features from which torch multiplies rows by a vector faster with the rows as the left factor.
+WIDE = 64
+
 
 def matmul_forward(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
@@ -28,6 +31,23 @@ def matmul_forward(
             else result + bias
         )
     return result.to(dtype)
+
+
+def blocks_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left.
+
+    A CPU's product of batches has all threads where that of a matrix and a vector has one.
+    """
+    whole = len(rows) // ROWS * ROWS
+    return rows[:whole].unflatten(0, (-1, ROWS)), rows[whole:]
+
+
+def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+    """``(B, N, 1)``: rows (B, N, D) times vectors (B, 1, D)."""
+    if rows.shape[2] >= WIDE:
+        return torch.bmm(rows, vectors.mT, out=out)
+    out = rows.new_empty(*rows.shape[:2], 1) if out is None else out
+    return torch.bmm(vectors, rows.mT, out=out.mT).mT
 
 
 def parts_of(rows: int) -> list[slice]:
