@@ -113,28 +113,20 @@ def _launch_backward(N: int, D: int, K: int, output_mask: list[bool]) -> Call:
     return call
 
 
+_aot = partial(AotCase, "linear_mse")
 AOT_CASES = (
-    AotCase("linear_mse", "1 output of 256", _launch(1 << 16, 256, 1), stores=False),
-    AotCase("linear_mse", "1 output of 1024", _launch(1 << 16, 1024, 1), stores=False),
-    AotCase("linear_mse", "1 output of 2048", _launch(1 << 16, 2048, 1), stores=False),
-    AotCase("linear_mse", "1 output of 4096", _launch(1 << 16, 4096, 1), stores=False),
-    AotCase("linear_mse", "8 outputs of 256", _launch(1 << 16, 256, 8), stores=False),
-    AotCase("linear_mse", "16 outputs of 512", _launch(1 << 16, 512, 16), stores=False),
-    AotCase("linear_mse", "1024 outputs of 1024", _launch(1 << 14, 1024, 1024)),
-    AotCase("linear_mse", "1 output of 16384", _launch(1 << 16, 16384, 1), stores=False),
-    AotCase("linear_mse", "77 outputs of 333", _launch(1 << 14, 333, 77), loads=False, stores=False),
-    AotCase(
-        "linear_mse",
-        "gradient of input, 1 output",
-        _launch_backward(1 << 16, 1024, 1, [True, False]),
-        loads=False,
-    ),
-    AotCase(
-        "linear_mse",
-        "gradient of input, 1024 outputs",
-        _launch_backward(1 << 14, 1024, 1024, [True, False]),
-    ),
-    AotCase("linear_mse", "gradient of target", _launch_backward(1 << 16, 1024, 256, [False, True])),
+    _aot("1 output of 256", _launch(1 << 16, 256, 1), stores=False),
+    _aot("1 output of 1024", _launch(1 << 16, 1024, 1), stores=False),
+    _aot("1 output of 2048", _launch(1 << 16, 2048, 1), stores=False),
+    _aot("1 output of 4096", _launch(1 << 16, 4096, 1), stores=False),
+    _aot("8 outputs of 256", _launch(1 << 16, 256, 8), stores=False),
+    _aot("16 outputs of 512", _launch(1 << 16, 512, 16), stores=False),
+    _aot("1024 outputs of 1024", _launch(1 << 14, 1024, 1024)),
+    _aot("1 output of 16384", _launch(1 << 16, 16384, 1), stores=False),
+    _aot("77 outputs of 333", _launch(1 << 14, 333, 77), loads=False, stores=False),
+    _aot("gradient of input, 1 output", _launch_backward(1 << 16, 1024, 1, [True, False]), loads=False),
+    _aot("gradient of input, 1024 outputs", _launch_backward(1 << 14, 1024, 1024, [True, False])),
+    _aot("gradient of target", _launch_backward(1 << 16, 1024, 256, [False, True])),
 )
 
 HOST_CALLS = (

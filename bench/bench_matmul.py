@@ -124,25 +124,24 @@ def _product(
 
 FLOAT32_ERRORS = _product((65536, 512), (512, 1024), wide=True)
 FLOAT32_ERRORS_BY_DATA = _product((512, 65536), (65536, 1024), transposed="left", wide=True)
+_aot = partial(AotCase, "matmul")
 AOT_CASES = (
-    AotCase("matmul", "large", _product((4096, 4096), (4096, 4096))),
-    AotCase("matmul", "linear", _product((4096, 1024), (1024, 4096), (4096,), transposed="right")),
-    AotCase("matmul", "gradient of input, bias", _product((4096, 1024), (1024, 4096), (4096,))),
-    AotCase("matmul", "gradient of weight", _product((1024, 65536), (65536, 512), transposed="left")),
-    AotCase("matmul", "odd sizes", _product((1001, 333), (333, 777), (777,)), loads=False, stores=False),
-    AotCase("matmul", "many of 512 by 64 by 512", _product((64, 512, 64), (64, 64, 512))),
-    AotCase("matmul", "sum over the batch", _product((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
-    AotCase("matmul", "tall data", _product((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
-    AotCase("matmul", "matrix by column", _product((4096, 4096), (4096, 1)), stores=False),
-    AotCase("matmul", "row by matrix", _product((1, 4096), (4096, 4096)), stores=False),
-    AotCase("matmul", "dot product", _product((1, 1 << 20), (1 << 20, 1)), stores=False),
-    AotCase("matmul", "float32 errors by weights", FLOAT32_ERRORS, dtypes=(BFLOAT16,)),
-    AotCase("matmul", "float32 errors by data", FLOAT32_ERRORS_BY_DATA, dtypes=(BFLOAT16,)),
-    AotCase("matmul", "outer product", _product((4096, 1), (1, 4096)), loads=False),
-    AotCase("matmul", "tall and skinny", _product((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
-    AotCase(
-        "matmul", "many of 8 by 8", _product((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False
-    ),
+    _aot("large", _product((4096, 4096), (4096, 4096))),
+    _aot("linear", _product((4096, 1024), (1024, 4096), (4096,), transposed="right")),
+    _aot("gradient of input, bias", _product((4096, 1024), (1024, 4096), (4096,))),
+    _aot("gradient of weight", _product((1024, 65536), (65536, 512), transposed="left")),
+    _aot("odd sizes", _product((1001, 333), (333, 777), (777,)), loads=False, stores=False),
+    _aot("many of 512 by 64 by 512", _product((64, 512, 64), (64, 64, 512))),
+    _aot("sum over the batch", _product((8, 1, 512, 64), (8, 4, 64, 512), sum_dims=[0])),
+    _aot("tall data", _product((16, 1 << 20), (1 << 20, 8), transposed="left"), stores=False),
+    _aot("matrix by column", _product((4096, 4096), (4096, 1)), stores=False),
+    _aot("row by matrix", _product((1, 4096), (4096, 4096)), stores=False),
+    _aot("dot product", _product((1, 1 << 20), (1 << 20, 1)), stores=False),
+    _aot("float32 errors by weights", FLOAT32_ERRORS, dtypes=(BFLOAT16,)),
+    _aot("float32 errors by data", FLOAT32_ERRORS_BY_DATA, dtypes=(BFLOAT16,)),
+    _aot("outer product", _product((4096, 1), (1, 4096)), loads=False),
+    _aot("tall and skinny", _product((1 << 20, 8), (8, 4), (4,)), loads=False, stores=False),
+    _aot("many of 8 by 8", _product((1 << 16, 8, 8), (1 << 16, 8, 8)), loads=False, stores=False),
 )
 HOST_CALLS = (
     HostCall("matmul", gradkernels.matmul, torch.matmul, ((16, 4), (4, 4))),

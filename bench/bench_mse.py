@@ -179,19 +179,20 @@ def _kept(name: str, shape: tuple[int, ...], order: tuple[int, ...], batch_dims:
     return call
 
 
+_aot = partial(AotCase, "mse")
 AOT_CASES = (
-    AotCase("mse", "forward", _launch("forward", (4096, 4096)), stores=False),
-    AotCase("mse", "forward, odd size", _launch("forward", (1001 * 333,)), stores=False),
-    AotCase("mse", "backward", _launch("backward", (4096, 4096))),
-    AotCase("mse", "backward, odd size", _launch("backward", (1001 * 333,))),
-    AotCase("mse", "backward, weighted", _launch("backward", (4096, 4096), weighted=True)),
-    AotCase("mse", "Hessian-vector product", _launch("hvp", (4096, 4096))),
-    AotCase("mse", "loss and gradient", _launch("both", (4096, 4096))),
-    AotCase("mse", "mean per sample", _kept("forward", (64, 4096, 4), (0, 1, 2), 1), stores=False),
-    AotCase("mse", "mean of each column", _kept("forward", (4096, 1024), (1, 0), 1), stores=False),
-    AotCase("mse", "mean of each short row", _kept("forward", (65536, 16), (0, 1), 1), stores=False),
-    AotCase("mse", "backward, weight per column", _kept("backward", (4096, 1024), (1, 0), 1)),
-    AotCase("mse", "backward, weight per sample", _kept("backward", (64, 4096, 4), (0, 1, 2), 1)),
+    _aot("forward", _launch("forward", (4096, 4096)), stores=False),
+    _aot("forward, odd size", _launch("forward", (1001 * 333,)), stores=False),
+    _aot("backward", _launch("backward", (4096, 4096))),
+    _aot("backward, odd size", _launch("backward", (1001 * 333,))),
+    _aot("backward, weighted", _launch("backward", (4096, 4096), weighted=True)),
+    _aot("Hessian-vector product", _launch("hvp", (4096, 4096))),
+    _aot("loss and gradient", _launch("both", (4096, 4096))),
+    _aot("mean per sample", _kept("forward", (64, 4096, 4), (0, 1, 2), 1), stores=False),
+    _aot("mean of each column", _kept("forward", (4096, 1024), (1, 0), 1), stores=False),
+    _aot("mean of each short row", _kept("forward", (65536, 16), (0, 1), 1), stores=False),
+    _aot("backward, weight per column", _kept("backward", (4096, 1024), (1, 0), 1)),
+    _aot("backward, weight per sample", _kept("backward", (64, 4096, 4), (0, 1, 2), 1)),
 )
 HOST_CALLS = (HostCall("mse_loss", gradkernels.mse_loss, functional.mse_loss, ((64,), (64,))),)
 

@@ -14,11 +14,13 @@ launch takes to begin and to end is not. So the figures are lower bounds of the 
 """
 
 import argparse
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -144,43 +146,30 @@ class Prediction:
         """Seconds of loads and stores."""
         return sum(launch.seconds(gpu, self.passes) for launch in self.launches)
 
-    def cells(self, gpu: Gpu) -> Iterator[str]:
+    def cells(self, gpu: Gpu) -> list[str]:
         """Its row of the table; programs, waves and bytes in flight are those of the longest launch."""
         longest = max(self.launches, key=lambda launch: launch.seconds(gpu, self.passes))
         resident = longest.resident(gpu)
         on_each = min(resident, -(-longest.programs // gpu.sms))
         memory, arithmetic = self.memory(gpu), self.arithmetic(gpu)
         moved = sum(launch.bytes for launch in self.launches)
-        yield self.case
-        yield str(len(self.launches))
-        yield f"{longest.kernel.registers}"
-        yield f"{longest.programs} / {resident} / {longest.waves(gpu)}"
-        yield f"{on_each * longest.in_flight() / 1024:.1f}"
-        yield f"{moved / 1e6:.4g} / {self.minimum / 1e6:.4g}"
-        yield f"{max(memory, arithmetic) * 1e6:.3g}"
-        latency = longest.is_bound_by_latency(gpu)
-        yield "arithmetic" if arithmetic > memory else "latency" if latency else "copy rate"
+        bound = "latency" if longest.is_bound_by_latency(gpu) else "copy rate"
+        return [
+            self.case,
+            str(len(self.launches)),
+            f"{longest.kernel.registers}",
+            f"{longest.programs} / {resident} / {longest.waves(gpu)}",
+            f"{on_each * longest.in_flight() / 1024:.1f}",
+            f"{moved / 1e6:.4g} / {self.minimum / 1e6:.4g}",
+            f"{max(memory, arithmetic) * 1e6:.3g}",
+            "arithmetic" if arithmetic > memory else bound,
+        ]
 
 
 HEADER = (
     "case", "launches", "registers", "programs / of an SM / waves", "KB in flight an SM", "MB moved / least",
     "*predicted* us", "bound by",
 )  # fmt: skip
-
-
-class Recorder:
-    """Notes what ``launch`` is asked to launch."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, int, int]] = []
-
-    def launched(
-        self, compiled: Any, constants: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...],
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        from gradkernels.explain import moved
-
-        self.launches.append((compiled, torch.Size(grid).numel(), moved(args)))
 
 
 def prepare(gpu: Gpu) -> None:
@@ -203,24 +192,24 @@ def prepare(gpu: Gpu) -> None:
 def predict(case: Case) -> Prediction:
     """The launches of a case; ``prepare`` comes first."""
     from gradkernels import backends
+    from gradkernels.explain import moved
     from gradkernels.triton.launch import recorded_by
 
-    recorder = Recorder()
-    with recorded_by(recorder), backends.use_backend("triton"):
-        if case.launch is None:
-            inputs = case.make(torch.device("meta"), torch.Generator())
-            case.implementations[0].prepare(*inputs)()
-            moved = [size for *_, size in recorder.launches]
-        else:
-            moved = list(case.launch())
-    launches = []
-    for (compiled, programs, _), size in zip(recorder.launches, moved, strict=True):
-        metadata = compiled.metadata
-        row = Row(
-            case.op, case.label, "", "", metadata.name, shared=metadata.shared, warps=metadata.num_warps
-        )
+    recorded: list[tuple[Row, int, int]] = []
+
+    def launched(compiled: Any, _: Any, grid: tuple[int, ...], args: tuple[Any, ...], device: Any) -> None:
+        meta = compiled.metadata
+        row = Row(case.op, case.label, "", "", meta.name, shared=meta.shared, warps=meta.num_warps)
         fill(compiled, row)
-        launches.append(Predicted(row, programs, size))
+        recorded.append((row, math.prod(grid), moved(args)))
+
+    with recorded_by(SimpleNamespace(launched=launched)), backends.use_backend("triton"):
+        if case.launch is None:
+            case.implementations[0].prepare(*case.make(torch.device("meta"), torch.Generator()))()
+            sizes = [size for *_, size in recorded]
+        else:
+            sizes = list(case.launch())
+    launches = [Predicted(row, count, size) for (row, count, _), size in zip(recorded, sizes, strict=True)]
     return Prediction(case.name, case.bytes, case.flops, case.dtype.itemsize, case.passes, launches)
 
 

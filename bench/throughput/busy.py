@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .case import Call, Case, Results
-from .console import Screen, number, times
+from .console import Cell, Screen, number, times
 
 FLOOR = 0.9
 COLUMNS = ("case", "ours us", "torch us", "median", "total", "torch/torch", "total")
@@ -87,35 +87,24 @@ def interleaved(ours: Call, plain: Call, seconds: float, rounds: int = 5) -> Fou
     return found
 
 
-def compare(case: Case, seconds: float) -> Found:
-    """Ours, a case's first implementation, against plain torch, its second."""
-    inputs = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
-    ours, plain = case.implementations[:2]
-    return interleaved(ours.prepare(*inputs), plain.prepare(*inputs), seconds)
-
-
-def row(case: Case, found: Found) -> list[tuple[str, str]]:
-    """The line of one case."""
-    ratios = found.ratios()
-    own, other = (1e6 * _median(taken) for taken in (found.ours, found.first + found.second))
-    return [
-        (case.name, "bad" if found.slower() else ""),
-        (number(own), ""),
-        (number(other), ""),
-        times(ratios["median"]),
-        times(ratios["total"]),
-        *((f"{ratios[key]:.2f}", "dim") for key in ("median_self", "total_self")),
-    ]
-
-
 def run(cases: Sequence[Case], seconds: float, screen: Screen) -> int:
     """Time and print all cases with one spinning process per core; gives 1 if a case of ours is slower than torch's."""
-    rows, slower = [], False
+    rows: list[list[Cell]] = []
+    slower = False
     with spinning(cores()), screen.progress(len(cases)) as advance:
         for case in cases:
             advance(case.name)
-            found = compare(case, seconds)
-            rows.append(row(case, found))
+            inputs = case.make(torch.device("cpu"), torch.Generator().manual_seed(0))
+            found = interleaved(*(each.prepare(*inputs) for each in case.implementations[:2]), seconds)
+            ratios = found.ratios()
+            rows.append(
+                [
+                    (case.name, "bad" if found.slower() else ""),
+                    *(number(1e6 * _median(taken)) for taken in (found.ours, found.first + found.second)),
+                    *(times(ratios[key]) for key in ("median", "total")),
+                    *((f"{ratios[key]:.2f}", "dim") for key in ("median_self", "total_self")),
+                ]
+            )
             slower = slower or found.slower()
     screen.table(f"{cores()} spinning processes, {torch.get_num_threads()} threads", COLUMNS, rows)
     return int(slower)

@@ -16,7 +16,16 @@ from bench.throughput.timing import WallTimer
 
 CPU = torch.device("cpu")
 
-
+TINY = {
+    "matmul": [(1, 3, 65, 1), (4, 2, 3, 5)],
+    "mse": [(1,), (1000,)],
+    "linear_mse_models": [(3, 7, 3, 1), (2, 5, 4, 3)],
+    "linear_mse": [(63, 3, 1), (10, 4, 3)],
+    "linear_mse_fit": [(1, 7, 3, 1), (2, 5, 4, 2)],
+    "sgd": [(3, 65), (5, 3)],
+    "adam": [(3, 65), (5, 3)],
+    "training": [("regression", 4, 2), ("mlp", 9), ("block", 4, 1)],
+}
 LIMITS = {"copy": 1e10, "matmul": {"float32": 1e11}}
 
 

@@ -21,6 +21,12 @@ from bench.throughput.runner import Runner, head
 from .fakes import LIMITS, Clock, document, doubling
 
 
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this machine take half a minute."""
+    monkeypatch.setattr(machine, "measure_rates", lambda *given: LIMITS)
+
+
 def test_command_line(capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         (["nonsense"], "unknown op 'nonsense'"),
@@ -54,7 +60,6 @@ def test_a_budget_leaves_out_the_least_telling_and_says_so(
     monkeypatch.setattr(Runner, "case", skipped)
     for module in (cli, budget):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     planned = [case for op in cli.declared(["mse", "adam"]) for case in op.cases("cpu", quick=True)]
     command = ["mse", "adam", "--quick", "--scale", "--device", "cpu", "--json", str(tmp_path / "run")]
     variants = {(case.op, case.variant): case.sizes for case in planned}
@@ -89,7 +94,6 @@ def test_what_runs_on_after_the_budget_is_ended_and_has_no_row(
         return head(case) | {"skipped": "for the test"}
 
     monkeypatch.setattr(Runner, "case", case)
-    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     before = signal.getsignal(signal.SIGALRM)
     command = ["mse", "--quick", "--device", "cpu", "--scale", "--json", str(tmp_path / "run")]
     assert cli.main([*command, "--budget", "1"]) == 0
@@ -120,7 +124,6 @@ def test_what_was_measured_is_on_disk_whatever_ends_the_run(
         return measured
 
     monkeypatch.setattr(Runner, "case", case)
-    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     monkeypatch.setattr(report, "draw", None)  # nor is the report needed for it
     command = ["mse", "--quick", "--device=cpu", f"--json={tmp_path / 'run'}", f"--out={tmp_path}"]
     if ends is KeyboardInterrupt:
@@ -143,7 +146,6 @@ def test_what_was_measured_is_on_disk_whatever_ends_the_run(
 def test_the_header_says_the_precision_of_products_and_the_state_of_memory(
     precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     monkeypatch.setattr(Runner, "case", lambda self, case, lost: head(case) | {"skipped": "for the test"})
     before = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -166,7 +168,6 @@ def test_a_fault_of_the_benchmark_ends_its_case_alone(
         return planted(self, case)
 
     monkeypatch.setattr(Runner, "checked", checked)
-    monkeypatch.setattr(machine, "measure_rates", lambda *arguments: LIMITS)
     command = ["mse", "--shape=8", "--device=cpu", "--seconds=1e-6", f"--json={tmp_path / 'run'}"]
     assert cli.main(command) == 1
     rows = {

@@ -13,7 +13,7 @@ from bench import __main__ as cli
 from bench.throughput.case import OURS, Op
 from bench.throughput.runner import Runner
 
-from .fakes import CPU, Benchmark, Clock, doubling, wall
+from .fakes import CPU, TINY, Benchmark, Clock, doubling, wall
 
 
 @pytest.mark.parametrize("name", cli.OPS)
@@ -42,18 +42,6 @@ def test_one_list_of_shapes_serves_every_run() -> None:
     assert op.declared("mps", quick=False) == [(8,), (16,), (64,)]
     assert op.declared("cuda", quick=True) == [(8,), (1000,)]
     assert op.declared("cuda", quick=False) == [(8,), (1000,), (64,)]
-
-
-TINY = {
-    "matmul": [(1, 3, 65, 1), (4, 2, 3, 5)],
-    "mse": [(1,), (1000,)],
-    "linear_mse_models": [(3, 7, 3, 1), (2, 5, 4, 3)],
-    "linear_mse": [(63, 3, 1), (10, 4, 3)],
-    "linear_mse_fit": [(1, 7, 3, 1), (2, 5, 4, 2)],
-    "sgd": [(3, 65), (5, 3)],
-    "adam": [(3, 65), (5, 3)],
-    "training": [("regression", 4, 2), ("mlp", 9), ("block", 4, 1)],
-}
 
 
 @pytest.mark.parametrize("name", cli.OPS)

@@ -17,7 +17,7 @@ from bench.throughput.console import Screen
 from bench.throughput.runner import Runner
 from bench.throughput.timing import CudaTimer, Sampler, input_sets, summarise
 
-from .fakes import CPU, Clock, FakeCuda, RealClock, document, doubling, wall
+from .fakes import CPU, TINY, Clock, FakeCuda, RealClock, document, doubling, wall
 
 
 def test_summarise_and_input_sets() -> None:
@@ -128,19 +128,9 @@ def test_gpu_command_rehearsed(
     backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(machine, "signs_of_other_work", lambda *given: ["a sign"])
-    shapes = {
-        "matmul": "2x5x7x3",
-        "mse": "65",
-        "linear_mse": "33x5x1",
-        "linear_mse_fit": "2x5x3x1",
-        "linear_mse_models": "2x5x3x1",
-        "sgd": "3x17",
-        "adam": "3x17",
-        "training": "regression,9,4",
-    }
     monkeypatch.setattr("bench.bench_linear_mse_fit.STEPS", 3)
     for op in cli.declared(()):
-        tiny = f"*{shapes[op.name]}"
+        tiny = "*" + ",".join(map(str, TINY[op.name][-1 if op.name == "linear_mse_models" else 0]))
         smaller = dataclasses.replace(op, shapes=tiny, dtypes={"cpu": (torch.float32,)}, sweeps={"cpu": ()})
         monkeypatch.setattr(f"bench.bench_{op.name}.OP", smaller)
     written = (
@@ -152,7 +142,7 @@ def test_gpu_command_rehearsed(
     found = json.loads(file.read_text())
     if backend == "fallback":
         assert {path.name for path in file.parent.iterdir()} >= {"bench.csv", "report.html", "roofline.png"}
-    assert {record["op"] for record in found["cases"]} == set(shapes)
+    assert {record["op"] for record in found["cases"]} == set(TINY)
     assert found["busy"] == ["a sign"]
     assert "warning: a sign" in capsys.readouterr().out
     for record in found["cases"]:
