@@ -1,13 +1,13 @@
 """Mistakes of backwards written by hand: each is named, in the terms of the operator that it is made in."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from gradkernels.verify import GradientReport, gradcheck
 from torch import Tensor
+
+from .functions import function
 
 F64 = torch.float64
 DTYPES = (F64, torch.float32, torch.bfloat16, torch.float16)
@@ -16,22 +16,6 @@ softplus = torch.nn.functional.softplus
 
 def randn(*shape: int, seed: int = 3) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def function(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with a backward of its own: ``backward(grads, *inputs)``."""
-
-    class Written(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Tensor) -> Any:
-            ctx.save_for_backward(*inputs)
-            return forward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Any:
-            return backward(*grads, *ctx.saved_tensors)
-
-    return lambda *inputs: Written.apply(*inputs)
 
 
 def texts(report: GradientReport) -> str:
