@@ -51,6 +51,7 @@ from gradkernels.verify.judge.verdict import Case  # noqa: E402
 from gradkernels.verify.memory.interpreter import interpreted  # noqa: E402
 from triton.language.extra import libdevice  # noqa: E402
 
+from .functions import function  # noqa: E402
 from .planted import PLANTS, SPECIMENS, Plant  # noqa: E402
 
 pytestmark = [
@@ -161,85 +162,78 @@ RECTIFIERS = """
 """
 
 
+TRAINED = {
+    "right": (v.VERIFIED, {}, ""),
+    "in a dictionary": (
+        v.VERIFIED,
+        {
+            "Relu, [": "lambda *xs: {'y': Relu.apply(*xs)}, [",
+            "torch.relu(x) * y": "{'y': torch.relu(x) * y}",
+        },
+        "",
+    ),
+    "beside a detached one": (
+        v.VERIFIED,
+        {
+            "Relu, [": "lambda x, y: (Relu.apply(x, y), launch(x.detach())), [",
+            "torch.relu(x) * y": "(torch.relu(x) * y, torch.relu(x.detach()))",
+        },
+        "",
+    ),
+    "of a list": (
+        v.VERIFIED,
+        {
+            "Relu, [": "lambda xs, y: Relu.apply(xs[0], y), [",
+            "[torch.randn(5, 7), torch": "[[torch.randn(5, 7)], torch",
+            "x, y: torch.relu(x)": "xs, y: torch.relu(xs[0])",
+        },
+        "",
+    ),
+    "never negative": (
+        v.WRONG_VALUE,
+        {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"},
+        "[negative values]",
+    ),
+    "no gradient": (
+        v.WRONG_VALUE,
+        {"launch(x)": "launch(x, 0.0 if x.requires_grad or y.requires_grad else -9.0)"},
+        "with no gradient: at",
+    ),
+    "one gradient": (
+        v.WRONG_GRADIENT,
+        {"grad * x.relu()": "grad * (x.relu() if ctx.needs_input_grad[0] else x)"},
+        "with the gradient of input 1 alone: input 1: at",
+    ),
+    "one raises": (
+        v.WRONG_GRADIENT,
+        {"grad * x.relu()": "grad * {True: x.relu()}[ctx.needs_input_grad[0]]"},
+        "with the gradient of input 1 alone: KeyError: False",
+    ),
+    "detached": (
+        v.WRONG_GRADIENT,
+        {"torch.relu(x) * y": "torch.relu(x) * y.detach()"},
+        "a gradient reaches input 1,",
+    ),
+    "detached, and raises there": (
+        v.VERIFIED,
+        {
+            "torch.relu(x) * y": "torch.relu(x) * y.detach()",
+            "grad * x.relu()": "{True: None}[ctx.needs_input_grad[0]]",
+        },
+        "",
+    ),
+    "written without gradient": (
+        v.MUTATED,
+        {"launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"},
+        "with no gradient: the forward writes into input 0",
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("verdict", "changes", "says"),
-    [
-        (v.VERIFIED, {}, ""),
-        (
-            v.VERIFIED,
-            {
-                "Relu, [": "lambda *xs: {'y': Relu.apply(*xs)}, [",
-                "torch.relu(x) * y": "{'y': torch.relu(x) * y}",
-            },
-            "",
-        ),
-        (
-            v.VERIFIED,
-            {
-                "Relu, [": "lambda x, y: (Relu.apply(x, y), launch(x.detach())), [",
-                "torch.relu(x) * y": "(torch.relu(x) * y, torch.relu(x.detach()))",
-            },
-            "",
-        ),
-        (
-            v.VERIFIED,
-            {
-                "Relu, [": "lambda xs, y: Relu.apply(xs[0], y), [",
-                "[torch.randn(5, 7), torch": "[[torch.randn(5, 7)], torch",
-                "x, y: torch.relu(x)": "xs, y: torch.relu(xs[0])",
-            },
-            "",
-        ),
-        (v.WRONG_VALUE, {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"}, "[negative values]"),
-        (
-            v.WRONG_VALUE,
-            {"launch(x)": "launch(x, 0.0 if x.requires_grad or y.requires_grad else -9.0)"},
-            "with no gradient: at",
-        ),
-        (
-            v.WRONG_GRADIENT,
-            {"grad * x.relu()": "grad * (x.relu() if ctx.needs_input_grad[0] else x)"},
-            "with the gradient of input 1 alone: input 1: at",
-        ),
-        (
-            v.WRONG_GRADIENT,
-            {"grad * x.relu()": "grad * {True: x.relu()}[ctx.needs_input_grad[0]]"},
-            "with the gradient of input 1 alone: KeyError: False",
-        ),
-        (
-            v.WRONG_GRADIENT,
-            {"torch.relu(x) * y": "torch.relu(x) * y.detach()"},
-            "a gradient reaches input 1,",
-        ),
-        (
-            v.VERIFIED,
-            {
-                "torch.relu(x) * y": "torch.relu(x) * y.detach()",
-                "grad * x.relu()": "{True: None}[ctx.needs_input_grad[0]]",
-            },
-            "",
-        ),
-        (
-            v.MUTATED,
-            {
-                "launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"
-            },
-            "with no gradient: the forward writes into input 0",
-        ),
-    ],
-    ids=[
-        "right",
-        "in a dictionary",
-        "beside a detached one",
-        "of a list",
-        "never negative",
-        "no gradient",
-        "one gradient",
-        "one raises",
-        "detached",
-        "detached, and raises there",
-        "written without gradient",
-    ],
+    TRAINED.values(),
+    ids=TRAINED,
 )
 def test_what_the_given_values_and_the_training_do_not_show(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,23 +290,26 @@ ROWS = """
 """
 
 
+STRIDED = {
+    "right": (v.VERIFIED, {}, ""),
+    "strides of the other": (
+        v.UNSAFE,
+        {"*y.stride(), x.shape": "*x.stride(), x.shape"},
+        "product [strided copies] out-of-bounds",
+    ),
+    "batch of rows": (
+        v.WRONG_VALUE,
+        {"x.flatten(0, -2),": "x.as_strided((len(out.flatten(0, -2)), x.shape[-1]), x.stride()[-2:]),"},
+        "batch [strided copies] at",
+    ),
+    "leaves another number": (v.WRONG_VALUE, {"FACTOR=1": "FACTOR=2"}, "input 0 afterwards"),
+}
+
+
 @pytest.mark.parametrize(
     ("verdict", "changes", "says"),
-    [
-        (v.VERIFIED, {}, ""),
-        (
-            v.UNSAFE,
-            {"*y.stride(), x.shape": "*x.stride(), x.shape"},
-            "product [strided copies] out-of-bounds",
-        ),
-        (
-            v.WRONG_VALUE,
-            {"x.flatten(0, -2),": "x.as_strided((len(out.flatten(0, -2)), x.shape[-1]), x.stride()[-2:]),"},
-            "batch [strided copies] at",
-        ),
-        (v.WRONG_VALUE, {"FACTOR=1": "FACTOR=2"}, "input 0 afterwards"),
-    ],
-    ids=["right", "strides of the other", "batch of rows", "leaves another number"],
+    STRIDED.values(),
+    ids=STRIDED,
 )
 def test_strides_of_several_inputs_and_what_is_left_in_them(
     verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -395,63 +392,55 @@ MASKED = {
 }
 
 
+KINKS = {
+    "largest": (LARGEST, v.VERIFIED, {}, ""),
+    "another place": (LARGEST, v.WRONG_VALUE, {"offs, 0), axis=0))": "offs * 0, 0), axis=0))"}, "output 1"),
+    "at kinks": (RECTIFIED, v.VERIFIED, {"torch.randn(6, 7)": "torch.randn(6, 7).relu()"}, ""),
+    "no reference": (RECTIFIED, v.VERIFIED, {", lambda x: (x.relu(), x.sum().detach())": ""}, ""),
+    "too few": (
+        RECTIFIED,
+        v.WRONG_GRADIENT,
+        {", lambda x: (x.relu(), x.sum().detach())": "", "> 0, grad": "> 1, grad"},
+        "no signal",
+    ),
+    "none": (
+        RECTIFIED,
+        v.WRONG_GRADIENT,
+        {", lambda x: (x.relu(), x.sum().detach())": "", "torch.where(ctx": "None  # (ctx"},
+        "no signal",
+    ),
+    "a mask": (
+        RECTIFIED,
+        v.VERIFIED,
+        {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7).tril()]"},
+        "",
+    ),
+    "a weight": (
+        RECTIFIED,
+        v.WRONG_GRADIENT,
+        {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]"},
+        "input 1: no signal",
+    ),
+    "another slope at a kink": (RECTIFIED, v.VERIFIED, {"[0] > 0, grad": "[0] >= 0, grad"}, ""),
+    "wrong at zeros": (
+        RECTIFIED,
+        v.WRONG_GRADIENT,
+        {
+            "tl.where(x > 0, x, 0.0)": "x * x",
+            "x.relu()": "x.square()",
+            "torch.where(ctx.saved_tensors[0] > 0, grad, 0.0)": (
+                "torch.where(ctx.saved_tensors[0] == 0, 1, 2 * ctx.saved_tensors[0]) * grad"
+            ),
+        },
+        "input 0",
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("text", "verdict", "changes", "says"),
-    [
-        (LARGEST, v.VERIFIED, {}, ""),
-        (LARGEST, v.WRONG_VALUE, {"offs, 0), axis=0))": "offs * 0, 0), axis=0))"}, "output 1"),
-        (RECTIFIED, v.VERIFIED, {"torch.randn(6, 7)": "torch.randn(6, 7).relu()"}, ""),
-        (RECTIFIED, v.VERIFIED, {", lambda x: (x.relu(), x.sum().detach())": ""}, ""),
-        (
-            RECTIFIED,
-            v.WRONG_GRADIENT,
-            {", lambda x: (x.relu(), x.sum().detach())": "", "> 0, grad": "> 1, grad"},
-            "no signal",
-        ),
-        (
-            RECTIFIED,
-            v.WRONG_GRADIENT,
-            {", lambda x: (x.relu(), x.sum().detach())": "", "torch.where(ctx": "None  # (ctx"},
-            "no signal",
-        ),
-        (
-            RECTIFIED,
-            v.VERIFIED,
-            {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7).tril()]"},
-            "",
-        ),
-        (
-            RECTIFIED,
-            v.WRONG_GRADIENT,
-            {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]"},
-            "input 1: no signal",
-        ),
-        (RECTIFIED, v.VERIFIED, {"[0] > 0, grad": "[0] >= 0, grad"}, ""),
-        (
-            RECTIFIED,
-            v.WRONG_GRADIENT,
-            {
-                "tl.where(x > 0, x, 0.0)": "x * x",
-                "x.relu()": "x.square()",
-                "torch.where(ctx.saved_tensors[0] > 0, grad, 0.0)": (
-                    "torch.where(ctx.saved_tensors[0] == 0, 1, 2 * ctx.saved_tensors[0]) * grad"
-                ),
-            },
-            "input 0",
-        ),
-    ],
-    ids=[
-        "largest",
-        "another place",
-        "at kinks",
-        "no reference",
-        "too few",
-        "none",
-        "a mask",
-        "a weight",
-        "another slope at a kink",
-        "wrong at zeros",
-    ],
+    KINKS.values(),
+    ids=KINKS,
 )
 def test_kinks_ties_and_what_is_called_check(
     text: str,
@@ -670,31 +659,15 @@ def test_float64_and_mixed_dtypes_may_add_in_another_order() -> None:
     assert mixed.exact.outputs[0].dtype == torch.float64
 
 
-def examined(
-    function: object, inputs: Callable[[], list], reference: object, patch: pytest.MonkeyPatch
-) -> str:
+def examined(fn: object, inputs: Callable[[], list], reference: object, patch: pytest.MonkeyPatch) -> str:
     """Return the verdict on a function without a kernel."""
 
     def make(seed: int) -> Problem:
         seed_all(seed)
-        return Problem(function, inputs(), reference)
+        return Problem(fn, inputs(), reference)
 
     patch.setattr(trials, "idleness", lambda *_: iter(()))
     return v.of_file(list(examine(Target("f", "", "", make), Options(), "f.py")))
-
-
-class Bent(torch.autograd.Function):
-    """What two functions give, with a backward of its own."""
-
-    @staticmethod
-    def forward(ctx, forward, backward, *values):
-        ctx.backward = backward
-        ctx.save_for_backward(*values)
-        return forward(*values)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, None, *ctx.backward(*ctx.saved_tensors, grad)
 
 
 def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -703,55 +676,53 @@ def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(x).scatter_(-1, place, grad[..., None])
 
 
+SLOPES = {
+    "another slope": (lambda x, y: x.relu() + y * y, lambda g, x, y: (g * (x >= 0), 2 * y * g), v.VERIFIED),
+    "at zeros without a kink": (
+        lambda x, y: x.relu() + y * y,
+        lambda g, x, y: (g * (x > 0), torch.where(y == 0, 1, 2 * y) * g),
+        v.WRONG_GRADIENT,
+    ),
+    "beside zeros": (
+        lambda x, y: x.relu() + y * y,
+        lambda g, x, y: (g * (x > 0) * (1 if (x != 0).all() else 1.5), 2 * y * g),
+        v.WRONG_GRADIENT,
+    ),
+    "largest": (
+        lambda x, y: x.amax(-1) + y.sum(-1),
+        lambda g, x, y: (last(x, g), g[..., None] + 0 * y),
+        v.VERIFIED,
+    ),
+    "first of the largest": (
+        lambda x, y: x.max(-1).values + y.sum(-1),
+        lambda g, x, y: (last(x, g), g[..., None] + 0 * y),
+        v.VERIFIED,
+    ),
+    "both": (torch.maximum, lambda g, x, y: (g * (x >= y), g * (x < y)), v.VERIFIED),
+    "product": (
+        lambda x, y: (x * y).relu(),
+        lambda g, x, y: (g * y * (x * y >= 0), g * x * (x * y > 0)),
+        v.VERIFIED,
+    ),
+    "absolute": (
+        lambda x, y: (x.abs() + y).mean(),
+        lambda g, x, y: (g * x.ge(0).mul(2).sub(1) / y.numel(), 0 * y + g / y.numel()),
+        v.VERIFIED,
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("reference", "backward", "verdict"),
-    [
-        (lambda x, y: x.relu() + y * y, lambda x, y, g: (g * (x >= 0), 2 * y * g), v.VERIFIED),
-        (
-            lambda x, y: x.relu() + y * y,
-            lambda x, y, g: (g * (x > 0), torch.where(y == 0, 1, 2 * y) * g),
-            v.WRONG_GRADIENT,
-        ),
-        (
-            lambda x, y: x.relu() + y * y,
-            lambda x, y, g: (g * (x > 0) * (1 if (x != 0).all() else 1.5), 2 * y * g),
-            v.WRONG_GRADIENT,
-        ),
-        (lambda x, y: x.amax(-1) + y.sum(-1), lambda x, y, g: (last(x, g), g[..., None] + 0 * y), v.VERIFIED),
-        (
-            lambda x, y: x.max(-1).values + y.sum(-1),
-            lambda x, y, g: (last(x, g), g[..., None] + 0 * y),
-            v.VERIFIED,
-        ),
-        (torch.maximum, lambda x, y, g: (g * (x >= y), g * (x < y)), v.VERIFIED),
-        (
-            lambda x, y: (x * y).relu(),
-            lambda x, y, g: (g * y * (x * y >= 0), g * x * (x * y > 0)),
-            v.VERIFIED,
-        ),
-        (
-            lambda x, y: (x.abs() + y).mean(),
-            lambda x, y, g: (g * x.ge(0).mul(2).sub(1) / y.numel(), 0 * y + g / y.numel()),
-            v.VERIFIED,
-        ),
-    ],
-    ids=[
-        "another slope",
-        "at zeros without a kink",
-        "beside zeros",
-        "largest",
-        "first of the largest",
-        "both",
-        "product",
-        "absolute",
-    ],
+    SLOPES.values(),
+    ids=SLOPES,
 )
 def test_gradients_beside_kinks(
     reference: object, backward: object, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a zero of an input with a kink any slope is right; elsewhere they are judged."""
     found = examined(
-        lambda *values: Bent.apply(reference, backward, *values),
+        function(reference, backward),
         lambda: [torch.randn(5, 7), torch.randn(5, 7)],
         reference,
         monkeypatch,
@@ -767,73 +738,66 @@ def masked(x: torch.Tensor) -> torch.Tensor:
     return torch.rand_like(x) < 0.5
 
 
+ALONE = {
+    "no reference": (
+        function(lambda x: 2 * by_dense_strides(x), lambda g, x: 2 * g),
+        None,
+        v.WRONG_VALUE,
+    ),
+    "right": (function(lambda x: 2 * x, lambda g, x: 2 * g), None, v.VERIFIED),
+    "gradient": (
+        function(lambda x: 2 * x, lambda g, x: 2 * by_dense_strides(g)),
+        None,
+        v.WRONG_GRADIENT,
+    ),
+    "random": (
+        lambda x: by_dense_strides(x) * masked(x.contiguous()),
+        lambda x: x * masked(x),
+        v.WRONG_VALUE,
+    ),
+    "random and right": (lambda x: x * masked(x.contiguous()), lambda x: x * masked(x), v.VERIFIED),
+    "random by strides": (lambda x: x * masked(x), lambda x: x * masked(x), v.VERIFIED),
+    "dense only": (
+        lambda x: x * masked(x.contiguous()),
+        lambda x: (x.view(-1) * masked(x).view(-1)).view(x.shape),
+        v.VERIFIED,
+    ),
+    "random and a kink": (
+        lambda x: function(torch.relu, lambda g, x: g * (x >= 0))(x) * masked(x.contiguous()),
+        lambda x: x.relu() * masked(x),
+        v.VERIFIED,
+    ),
+    "random and gradients by strides": (
+        lambda x: (
+            function(torch.sin, lambda g, x: x.cos() * g * (1 if x.is_contiguous() else 1.5))(x)
+            * masked(x.contiguous())
+        ),
+        lambda x: x.sin() * masked(x),
+        v.WRONG_GRADIENT,
+    ),
+    "random and none by strides": (
+        lambda x: (x.sin() if x.is_contiguous() else x.detach().sin()) * masked(x.contiguous()),
+        lambda x: x.sin() * masked(x),
+        v.WRONG_GRADIENT,
+    ),
+    "one dtype": (
+        function(lambda x: x * x, lambda g, x: (2 if x.dtype == torch.float64 else 3) * x * g),
+        None,
+        v.WRONG_GRADIENT,
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("function", "reference", "verdict"),
-    [
-        (
-            lambda x: Bent.apply(lambda x: 2 * by_dense_strides(x), lambda x, g: (2 * g,), x),
-            None,
-            v.WRONG_VALUE,
-        ),
-        (lambda x: Bent.apply(lambda x: 2 * x, lambda x, g: (2 * g,), x), None, v.VERIFIED),
-        (
-            lambda x: Bent.apply(lambda x: 2 * x, lambda x, g: (2 * by_dense_strides(g),), x),
-            None,
-            v.WRONG_GRADIENT,
-        ),
-        (lambda x: by_dense_strides(x) * masked(x.contiguous()), lambda x: x * masked(x), v.WRONG_VALUE),
-        (lambda x: x * masked(x.contiguous()), lambda x: x * masked(x), v.VERIFIED),
-        (lambda x: x * masked(x), lambda x: x * masked(x), v.VERIFIED),
-        (
-            lambda x: x * masked(x.contiguous()),
-            lambda x: (x.view(-1) * masked(x).view(-1)).view(x.shape),
-            v.VERIFIED,
-        ),
-        (
-            lambda x: Bent.apply(torch.relu, lambda x, g: (g * (x >= 0),), x) * masked(x.contiguous()),
-            lambda x: x.relu() * masked(x),
-            v.VERIFIED,
-        ),
-        (
-            lambda x: (
-                Bent.apply(torch.sin, lambda x, g: (x.cos() * g * (1 if x.is_contiguous() else 1.5),), x)
-                * masked(x.contiguous())
-            ),
-            lambda x: x.sin() * masked(x),
-            v.WRONG_GRADIENT,
-        ),
-        (
-            lambda x: (x.sin() if x.is_contiguous() else x.detach().sin()) * masked(x.contiguous()),
-            lambda x: x.sin() * masked(x),
-            v.WRONG_GRADIENT,
-        ),
-        (
-            lambda x: Bent.apply(
-                lambda x: x * x, lambda x, g: ((2 if x.dtype == torch.float64 else 3) * x * g,), x
-            ),
-            None,
-            v.WRONG_GRADIENT,
-        ),
-    ],
-    ids=[
-        "no reference",
-        "right",
-        "gradient",
-        "random",
-        "random and right",
-        "random by strides",
-        "dense only",
-        "random and a kink",
-        "random and gradients by strides",
-        "random and none by strides",
-        "one dtype",
-    ],
+    ("fn", "reference", "verdict"),
+    ALONE.values(),
+    ids=ALONE,
 )
 def test_without_a_reference_and_beside_random_numbers(
-    function: object, reference: object, verdict: str, monkeypatch: pytest.MonkeyPatch
+    fn: object, reference: object, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same numbers elsewhere in memory have to give the same."""
-    assert examined(function, lambda: [torch.randn(5, 7)], reference, monkeypatch) == verdict
+    assert examined(fn, lambda: [torch.randn(5, 7)], reference, monkeypatch) == verdict
 
 
 def test_infinite_results_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -846,12 +810,12 @@ def test_infinite_results_without_a_reference(monkeypatch: pytest.MonkeyPatch) -
         x.detach()[1] = 5
         return 1 / x
 
-    for function, reference, verdict in (
+    for fn, reference, verdict in (
         (inverse, None, v.NOT_JUDGED),
         (inverse, inverse, v.VERIFIED),
         (written, None, v.MUTATED),
     ):
-        found = examined(function, lambda: [torch.tensor([0.0, 1.0, -2.0, 3.0])], reference, monkeypatch)
+        found = examined(fn, lambda: [torch.tensor([0.0, 1.0, -2.0, 3.0])], reference, monkeypatch)
         assert found == verdict
 
 
@@ -859,13 +823,13 @@ def test_a_kink_beside_an_input_without_a_gradient() -> None:
     """What has no gradient, or is not defined off the zeros, tells nothing of a kink."""
     x = torch.tensor([0.0, 1.0])
     judged_at = Point("", [x, x], "zeros")
-    for function, kink in (
+    for fn, kink in (
         (lambda x, y: x * x + y.detach(), False),
         (lambda x, y: x.relu() + y.detach(), True),
         (lambda x, y: x * x if (y >= 0).all() else y.missing, True),
     ):
         one = _Examination(Target("", "", "", lambda seed: None), Options(), "", None, None)
-        one.reference, one.arguments, one.wanted = Reference(Subject(function)), 2, [0, 1]
+        one.reference, one.arguments, one.wanted = Reference(Subject(fn)), 2, [0, 1]
         kinks = one._kinks(judged_at, one._truth(judged_at.values), whole=False)
         assert any(at.any() for at in kinks.values()) == kink
 
@@ -897,22 +861,29 @@ def test_random_numbers_are_the_same_in_float64() -> None:
 DROPPED = "torch.nn.functional.dropout(torch.ones_like(x))"
 
 
+RANDOM = {
+    "torch": (DROPPED, "Square.apply(x)", v.VERIFIED),
+    "numpy": (
+        "torch.from_numpy(numpy.random.randint(0, 2, x.shape))",
+        "1.2 * Square.apply(x)",
+        v.WRONG_VALUE,
+    ),
+    "all or nothing": ("(random.random() > 0.5)", "1.2 * Square.apply(x)", v.WRONG_VALUE),
+    "right or nothing": ("(random.random() > 0.5)", "Square.apply(x)", v.VERIFIED),
+    "unseeded": ("torch.randint(0, 2, x.shape, generator=generator)", "Square.apply(x)", v.NOT_JUDGED),
+    "no kernel": (DROPPED, "(x * x + 0 * Square.apply(x.detach()))", v.NO_KERNEL),
+    "cached": (
+        DROPPED,
+        "(Square.apply(x) if x.requires_grad else cache.setdefault(x.data_ptr(), Square.apply(x)))",
+        v.REUSED,
+    ),
+}
+
+
 @pytest.mark.parametrize(
     ("mask", "ours", "verdict"),
-    [
-        (DROPPED, "Square.apply(x)", v.VERIFIED),
-        ("torch.from_numpy(numpy.random.randint(0, 2, x.shape))", "1.2 * Square.apply(x)", v.WRONG_VALUE),
-        ("(random.random() > 0.5)", "1.2 * Square.apply(x)", v.WRONG_VALUE),
-        ("(random.random() > 0.5)", "Square.apply(x)", v.VERIFIED),
-        ("torch.randint(0, 2, x.shape, generator=generator)", "Square.apply(x)", v.NOT_JUDGED),
-        (DROPPED, "(x * x + 0 * Square.apply(x.detach()))", v.NO_KERNEL),
-        (
-            DROPPED,
-            "(Square.apply(x) if x.requires_grad else cache.setdefault(x.data_ptr(), Square.apply(x)))",
-            v.REUSED,
-        ),
-    ],
-    ids=["torch", "numpy", "all or nothing", "right or nothing", "unseeded", "no kernel", "cached"],
+    RANDOM.values(),
+    ids=RANDOM,
 )
 def test_a_reference_that_draws_random_numbers(
     mask: str, ours: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -946,9 +917,9 @@ def test_memory_that_still_holds_the_results(monkeypatch: pytest.MonkeyPatch) ->
         return x.clone()
 
     monkeypatch.setattr(torch, "empty_like", lambda x: x.clone())
-    for function, found in ((rows, []), (copied, [v.NO_KERNEL])):
-        seen, _ = watched(Subject(function), [x], [])
-        idle = trials.idleness(Subject(function), [x], [], seen)
+    for fn, found in ((rows, []), (copied, [v.NO_KERNEL])):
+        seen, _ = watched(Subject(fn), [x], [])
+        idle = trials.idleness(Subject(fn), [x], [], seen)
         assert [finding.verdict for finding in idle] == found
 
 
