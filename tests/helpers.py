@@ -17,6 +17,7 @@ from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
 
 SIZES = (1, 3, 63, 65, 1000, 1023)
+EVERY_BACKEND = pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
 CONSTRAINTS = Path(__file__).parents[1] / "constraints" / "cpu.txt"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -1,5 +1,8 @@
 """What the optimizers' tests share: runs beside torch.optim and NumPy, compared after every step."""
 
+import copy
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -255,11 +258,12 @@ def make_pair(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     shapes: Iterable[tuple[int, ...]] = SHAPES,
+    shared: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
-    """Ours and torch's optimizer of this name, on equal parameters."""
+    """Ours and torch's optimizer of this name, on equal parameters. ``shared`` goes to ours alone."""
     params = make_params(shapes, dtype)
-    ours = ours_for(name)(copies(params, device), **options)
+    ours = ours_for(name)(copies(params, device), **options, **(shared or {}))
     return ours, theirs_for(name)(params, foreach=False, **options)
 
 
@@ -281,6 +285,26 @@ def assert_equal_bits(first: Optimizer, second: Optimizer) -> None:
         assert first.state[one].keys() == second.state[other].keys()
         for key, value in first.state[one].items():
             assert torch.equal(value, second.state[other][key]), key
+
+
+def failure(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
+    """The exception of a call that must fail, as its type and text."""
+    with pytest.raises((Exception, UserWarning)) as caught:
+        make()
+    return caught.type, str(caught.value)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+}
 
 
 def bits(optimizer: Optimizer) -> list[Tensor]:

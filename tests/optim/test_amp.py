@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 from typing import Any
 
 import gradkernels.optim.step
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..helpers import to_numpy
 from .optimizers import (
+    COPIES,
     FULL_OPTIONS,
     SCALE,
     SMALL,
@@ -151,8 +151,7 @@ def test_the_step_on_the_kernels_reads_no_value(name: str, device: torch.device)
 def test_grad_scaler(name: str, clip: bool, fused: bool, device: torch.device) -> None:
     """torch's own GradScaler on both: the same scales, the same numbers, overflow at steps 1 and 5."""
     options = {**FULL_OPTIONS[name], "lr": 0.1} if clip and name == "SGD" else FULL_OPTIONS[name]
-    ours, theirs = make_pair(name, device, shapes=SMALL, **options)
-    ours = ours_for(name)(parameters(ours), fused=fused, **options)
+    ours, theirs = make_pair(name, device, shapes=SMALL, shared={"fused": fused}, **options)
     feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
     start = [to_numpy(param).copy() for param in parameters(theirs)]
     scalers = {
@@ -191,7 +190,7 @@ def test_grad_scaler_calls_the_steps_that_it_calls_of_torch_s(name: str, flags: 
     called: list[list[int]] = []
     for cls in (ours_for(name), theirs_for(name)):
         first = cls(make_params(SMALL), **FULL_OPTIONS[name], **flags)
-        copied = [copy.deepcopy(first), pickle.loads(pickle.dumps(first))] if cls is ours_for(name) else []
+        copied = [clone(first) for clone in COPIES.values()] if cls is ours_for(name) else []
         for optimizer in (first, *copied):
             steps: list[bool] = []
             optimizer.register_step_post_hook(lambda *_, steps=steps: steps.append(True))
@@ -242,18 +241,14 @@ def test_scale_and_overflow_may_have_a_dimension(name: str, overflow: bool, devi
     ]
 
 
-CLONES: dict[str, Any] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
-    "state_dict": lambda optimizer: loaded(optimizer),
-}
-
-
 def loaded(optimizer: Any) -> Any:
     """Another optimizer of the same class and parameters, after ``load_state_dict``."""
     other = type(optimizer)(copies(parameters(optimizer)))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return other
+
+
+CLONES = {**COPIES, "state_dict": loaded}
 
 
 @pytest.mark.parametrize("clone", CLONES)

@@ -120,8 +120,7 @@ def test_clipped_gradients_that_float16_does_not_hold(
 @on_both_backends
 def test_clipping_non_finite_gradients_does_what_clip_grad_norm_does(name: str, device: torch.device) -> None:
     for bad, most in itertools.product((float("inf"), float("nan")), (1.0, float("inf"))):
-        _, theirs = make_pair(name, device, shapes=SMALL, lr=0.1)
-        ours = ours_for(name)(copies(parameters(theirs), device), lr=0.1, max_norm=most)
+        ours, theirs = make_pair(name, device, shapes=SMALL, shared={"max_norm": most}, lr=0.1)
         for step in range(3):
             gradients = [torch.ones(shape) for shape in SMALL]
             if step == 1:
@@ -150,8 +149,8 @@ def test_the_norm_of_a_long_gradient_keeps_its_digits(dtype: torch.dtype) -> Non
 @on_both_backends
 def test_grad_norm_without_clipping(name: str, device: torch.device) -> None:
     """An infinite max_norm measures and never clips."""
-    ours, theirs = make_pair(name, device, shapes=SMALL, **FULL_OPTIONS[name])
-    ours = ours_for(name)(copies(parameters(theirs), device), **FULL_OPTIONS[name], max_norm=float("inf"))
+    shared = {"max_norm": float("inf")}
+    ours, theirs = make_pair(name, device, shapes=SMALL, shared=shared, **FULL_OPTIONS[name])
     assert ours.grad_norm is None
     feed = Feed(parameters(theirs))
     norms = []
@@ -177,11 +176,8 @@ BAD_PLACES = [(0, 0), (0, 64), (1, 62), (2, 0)]
 @on_both_backends
 def test_skip_leaves_everything_untouched(name: str, bad: float, device: torch.device) -> None:
     """Wherever the one bad element is, at the first step and later, with and without clipping."""
-    _, theirs = make_pair(name, device, shapes=SMALL, **FULL_OPTIONS[name])
-    clip = {} if bad > 0 else {"max_norm": 1e6}
-    ours = ours_for(name)(
-        copies(parameters(theirs), device), **FULL_OPTIONS[name], on_nonfinite="skip", **clip
-    )
+    shared = {"on_nonfinite": "skip", **({} if bad > 0 else {"max_norm": 1e6})}
+    ours, theirs = make_pair(name, device, shapes=SMALL, shared=shared, **FULL_OPTIONS[name])
     feed, reference = Feed(parameters(theirs)), ReferenceRun(theirs)
     assert ours.steps_skipped == 0
     skipped = 0
@@ -236,7 +232,9 @@ def test_raise_names_the_parameters_and_changes_nothing(name: str, device: torch
                 assert "bias" not in text
                 assert ("encoder.weight" in text) == (step > 0)
             else:
-                assert "2" in text
+                assert "parameter 2 of group 0, shape ()" in text
+                assert "parameter 1 of group 0" not in text
+                assert ("parameter 0 of group 0, shape (65,)" in text) == (step > 0)
             set_gradients(optimizer, good)
             optimizer.step()
     if name != "SGD":

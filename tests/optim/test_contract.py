@@ -7,9 +7,6 @@ is a list of promises.
 import copy
 import functools
 import inspect
-import io
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .optimizers import (
+    COPIES,
     FULL_OPTIONS,
     NAMES,
     SMALL,
@@ -31,6 +29,7 @@ from .optimizers import (
     assert_same_state,
     cases_on_both_backends,
     copies,
+    failure,
     make_pair,
     make_params,
     on_both_backends,
@@ -41,16 +40,10 @@ from .optimizers import (
     settings,
     some_gradients,
     theirs_for,
+    through_a_file,
 )
 
 # Checkpoints.
-
-
-def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_state_dict_is_torch_s(name: str) -> None:
@@ -108,11 +101,13 @@ def test_checkpoints_move_both_ways_in_mid_run(name: str, changed: dict[str, Any
     assert_same_run(twin_ours, next_theirs, steps=8)
 
 
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name: str) -> None:
-    ours, _ = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
+@pytest.mark.parametrize("low", ["", "master_weights", "stochastic_rounding"])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(name: str, low: str) -> None:
+    dtype, options = (torch.bfloat16, {low: True}) if low else (torch.float32, {})
+    ours, _ = make_pair(name, dtype=dtype, shapes=SMALL, shared=options, **FULL_OPTIONS[name])
     gradients = some_gradients(ours, STEPS)
     run(ours, gradients[:5])
-    resumed = ours_for(name)(copies(parameters(ours)))
+    resumed = ours_for(name)(copies(parameters(ours)), **options)
     resumed.load_state_dict(through_a_file(ours.state_dict()))
     run(ours, gradients[5:])
     run(resumed, gradients[5:])
@@ -255,22 +250,19 @@ def test_refuses_a_checkpoint_of_other_groups_as_torch_does(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL)
     state = ours.state_dict()
     state["param_groups"][0]["params"] = [0]
-    texts = []
-    for optimizer in (ours, theirs):
-        with pytest.raises(ValueError) as caught:
-            optimizer.load_state_dict(copy.deepcopy(state))
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+    refusals = [
+        failure(lambda each=each: each.load_state_dict(copy.deepcopy(state))) for each in (ours, theirs)
+    ]
+    assert refusals[0] == refusals[1]
+    assert refusals[0][0] is ValueError
 
 
 # Copies.
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("clone", COPIES)
 @pytest.mark.parametrize("warm", [0, 3])
-def test_copies_go_on_alone_with_everything(name: str, clone: Callable[[Any], Any], warm: int) -> None:
+def test_copies_go_on_alone_with_everything(name: str, clone: str, warm: int) -> None:
     ours = ours_for(name)(
         make_params(SMALL),
         **FULL_OPTIONS[name],
@@ -281,7 +273,7 @@ def test_copies_go_on_alone_with_everything(name: str, clone: Callable[[Any], An
     )
     gradients = some_gradients(ours, STEPS)
     run(ours, gradients[:warm])
-    twin = clone(ours)
+    twin = COPIES[clone](ours)
     assert twin.max_norm == 2.0
     assert twin.on_nonfinite == "skip"
     assert twin.seed == 5

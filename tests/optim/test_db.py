@@ -16,7 +16,7 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs expectte
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
 
 from ..helpers import DTYPES
-from .optimizers import NAMES, assert_same_run, make_pair, make_params, ours_for, theirs_for
+from .optimizers import NAMES, assert_same_run, failure, make_pair, make_params, ours_for, theirs_for
 
 DATABASE: dict[str, OptimizerInfo] = {info.name: info for info in optim_db if info.name in NAMES}
 
@@ -55,13 +55,6 @@ def test_configurations_on_the_kernels(
     name: str, index: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_same_run(*make_pair(name, device, dtype, **options_of(name, index, dtype)))
-
-
-def failure(make: Callable[[], Any]) -> tuple[type[BaseException], str]:
-    """The exception of a call that must fail, as its type and text."""
-    with pytest.raises((Exception, UserWarning)) as caught:
-        make()
-    return caught.type, str(caught.value)
 
 
 @pytest.mark.parametrize("name", NAMES)

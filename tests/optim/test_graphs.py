@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
@@ -11,6 +12,17 @@ import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD, linear_mse_fit
 
 from .optimizers import copies
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Pretend from now on that the stream is being captured, or that it is not: FusedSGD's capturable runs on a CPU."""
+
+    def pretend(captured: bool) -> None:
+        for name in ("linear_mse_fit", "optim.step", "optim.plan"):
+            monkeypatch.setattr(import_module(f"gradkernels.{name}"), "capturing", lambda: captured)
+
+    return pretend
 
 
 @pytest.mark.gpu
@@ -52,42 +64,41 @@ def test_a_captured_step_replays_with_live_rates(ours: type) -> None:
     assert optimizer.steps_skipped == plain.steps_skipped == 1
 
 
-def test_refusals_of_a_capture_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The same conditions as below, with the stream's state pretended; FusedSGD's capturable runs on a CPU.
-    def capture(optimizer: torch.optim.Optimizer) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr("gradkernels.optim.step.capturing", lambda: True)
+def test_refusals_of_a_capture_without_a_gpu(capture: Callable[[bool], None]) -> None:
+    # The same conditions as below.
+    def captured(optimizer: torch.optim.Optimizer) -> None:
+        capture(True)
+        try:
             optimizer.step()
+        finally:
+            capture(False)
 
     params = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
     params[0].grad = torch.randn(5)
     with pytest.raises(RuntimeError, match="capturable is False"):
-        capture(FusedSGD(params))
+        captured(FusedSGD(params))
     with pytest.raises(RuntimeError, match="on the host"):
-        capture(FusedSGD(params, capturable=True, on_nonfinite="raise"))
+        captured(FusedSGD(params, capturable=True, on_nonfinite="raise"))
     optimizer = FusedSGD(params, capturable=True, momentum=0.9)
     with pytest.raises(RuntimeError, match="parameter 0 has made no step yet"):
-        capture(optimizer)
+        captured(optimizer)
     optimizer.step()
     with pytest.raises(RuntimeError, match="parameter 1 has no gradient"):
-        capture(optimizer)
+        captured(optimizer)
     params[1].grad = torch.randn(5)  # its state would be made inside the graph
     with pytest.raises(RuntimeError, match="parameter 1 has made no step yet"):
-        capture(optimizer)
+        captured(optimizer)
     optimizer.step()
-    capture(optimizer)
+    captured(optimizer)
 
 
-def test_rounds_are_captured_after_some_that_made_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_captured_after_some_that_made_the_state(capture: Callable[[bool], None]) -> None:
     # What the first rounds make, each replay would make anew: zeros.
     x, y, weight = torch.randn(9, 3), torch.randn(9), torch.zeros(3, requires_grad=True)
     options = {"lr": 0.1, "momentum": 0.9, "max_norm": 1.0, "on_nonfinite": "skip"}
 
     def fit(optimizer: FusedSGD, captured: bool) -> None:
-        for module in ("linear_mse_fit", "optim.step"):
-            monkeypatch.setattr(
-                import_module(f"gradkernels.{module}"), "capturing", lambda captured=captured: captured
-            )
+        capture(captured)
         linear_mse_fit(x, weight, y, optimizer=optimizer, steps=2)
 
     with pytest.raises(RuntimeError, match="capturable is False"):
@@ -111,16 +122,13 @@ def test_rounds_are_captured_after_some_that_made_the_state(monkeypatch: pytest.
         fit(optimizer, captured=True)
 
 
-def test_rounds_with_another_parameter_are_not_captured_before_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_with_another_parameter_are_not_captured_before_some(capture: Callable[[bool], None]) -> None:
     x, y, weight, bias = torch.randn(9, 3), torch.randn(9, 1), torch.zeros(1, 3), torch.zeros(1)
     optimizer = FusedAdam([weight.requires_grad_()], capturable=True, fused=True)
     linear_mse_fit(x, weight, y, optimizer=optimizer, steps=2)
     optimizer.add_param_group({"params": [bias.requires_grad_()]})
     for captured in (True, False, True):
-        for module in ("linear_mse_fit", "optim.step"):
-            monkeypatch.setattr(
-                import_module(f"gradkernels.{module}"), "capturing", lambda captured=captured: captured
-            )
+        capture(captured)
         refused = captured and bias not in optimizer.state
         with pytest.raises(RuntimeError, match="it has made no rounds yet") if refused else nullcontext():
             linear_mse_fit(x, weight, y, bias, optimizer=optimizer, steps=2)
@@ -129,14 +137,14 @@ def test_rounds_with_another_parameter_are_not_captured_before_some(monkeypatch:
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.float64)], ids=["part", "parts"])
 def test_graphs_and_steps_write_their_norms_to_one_tensor(
-    dtypes: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+    dtypes: tuple[torch.dtype, ...], capture: Callable[[bool], None]
 ) -> None:
     # A replay writes to where its capture wrote, and grad_norm cannot know which graph was replayed last.
     params = [torch.nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in dtypes]
     optimizer = FusedSGD(params, lr=0.1, capturable=True, max_norm=1.0)
     places = []
     for step, captured in enumerate((False, True, True, False), start=1):
-        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        capture(captured)
         for p in params:
             p.grad = torch.full_like(p, step)
         optimizer.step()
@@ -145,11 +153,11 @@ def test_graphs_and_steps_write_their_norms_to_one_tensor(
     assert len(set(places[1:])) == 1
 
 
-def test_a_step_beside_a_graph_that_was_captured_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_beside_a_graph_that_was_captured_in_inference_mode(capture: Callable[[bool], None]) -> None:
     param = torch.nn.Parameter(torch.zeros(4))
     optimizer = FusedSGD([param], lr=0.1, capturable=True, max_norm=1.0)
     for captured in (False, True, False):
-        monkeypatch.setattr("gradkernels.optim.step.capturing", lambda captured=captured: captured)
+        capture(captured)
         param.grad = torch.ones(4)
         with torch.inference_mode(captured):
             optimizer.step()
@@ -157,7 +165,9 @@ def test_a_step_beside_a_graph_that_was_captured_in_inference_mode(monkeypatch: 
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_a_graph_keeps_the_tables_of_copies(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_keeps_the_tables_of_copies(
+    device: torch.device, capture: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The norm and the step have copies, and so tables, of their own; replays upload both from the host's memory.
     from gradkernels.triton import multi_tensor
 
@@ -172,8 +182,7 @@ def test_a_graph_keeps_the_tables_of_copies(device: torch.device, monkeypatch: p
     p.grad = torch.ones(3, 2, device=device).t()
     optimizer = FusedSGD([p], lr=0.1, capturable=True, max_norm=1.0)
     optimizer.step()
-    for module in ("step", "plan"):
-        monkeypatch.setattr(f"gradkernels.optim.{module}.capturing", lambda: True)
+    capture(True)
     monkeypatch.setattr(multi_tensor.Tables, "__init__", note)
     optimizer.step()
     gc.collect()
