@@ -38,7 +38,10 @@ TESTS = {
         "tests/ops/test_autocast.py tests/ops/test_corners.py "
         "tests/ops/test_mse_trainers.py::test_under_autocast_16_bits_count_as_float32"
     ),
-    "errors": "tests/ops/test_mse.py tests/ops/test_linear_mse.py tests/ops/test_matmul.py -k errors",
+    "errors": (
+        "tests/ops/test_mse.py tests/ops/test_linear_mse.py tests/ops/test_matmul.py tests/ops/test_corners.py "
+        "-k errors"
+    ),
     "corners": "tests/ops/test_corners.py tests/launch/test_backends.py tests/ops/test_nn.py",
     "layouts": "tests/ops/test_layouts.py tests/ops/test_zero_sizes.py",
     "work": "tests/ops/test_our_kernels_do_the_work.py",

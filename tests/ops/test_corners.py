@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from itertools import permutations
 from typing import Any
 
+import gradkernels
 import pytest
 import torch
 from gradkernels import (
@@ -13,18 +14,19 @@ from gradkernels import (
     backends,
     linear,
     linear_mse_loss,
-    linear_mse_loss_and_grad,
     matmul,
     mse_loss,
     mse_loss_and_grad,
     use_backend,
 )
 from gradkernels.fallback import mse as mse_launchers
-from gradkernels.ops import torch_linear_mse_loss
+from gradkernels.ops import FUNCTIONS, torch_linear_mse_loss
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
+
+from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE
 
 close = torch.testing.assert_close
 
@@ -85,21 +87,34 @@ def test_a_bias_gradient_does_not_share_memory_with_the_upstream_gradient(
     close(bias.grad, 2 * before[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [
-        ("mse_loss: input", lambda x: mse_loss(None, x)),  # type: ignore[arg-type]
-        ("mse_loss: target", lambda x: mse_loss(x, None)),  # type: ignore[arg-type]
-        ("mse_loss_and_grad: target", lambda x: mse_loss_and_grad(x, None)),  # type: ignore[arg-type]
-        ("matmul: other", lambda x: matmul(x, None)),  # type: ignore[arg-type]
-        ("linear: weight", lambda x: linear(x, None)),  # type: ignore[arg-type]
-        ("linear_mse_loss: weight", lambda x: linear_mse_loss(x, None, x)),  # type: ignore[arg-type]
-        ("linear_mse_loss_and_grad: target", lambda x: linear_mse_loss_and_grad(x, x, None)),  # type: ignore[arg-type]
-    ],
-)
-def test_none_for_a_required_argument(name: str, call: Callable[[Tensor], object]) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
-        call(random(3, 3))
+SERVED = "float64, float32, float16"
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "None": (lambda tensor: None, TypeError, "^{op}: {name} must be a torch.Tensor, got NoneType"),
+    "list": (Tensor.tolist, TypeError, "^{op}: {name} must be a torch.Tensor, got list"),
+    "device": (
+        lambda tensor: tensor.to("meta"),
+        RuntimeError,
+        r"^{op}: ({name} is on meta but \w+ is on cpu|\w+ is on cpu but {name} is on meta)",
+    ),
+    "layout": (Tensor.to_sparse, RuntimeError, "^{op}: .*layout torch.sparse_coo"),
+    "integers": (Tensor.long, TypeError, f"^{{op}}: {{name}} has dtype torch.int64; {SERVED}"),
+    "booleans": (Tensor.bool, TypeError, f"^{{op}}: {{name}} has dtype torch.bool; {SERVED}"),
+    "complex": (Tensor.cfloat, TypeError, f"^{{op}}: {{name}} has dtype torch.complex64; {SERVED}"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("op", [name for op in FUNCTIONS.values() for name in op.public])
+def test_errors_of_each_argument(op: str, kind: str) -> None:
+    case = {"matmul": MATMUL[1], "linear": LINEAR[0], "mse_loss": MSE[3], "linear_mse_loss": LINEAR_MSE[9]}[
+        op.removesuffix("_and_grad")
+    ]
+    change, error, message = REFUSED[kind]
+    given = dict(zip(case.shapes, case.arguments(torch.float32), strict=True))
+    for name, tensor in given.items():
+        if kind != "None" or (name not in ("bias", "sample_weight") and (name, op[:3]) != ("weight", "mse")):
+            with pytest.raises(error, match=message.format(op=op, name=name)):
+                getattr(gradkernels, op)(**given | {name: change(tensor)})
 
 
 def test_no_samples_under_vmap(backend: str) -> None:

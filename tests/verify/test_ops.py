@@ -275,16 +275,6 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"gradkernels {gradkernels.__version__}\n"
 
 
-def test_importing_the_package_imports_neither_triton_nor_verify():
-    code = (
-        "import sys, gradkernels; assert 'triton' not in sys.modules; assert 'gradkernels.verify' not in "
-        "sys.modules;"
-        "gradkernels.verify.gradcheck; gradkernels.reference; assert 'triton' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_tables_and_progress_without_rich(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setitem(sys.modules, "rich.progress", None)
