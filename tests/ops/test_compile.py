@@ -170,76 +170,55 @@ LAYOUTS = {
 BOUNDS = torch.tensor([0, 2, 4]).unfold(0, 2, 1)
 
 
-def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
+def operator_arguments(name: str) -> list[tuple[Any, ...]]:
     """Calls of each operator that between them use every argument."""
-    one = random()
-    if name == "matmul":
-        yield random(2, 3, 4), random(4, 5), random(5), [], torch.float64
-        yield random(2, 3, 4), random(2, 4, 5), None, [0], torch.float64
-        yield random(3, 4), random(2, 4, 5), random(2, 3, 5), [], torch.float64
-    elif name == "mse":
-        yield random(2, 3, 4), random(2, 3, 4), None, "mean", 0, torch.float64
-        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "none", 0, torch.float64
-        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", 1, torch.float64
-    elif name == "mse_backward":
-        yield one, random(2, 3, 4), random(2, 3, 4), None, "mean", 0, [True, True, False]
-        yield random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "none", 0, [True] * 3
-        yield random(2), random(2, 3, 4), random(2, 3, 4), random(2, 3, 4), "sum", 1, [False, True, True]
-        yield one, random(2, 3, 4), random(2, 3, 4), random(2, 3, 1), "mean", 0, [True] * 3  # spread
-    elif name == "mse_forward_backward":
-        yield random(2, 3, 4), random(2, 3, 4), None, None, "mean", [True, True, False], torch.float64
-        yield (
-            random(2, 3, 4),
-            random(2, 3, 4),
-            random(2, 3, 4),
-            one.clone(),
-            "sum",
-            [False, True, True],
-            torch.float64,
-        )
-    elif name == "mse_hvp":
-        x = [random(2, 3, 4) for _ in range(6)]
-        yield one, *x[:3], one.clone(), *x[3:], "mean", 0, [True] * 4
-        yield None, *x[:3], None, x[3], None, None, "sum", 0, [True, False, False, False]
-        spread = random(2, 3, 1), None, x[2], None, random(2, 3, 1)
-        yield one, *x[:2], *spread, "sum", 0, [True] * 4
-        yield (
-            random(2, 3, 4),
-            x[0],
-            x[1],
-            None,
-            random(2, 3, 4),
-            None,
-            x[4],
-            None,
-            "none",
-            0,
-            [True, True, True, False],
-        )
-    elif name == "linear_mse":
-        yield random(5, 3), random(2, 3), random(5, 2), random(2), None, "mean", [True] * 3, torch.float64
-        yield (
-            random(5, 3),
-            random(2, 3),
-            random(5, 2),
-            None,
-            random(5, 1).expand(5, 2),
-            "sum",
-            [False] * 3,
-            torch.float64,
-        )
-    elif name == "linear_mse_backward":
-        yield one, random(5, 2), random(2, 3), 0.5, [True, True]
-        yield one, random(5, 2), random(2, 3), 0.5, [False, True]
-    elif name == "linear_mse_models":
-        own = random(2, 5, 3), random(2, 2, 3), random(2, 5, 2)
-        yield *own, random(2, 2), random(2, 5, 1), None, "mean", [True] * 3, torch.float64
-        yield *(random(5, 3), *own[1:]), None, None, None, "sum", [False] * 3, torch.float64
-        yield random(5, 3), own[1], random(5, 2), None, None, BOUNDS, "mean", [True] * 3, torch.float64
-    elif name == "linear_mse_models_product":
-        yield random(5, 3), random(2, 4, 3), BOUNDS, torch.float64
-    elif name == "linear_mse_models_outer":
-        yield random(5, 4), random(5, 3), BOUNDS, torch.float64
+    one, wide, x = random(), torch.float64, [random(2, 3, 4) for _ in range(6)]
+    rows, weight, target = random(5, 3), random(2, 3), random(5, 2)
+    own = random(2, 5, 3), random(2, 2, 3), random(2, 5, 2)
+    calls: dict[str, list[tuple[Any, ...]]] = {
+        "matmul": [
+            (x[0], random(4, 5), random(5), [], wide),
+            (x[0], random(2, 4, 5), None, [0], wide),
+            (random(3, 4), random(2, 4, 5), random(2, 3, 5), [], wide),
+        ],
+        "mse": [
+            (*x[:2], None, "mean", 0, wide),
+            (*x[:3], "none", 0, wide),
+            (*x[:3], "sum", 1, wide),
+        ],
+        "mse_backward": [
+            (one, *x[:2], None, "mean", 0, [True, True, False]),
+            (x[3], *x[:3], "none", 0, [True] * 3),
+            (random(2), *x[:3], "sum", 1, [False, True, True]),
+            (one, *x[:2], random(2, 3, 1), "mean", 0, [True] * 3),
+        ],
+        "mse_forward_backward": [
+            (*x[:2], None, None, "mean", [True, True, False], wide),
+            (*x[:3], one, "sum", [False, True, True], wide),
+        ],
+        "mse_hvp": [
+            (one, *x[:3], one.clone(), *x[3:], "mean", 0, [True] * 4),
+            (None, *x[:3], None, x[3], None, None, "sum", 0, [True, False, False, False]),
+            (one, *x[:2], random(2, 3, 1), None, x[2], None, random(2, 3, 1), "sum", 0, [True] * 4),
+            (x[3], *x[:2], None, x[2], None, x[4], None, "none", 0, [True, True, True, False]),
+        ],
+        "linear_mse": [
+            (rows, weight, target, random(2), None, "mean", [True] * 3, wide),
+            (rows, weight, target, None, random(5, 1).expand(5, 2), "sum", [False] * 3, wide),
+        ],
+        "linear_mse_backward": [
+            (one, target, weight, 0.5, [True, True]),
+            (one, target, weight, 0.5, [False, True]),
+        ],
+        "linear_mse_models": [
+            (*own, random(2, 2), random(2, 5, 1), None, "mean", [True] * 3, wide),
+            (rows, *own[1:], None, None, None, "sum", [False] * 3, wide),
+            (rows, own[1], target, None, None, BOUNDS, "mean", [True] * 3, wide),
+        ],
+        "linear_mse_models_product": [(rows, random(2, 4, 3), BOUNDS, wide)],
+        "linear_mse_models_outer": [(random(5, 4), rows, BOUNDS, wide)],
+    }
+    return calls[name]
 
 
 @pytest.mark.parametrize(
@@ -255,9 +234,7 @@ def operator_arguments(name: str) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_opcheck(backend: str, device: torch.device, name: str, layout: str) -> None:
     (overload,) = (operator.overload for operator in OPERATORS if operator.name == name)
-    calls = list(operator_arguments(name))
-    assert calls, f"no arguments to check {name} with"
-    for call in calls:
+    for call in operator_arguments(name):
         arguments = [
             value.to(device)
             if value is BOUNDS

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..conftest import DEVICES, GPU
 from ..helpers import DTYPES, assert_matches, exactly
+from .test_mse_kernels import laid_out
 
 pytest.importorskip("triton")
 
@@ -36,23 +37,6 @@ def linear_mse():
         yield implementation("linear_mse", torch.empty(0, device=DEVICE))
 
 
-def laid_out(rows: int, columns: int, layout: str, dtype: torch.dtype) -> Tensor:
-    """A random matrix, in memory as the layout says; what lies between its elements is NaN."""
-    values = torch.randn(rows, columns) / (4 if dtype == torch.float16 else 1)  # squares stay in range
-    if layout == "transposed":
-        return values.t().to(DEVICE, dtype, copy=True).contiguous().t()
-    if layout == "holes":
-        return torch.full((2 * rows + 1, 3 * columns), math.nan).to(DEVICE, dtype)[1::2, ::3].copy_(values)
-    if layout in ("wide rows", "wide aligned rows"):
-        width = columns + (8 if "aligned" in layout else 3)
-        return torch.full((rows, width), math.nan).to(DEVICE, dtype)[:, :columns].copy_(values)
-    if layout == "repeated column":
-        return values[:, :1].to(DEVICE, dtype).expand(rows, columns)
-    if layout == "repeated row":
-        return values[:1].to(DEVICE, dtype).expand(rows, columns)
-    return values.to(DEVICE, dtype)
-
-
 class Case:
     """Random operands of one call, torch's results for them, and the reference's.
 
@@ -64,11 +48,14 @@ class Case:
         def layout() -> str:
             return rng.choice(LAYOUTS)
 
-        self.input, self.weight = laid_out(N, D, layout(), dtype), laid_out(K, D, layout(), dtype)
-        self.target = laid_out(N, K, layout(), fixed.get("target_dtype", dtype))
-        self.bias = laid_out(K, 2, layout(), dtype)[:, 1] if rng.random() < 0.6 else None
+        def matrix(rows: int, columns: int, dtype: torch.dtype = dtype) -> Tensor:
+            return laid_out((rows, columns), layout(), dtype, 0.25 if dtype == torch.float16 else 1.0)
+
+        self.input, self.weight = matrix(N, D), matrix(K, D)
+        self.target = matrix(N, K, fixed.get("target_dtype", dtype))
+        self.bias = matrix(K, 2)[:, 1] if rng.random() < 0.6 else None
         # Not negative: torch's own sums would cancel, and its error with them.
-        self.sample_weight = laid_out(N, K, layout(), dtype).abs() if rng.random() < 0.6 else None
+        self.sample_weight = matrix(N, K).abs() if rng.random() < 0.6 else None
         if self.sample_weight is not None and rng.random() < 0.5:
             self.sample_weight = self.sample_weight[:, :1].expand(N, K)
         self.reduction = rng.choice(("mean", "sum"))

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -32,17 +33,22 @@ def mse():
         yield implementation("mse", torch.empty(0, device=DEVICE))
 
 
-def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
-    """Random numbers of a shape, in memory as the layout says."""
+def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Random numbers of a shape, in memory as the layout says; what lies between them is NaN."""
+
+    def randn(shape: Sequence[int]) -> Tensor:
+        return scale * torch.randn(tuple(shape))
+
     ndim = len(shape)
     if layout == "transposed":
-        tensor = torch.randn(shape[::-1]).to(DEVICE, dtype).permute(tuple(reversed(range(ndim))))
+        tensor = randn(shape[::-1]).to(DEVICE, dtype).permute(tuple(reversed(range(ndim))))
     elif layout == "holes":
         gaps = torch.full([2 * size + 1 for size in shape], math.nan).to(DEVICE, dtype)
-        tensor = gaps[(slice(1, None, 2),) * ndim].copy_(torch.randn(shape))
-    elif layout == "wide rows":
-        wide = torch.full((*shape[:-1], *(size + 3 for size in shape[-1:])), math.nan).to(DEVICE, dtype)
-        tensor = wide[..., : shape[-1]].copy_(torch.randn(shape)) if ndim else wide.fill_(0.5)
+        tensor = gaps[(slice(1, None, 2),) * ndim].copy_(randn(shape))
+    elif layout in ("wide rows", "wide aligned rows"):
+        more = 3 if layout == "wide rows" else 8
+        wide = torch.full((*shape[:-1], *(size + more for size in shape[-1:])), math.nan).to(DEVICE, dtype)
+        tensor = wide[..., : shape[-1]].copy_(randn(shape)) if ndim else wide.fill_(0.5)
     else:
         keep = {
             "contiguous": [True] * ndim,
@@ -51,7 +57,7 @@ def laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
             "one value": [False] * ndim,
         }[layout]
         sizes = [size if kept else min(size, 1) for size, kept in zip(shape, keep, strict=True)]
-        tensor = torch.randn(sizes).to(DEVICE, dtype).expand(shape)
+        tensor = randn(sizes).to(DEVICE, dtype).expand(shape)
     assert tensor.shape == shape
     return tensor
 

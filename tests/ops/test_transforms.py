@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from ..cases import CASES, Case, assert_same_results, label, on_both_backends
+from ..cases import CASES, Case, assert_same_results, label, on_both_backends, upstream_of
 from ..helpers import assert_matches, to_numpy
 
 Function = Callable[..., Tensor]
-
-
-def upstream(result: Tensor) -> Tensor:
-    """An upstream gradient that is neither ones nor the same twice."""
-    factors = torch.linspace(-1, 2, result.numel(), dtype=result.dtype, device=result.device)
-    return factors.view(result.shape)
 
 
 def scalar(function: Function) -> Function:
@@ -31,13 +25,13 @@ def scalar(function: Function) -> Function:
 
     def total(*tensors: Tensor) -> Tensor:
         result = function(*tensors)
-        return (result * upstream(result)).sum()
+        return (result * upstream_of(result)).sum()
 
     return total
 
 
 def pulled_back(result: Tensor, pullback: Callable[[Tensor], Any]) -> Any:
-    return pullback(upstream(result))
+    return pullback(upstream_of(result))
 
 
 def directions(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

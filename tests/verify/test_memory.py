@@ -539,17 +539,14 @@ def test_a_fault_raises_with_the_report_and_as_json():
 
 
 def test_everything_is_put_back_also_after_an_error():
-    before = (
-        torch.empty, torch.Tensor.new_empty, triton_interpreter._interpreter,
-        triton_interpreter._implicit_cvt, triton_interpreter.GridExecutor.__call__,
-    )  # fmt: skip
+    def hooked():
+        interpreter = triton_interpreter._interpreter, triton_interpreter._implicit_cvt
+        return torch.empty, torch.Tensor.new_empty, *interpreter, triton_interpreter.GridExecutor.__call__
+
+    before = hooked()
     with pytest.raises(ZeroDivisionError), memory_check():
         copy(torch.ones(100), torch.zeros(128), 128, block=1 // 0)
-    after = (
-        torch.empty, torch.Tensor.new_empty, triton_interpreter._interpreter,
-        triton_interpreter._implicit_cvt, triton_interpreter.GridExecutor.__call__,
-    )  # fmt: skip
-    assert after == before
+    assert hooked() == before
     assert "new_empty" not in torch.Tensor.__dict__
     with pytest.raises(RuntimeError, match="do not nest"), memory_check(), memory_check():
         pass
