@@ -66,6 +66,8 @@ def test_copies_and_pickles(module: torch.nn.Module) -> None:
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert repr(other) == repr(module)
         assert list(other.state_dict()) == list(module.state_dict())
+        for name, value in module.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value)
 
 
 def test_repr() -> None:
