@@ -177,6 +177,10 @@ def test_options_are_checked_element_by_element(cls: Any, options: dict[str, Any
         ours.add_param_group({"params": stacks((B, 3)), **options})
     assert len(ours.param_groups) == 1
     set_gradients(ours, [torch.ones(B, 2)])
+    ours.param_groups[0]["lr"] = 0.1  # noted as one per model; of the refused group nothing is noted
+    with pytest.raises(ValueError, match="lr had one value for each model"):
+        ours.step()
+    ours.param_groups[0]["lr"] = VECTOR
     ours.step()
     assert bool((parameters(ours)[0] != 1).all())
 
