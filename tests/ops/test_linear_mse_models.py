@@ -474,14 +474,6 @@ def test_long_models_of_ragged_rows(K: int, D: int) -> None:
         torch.testing.assert_close(single.double(), double, rtol=300 * torch.finfo(torch.float32).eps, atol=0)
 
 
-def test_gradients_of_what_models_share_are_summed(backend: str, device: torch.device) -> None:
-    x, w, y = (torch.randn(shape, device=device) for shape in ((N, D), (B, K, D), (N, K)))
-    _, (grad_input, _, grad_target, _) = linear_mse_loss_and_grad(x, w, y, wrt=WANTED)
-    each = [linear_mse_loss_and_grad(x, model, y, wrt=WANTED)[1] for model in w]
-    torch.testing.assert_close(grad_input, sum(grads[0] for grads in each))
-    torch.testing.assert_close(grad_target, sum(grads[2] for grads in each))
-
-
 def test_strides(backend: str, device: torch.device) -> None:
     layout = LARGER[0]
     given = layout.draw(torch.float32, device)
