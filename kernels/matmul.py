@@ -21,6 +21,9 @@ from .operator import Launches, Operator, autocast_cast, in_places, use_torch_fa
 from .repeat import repeatable
 from .torch_private import needs_dispatcher
 
+# Bytes of input up to which torch's own products of one column serve on the fallback: see _suits_torch.
+SMALL = 1 << 24
+
 
 @repeatable
 def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,7 +74,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if bias is not None:
         checks.bias_shape("matmul", bias, right.shape[-1], other=other)
-    if in_torch:
+    if in_torch and _suits_torch(input, right.shape[-1] if right.dim() == 2 else right.numel()):
         result = torch.matmul(input, other)
         return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
     result = product(left, right, bias if bias is None or bias.dim() == 1 else bias.reshape(1))
@@ -113,7 +116,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not in_torch:
         checks.tensors("linear", {"input": input, "weight": weight, "bias": bias}, ("bias",))
     checks.linear_shapes("linear", input, weight, bias)
-    if in_torch:
+    if in_torch and _suits_torch(input, weight.shape[:-1].numel()):
         return linear_in_torch(input, weight, bias)
     matrix = weight if weight.dim() == 2 else weight.unsqueeze(0)
     left = input if input.dim() > 1 else input.unsqueeze(0)
@@ -121,6 +124,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dim() == 1:
         result = result.squeeze(-1)
     return result.squeeze(0) if input.dim() == 1 else result
+
+
+def _suits_torch(input: Tensor, columns: int) -> bool:
+    """Of one column, but in 16 bits, torch's products have one thread, and those of the fallback's launcher all."""
+    return input.nbytes <= SMALL or columns > 1 or input.element_size() == 2
 
 
 def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ from torch import Tensor
 # integers, constants) 2^19 rows lost 4,000 eps. Sums over data are made of products of so many rows at most.
 ROWS = 1 << 12
 
+# Outputs up to which a gradient of theirs is faster by blocks.
+FEW = 64
 # Features from which torch multiplies rows by a vector faster with the rows as the left factor.
 WIDE = 64
 
@@ -21,9 +23,11 @@ def matmul_forward(
     if sum_dims:
         result = _summed_product(_wide(input, dtype), _wide(other, dtype), sum_dims)
     elif bias is not None and bias.dim() == 1 and other.dim() == 2 and dtype == bias.dtype == input.dtype:
-        return torch.nn.functional.linear(input, other.mT, bias)
+        if other.shape[1] > 1 or input.shape[:-1].numel() < 2 * ROWS:
+            return torch.nn.functional.linear(input, other.mT, bias)
+        result = _product(input, other)
     else:
-        result = torch.matmul(_wide(input, dtype), _wide(other, dtype))
+        result = _product(_wide(input, dtype), _wide(other, dtype))
     if bias is not None:
         result = (
             result.add_(bias)
@@ -31,15 +35,6 @@ def matmul_forward(
             else result + bias
         )
     return result.to(dtype)
-
-
-def blocks_of(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left.
-
-    A CPU's product of batches has all threads where that of a matrix and a vector has one.
-    """
-    whole = len(rows) // ROWS * ROWS
-    return rows[:whole].unflatten(0, (-1, ROWS)), rows[whole:]
 
 
 def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
@@ -53,6 +48,53 @@ def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) ->
 def parts_of(rows: int) -> list[slice]:
     """At most ROWS each; of no rows, one."""
     return [slice(start, start + ROWS) for start in range(0, max(1, rows), ROWS)]
+
+
+def _product(input: Tensor, other: Tensor) -> Tensor:
+    """``input @ other``, of many rows by blocks: torch's product of a matrix and a vector has one thread, that of a
+    batch has all. 16 bits as a whole: parts of a sum would be rounded before they are added."""
+    if input.dim() > 2 and other.dim() == 2 and input.is_contiguous():
+        return _product(input.flatten(0, -2), other).view(*input.shape[:-1], other.shape[1])
+    if input.dim() == other.dim() == 2 and input.is_cpu and input.element_size() > 2:
+        rows, inner = input.shape
+        if other.shape[1] == 1 and rows >= 2 * ROWS:
+            result = input.new_empty(rows, 1)
+            blocks, rest = _blocks(input)
+            whole, last = _blocks(result)
+            rows_by_vectors(blocks, other.mT.expand(len(blocks), -1, -1), whole)
+            torch.mm(rest, other, out=last)
+            return result
+        if inner >= 2 * ROWS and other.shape[1] == 1:
+            return _summed_over_rows(other, input.mT).view(rows, 1)
+        if inner >= 2 * ROWS and min(rows, other.shape[1]) <= FEW:
+            return _summed_over_rows(input.mT, other)
+    return torch.matmul(input, other)
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left."""
+    whole = len(rows) // ROWS * ROWS
+    return rows[:whole].unflatten(0, (-1, ROWS)), rows[whole:]
+
+
+def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right``."""
+    if (
+        left.shape[1] == 1
+        and right.shape[1] >= WIDE
+        and right.dtype == torch.float32
+        and right.is_contiguous()
+    ):
+        parts = torch.nn.functional.embedding_bag(
+            torch.arange(len(right), device=right.device),
+            right,
+            torch.arange(0, len(right), ROWS, device=right.device),
+            mode="sum",
+            per_sample_weights=left.squeeze(1),
+        )
+        return parts.sum(0, keepdim=True)
+    (lefts, last_left), (rights, last_right) = _blocks(left), _blocks(right)
+    return torch.bmm(lefts.mT, rights).sum(0).addmm_(last_left.mT, last_right)
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -69,7 +111,7 @@ def _summed_product(input: Tensor, other: Tensor, sum_dims: list[int]) -> Tensor
     right = other.expand(*batch, *other.shape[-2:]).permute(*kept, *sum_dims, rows, columns)
     left = left.flatten(len(kept) + 1)
     right = right.flatten(len(kept), -2)
-    result = torch.matmul(left, right)
+    result = _product(left, right)
     for dim in sum_dims:
         result = result.unsqueeze(dim)
     return result
