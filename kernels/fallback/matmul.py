@@ -61,7 +61,8 @@ def _product(input: Tensor, other: Tensor) -> Tensor:
             result = input.new_empty(rows, 1)
             blocks, rest = _blocks(input)
             whole, last = _blocks(result)
-            rows_by_vectors(blocks, other.mT.expand(len(blocks), -1, -1), whole)
+            # Not a view of ``other``: BLAS takes no column whose strides are both 1.
+            rows_by_vectors(blocks, other.reshape(1, 1, inner).expand(len(blocks), -1, -1), whole)
             torch.mm(rest, other, out=last)
             return result
         if inner >= 2 * ROWS and other.shape[1] == 1:
