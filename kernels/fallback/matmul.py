@@ -23,7 +23,8 @@ def matmul_forward(
     if sum_dims:
         result = _summed_product(_wide(input, dtype), _wide(other, dtype), sum_dims)
     elif bias is not None and bias.dim() == 1 and other.dim() == 2 and dtype == bias.dtype == input.dtype:
-        if other.shape[1] > 1 or input.shape[:-1].numel() < 2 * ROWS:
+        # In 16 bits a product would be rounded before the bias is added.
+        if other.shape[1] > 1 or input.shape[:-1].numel() < 2 * ROWS or input.element_size() == 2:
             return torch.nn.functional.linear(input, other.mT, bias)
         result = _product(input, other)
     else:
