@@ -28,14 +28,14 @@ from .torch_private import torch_mse_loss
 SMALL = 1 << 23
 
 
-def suits_torch(target: Tensor, dtype: torch.dtype | None = None) -> bool:
+def suits_torch(target: Tensor, dtype: torch.dtype | None = None, *, per_sample: bool = False) -> bool:
     """Whether ``mse_in_torch`` suits predictions and a target like this, in ``dtype`` or their own.
 
     That is: small ones, not of 16 bits. Of these torch would round each square, and overflow float16 with that of 300;
-    the operators add up in float32.
+    the operators add up in float32. Losses ``per_sample``, without weights, are a tie at a quarter of the size.
     """
     size = (target.dtype if dtype is None else dtype).itemsize
-    return size > 2 and 2 * size * target.numel() <= SMALL
+    return size > 2 and 2 * size * target.numel() <= (SMALL >> 2 if per_sample else SMALL)
 
 
 @repeatable
@@ -88,20 +88,26 @@ def mse_loss(
     """
     if (
         weight is None
-        and dim is None
         and reduction in checks.REDUCTIONS
         and use_torch_fast_path(input, target)
         and input.shape == target.shape
-        # torch squares float16 in float16, where 300 is too much.
-        and (reduction == "none" or (input.nbytes + target.nbytes <= SMALL and input.dtype != torch.float16))
     ):
-        return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
+        if dim is None:
+            # torch squares float16 in float16, where 300 is too much.
+            if reduction == "none" or (
+                input.nbytes + target.nbytes <= SMALL and input.dtype != torch.float16
+            ):
+                return torch_mse_loss(input, target, checks.REDUCTIONS.index(reduction))
+        elif reduction != "none" and suits_torch(target, per_sample=True):
+            return mse_in_torch(input, target, None, reduction, *_dims_kept(dim, input.dim()))
     _check("mse_loss", input, target, weight, reduction, checks.REDUCTIONS)
     checks.no_dim_for_none("mse_loss", dim, reduction)
     dtype = checks.loss_dtype(input, target, weight)
     weight = _of_rank(weight, input)
     kept, order = (0, None) if dim is None else _dims_kept(dim, input.dim())
-    if suits_torch(target, dtype) and use_torch_fast_path(input, target, optional=weight, one_dtype=False):
+    if suits_torch(target, dtype, per_sample=weight is None and kept > 0) and use_torch_fast_path(
+        input, target, optional=weight, one_dtype=False
+    ):
         wide = None if weight is None else weight.to(dtype)
         return mse_in_torch(input.to(dtype), target.to(dtype), wide, reduction, kept, order)
     if order is not None:
