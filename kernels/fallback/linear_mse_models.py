@@ -16,6 +16,8 @@ from .matmul import ROWS, matmul_forward, parts_of, rows_by_vectors
 
 # Numbers of models that are copied beside their rows at a time: they stay in a core's cache.
 CACHED = 1 << 18
+# Numbers of a row from which torch's own sum is the fastest.
+REGISTER = 8
 
 
 class Tiles(NamedTuple):
@@ -78,6 +80,8 @@ class Tiles(NamedTuple):
 class Rows(NamedTuple):
     """The rows of B models where they lie, as n tiles of one row: for one output or one feature, on a CPU.
 
+    What is made of them has the dtype of accumulation until it is a result.
+
     Attributes:
         model: of each row that has one.
         row: those rows; None, where they are all.
@@ -109,19 +113,26 @@ class Rows(NamedTuple):
 
     def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
         """``(n, 1, K)``: rows ``(n, 1, D)`` times their models (B, K, D), where K or D is 1."""
-        models = models.flatten(1)
-        if values.shape[2] == 1:
-            return models.index_select(0, self.model).mul_(values.squeeze(1)).unsqueeze(1)
-        result = values.new_empty(len(values))
-        size = max(1, CACHED // values.shape[2])
+        models, values = models.flatten(1).to(acc_dtype(values, models)), values.squeeze(1)
+        if values.shape[1] == 1:
+            return models.index_select(0, self.model).mul_(values).unsqueeze(1).to(dtype)
+        result = models.new_empty(len(values), 1)
+        ones = models.new_ones(values.shape[1], 1)
+        size = max(1, CACHED // values.shape[1])
         for each, owner, place in zip(
             values.split(size), self.model.split(size), result.split(size), strict=True
         ):
-            torch.sum(models.index_select(0, owner).mul_(each.squeeze(1)), 1, out=place)
-        return result.view(-1, 1, 1)
+            products = models.index_select(0, owner).mul_(each)
+            if len(ones) < REGISTER:
+                torch.mm(products, ones, out=place)
+            else:
+                torch.sum(products, 1, keepdim=True, out=place)
+        return result.unsqueeze(1).to(dtype)
 
     def contract(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         """``(B, K, D)``: products of ``(n, 1, K)`` and ``(n, 1, D)`` summed over each model's rows; K or D is 1."""
+        acc = acc_dtype(left, right)
+        left, right = left.to(acc), right.to(acc)
         wide, factor = (right, left) if left.shape[2] == 1 else (left, right)
         sums = torch.nn.functional.embedding_bag(
             torch.arange(len(wide)),
@@ -132,7 +143,7 @@ class Rows(NamedTuple):
             include_last_offset=True,
         )
         sums = sums if self.pieces is None else _segments(sums, self.pieces[1])
-        return sums.view(-1, left.shape[2], right.shape[2])
+        return sums.view(-1, left.shape[2], right.shape[2]).to(dtype)
 
     def sums(self, values: Tensor) -> Tensor:
         """``(B, K)``: ``(n, 1, K)`` summed over the rows of each model."""
@@ -156,18 +167,14 @@ def _segments(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
 
 
-def layout_of(bounds: Tensor, rows: int, K: int, D: int, *dtypes: torch.dtype) -> Rows | Tiles | None:
-    """How the rows of models ``(K, D)`` are cut; None where no model has any.
-
-    Args:
-        dtypes: of rows, models and results.
-    """
+def layout_of(bounds: Tensor, rows: int, K: int, D: int) -> Rows | Tiles | None:
+    """How the rows of models ``(K, D)`` are cut; None where no model has any."""
     models = len(bounds)
     start, end = (side.contiguous() for side in bounds.to(torch.int64).clamp(0, rows).unbind(1))
     length = (end - start).clamp_(min=0)
     if models == 0 or rows == 0 or (bounds.is_cpu and not length.any()):
         return None
-    if bounds.is_cpu and min(K, D) == 1 and len(set(dtypes)) == 1 and dtypes[0].itemsize >= 4:
+    if bounds.is_cpu and min(K, D) == 1:
         edges = torch.nn.functional.pad(length.cumsum(0), (1, 0))
         model, row, pieces = torch.repeat_interleave(length), None, None
         if len(model) != rows:
@@ -231,12 +238,16 @@ def linear_mse_models_forward(
     if input.dtype != weight.dtype:  # under autocast, which leaves float64 as it is
         input, weight = input.to(acc), weight.to(acc)
     wide = torch.promote_types(input.dtype, dtype)
+    # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
+    operand = acc if input.dtype == torch.float16 else input.dtype
     rows, layout = len(input), None
     count: Tensor | int = target.shape[-2] * K
     if bounds is not None:
-        layout = layout_of(bounds, rows, K, D, input.dtype, wide, acc)
+        layout = layout_of(bounds, rows, K, D)
         if layout is None:
             return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
+        if isinstance(layout, Rows):
+            wide = operand = acc
         count = layout.length * K
         input, target = layout.cut(input), layout.cut(target)
         sample_weight = None if sample_weight is None else layout.cut(sample_weight)
@@ -252,8 +263,6 @@ def linear_mse_models_forward(
     loss = squares.sum((1, 2)) if layout is None else layout.sums(squares).sum(1)
     grad_weight = None
     if output_mask[1]:
-        # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
-        operand = acc if input.dtype == torch.float16 else input.dtype
         left, right = error.to(operand), input.to(operand)
         if layout is not None:
             grad_weight = layout.contract(left, right, operand)
@@ -299,7 +308,7 @@ def _of_no_rows(
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """Each row times its own model; see kernels/triton/linear_mse_models.py."""
-    layout = layout_of(bounds, len(rows), *models.shape[1:], rows.dtype, models.dtype, dtype)
+    layout = layout_of(bounds, len(rows), *models.shape[1:])
     if layout is None:
         return rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
     return layout.join(layout.predict(layout.cut(rows), models, dtype), len(rows))
@@ -308,7 +317,7 @@ def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtyp
 def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
     """The sums of products over each model's rows; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(left, right)
-    layout = layout_of(bounds, len(left), left.shape[1], right.shape[1], left.dtype, right.dtype, acc)
+    layout = layout_of(bounds, len(left), left.shape[1], right.shape[1])
     if layout is None:
         return left.new_zeros((len(bounds), left.shape[1], right.shape[1]), dtype=dtype)
     return layout.contract(layout.cut(left), layout.cut(right), acc).to(dtype)
