@@ -91,7 +91,7 @@ MUTANTS = (
     Mutant(
         "if grad_outputs[0] is None and all(grad is None for grad in grad_outputs):",
         "if False:",
-        "derivatives",
+        "corners",
     ),
     Mutant(
         "outputs = tuple(outputs)\n            ctx.backend = backends.current()",

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 from torch.nn import functional as F  # noqa: N812
 
-from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE
+from ..cases import LINEAR, LINEAR_MSE, MATMUL, MSE, Case
 
 close = torch.testing.assert_close
 
@@ -115,6 +116,28 @@ def test_errors_of_each_argument(op: str, kind: str) -> None:
         if kind != "None" or (name not in ("bias", "sample_weight") and (name, op[:3]) != ("weight", "mse")):
             with pytest.raises(error, match=message.format(op=op, name=name)):
                 getattr(gradkernels, op)(**given | {name: change(tensor)})
+
+
+class Stop(torch.autograd.Function):
+    """Passes a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("case", [MATMUL[1], LINEAR[0], MSE[3], LINEAR_MSE[9]], ids=lambda case: case.op)
+def test_no_gradient_comes_back(backend: str, case: Case) -> None:
+    tensors = [tensor.requires_grad_() for tensor in case.arguments(torch.float32)]
+    gradient = partial(torch.autograd.grad, inputs=tensors, allow_unused=True)
+    nothing = (None,) * len(tensors)
+    assert gradient(Stop.apply(case.ours(*tensors)).sum()) == nothing
+    first = torch.autograd.grad(case.ours(*tensors).square().sum(), tensors, create_graph=True)
+    assert gradient(torch.stack([Stop.apply(each).sum() for each in first]).sum()) == nothing
 
 
 def test_no_samples_under_vmap(backend: str) -> None:
