@@ -16,6 +16,8 @@ from .matmul import ROWS, matmul_forward, parts_of, rows_by_vectors
 
 # Numbers of models that are copied beside their rows at a time: they stay in a core's cache.
 CACHED = 1 << 18
+# Rows of 16 bits and fewer numbers have slower products on a CPU than copies of them in float32, while these are small.
+NARROW, SMALL = 64, 1 << 23
 # Numbers of a row from which torch's own sum is the fastest.
 REGISTER = 8
 
@@ -235,19 +237,21 @@ def linear_mse_models_forward(
     """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
     K, D = weight.shape[1:]
-    if input.dtype != weight.dtype:  # under autocast, which leaves float64 as it is
+    rows = len(input)
+    count: Tensor | int = target.shape[-2] * K
+    layout = None if bounds is None else layout_of(bounds, rows, K, D)
+    if bounds is not None and layout is None:
+        return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
+    narrow = input.is_cpu and input.element_size() == 2 and D < NARROW and input.numel() <= SMALL
+    # Dtypes differ under autocast, which leaves float64 as it is.
+    if input.dtype != weight.dtype or (narrow and not isinstance(layout, Rows)):
         input, weight = input.to(acc), weight.to(acc)
     wide = torch.promote_types(input.dtype, dtype)
     # E^T X is divided by the number of rows afterwards: before that it may not fit float16, nor may E.
     operand = acc if input.dtype == torch.float16 else input.dtype
-    rows, layout = len(input), None
-    count: Tensor | int = target.shape[-2] * K
-    if bounds is not None:
-        layout = layout_of(bounds, rows, K, D)
-        if layout is None:
-            return _of_no_rows(weight, target, reduction, output_mask, dtype, acc)
-        if isinstance(layout, Rows):
-            wide = operand = acc
+    if isinstance(layout, Rows):
+        wide = operand = acc
+    if layout is not None:
         count = layout.length * K
         input, target = layout.cut(input), layout.cut(target)
         sample_weight = None if sample_weight is None else layout.cut(sample_weight)
