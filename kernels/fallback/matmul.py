@@ -7,9 +7,13 @@ from torch import Tensor
 # integers, constants) 2^19 rows lost 4,000 eps. Sums over data are made of products of so many rows at most.
 ROWS = 1 << 12
 
+# Numbers from which blocks gain: below, the start of their threads costs more.
+MANY = 1 << 20
+# As MANY, for the gradient of one output; fewer are in the last cache, where one thread is as fast.
+MANY_FOR_ONE = 1 << 22
 # Outputs up to which a gradient of theirs is faster by blocks.
 FEW = 64
-# Features from which torch multiplies rows by a vector faster with the rows as the left factor.
+# Features from which torch multiplies rows by a vector faster with the rows as the left factor, if each is contiguous.
 WIDE = 64
 
 
@@ -40,7 +44,7 @@ def matmul_forward(
 
 def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
     """``(B, N, 1)``: rows (B, N, D) times vectors (B, 1, D)."""
-    if rows.shape[2] >= WIDE:
+    if rows.shape[2] >= WIDE and rows.stride(1) != 1:
         return torch.bmm(rows, vectors.mT, out=out)
     out = rows.new_empty(*rows.shape[:2], 1) if out is None else out
     return torch.bmm(vectors, rows.mT, out=out.mT).mT
@@ -56,26 +60,38 @@ def _product(input: Tensor, other: Tensor) -> Tensor:
     batch has all. 16 bits as a whole: parts of a sum would be rounded before they are added."""
     if input.dim() > 2 and other.dim() == 2 and input.is_contiguous():
         return _product(input.flatten(0, -2), other).view(*input.shape[:-1], other.shape[1])
-    if input.dim() == other.dim() == 2 and input.is_cpu and input.element_size() > 2:
-        rows, inner = input.shape
-        if other.shape[1] == 1 and rows >= 2 * ROWS:
-            result = input.new_empty(rows, 1)
-            blocks, rest = _blocks(input)
-            whole, last = _blocks(result)
-            # Not a view of ``other``: BLAS takes no column whose strides are both 1.
-            rows_by_vectors(blocks, other.reshape(1, 1, inner).expand(len(blocks), -1, -1), whole)
-            torch.mm(rest, other, out=last)
-            return result
-        if inner >= 2 * ROWS and other.shape[1] == 1:
+    if not (input.dim() == other.dim() == 2 and input.is_cpu and input.element_size() > 2):
+        return torch.matmul(input, other)
+    (rows, inner), columns = input.shape, other.shape[1]
+    most = max(input.numel(), other.numel())
+    if columns == 1 == inner and rows >= 2 * ROWS:
+        return torch.mul(input, other, out=input.new_empty(rows, 1))
+    if columns == 1 == rows and inner >= 2 * ROWS and input.stride(1) == 0 and input[0, 0] == 1:
+        return other.sum(0, keepdim=True)  # the gradient of a bias
+    if columns == 1 and rows >= 2 * ROWS and most >= MANY:
+        result = input.new_empty(rows, 1)
+        blocks, rest = _blocks(input)
+        whole, last = _blocks(result)
+        # Not a view of ``other``, for its strides; see _blocks.
+        rows_by_vectors(blocks, other.reshape(1, 1, inner).expand(len(blocks), -1, -1), whole)
+        torch.mm(rest, other, out=last)
+        return result
+    # Where the numbers of a sum lie together, torch's product of a matrix and a vector has all threads, too.
+    across = rows == 1 or input.stride(0) == 1 if columns == 1 else other.stride(1) == 1
+    few, many = sorted((rows, columns))
+    enough = MANY_FOR_ONE if few == 1 < many else MANY
+    if inner >= 2 * ROWS and most >= enough and few <= FEW and across:
+        if columns == 1:
             return _summed_over_rows(other, input.mT).view(rows, 1)
-        if inner >= 2 * ROWS and min(rows, other.shape[1]) <= FEW:
-            return _summed_over_rows(input.mT, other)
+        return _summed_over_rows(input.mT, other)
     return torch.matmul(input, other)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
     """``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left."""
     whole = len(rows) // ROWS * ROWS
+    if rows.shape[1] == 1:  # BLAS takes no column whose strides are both 1
+        return rows[:whole, 0].unflatten(0, (-1, 1, ROWS)).mT, rows[whole:]
     return rows[:whole].unflatten(0, (-1, ROWS)), rows[whole:]
 
 
@@ -92,7 +108,7 @@ def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
             right,
             torch.arange(0, len(right), ROWS, device=right.device),
             mode="sum",
-            per_sample_weights=left.squeeze(1),
+            per_sample_weights=left.squeeze(1).contiguous(),  # of others one thread takes care
         )
         return parts.sum(0, keepdim=True)
     (lefts, last_left), (rights, last_right) = _blocks(left), _blocks(right)

@@ -1,15 +1,26 @@
 """The fallback's products by blocks of rows: whole numbers, of which every sum is exact whatever its order."""
 
+from typing import Any
+
 import pytest
 import torch
-from gradkernels.fallback.matmul import ROWS, matmul_forward
+from gradkernels.fallback import matmul
+from gradkernels.fallback.matmul import MANY, MANY_FOR_ONE, ROWS, WIDE, matmul_forward
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cases import label
 from ..helpers import DTYPES
 
 pytestmark = pytest.mark.unwatched  # of a launch there is nothing to watch
 LENGTHS = (2 * ROWS - 1, 2 * ROWS, 2 * ROWS + 1, 3 * ROWS + 7)
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few numbers too."""
+    monkeypatch.setattr(matmul, "MANY", 0)
+    monkeypatch.setattr(matmul, "MANY_FOR_ONE", 0)
 
 
 def whole_numbers(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
@@ -33,6 +44,7 @@ def check(input: Tensor, other: Tensor, bias: Tensor | None) -> None:
     assert result.is_contiguous()
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "wide rows", "holes", "repeated row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 def test_rows_by_a_column_or_two(dtype: torch.dtype, layout: str) -> None:
@@ -48,6 +60,7 @@ def test_rows_by_a_column_or_two(dtype: torch.dtype, layout: str) -> None:
                     check(input, other, add)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "wide rows", "holes", "repeated row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 def test_sums_over_many_rows(dtype: torch.dtype, layout: str) -> None:
@@ -60,6 +73,7 @@ def test_sums_over_many_rows(dtype: torch.dtype, layout: str) -> None:
                 check(matrix.mT, few, None)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 @pytest.mark.parametrize("shape", [(3, ROWS), (2, 3, ROWS // 2 + 1), (2 * ROWS + 1, 1)], ids=str)
 def test_rows_of_many_dimensions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -71,9 +85,69 @@ def test_rows_of_many_dimensions(shape: tuple[int, ...], dtype: torch.dtype) -> 
             check(input, batch, None)
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=label)
 def test_a_bias_is_added_before_16_bits_are_rounded(dtype: torch.dtype) -> None:
     """Many rows have the bits of few."""
     input, other, bias = (torch.randn(shape).to(dtype) for shape in ((LENGTHS[-1], 8), (8, 1), (1,)))
     parts = [matmul_forward(part, other, bias, [], dtype) for part in input.split(1000)]
     assert torch.equal(matmul_forward(input, other, bias, [], dtype), torch.cat(parts))
+
+
+class _Products(TorchDispatchMode):
+    """The shapes of the factors of each product that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("mm", "bmm", "_embedding_bag_forward_only"):
+            self.shapes.append((name, tuple(args[0].shape)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "transposed", "expected"),
+    [
+        (2 * ROWS, MANY // ROWS, 1, False, [("bmm", (2, ROWS, MANY // ROWS)), ("mm", (0, MANY // ROWS))]),
+        # With the columns as left factor a product took up to 17 times as long.
+        (2 * ROWS, MANY // ROWS, 1, True, [("bmm", (2, 1, MANY // ROWS)), ("mm", (0, MANY // ROWS))]),
+        (2 * ROWS, WIDE - 1, 1, False, [("mm", (2 * ROWS, WIDE - 1))]),
+        # Where rows are contiguous, torch's product has all threads: blocks took up to 4 times as long.
+        (WIDE, MANY_FOR_ONE // WIDE, 1, False, [("mm", (WIDE, MANY_FOR_ONE // WIDE))]),
+        (2, MANY, 1, False, [("mm", (2, MANY))]),
+        (2, MANY, 1, True, [("mm", (2, MANY))]),
+        (2, MANY_FOR_ONE, 1, True, [("bmm", (MANY_FOR_ONE // ROWS, 1, ROWS))]),
+        (
+            WIDE,
+            MANY_FOR_ONE // WIDE,
+            1,
+            True,
+            [("_embedding_bag_forward_only", (MANY_FOR_ONE // WIDE, WIDE))],
+        ),
+        (1, MANY_FOR_ONE, 1, False, [("bmm", (MANY_FOR_ONE // ROWS, 1, ROWS))]),
+        (2, MANY, 2, True, [("bmm", (MANY // ROWS, 2, ROWS))]),
+        (2 * ROWS, 1, 1, False, []),
+    ],
+)
+def test_which_products_go_by_blocks(
+    rows: int, inner: int, columns: int, transposed: bool, expected: list[tuple[str, tuple[int, ...]]]
+) -> None:
+    """What takes longer by blocks than as a whole goes as a whole."""
+    input = torch.zeros(inner, rows).mT if transposed else torch.zeros(rows, inner)
+    with _Products() as products:
+        matmul_forward(input, torch.zeros(inner, columns), None, [], torch.float32)
+    assert products.shapes == expected
+
+
+def test_a_bias_gets_a_sum() -> None:
+    """A product with ones, as which its gradient comes, took twenty times as long."""
+    ones, grad = torch.ones(()).expand(1, MANY), torch.randint(-2, 3, (MANY, 1)).float()
+    with _Products() as products:
+        result = matmul_forward(ones, grad, None, [], torch.float32)
+        twice = matmul_forward(2 * ones[:, :1].expand(1, MANY), grad, None, [], torch.float32)
+    assert len(products.shapes) == 1  # of the twos
+    assert torch.equal(result, grad.sum(0, keepdim=True))
+    assert torch.equal(twice, 2 * result)
