@@ -13,7 +13,7 @@ MANY = 1 << 20
 MANY_FOR_ONE = 1 << 22
 # Outputs up to which a gradient of theirs is faster by blocks.
 FEW = 64
-# Features from which torch multiplies rows by a vector faster with the rows as the left factor, if each is contiguous.
+# Features from which torch multiplies rows that lie side by side by a vector faster with the rows as the left factor.
 WIDE = 64
 
 
@@ -44,7 +44,7 @@ def matmul_forward(
 
 def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
     """``(B, N, 1)``: rows (B, N, D) times vectors (B, 1, D)."""
-    if rows.shape[2] >= WIDE and rows.stride(1) != 1:
+    if WIDE <= rows.shape[2] <= rows.stride(1) < 1.5 * rows.shape[2]:
         return torch.bmm(rows, vectors.mT, out=out)
     out = rows.new_empty(*rows.shape[:2], 1) if out is None else out
     return torch.bmm(vectors, rows.mT, out=out.mT).mT

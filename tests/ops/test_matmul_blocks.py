@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from gradkernels.fallback import matmul
-from gradkernels.fallback.matmul import MANY, MANY_FOR_ONE, ROWS, WIDE, matmul_forward
+from gradkernels.fallback.matmul import MANY, MANY_FOR_ONE, ROWS, WIDE, matmul_forward, rows_by_vectors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,3 +151,22 @@ def test_a_bias_gets_a_sum() -> None:
     assert len(products.shapes) == 1  # of the twos
     assert torch.equal(result, grad.sum(0, keepdim=True))
     assert torch.equal(twice, 2 * result)
+
+
+@pytest.mark.parametrize(
+    ("strides", "left"),
+    [
+        ((WIDE * 5, WIDE, 1), (3, 5, WIDE)),
+        ((WIDE * 10, WIDE + 3, 1), (3, 5, WIDE)),
+        # Up to 17 and 1.8 times as long with the rows as left factor.
+        ((WIDE * 5, 1, 5), (3, 1, WIDE)),
+        ((WIDE, 3 * WIDE, 1), (3, 1, WIDE)),
+    ],
+)
+def test_which_factor_is_left(strides: tuple[int, ...], left: tuple[int, ...]) -> None:
+    rows = torch.randint(-2, 3, (30 * WIDE,)).float().as_strided((3, 5, WIDE), strides)
+    vectors = torch.randint(-2, 3, (3, 1, WIDE)).float()
+    with _Products() as products:
+        result = rows_by_vectors(rows, vectors)
+    assert products.shapes == [("bmm", left)]
+    assert torch.equal(result, (rows * vectors).sum(2, keepdim=True))
