@@ -196,7 +196,7 @@ class _Like(NamedTuple):
         A gradient that lies as the transpose does is one for the matrix; autograd would copy another.
         """
         shape = self.shape
-        return len(shape) == 2 and self.stride == (1, shape[0]) and min(shape) > 1
+        return len(shape) == 2 and self.stride == (1, shape[0]) and shape[0] > 1
 
 
 def _product_like(input: Tensor, other: Tensor, like: _Like) -> Tensor:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradkernels import linear
 from gradkernels.fallback import matmul
 from gradkernels.fallback.matmul import MANY, MANY_FOR_ONE, ROWS, WIDE, matmul_forward, rows_by_vectors
 from torch import Tensor
@@ -170,3 +171,11 @@ def test_which_factor_is_left(strides: tuple[int, ...], left: tuple[int, ...]) -
         result = rows_by_vectors(rows, vectors)
     assert products.shapes == [("bmm", left)]
     assert torch.equal(result, (rows * vectors).sum(2, keepdim=True))
+
+
+def test_the_gradient_of_one_outputs_weight_has_its_strides() -> None:
+    """Of (1, D) both could be 1; DistributedDataParallel warns of any but the parameter's."""
+    weight = torch.randn(1, WIDE, requires_grad=True)
+    linear(torch.randn(2 * MANY_FOR_ONE // WIDE, WIDE), weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.stride() == weight.stride() == (WIDE, 1)
