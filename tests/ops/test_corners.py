@@ -131,8 +131,8 @@ class Stop(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("case", [MATMUL[1], LINEAR[0], MSE[3], LINEAR_MSE[9]], ids=lambda case: case.op)
-def test_no_gradient_comes_back(backend: str, case: Case) -> None:
-    tensors = [tensor.requires_grad_() for tensor in case.arguments(torch.float32)]
+def test_no_gradient_comes_back(backend: str, device: torch.device, case: Case) -> None:
+    tensors = [tensor.requires_grad_() for tensor in case.arguments(torch.float32, device=device)]
     gradient = partial(torch.autograd.grad, inputs=tensors, allow_unused=True)
     nothing = (None,) * len(tensors)
     assert gradient(Stop.apply(case.ours(*tensors)).sum()) == nothing
