@@ -1,5 +1,7 @@
 """Matrix products in plain torch."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,7 @@ def matmul_forward(
     if sum_dims:
         result = _summed_product(_wide(input, dtype), _wide(other, dtype), sum_dims)
     elif bias is not None and bias.dim() == 1 and other.dim() == 2 and dtype == bias.dtype == input.dtype:
-        # In 16 bits a product would be rounded before the bias is added.
-        if other.shape[1] > 1 or input.shape[:-1].numel() < 2 * ROWS or input.element_size() == 2:
+        if not _is_long_column(input, other):
             return torch.nn.functional.linear(input, other.mT, bias)
         result = _product(input, other)
     else:
@@ -62,29 +63,44 @@ def _product(input: Tensor, other: Tensor) -> Tensor:
         return _product(input.flatten(0, -2), other).view(*input.shape[:-1], other.shape[1])
     if not (input.dim() == other.dim() == 2 and input.is_cpu and input.element_size() > 2):
         return torch.matmul(input, other)
+    if _is_long_column(input, other):
+        return _column(input, other)
     (rows, inner), columns = input.shape, other.shape[1]
-    most = max(input.numel(), other.numel())
-    if columns == 1 == inner and rows >= 2 * ROWS:
-        return torch.mul(input, other, out=input.new_empty(rows, 1))
     if columns == 1 == rows and inner >= 2 * ROWS and input.stride(1) == 0 and input[0, 0] == 1:
         return other.sum(0, keepdim=True)  # the gradient of a bias
-    if columns == 1 and rows >= 2 * ROWS and most >= MANY:
-        result = input.new_empty(rows, 1)
-        blocks, rest = _blocks(input)
-        whole, last = _blocks(result)
-        # Not a view of ``other``, for its strides; see _blocks.
-        rows_by_vectors(blocks, other.reshape(1, 1, inner).expand(len(blocks), -1, -1), whole)
-        torch.mm(rest, other, out=last)
-        return result
+    left, right = (other, input.mT) if columns == 1 else (input.mT, other)
     # Where the numbers of a sum lie together, torch's product of a matrix and a vector has all threads, too.
-    across = rows == 1 or input.stride(0) == 1 if columns == 1 else other.stride(1) == 1
+    across = right.shape[1] == 1 or right.stride(1) == 1
     few, many = sorted((rows, columns))
     enough = MANY_FOR_ONE if few == 1 < many else MANY
-    if inner >= 2 * ROWS and most >= enough and few <= FEW and across:
-        if columns == 1:
-            return _summed_over_rows(other, input.mT).view(rows, 1)
-        return _summed_over_rows(input.mT, other)
+    if inner >= 2 * ROWS and max(input.numel(), other.numel()) >= enough and few <= FEW and across:
+        return _summed_over_rows(left, right).view(rows, columns)
     return torch.matmul(input, other)
+
+
+def _is_long_column(input: Tensor, other: Tensor) -> bool:
+    """Whether ``_column`` serves ``input @ other``; never in 16 bits, whose sums are rounded before a bias is added."""
+    (*rows, inner), columns = input.shape, other.shape[1]
+    return (
+        columns == 1
+        and math.prod(rows) >= 2 * ROWS
+        and (inner == 1 or input.numel() >= MANY)
+        and input.is_cpu
+        and input.element_size() > 2
+    )
+
+
+def _column(input: Tensor, other: Tensor) -> Tensor:
+    """``input @ other``, ``(N, 1)``."""
+    result = input.new_empty(len(input), 1)
+    if input.shape[1] == 1:
+        return torch.mul(input, other, out=result)
+    blocks, rest = _blocks(input)
+    whole, last = _blocks(result)
+    # Not a view of ``other``, for its strides; see _blocks.
+    rows_by_vectors(blocks, other.reshape(1, 1, -1).expand(len(blocks), -1, -1), whole)
+    torch.mm(rest, other, out=last)
+    return result
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
