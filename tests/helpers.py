@@ -15,6 +15,7 @@ from gradkernels.checks import in_float64
 from gradkernels.verify import tolerance
 from gradkernels.verify.tolerance import DRAWS, compare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZES = (1, 3, 63, 65, 1000, 1023)
 EVERY_BACKEND = pytest.mark.parametrize("backend", ["fallback", "triton", "reference"], indirect=True)
@@ -48,6 +49,19 @@ def assert_matches(
     """Assert that ``ours`` is within the tolerance policy (gradkernels.verify.tolerance)."""
     comparison = compare(ours, theirs, reference, scale)
     assert comparison.passed, f"{what}: {comparison}"
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that torch is asked for, each as its name, its arguments and its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func.overloadpacket.__name__, args, result))
+        return result
 
 
 class Draws:

@@ -1,20 +1,20 @@
 """The fallback's products by blocks of rows: whole numbers, of which every sum is exact whatever its order."""
 
-from typing import Any
-
 import pytest
 import torch
 from gradkernels import linear
 from gradkernels.fallback import matmul
 from gradkernels.fallback.matmul import MANY, MANY_FOR_ONE, ROWS, WIDE, matmul_forward, rows_by_vectors
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cases import label
-from ..helpers import DTYPES
+from ..helpers import DTYPES, Operators
 
 pytestmark = pytest.mark.unwatched  # of a launch there is nothing to watch
 LENGTHS = (2 * ROWS - 1, 2 * ROWS, 2 * ROWS + 1, 3 * ROWS + 7)
+EVERY_LAYOUT = pytest.mark.parametrize(
+    "layout", ["contiguous", "transposed", "wide rows", "holes", "repeated row"]
+)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def check(input: Tensor, other: Tensor, bias: Tensor | None) -> None:
 
 
 @pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "wide rows", "holes", "repeated row"])
+@EVERY_LAYOUT
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 def test_rows_by_a_column_or_two(dtype: torch.dtype, layout: str) -> None:
     for rows in LENGTHS:
@@ -62,7 +62,7 @@ def test_rows_by_a_column_or_two(dtype: torch.dtype, layout: str) -> None:
 
 
 @pytest.mark.usefixtures("any_size")
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "wide rows", "holes", "repeated row"])
+@EVERY_LAYOUT
 @pytest.mark.parametrize("dtype", DTYPES, ids=label)
 def test_sums_over_many_rows(dtype: torch.dtype, layout: str) -> None:
     for length in LENGTHS:
@@ -95,18 +95,10 @@ def test_a_bias_is_added_before_16_bits_are_rounded(dtype: torch.dtype) -> None:
     assert torch.equal(matmul_forward(input, other, bias, [], dtype), torch.cat(parts))
 
 
-class _Products(TorchDispatchMode):
-    """The shapes of the factors of each product that torch is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if name in ("mm", "bmm", "_embedding_bag_forward_only"):
-            self.shapes.append((name, tuple(args[0].shape)))
-        return func(*args, **(kwargs or {}))
+def products(asked: Operators) -> list[tuple[str, tuple[int, ...]]]:
+    """Each product that torch was asked for, with its first factor's shape."""
+    names = ("mm", "bmm", "_embedding_bag_forward_only")
+    return [(name, tuple(args[0].shape)) for name, args, _ in asked.calls if name in names]
 
 
 @pytest.mark.parametrize(
@@ -138,18 +130,18 @@ def test_which_products_go_by_blocks(
 ) -> None:
     """What takes longer by blocks than as a whole goes as a whole."""
     input = torch.zeros(inner, rows).mT if transposed else torch.zeros(rows, inner)
-    with _Products() as products:
+    with Operators() as asked:
         matmul_forward(input, torch.zeros(inner, columns), None, [], torch.float32)
-    assert products.shapes == expected
+    assert products(asked) == expected
 
 
 def test_a_bias_gets_a_sum() -> None:
     """A product with ones, as which its gradient comes, took twenty times as long."""
     ones, grad = torch.ones(()).expand(1, MANY), torch.randint(-2, 3, (MANY, 1)).float()
-    with _Products() as products:
+    with Operators() as asked:
         result = matmul_forward(ones, grad, None, [], torch.float32)
         twice = matmul_forward(2 * ones[:, :1].expand(1, MANY), grad, None, [], torch.float32)
-    assert len(products.shapes) == 1  # of the twos
+    assert len(products(asked)) == 1  # of the twos
     assert torch.equal(result, grad.sum(0, keepdim=True))
     assert torch.equal(twice, 2 * result)
 
@@ -167,9 +159,9 @@ def test_a_bias_gets_a_sum() -> None:
 def test_which_factor_is_left(strides: tuple[int, ...], left: tuple[int, ...]) -> None:
     rows = torch.randint(-2, 3, (30 * WIDE,)).float().as_strided((3, 5, WIDE), strides)
     vectors = torch.randint(-2, 3, (3, 1, WIDE)).float()
-    with _Products() as products:
+    with Operators() as asked:
         result = rows_by_vectors(rows, vectors)
-    assert products.shapes == [("bmm", left)]
+    assert products(asked) == [("bmm", left)]
     assert torch.equal(result, (rows * vectors).sum(2, keepdim=True))
 
 

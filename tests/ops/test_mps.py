@@ -16,6 +16,8 @@ from gradkernels.verify.tolerance import exactly
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..helpers import Operators
+
 N, D, K = 6, 4, 3
 LISTS = Path(torch.__file__).parent / "testing" / "_internal" / "common_mps.py"  # its import needs expecttest
 
@@ -36,27 +38,16 @@ def _missing_on_mps() -> frozenset[str]:
     return frozenset(names)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-        self.dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names.add(func.overloadpacket.__name__)
-        self.dtypes |= {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
-        return result
-
-
 @contextmanager
 def _as_on_mps(float64: bool = False) -> Iterator[None]:
-    with _Recorder() as recorder:
+    with Operators() as asked:
         yield
-    assert recorder.names, "nothing was called"
-    missing = recorder.names & _missing_on_mps()
+    assert asked.calls, "nothing was called"
+    missing = {name for name, _, _ in asked.calls} & _missing_on_mps()
     assert not missing, f"torch lacks {sorted(missing)} on MPS"
-    assert float64 or torch.float64 not in recorder.dtypes, "MPS has no float64"
+    leaves = tree_leaves([result for _, _, result in asked.calls])
+    dtypes = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    assert float64 or torch.float64 not in dtypes, "MPS has no float64"
 
 
 def _linear_mse(make: Callable[..., torch.Tensor]) -> None:

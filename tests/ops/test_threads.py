@@ -4,7 +4,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from gradkernels.fallback.linear_mse import linear_mse_forward
 from gradkernels.fallback.mse import mse_backward, mse_forward, mse_forward_backward
 from gradkernels.fallback.threads import one_thread
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..helpers import Operators
 
 TASKS = Path("/proc/self/task")  # one entry per thread of the process
 SETUP = """
@@ -78,22 +78,11 @@ def test_the_number_of_threads_is_this_threads_own() -> None:
         torch.set_num_threads(before)
 
 
-class Counting(TorchDispatchMode):
-    """Counts torch's operators: each may start threads, and wait for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def operators(call: Callable[[], object]) -> int:
-    with Counting() as mode:
+    """How many of torch's operators are asked for: each may start threads, and wait for them."""
+    with Operators() as asked:
         call()
-    return mode.count
+    return len(asked.calls)
 
 
 def test_a_loss_takes_no_more_operators_over_more_rows() -> None:
