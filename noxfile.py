@@ -12,7 +12,7 @@ SAMPLE = ("-m", "not full", "-n", "2", "--durations=15")
 
 
 def pair(python: str, torch: str, triton: str, *others: str) -> None:
-    """A session named by torch's version."""
+    """Make a session named by torch's version."""
 
     @nox.session(name=f"torch-{torch}", python=python)
     def tests(session: nox.Session) -> None:

@@ -110,19 +110,19 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture
 def memory_check(request: pytest.FixtureRequest) -> "Watch":
-    """The memory check of this test: read what it saw, or call it to check a block by itself."""
+    """Return the memory check of this test: read what it saw, or call it to check a block by itself."""
     return _watch(request.node)
 
 
 @pytest.fixture
 def traffic(request: pytest.FixtureRequest) -> "Watch":
-    """The bytes that this test's launches moved: ``traffic.loaded``, ``traffic.stored``, an entry per launch."""
+    """Return the bytes that this test's launches moved: ``traffic.loaded``, ``traffic.stored``, an entry per launch."""
     return _watch(request.node)
 
 
 @pytest.fixture
 def gradcheck() -> Callable[..., Any]:
-    """``gradkernels.verify.gradcheck``, which raises GradientError unless told otherwise."""
+    """Return ``gradkernels.verify.gradcheck``, which raises GradientError unless told otherwise."""
     from gradkernels.verify import gradcheck as check_gradient
 
     return partial(check_gradient, raise_exception=True)

@@ -131,7 +131,7 @@ def cases_of(ops: Sequence[Any], arguments: argparse.Namespace, device_type: str
 
 
 def most_telling_first(cases: Sequence[Any]) -> list[int]:
-    """The numbers of the cases: of each variant of each op the last shape, which every dtype has, then its others."""
+    """Return the cases' numbers: of each variant of each op the last shape, which every dtype has, then the others."""
     last = {(case.op, case.variant): case.sizes for case in cases}
     taken: Counter[Any] = Counter()
     ranks = []

@@ -101,7 +101,7 @@ AOT_CASES = (
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """A step, and one that clips."""
+    """Yield a step, and one that clips."""
     yield step_job("adam", gradkernels.FusedAdam, torch.optim.Adam, {}, 28, 1)
     clipped = {"max_norm": 1.0}
     yield step_job("adamw, clipped", gradkernels.FusedAdamW, torch.optim.AdamW, clipped, 32, 2)

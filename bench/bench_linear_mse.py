@@ -135,7 +135,7 @@ HOST_CALLS = (
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """The loss with the gradients of weight and bias.
+    """Yield the loss with the gradients of weight and bias.
 
     Few outputs read X once; with few rows for each SM the partial sums of many programs count: 3PK / N. More
     outputs read it twice, and the target, and write and read the error.

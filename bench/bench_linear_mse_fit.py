@@ -145,7 +145,7 @@ AOT_CASES = tuple(
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """Eight rounds: one launch, which reads the rows in each, but from memory once."""
+    """Yield eight rounds: one launch, which reads the rows in each, but from memory once."""
     b, n, d, steps = 2, 256, 8, 8
     inputs = [randn(*shape) for shape in ((b, n, d), (b, 1, d), (b, n, 1), (b, 1))]
     yield Job(

@@ -104,14 +104,14 @@ def _of_rows(run: Callable[..., Results], _: Tensor, weight: Tensor, *others: An
 
 
 def _some(of: Any) -> Any:
-    """The first of each group of models: those that are held against the reference."""
+    """Return the first of each group of models: those that are held against the reference."""
     return of[:: -(-len(of) // CHECKED)]
 
 
 def _some_models(
     input: np.ndarray, weight: np.ndarray, target: np.ndarray, offsets: np.ndarray | None, _: Any
 ) -> dict[str, Any]:
-    """The operands of these models."""
+    """Return the operands of these models."""
     if offsets is None:
         return {
             "input": _some(input) if input.ndim == 3 else input,
@@ -260,7 +260,7 @@ AOT_CASES = tuple(
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """The losses with the gradients of weights: rows are read once, however many models there are.
+    """Yield the losses with the gradients of weights: rows are read once, however many models there are.
 
     Where the models share them, a program reads them for 64 models at once; each reads the weights.
     """

@@ -150,7 +150,7 @@ HOST_CALLS = (
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """Tall data and a square product."""
+    """Yield tall data and a square product."""
     for m, k, n, limit in ((4096, 16, 8, 1.20), (256, 256, 256, None)):
         pair = randn(m, k), randn(k, n)
         ours, eager = partial(gradkernels.matmul, *pair), partial(torch.matmul, *pair)

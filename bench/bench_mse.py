@@ -165,7 +165,7 @@ def _launch(name: str, shape: tuple[int, ...], weighted: bool = False) -> Call:
 
 
 def _kept(name: str, shape: tuple[int, ...], order: tuple[int, ...], batch_dims: int) -> Call:
-    """The sums over all but the first dimensions of a permuted tensor, of a float32 target and weight."""
+    """Yield the sums over all but the first dimensions of a permuted tensor, of a float32 target and weight."""
 
     def call(module: Any, dtype: torch.dtype) -> object:
         wide = torch.promote_types(dtype, torch.float32)
@@ -198,7 +198,7 @@ HOST_CALLS = (HostCall("mse_loss", gradkernels.mse_loss, functional.mse_loss, ((
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """The loss and the input's gradient, through autograd and in one pass; and as trainers write it."""
+    """Yield the loss and the input's gradient, through autograd and in one pass; and as trainers write it."""
     n = 1 << 17
     pair = randn(n), randn(n)
     eager = gradients(functional.mse_loss, *pair, wrt=(0,))

@@ -72,7 +72,7 @@ AOT_CASES = (
 
 
 def traffic_jobs() -> Iterator[Job]:
-    """A step, plain and with momentum."""
+    """Yield a step, plain and with momentum."""
     sgd = gradkernels.FusedSGD, torch.optim.SGD
     yield step_job("sgd", *sgd, {"lr": 0.1}, 12, 1)
     yield step_job("sgd, momentum", *sgd, {"lr": 0.1, "momentum": 0.9}, 20, 1)

@@ -53,7 +53,7 @@ def parameter(*values: object, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def centered(loss: Callable[[], Tensor], parameter: Tensor, eps: float = 1e-5) -> list[float]:
-    """The slope of ``loss`` along each entry of ``parameter``, by centered differences."""
+    """Return the slope of ``loss`` along each entry of ``parameter``, by centered differences."""
     slopes = []
     flat = parameter.detach().view(-1)
     for i, value in enumerate(flat.tolist()):
@@ -66,7 +66,7 @@ def centered(loss: Callable[[], Tensor], parameter: Tensor, eps: float = 1e-5) -
 
 
 def descend(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """The canonical loop: clear, forward, backward, update. Returns the loss before each update."""
+    """Run the canonical loop: clear, forward, backward, update. Return the loss before each update."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()

@@ -44,7 +44,7 @@ DIVERGED = 2.0  # a train loss above this, in variances of the target: the updat
 
 
 def train(training: Training, console: Console, after_epoch: Callable[[], None]) -> None:
-    """The remaining epochs, with a progress bar and a line for each."""
+    """Run the remaining epochs, with a progress bar and a line for each."""
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     epochs = training.settings.epochs
     with Progress(*columns, console=console, transient=True, disable=console.quiet) as progress:
@@ -89,7 +89,7 @@ def checked(kind: type, valid: Callable[[float], bool], rule: str) -> Callable[[
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, object], argparse.Namespace]:
-    """The settings that were given on the command line, and the other options."""
+    """Return the settings that were given on the command line, and the other options."""
     count = checked(int, lambda value: value >= 1, "of 1 or more")
     natural = checked(int, lambda value: value >= 0, "of 0 or more")
     rate = checked(float, lambda value: 0 <= value < math.inf, "of 0 or more")
@@ -159,8 +159,10 @@ def parse(arguments: list[str]) -> tuple[dict[str, object], argparse.Namespace]:
 def reopen(
     path: Path, read: Callable[[Path], dict], needed: set[str], given: dict[str, object], longer: bool = False
 ) -> tuple[Settings, dict]:
-    """A checkpoint or a record, and its settings. The data may have moved, a run may go on for longer; no other
-    setting may differ."""
+    """Read a checkpoint or a record, and its settings.
+
+    The data may have moved, and a run may go on for longer; no other setting may differ.
+    """
     try:
         kept = read(path)
         if missing := needed - set(kept):
@@ -197,7 +199,7 @@ def first_line(error: Exception) -> str:
 def prepare(
     given: dict[str, object], options: argparse.Namespace, console: Console
 ) -> tuple[Settings, Data, Path, dict]:
-    """Everything that can be refused is refused here, before anything is written."""
+    """Refuse whatever can be refused before anything is written; return what the training needs."""
     if "data" in given:
         given["data"] = str(Path(given["data"]).resolve())
     if options.record is not None and options.output is None:
@@ -365,7 +367,7 @@ def versions() -> dict[str, str | None]:
 
 
 def predict(arguments: list[str]) -> int:
-    """Predictions for another table, on stdout; what there is to say about them, on stderr."""
+    """Print predictions for another table on stdout; what there is to say about them goes to stderr."""
     parser = Parser(prog="regression.py predict", description=predict.__doc__, allow_abbrev=False)
     parser.add_argument("model", type=Path, help="a run's model.pt")
     parser.add_argument("data", type=Path, help="a table with the columns that the model was trained on")

@@ -33,13 +33,13 @@ Gaussians = dict[str, Tensor]  # centre (B, 2), log_scale (B, 2), angle (B, 1), 
 
 
 def photograph() -> Tensor:
-    """(SIZE, SIZE, 3), between 0 and 1."""
+    """Return (SIZE, SIZE, 3), between 0 and 1."""
     pixels = torch.tensor(load_sample_image("flower.jpg"), dtype=torch.float32)[:384, 150:534] / 255
     return functional.adaptive_avg_pool2d(pixels.permute(2, 0, 1), SIZE).permute(1, 2, 0).contiguous()
 
 
 def grid(side: int) -> Gaussians:
-    """side x side grey Gaussians."""
+    """Return side x side grey Gaussians."""
     spacing = SIZE / side
     places = (torch.arange(side) + 0.5) * spacing
     start = {
@@ -52,7 +52,7 @@ def grid(side: int) -> Gaussians:
 
 
 def render(gaussians: Gaussians, rows: Tensor, pixels: Tensor) -> Tensor:
-    """The colours (P, 3) at pixels (P, 2): the mean of the Gaussians' colours, weighted by their heights there."""
+    """Return the colours (P, 3) at pixels (P, 2): the mean of the Gaussians' colours, weighted by their heights."""
     centre, log_scale, angle, colour = (values[rows] for values in gaussians.values())
     down, right = (pixels[:, None] - centre).unbind(-1)
     cos, sin = angle.cos().T, angle.sin().T
@@ -65,7 +65,7 @@ def render(gaussians: Gaussians, rows: Tensor, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def visible(gaussians: Gaussians, corner: Tensor) -> Tensor:
-    """Which Gaussians reach into a tile (B,), within three standard deviations."""
+    """Return which Gaussians reach into a tile (B,), within three standard deviations."""
     reach = 3 * gaussians["log_scale"].amax(1, keepdim=True).exp()
     centre = gaussians["centre"]
     return ((centre > corner - reach) & (centre < corner + TILE + reach)).all(1)
@@ -77,7 +77,7 @@ def tile_pixels(corner: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole(gaussians: Gaussians) -> Tensor:
-    """The picture, tile by tile."""
+    """Return the picture, tile by tile."""
     picture = torch.empty(SIZE, SIZE, 3)
     for corner in torch.cartesian_prod(*[torch.arange(0, SIZE, TILE)] * 2):
         rows = visible(gaussians, corner).nonzero()[:, 0]
@@ -88,7 +88,7 @@ def whole(gaussians: Gaussians) -> Tensor:
 
 
 def psnr(picture: Tensor, target: Tensor) -> float:
-    """Peak signal to noise ratio, in dB."""
+    """Return the peak signal to noise ratio, in dB."""
     return -10 * math.log10((picture - target).square().mean().item())
 
 
@@ -99,7 +99,7 @@ def fit(
     optimizer_class: Callable[..., torch.optim.Optimizer],
     **options: object,
 ) -> tuple[Gaussians, torch.optim.Optimizer, float]:
-    """The Gaussians after training, their optimizer, and the seconds of its steps."""
+    """Return the Gaussians after training, their optimizer, and the seconds of its steps."""
     gaussians = grid(side)
     groups = [{"params": [values], "lr": RATES[name]} for name, values in gaussians.items()]
     optimizer = optimizer_class(groups, **options)

@@ -66,19 +66,19 @@ class Data:
 
     @property
     def smallest_loss(self) -> float:
-        """The mean squared error of the closed form."""
+        """Return the mean squared error of the closed form."""
         x, y = self.arrays
         return float(np.mean((x @ least_squares(x, y) - y) ** 2))
 
     @property
     def largest_curvature(self) -> float:
-        """The largest eigenvalue of the Hessian of the mean squared error, in weights and bias."""
+        """Return the largest eigenvalue of the Hessian of the mean squared error, in weights and bias."""
         rows = with_ones(self.arrays[0])
         return float(np.linalg.eigvalsh(2 / len(rows) * rows.T @ rows)[-1])
 
 
 def with_ones(x: np.ndarray) -> np.ndarray:
-    """The rows with a column of ones, for the intercept."""
+    """Return the rows with a column of ones, for the intercept."""
     return np.column_stack([x, np.ones(len(x))])
 
 
@@ -109,7 +109,7 @@ def processes() -> Iterator[int]:
 
 
 def own_share(models: int) -> slice:
-    """The models of this process, next to each other; none where there are more processes than models."""
+    """Return the models of this process, next to each other; none where there are more processes than models."""
     if not dist.is_initialized():
         return slice(0, models)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -117,7 +117,7 @@ def own_share(models: int) -> slice:
 
 
 def gathered(values: Tensor, dim: int) -> Tensor:
-    """The values of all models along ``dim``, from those of each process's share, on the CPU."""
+    """Return the values of all models along ``dim``, from those of each process's share, on the CPU."""
     values = values.cpu()
     if not dist.is_initialized():
         return values
@@ -143,7 +143,7 @@ class Trainer:
         sample_weight: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses ``(steps, models)`` and coefficients ``(models, features)``; each process trains its share.
+        """Return losses ``(steps, models)`` and coefficients ``(models, features)``; each process trains its share.
 
         ``make`` gives the optimizer of some models' parameters. A call of ``linear_mse_fit`` goes on from the
         parameters and the state that the one before left.
@@ -225,7 +225,7 @@ class Bootstrap:
     closed: np.ndarray
 
     def intervals(self) -> list[np.ndarray]:
-        """2.5 % and 97.5 % of both."""
+        """Return 2.5 % and 97.5 % of both."""
         return [np.percentile(values, (2.5, 97.5), axis=0) for values in (self.trained, self.closed)]
 
     @property
@@ -234,7 +234,7 @@ class Bootstrap:
 
 
 def least_squares(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Coefficients without the intercept."""
+    """Return coefficients without the intercept."""
     root = np.ones(len(x)) if weights is None else np.sqrt(weights)
     return np.linalg.lstsq(with_ones(x) * root[:, None], y * root, rcond=None)[0][:-1]
 
@@ -265,7 +265,7 @@ class Group:
 
 
 def by_group(data: Data, trainer: Trainer, steps: int) -> list[Group]:
-    """A model for each decade of age and sex."""
+    """Train a model for each decade of age and sex."""
     decades = np.clip(data.ages // 10, 2, 6).astype(int)
     keys = decades * 2 + (data.sexes > 1)
     order = np.argsort(keys, kind="stable")
@@ -307,7 +307,7 @@ class Way:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds, with those for which a GPU works on."""
+    """Return the seconds of a run, with those for which a GPU works on."""
     wait = torch.cuda.synchronize if torch.get_default_device().type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -317,7 +317,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def ways_of_doing_it(data: Data, trainer: Trainer, models: int, steps: int) -> list[Way]:
-    """SGD at rates that converge. scikit-learn's makes an update for each row: N of them in a pass."""
+    """Time SGD at rates that converge. scikit-learn's makes an update for each row: N of them in a pass."""
     rates = torch.logspace(-3, -1, models)
     N, D = data.x.shape
     one_by_one = max(1, models // 20)

@@ -39,7 +39,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The subpackages that most programs do without, imported when first asked for."""
+    """Import a subpackage that most programs do without when it is first asked for."""
     if name in ("reference", "verify"):
         return _importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

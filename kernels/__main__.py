@@ -25,7 +25,7 @@ BACKENDS = backends.NAMES[1:]  # all but "auto"
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, the backend that serves each and why not the others, and settings that matter."""
+    """Print versions, devices, the backend that serves each and why not the others, and settings that matter."""
     return {
         "gradkernels": __version__,
         "python": platform.python_version(),

@@ -74,25 +74,25 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
 
 
 def current() -> str:
-    """The name in force, one of ``NAMES``."""
+    """Return the name in force, one of ``NAMES``."""
     blocks = _open_blocks.get()
     return blocks[-1]._name if blocks else _initial
 
 
 @functools.cache
 def _triton() -> Any:
-    """The triton package, imported when a call first asks for it; None where it is not installed."""
+    """Return the triton package, imported when a call first asks for it; None where it is not installed."""
     return None if importlib.util.find_spec("triton") is None else importlib.import_module("triton")
 
 
 @functools.lru_cache(maxsize=1)
 def _served_by(driver: Any) -> str:
-    """The device type of a driver of Triton's. Asked once for each: the answer may initialise the device."""
+    """Return the device type of a driver of Triton's. Asked once for each: the answer may initialise the device."""
     return driver.get_active_torch_device().type
 
 
 def _triton_problem(device_type: str) -> str | None:
-    """Why Triton cannot serve tensors of this device type, or None if it can: its active driver decides."""
+    """Return why Triton cannot serve tensors of this device type, None if it can: its active driver decides."""
     triton = _triton()
     if triton is None:
         return (
@@ -120,7 +120,7 @@ def _triton_problem(device_type: str) -> str | None:
 
 
 def backend_for(tensor: torch.Tensor) -> str:
-    """The backend that serves ``tensor`` now: ``"triton"``, ``"fallback"`` or ``"reference"``.
+    """Return the backend that serves ``tensor`` now: ``"triton"``, ``"fallback"`` or ``"reference"``.
 
     Raises:
         RuntimeError: the chosen backend cannot serve the tensor's device; the message says why.
@@ -140,16 +140,16 @@ def backend_for(tensor: torch.Tensor) -> str:
 
 @functools.cache
 def module(backend: str, op: str) -> Any:
-    """The module that holds the op's launchers for a backend."""
+    """Return the module that holds the op's launchers for a backend."""
     name = ".reference.launchers" if backend == "reference" else f".{backend}.{op}"
     return importlib.import_module(name, __package__)
 
 
 def capturing() -> bool:
-    """True while what torch's current stream is given goes into a CUDA graph."""
+    """Return whether what torch's current stream is given goes into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def implementation(op: str, tensor: torch.Tensor) -> Any:
-    """The module whose launchers (``<op>_<direction>``) serve ``tensor``."""
+    """Return the module whose launchers (``<op>_<direction>``) serve ``tensor``."""
     return module(backend_for(tensor), op)

@@ -12,7 +12,7 @@ REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own numbers
 
 
 def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that sums are accumulated in: float64 if one of the tensors is, else float32."""
+    """Return the dtype that sums are accumulated in: float64 if one of the tensors is, else float32."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype is torch.float64:
             return torch.float64
@@ -20,7 +20,7 @@ def acc_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def in_float64(tensor: Tensor) -> Tensor:
-    """The values on the CPU.
+    """Return the values on the CPU.
 
     They come there first: of a copy from MPS into float64 torch 2.14 writes nothing, and earlier versions raise.
     """
@@ -28,7 +28,7 @@ def in_float64(tensor: Tensor) -> Tensor:
 
 
 def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool]) -> list[Tensor | None]:
-    """Memory for the gradients that are wanted, in the layout of input, the first tensor, where they have its shape.
+    """Allocate the gradients that are wanted, in the layout of input, the first tensor, where they have its shape.
 
     Others broadcast to it: of nothing their gradient is a sum of nothing, which no program writes, so it is 0 here.
     """
@@ -47,7 +47,7 @@ def empty_gradients(tensors: Sequence[Tensor | None], output_mask: Sequence[bool
 
 
 def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
+    """Return the dtype of a loss of these tensors: what theirs promote to, or at least float32 under autocast."""
     if autocast_enabled(tensor):
         return acc_dtype(tensor, *others)
     dtype = tensor.dtype
@@ -58,26 +58,26 @@ def loss_dtype(tensor: Tensor, *others: Tensor | None) -> torch.dtype:
 
 
 def autocast_enabled(tensor: Tensor) -> bool:
-    """True if autocast is on for the tensor's device."""
+    """Return whether autocast is on for the tensor's device."""
     device_type = tensor.device.type
     return device_type in DEVICE_TYPES and torch.is_autocast_enabled(device_type)
 
 
 def reduction(op: str, value: str, allowed: tuple[str, ...] = REDUCTIONS) -> None:
-    """ValueError unless ``value`` is one of the ``allowed`` reductions."""
+    """Raise ValueError unless ``value`` is one of the ``allowed`` reductions."""
     if value not in allowed:
         expected = ", ".join(map(repr, allowed))
         raise ValueError(f"{op}: {value!r} is not a valid value for reduction; expected one of {expected}")
 
 
 def no_dim_for_none(op: str, dim: int | Sequence[int] | None, reduction: str) -> None:
-    """ValueError for a ``dim`` with the reduction that sums nothing."""
+    """Raise ValueError for a ``dim`` beside the reduction that sums nothing."""
     if dim is not None and reduction == "none":
         raise ValueError(f"{op}: reduction 'none' sums over no dimension, got dim={dim!r}")
 
 
 def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | None]) -> list[bool]:
-    """Which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
+    """Return which of the ``arguments`` are named in ``wrt`` and given; ValueError for a name that is none of them."""
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
         if name not in arguments:
@@ -89,7 +89,7 @@ def output_mask(op: str, wrt: Sequence[str], arguments: Mapping[str, Tensor | No
 def tensors(
     op: str, arguments: Mapping[str, Tensor | None], optional: tuple[str, ...], one_dtype: bool = True
 ) -> None:
-    """TypeError unless all are floating tensors of one dtype, RuntimeError unless all are dense and on one device.
+    """Raise TypeError unless all are floating and of one dtype, RuntimeError unless all are dense and on one device.
 
     Only the ``optional`` ones may be None. Dtypes may differ without ``one_dtype``, and under autocast: the op casts,
     as torch's does.
@@ -127,7 +127,7 @@ def _not_served(op: str, name: str, tensor: Tensor) -> str:
 
 
 def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given: Tensor) -> None:
-    """ValueError unless ``tensor`` has the shape that is ``expected`` beside the ``given`` tensors."""
+    """Raise ValueError unless ``tensor`` has the shape that is ``expected`` beside the ``given`` tensors."""
     if tensor.shape != expected:
         beside = " and ".join(f"{other} of shape {tuple(value.shape)}" for other, value in given.items())
         raise ValueError(
@@ -137,7 +137,7 @@ def shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], **given
 
 
 def broadcasts(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
-    """ValueError unless ``tensor`` broadcasts to input's shape."""
+    """Raise ValueError unless ``tensor`` broadcasts to input's shape."""
     shape, sizes = tensor.shape, input.shape
     if shape == sizes:
         return
@@ -149,7 +149,7 @@ def broadcasts(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
 
 
 def dims(op: str, dim: int | Sequence[int], ndim: int) -> list[int]:
-    """The dimensions that ``dim`` names, counted from the first; none of them means all. Errors as of torch.sum."""
+    """Return the dimensions that ``dim`` names, counted from the first, all if none; raise what torch.sum raises."""
     found: list[int] = []
     for value in dim if isinstance(dim, (tuple, list)) else (dim,):
         if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -166,7 +166,7 @@ def dims(op: str, dim: int | Sequence[int], ndim: int) -> list[int]:
 
 
 def same_shape(op: str, input: Tensor, **others: Tensor | None) -> None:
-    """ValueError unless the ``others`` have input's shape, or are None."""
+    """Raise ValueError unless the ``others`` have input's shape, or are None."""
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != input.shape:
             raise ValueError(
@@ -176,7 +176,7 @@ def same_shape(op: str, input: Tensor, **others: Tensor | None) -> None:
 
 
 def linear_shapes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """RuntimeError or ValueError unless the shapes are those of a linear map."""
+    """Raise RuntimeError or ValueError unless the shapes are those of a linear map."""
     rows, matrix = input.shape, weight.shape
     if not rows or len(matrix) not in (1, 2) or rows[-1] != matrix[-1]:
         raise RuntimeError(
@@ -188,13 +188,13 @@ def linear_shapes(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def bias_shape(op: str, bias: Tensor, columns: int, **operand: Tensor) -> None:
-    """ValueError unless bias has the shape ``(columns,)``, or one element beside a 1-D operand."""
+    """Raise ValueError unless bias has the shape ``(columns,)``, or one element beside a 1-D operand."""
     if next(iter(operand.values())).dim() > 1 or bias.numel() != 1:
         shape(op, "bias", bias, (columns,), **operand)
 
 
 def cyclic(tensor: Tensor, first: int, count: int, dim: int) -> Tensor:
-    """``count`` entries along ``dim`` from ``first`` on; the first entry follows the last."""
+    """Return ``count`` entries along ``dim`` from ``first`` on; the first entry follows the last."""
     before_end = min(count, tensor.shape[dim] - first)
     part = tensor.narrow(dim, first, before_end)
     return part if before_end == count else torch.cat([part, tensor.narrow(dim, 0, count - before_end)], dim)

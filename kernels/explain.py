@@ -72,7 +72,7 @@ class Explanation:
     bytes: int = 0
 
     def lines(self) -> Iterator[str]:
-        """The explanation as text."""
+        """Return the explanation as text."""
         yield self.what
         yield f"plan {self.plan}: {self.reason}"
         for name, why in self.refused.items():
@@ -94,7 +94,7 @@ class Explanation:
 
 
 def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.Target) -> Explanation:
-    """The plan alone, without its launches."""
+    """Return the plan alone, without its launches."""
     record = OPS[op]
     axes = (record.axes or "any sizes") if isinstance(record, Shaped) else "sizes of one parameter"
     what = f"{op} {'x'.join(map(str, sizes))} ({axes}), {str(dtype).removeprefix('torch.')}"
@@ -128,7 +128,7 @@ def plan_of(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: config.
 
 
 def explain(op: str, sizes: tuple[int, ...], dtype: torch.dtype, target: str) -> Explanation:
-    """The plan of a call on a chip of CHIPS, and the kernels that it launches.
+    """Return the plan of a call on a chip of CHIPS, and the kernels that it launches.
 
     Sets Triton's active driver for the rest of the process.
 
@@ -158,14 +158,14 @@ def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _operands(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[Any]:
-    """The tensor arguments of a call, without memory."""
+    """Return the tensor arguments of a call, without memory."""
     record = OPS[op]
     shapes = record.problem(sizes) if isinstance(record, Shaped) else {"param": sizes, "grad": sizes}
     return [_meta(*shape, dtype=dtype) for shape in shapes.values()]
 
 
 def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[str, Callable[[], object]]]:
-    """What is launched for an op, by the names of its passes."""
+    """Return the calls that launch for an op, each after the name of its pass."""
     if op in OPTIMIZERS:
         return []
     x, *others = _operands(op, sizes, dtype)
@@ -203,7 +203,7 @@ def _passes(op: str, sizes: tuple[int, ...], dtype: torch.dtype) -> list[tuple[s
 
 
 def _launch(compiled: Any, args: tuple[Any, ...]) -> Launch:
-    """One launch, from what Triton hands to its launcher."""
+    """Return one launch, from what Triton hands to its launcher."""
     params, values = compiled.src.fn.params, args[9:]
     constants = {
         param.name: str(value) for param, value in zip(params, values, strict=True) if param.is_constexpr
@@ -215,12 +215,12 @@ def _launch(compiled: Any, args: tuple[Any, ...]) -> Launch:
 
 
 def moved(args: Sequence[Any]) -> int:
-    """The bytes of the tensors among a kernel's arguments, each of which moves once."""
+    """Return the bytes of the tensors among a kernel's arguments, each of which moves once."""
     return sum(map(_bytes, args))
 
 
 def _bytes(value: Any) -> int:
-    """The bytes of the tensors in a kernel's argument, an element that strides of 0 repeat counted once."""
+    """Return the bytes of a kernel's argument; an element that strides of 0 repeat counts once."""
     if isinstance(value, Tensor):
         sizes = zip(value.shape, value.stride(), strict=True)
         return math.prod(size for size, stride in sizes if stride) * value.element_size()

@@ -15,7 +15,7 @@ class Linear(torch.nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The affine map of ``input``."""
+        """Return the affine map of ``input``."""
         return linear(input, self.weight, self.bias)
 
 
@@ -26,5 +26,5 @@ class MSELoss(torch.nn.Module):
     reduction: str
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` against ``target``."""
+        """Return the loss of ``input`` against ``target``."""
         return mse_loss(input, target, reduction=self.reduction)

@@ -39,7 +39,7 @@ def linear_mse_loss(
     offsets: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``mse_loss(linear(input, weight, bias), target)`` without the predictions ever being stored.
+    """Compute ``mse_loss(linear(input, weight, bias), target)`` without storing the predictions.
 
         e[n, k] = sum_d input[n, d] * weight[k, d] + bias[k] - target[n, k]
 
@@ -132,7 +132,7 @@ def linear_mse_loss_and_grad(
     reduction: str = "mean",
     wrt: Sequence[str] = ("weight", "bias"),
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
-    """The loss and its gradients in one pass over the data, without autograd.
+    """Return the loss and its gradients in one pass over the data, without autograd.
 
         E = s (input @ weight^T + bias - target),  c = 2 / (N K), or 2 / sum(s), for mean, 2 for sum
         grad_weight = c E^T @ input,  grad_bias = c sum_n E,  grad_input = c E @ weight,  grad_target = -c E
@@ -204,7 +204,7 @@ def _of_models(weight: Any) -> bool:
 
 
 def _as(grad: Tensor | None, argument: Tensor | None) -> Tensor | None:
-    """A gradient of the normal form in the dtype and shape of the argument it belongs to."""
+    """Return a gradient of the normal form in the dtype and shape of the argument it belongs to."""
     if grad is None or argument is None or (grad.dtype == argument.dtype and grad.shape == argument.shape):
         return grad
     return grad.to(argument.dtype).reshape(argument.shape)
@@ -224,7 +224,7 @@ def _check(op: str, arguments: Mapping[str, Any], reduction: str, allowed: tuple
 def _normal_form(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Matrices: input (N, D), weight (K, D), target (N, K), sample_weight (N, K) or (N, 1); bias (K,)."""
+    """Return matrices: input (N, D), weight (K, D), target (N, K), sample_weight (N, K) or (N, 1); bias (K,)."""
     if input.dim() == weight.dim() == 2:
         return input, weight, target, bias, sample_weight
     outputs, features = (weight.shape[0] if weight.dim() == 2 else 1), weight.shape[-1]

@@ -123,11 +123,11 @@ class _Rows(NamedTuple):
 
     @property
     def total(self) -> int:
-        """N, or the rows of all models where there are offsets."""
+        """Return N, or the rows of all models where there are offsets."""
         return self.input.shape[self.dim]
 
     def of_round(self, t: int, batch_size: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Input, target and weights."""
+        """Return input, target and weights."""
         tensors = self[:3]
         if batch_size is None:
             return tensors
@@ -141,7 +141,7 @@ class _Rows(NamedTuple):
 
 
 def _rows_of_one(op: str, given: dict[str, Any], sample_weight: Any) -> _Rows:
-    """The checked rows of one model, whose leading dimensions are joined."""
+    """Check and return the rows of one model, whose leading dimensions are joined."""
     check_one(op, {**given, "sample_weight": sample_weight}, "mean", ("mean",))
     input, weight, target, _ = given.values()
     rows, outputs = math.prod(input.shape[:-1]), weight.shape[:-1]
@@ -153,7 +153,7 @@ def _rows_of_one(op: str, given: dict[str, Any], sample_weight: Any) -> _Rows:
 
 
 def _rows_of_models(op: str, given: dict[str, Any], sample_weight: Any, offsets: Any) -> _Rows:
-    """The checked rows of a batch of models."""
+    """Check and return the rows of a batch of models."""
     input, _, target, _, samples, bounds = check_models(op, given, sample_weight, offsets)
     if bounds is not None and bounds.is_cpu:
         check_bounds(bounds, len(input))
@@ -162,7 +162,7 @@ def _rows_of_models(op: str, given: dict[str, Any], sample_weight: Any, offsets:
 
 
 def _check_optimizer(op: str, optimizer: Any, params: list[Tensor]) -> FusedStep:
-    """The optimizer: TypeError unless it is one of ours, ValueError unless it holds exactly ``params``."""
+    """Return the optimizer; TypeError unless it is one of ours, ValueError unless it holds exactly ``params``."""
     if not isinstance(optimizer, FusedStep):
         raise TypeError(
             f"{op}: optimizer must be a FusedSGD, FusedAdam or FusedAdamW, got {type(optimizer).__name__}"
@@ -203,7 +203,7 @@ class _Fit:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def is_watched(self) -> bool:
-        """Whether single rounds matter to somebody, or something besides plain autograd is active."""
+        """Return whether single rounds matter to somebody, or something besides plain autograd is active."""
         optimizer, own_step = self.optimizer, vars(self.optimizer).get("step")
         return (
             optimizer.on_nonfinite == "raise"
@@ -221,7 +221,7 @@ class _Fit:
         )
 
     def launch(self) -> bool:
-        """All rounds by the backend's launcher; False, with nothing done, if it has none that takes these."""
+        """Run all rounds by the backend's launcher; return False, with nothing done, if none takes these."""
         launcher = getattr(implementation("linear_mse_fit", self.weight), "linear_mse_fit_rounds", None)
         if launcher is None:
             return False
@@ -254,13 +254,13 @@ class _Fit:
         return done
 
     def stacked_params(self) -> list[Tensor]:
-        """Weight (B, K, D) and bias (B, K): one model is a batch of one."""
+        """Return weight (B, K, D) and bias (B, K): one model is a batch of one."""
         weight = self.weight.detach()
         weight = weight if weight.dim() == 3 else weight.view(1, -1, weight.shape[-1])
         return [weight] if self.bias is None else [weight, self.bias.detach().view(weight.shape[:2])]
 
     def update(self) -> Update:
-        """What the launcher does with the gradients, by itself or by ``Update.stepper``."""
+        """Return what the launcher does with the gradients, by itself or by ``Update.stepper``."""
         optimizer, params = self.optimizer, self.params
         groups = [
             next(group for group in optimizer.param_groups if any(param is held for held in group["params"]))
@@ -290,7 +290,7 @@ class _Fit:
         return Update(optimizer._operator, options, states, guard, stepper, models)
 
     def loop(self) -> None:
-        """The rounds one after the other, through autograd and ``step``."""
+        """Run the rounds one after the other, through autograd and ``step``."""
         trained = [param for param in self.params if param.requires_grad]
         offsets = self.rows.offsets
         with _gradients_aside(self.params), torch.enable_grad():
@@ -313,7 +313,7 @@ class _Fit:
 def _step(
     operator: str, parts: list[Part], options: Sequence[Any], guard: Guard, models: Models | None
 ) -> None:
-    """One round of an optimizer: measure, guard, clip, update."""
+    """Make one round of an optimizer: measure, guard, clip, update."""
     if guard.norms is not None:
         norms = measure_gradients(parts, None, guard.norms.device, models)
         guard.norms.copy_(norms.sum(0, keepdim=True))
@@ -322,7 +322,7 @@ def _step(
 
 @contextmanager
 def _gradients_aside(params: list[Tensor]) -> Iterator[None]:
-    """Inside the block the parameters have no gradients; afterwards those of before."""
+    """Take the parameters' gradients away inside the block, and put them back afterwards."""
     given = [param.grad for param in params]
     try:
         for param in params:

@@ -27,7 +27,7 @@ SMALL = 1 << 18
 def models_loss(
     op: str, arguments: Mapping[str, Any], sample_weight: Any, offsets: Any, reduction: str
 ) -> Tensor:
-    """``linear_mse_loss`` of a batch of models. ``arguments``: input, weight, target and bias by name."""
+    """Return ``linear_mse_loss`` of a batch of models. ``arguments``: input, weight, target and bias by name."""
     checks.reduction(op, reduction)
     operands = _normal_form(op, arguments, sample_weight, offsets)
     input, weight, target, bias, samples, bounds = operands
@@ -65,7 +65,7 @@ def models_loss_and_grad(
     reduction: str,
     wrt: Sequence[str],
 ) -> tuple[Tensor, Grads]:
-    """``linear_mse_loss_and_grad`` of a batch of models: the gradients of the sum of their losses."""
+    """Return ``linear_mse_loss_and_grad`` of a batch of models: the gradients of the sum of their losses."""
     checks.reduction(op, reduction, ("mean", "sum"))
     operands = _normal_form(op, arguments, sample_weight, offsets)
     input, weight, target, _, _, bounds = operands
@@ -109,7 +109,7 @@ def models_loss_and_grad(
 
 
 def _normal_form(op: str, arguments: Mapping[str, Any], sample_weight: Any, offsets: Any) -> tuple[Any, ...]:
-    """Checked: input, weight, target, bias, sample_weight, bounds.
+    """Check and return input, weight, target, bias, sample_weight, bounds.
 
     sample_weight with a last dimension of K or 1: ``(B, N, .)`` or ``(N, .)``, for ragged rows ``(R, .)``.
     """
@@ -149,7 +149,7 @@ def _normal_form(op: str, arguments: Mapping[str, Any], sample_weight: Any, offs
 
 
 def _bounds(op: str, offsets: Any, weight: Tensor) -> Tensor:
-    """Start and end of each model's rows, a view of ``offsets``; their values are looked at in the launcher."""
+    """Return start and end of each model's rows, a view of ``offsets``; the launcher looks at their values."""
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{op}: offsets must be a torch.Tensor, got {type(offsets).__name__}")
     if offsets.dtype not in (torch.int32, torch.int64):
@@ -163,7 +163,7 @@ def _bounds(op: str, offsets: Any, weight: Tensor) -> Tensor:
 
 
 def _losses(tensors: Sequence[Any]) -> Tensor:
-    """``s e^2`` of each element; 0 in rows of no model."""
+    """Return ``s e^2`` of each element; 0 in rows of no model."""
     input, _, target, _, samples, bounds = tensors
     acc = acc_dtype(input, target)
     losses = mse(*predicted(tensors, acc), "none", 0, acc)
@@ -173,8 +173,8 @@ def _losses(tensors: Sequence[Any]) -> Tensor:
 def weighting(
     tensors: tuple[Any, ...], reduction: str
 ) -> tuple[tuple[Any, ...], Tensor | None, Tensor | None]:
-    """The operands as the kernels take them, what sums by their weights are divided by (None: by nothing), and which
-    models have no rows, if rows are ragged. Of one model too.
+    """Return the operands as the kernels take them, by what sums under their weights are divided (None: by nothing),
+    and which models have no rows, if rows are ragged. It serves one model too.
 
     The mean of nothing is nan however weighted, but its gradients are 0, as those of torch's products.
     """
@@ -194,7 +194,7 @@ def weighting(
 def _total_weights(
     samples: Tensor, weight: Tensor, target: Tensor, bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums of weights over the elements of each model's target, and which models have no rows.
+    """Return the sums of weights over the elements of each model's target, and which models have no rows.
 
     A sum of 0 is nan, as the mean and its gradients are; no rows have the sum 1, by which a gradient of 0 may be
     divided.
@@ -211,8 +211,8 @@ def _total_weights(
 
 
 def _beside_errors(samples: Tensor, input: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Sample weights ``(*, N, .)`` as factors of errors that are multiplied in ``input``'s dtype or that of autocast,
-    and what is missing in them, if anything: in float16 the largest is 1, lest products be inf or 0.
+    """Return sample weights ``(*, N, .)`` as factors of errors that are multiplied in ``input``'s dtype or that of
+    autocast, and what is missing in them, if anything: in float16 the largest is 1, lest products be inf or 0.
 
     A loss is linear in them, so that no derivative sees by what they are divided. Ragged rows have one largest for all
     models: beside weights 10^6 times as large those of another lose digits.

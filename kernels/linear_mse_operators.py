@@ -45,7 +45,7 @@ class Like(NamedTuple):
 def slopes(
     like: Tensor, dtype: torch.dtype, target: Sequence[int], bounds: Tensor | None, reduction: str
 ) -> Tensor:
-    """q = 2c, by which a sum over E becomes a gradient: ``()``, or ``(B,)`` for the mean over ragged rows.
+    """Return q = 2c, by which a sum over E becomes a gradient: ``()``, or ``(B,)`` for the mean over ragged rows.
 
     ``like``: any tensor of the device. ``target``: its shape.
     """
@@ -59,13 +59,13 @@ def slopes(
 
 
 def beside_slopes(values: Tensor) -> Tensor:
-    """``values`` as a factor of slopes: a product of two dtypes multiplies the narrower, and float16 might hold nothing
-    of slopes."""
+    """Return ``values`` as a factor of slopes: a product of two dtypes multiplies the narrower, and float16 might hold
+    nothing of slopes."""
     return values.float() if values.dtype == torch.float16 else values
 
 
 def predicted(tensors: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``P = X W^T + b`` in ``dtype``, y and s as ``mse``'s operators take them; P and y are 0 in rows of no model."""
+    """Return ``P = X W^T + b`` in ``dtype``, y and s as ``mse``'s operators take them; 0 in rows of no model."""
     input, weight, target, bias, samples, bounds = tensors
     addend = None if bias is None else spread(bias.to(dtype), input.shape[-2], bounds)
     predictions = rows_by_models(input, weight, bounds, dtype, addend)
@@ -73,18 +73,18 @@ def predicted(tensors: Sequence[Any], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _ranked(samples: Tensor | None, rows: Tensor) -> Tensor | None:
-    """Weights, or their tangents, with as many dimensions as what they weigh."""
+    """Return weights, or their tangents, with as many dimensions as what they weigh."""
     return samples if samples is None or samples.dim() == rows.dim() else samples.unsqueeze(0)
 
 
 def _weighted_error(predictions: Tensor, target: Tensor, samples: Tensor | None) -> Tensor:
-    """``s (P - y)``: half the gradient of ``sum(s (P - y)^2)``, so that its derivatives are operators too."""
+    """Return ``s (P - y)``: half the gradient of ``sum(s (P - y)^2)``, so that its derivatives are operators too."""
     half = predictions.new_full((), 0.5)
     return mse_backward.masked(half, predictions, target, samples, "sum", 0, (True, False, False))[0]
 
 
 def _weighted(samples: Tensor | None, rows: Tensor, bounds: Tensor | None) -> Tensor:
-    """``s v``, as the weighted error of v against 0."""
+    """Return ``s v``, as the weighted error of v against 0."""
     if samples is None:
         return rows
     values = _weighted_error(rows, rows.new_zeros(()).expand_as(rows), _ranked(samples, rows))
@@ -100,7 +100,7 @@ def row_gradients(
     bounds: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """As needed, ``scale E W`` and ``-scale E`` in the shapes of input and target, or their Like; scale is (B,)."""
+    """Return, as needed, ``scale E W`` and ``-scale E`` in the shapes of input and target, or their Like."""
     grad_input = grad_target = None
     if output_mask[0] and bounds is None and error.dtype == torch.float16:
         # Which may have nothing left of a scaled weight; products of ragged rows multiply the wider dtype.
@@ -206,7 +206,7 @@ class LinearMseFunction(LinearMseModelsFunction):
 
 
 def _cotangents(ctx: Any, cotangents: Sequence[Any], bounds: Tensor | None = None) -> Grads:
-    """In their places; the loss of no rows has one of 0, since nan, which its mean is, times a gradient of 0 is nan."""
+    """Return the cotangents in their places; that of a loss of no rows is 0: nan, which the mean is, times 0 is nan."""
     d_loss, *others = in_places(cotangents, ctx.output_mask)
     if d_loss is not None and bounds is not None:
         d_loss = d_loss.masked_fill(bounds[:, 0] >= bounds[:, 1], 0)
@@ -216,12 +216,12 @@ def _cotangents(ctx: Any, cotangents: Sequence[Any], bounds: Tensor | None = Non
 
 
 def _acc_of(ctx: Any) -> torch.dtype:
-    """As acc_dtype of the operands."""
+    """Return what acc_dtype gives of the operands."""
     return torch.float64 if torch.float64 in ctx.dtypes else torch.float32
 
 
 def _is_general(needed: Sequence[bool], others: Sequence[Tensor | None]) -> bool:
-    """Whether the loss is not alone in having a cotangent, or sample weights need a gradient."""
+    """Return whether more than the loss has a cotangent, or sample weights need a gradient."""
     return needed[4] or any(cotangent is not None for cotangent in others)
 
 
@@ -230,7 +230,7 @@ def _batch_of_one(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def slope(shape: Sequence[int], reduction: str) -> float:
-    """q = 2c of one model, as a number; ``shape``: of target."""
+    """Return q = 2c of one model, as a number; ``shape``: of target."""
     return 2.0 / max(1, math.prod(shape)) if reduction == "mean" else 2.0
 
 
@@ -242,7 +242,7 @@ def _general_backward(
     wide: torch.dtype,
     batch: tuple[int, ...] = (),
 ) -> Grads:
-    """The formula of LinearMseModelsFunction's docstring, with Q and R in ``wide``.
+    """Compute the formula of LinearMseModelsFunction's docstring, with Q and R in ``wide``.
 
     ``batch``: what the tensors have before the shapes that they had in the forward.
     """
@@ -309,7 +309,7 @@ def _general_backward(
 
 
 def _every_row(values: Tensor, rows: int) -> Tensor:
-    """What ``spread`` gives of models, with all their rows."""
+    """Return what ``spread`` gives of models, with all their rows."""
     return values if values.shape[-2] == rows else values.expand(*values.shape[:-2], rows, values.shape[-1])
 
 
@@ -320,7 +320,7 @@ def _plus(values: Tensor, addend: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _tangents(
     ctx: Any, tensors: Sequence[Any], tangents: Sequence[Tensor | None], wide: torch.dtype
 ) -> list[Tensor]:
-    """The outputs' tangents, with P in ``wide``."""
+    """Return the outputs' tangents, with P in ``wide``."""
     input, weight, target, _, _, bounds = tensors
     d_input, d_weight, d_target, d_bias, d_samples, _ = tangents
     rows = input.shape[-2]
@@ -362,7 +362,7 @@ def _tangents(
 def _backward_formula(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: Sequence[bool]
 ) -> list[Tensor]:
-    """``linear_mse_backward`` by products, which have derivatives; of batches where ``grad_output`` is (B,)."""
+    """Compute ``linear_mse_backward`` by products, which have derivatives; of batches where ``grad_output`` is (B,)."""
     acc = acc_dtype(grad_output, error, weight)
     scale = (factor * grad_output.to(acc))[..., None, None, None]
     results = []
@@ -391,7 +391,7 @@ def _prepare(*args: Any) -> tuple[tuple[Any, ...], list[int]]:
 def _read_by_backward(
     tensors: Sequence[Tensor | None], output_mask: Sequence[bool], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The tensor arguments of a forward whose values its derivatives by the ``needed`` ones read; None for the others.
+    """Return the tensor arguments whose values the derivatives by the ``needed`` ones read; None for the others.
 
     The gradient of sample weights reads all.
     """
@@ -407,20 +407,20 @@ def _read_by_backward(
 
 
 def _autocast(*args: Any) -> tuple[Any, ...]:
-    """Input, weight and bias as a product's operands, the loss in float32."""
+    """Cast input, weight and bias as a product's operands; the loss is in float32."""
     input, weight, target, bias, sample_weight, *others, _ = args
     acc = acc_dtype(target, sample_weight)
     return *map(autocast_cast, (input, weight)), target, autocast_cast(bias), sample_weight, *others, acc
 
 
 def _shape(input: Tensor, weight: Tensor, bounds: Tensor | None) -> tuple[int, ...]:
-    """Of errors."""
+    """Return the shape of errors."""
     *models, outputs, _ = weight.shape
     return (*(models if bounds is None else ()), input.shape[-2], outputs)
 
 
 def _launch(launcher: Any, *args: Any) -> list[Tensor]:
-    """target and sample_weight are expanded to the errors' shape; bounds on the CPU are checked."""
+    """Expand target and sample_weight to the errors' shape, check bounds on the CPU, launch."""
     input, weight, target, bias, samples, *bounds, reduction, output_mask, dtype = args
     shape = _shape(input, weight, *bounds) if bounds else target.shape
     if bounds and bounds[0] is not None and bounds[0].is_cpu:
@@ -451,7 +451,7 @@ def _backward_fake(
 
 
 def _models_vmap(operator: Operator, size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
-    """A batch of batches of models is one of more models."""
+    """Join a batch of batches of models into one of more models."""
     *tensors, bounds, reduction, output_mask, dtype = args
     rows = models = mapped(size, tensors[1], in_dims[1]).shape[1]
     if bounds is not None:
@@ -476,7 +476,7 @@ def _models_vmap(operator: Operator, size: int, in_dims: Sequence[int | None], *
 
 
 def _vmap(_: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> list[Tensor]:
-    """A batch of models."""
+    """Call the operator of a batch of models."""
     *tensors, reduction, output_mask, dtype = args
     input, weight, target, bias, sample_weight = (
         tensor.movedim(dim, 0) if dim else tensor for tensor, dim in zip(tensors, in_dims[:5], strict=True)

@@ -22,7 +22,7 @@ from .operator import Operator, autocast_cast, uncast
 
 
 def check_bounds(bounds: Tensor, rows: int) -> None:
-    """ValueError for a start or an end outside ``rows`` or before the one in front of it."""
+    """Raise ValueError for a start or an end outside ``rows`` or before the one in front of it."""
     offsets = bounds.reshape(-1)
     if offsets.numel() and bool(
         ((offsets < 0) | (offsets > rows) | (offsets < offsets.cummax(0).values)).any()
@@ -36,7 +36,7 @@ def check_bounds(bounds: Tensor, rows: int) -> None:
 
 
 def lengths(bounds: Tensor, rows: int) -> Tensor:
-    """How many rows each model has, in 64 bits, as elements are counted by it."""
+    """Return how many rows each model has, in 64 bits, as elements are counted by it."""
     start, end = bounds.to(torch.int64).clamp(0, rows).unbind(1)
     return (end - start).clamp(min=0)
 
@@ -44,7 +44,7 @@ def lengths(bounds: Tensor, rows: int) -> Tensor:
 def rows_by_models(
     rows: Tensor, models: Tensor, bounds: Tensor | None, dtype: torch.dtype, addend: Tensor | None = None
 ) -> Tensor:
-    """``rows[n] . models[b, k] + addend[n, k]`` for each row n of model b, and each k."""
+    """Return ``rows[n] . models[b, k] + addend[n, k]`` for each row n of model b, and each k."""
     if bounds is None:
         return product(rows, models.mT, addend, dtype=dtype)
     values = _product(rows, models, bounds, dtype)
@@ -54,7 +54,7 @@ def rows_by_models(
 def rows_by_rows(
     left: Tensor, right: Tensor, bounds: Tensor | None, dtype: torch.dtype, addend: Tensor | None = None
 ) -> Tensor:
-    """``(B, K, D)``: the sums of ``left[n, k] * right[n, d]`` over the rows n of each model, and the addend."""
+    """Return ``(B, K, D)``: the sums of ``left[n, k] * right[n, d]`` over the rows n of each model, and the addend."""
     if bounds is None:
         return product(left.mT, right, addend, dtype=dtype)
     values = _outer(left, right, bounds, dtype)
@@ -64,7 +64,7 @@ def rows_by_rows(
 def rows_back(
     rows: Tensor, models: Tensor, input: Any, bounds: Tensor | None, addend: Tensor | None = None
 ) -> Tensor:
-    """``rows[n, k] * models[b, k]``, summed over k, and over all models where they share ``input`` (or its Like)."""
+    """Sum ``rows[n, k] * models[b, k]`` over k, and over all models where they share ``input`` (or its Like)."""
     if bounds is not None:
         return rows_by_models(rows, models.mT, bounds, input.dtype, addend)
     if len(input.shape) == 3:
@@ -77,14 +77,14 @@ def _ones(like: Tensor, rows: int) -> Tensor:
 
 
 def spread(values: Tensor, rows: int, bounds: Tensor | None) -> Tensor:
-    """Values ``(B, K)`` of models for each of their rows: ``(B, 1, K)`` or ``(R, K)``."""
+    """Spread values ``(B, K)`` of models over their rows: ``(B, 1, K)`` or ``(R, K)``."""
     if bounds is None:
         return values.unsqueeze(1)
     return _product(_ones(values, rows), values.unsqueeze(-1), bounds, values.dtype)
 
 
 def row_sums(rows: Tensor, bounds: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``(B, K)``: the sums over the rows of each model."""
+    """Return ``(B, K)``: the sums over the rows of each model."""
     ones = _ones(rows, rows.shape[-2])
     if bounds is None:
         return product(ones.mT, rows, dtype=dtype).squeeze(-2)
@@ -94,7 +94,7 @@ def row_sums(rows: Tensor, bounds: Tensor | None, dtype: torch.dtype) -> Tensor:
 def scaled(
     rows: Tensor, scale: Tensor, bounds: Tensor | None, dtype: torch.dtype, addend: Tensor | None = None
 ) -> Tensor:
-    """Each row times its model's ``scale`` (B,), and the addend."""
+    """Return each row times its model's ``scale`` (B,), and the addend."""
     if bounds is None:
         column = None if addend is None else addend.unsqueeze(-1)
         return product(rows.unsqueeze(-1), scale[:, None, None, None], column, dtype=dtype).squeeze(-1)
@@ -105,7 +105,7 @@ def scaled(
 
 
 def of_models(rows: Tensor, bounds: Tensor | None) -> Tensor:
-    """The rows, with 0 in those of no model."""
+    """Return the rows, with 0 in those of no model."""
     if bounds is None:
         return rows
     return scaled(rows, rows.new_ones(()).expand(len(bounds)), bounds, rows.dtype)
@@ -184,17 +184,17 @@ def _outer_fake(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype)
 
 
 def mapped(size: int, tensor: Tensor, dim: int | None) -> Tensor:
-    """The mapped dimension first; a tensor without one is expanded, which copies nothing."""
+    """Return the mapped dimension first; a tensor without one is expanded, which copies nothing."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def folded(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
-    """``(size, B, ...)`` as ``(size * B, ...)``."""
+    """Return ``(size, B, ...)`` as ``(size * B, ...)``."""
     return None if tensor is None else mapped(size, tensor, dim).flatten(0, 1)
 
 
 def folded_bounds(size: int, bounds: Tensor, dim: int | None, rows: int) -> Tensor:
-    """Bounds of ``size`` times as many models, whose rows stand one behind another.
+    """Return the bounds of ``size`` times as many models, whose rows stand one behind another.
 
     What is out of range must not become the rows of another: on the CPU, where that is an error, it stays out.
     """

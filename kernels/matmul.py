@@ -27,7 +27,7 @@ SMALL = 1 << 24
 
 @repeatable
 def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Matrix product, with a bias added before the result is stored.
+    """Compute a matrix product, with a bias added before the result is stored.
 
         result[..., m, n] = sum_k input[..., m, k] * other[..., k, n] + bias[n]
 
@@ -87,7 +87,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @repeatable
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The affine map of ``torch.nn.functional.linear``.
+    """Compute the affine map of ``torch.nn.functional.linear``.
 
         result[..., k] = sum_d input[..., d] * weight[k, d] + bias[k]
 
@@ -127,12 +127,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _suits_torch(input: Tensor, columns: int) -> bool:
-    """Of one column, but in 16 bits, torch's products have one thread, and those of the fallback's launcher all."""
+    """Return whether torch's products suit: of one column, save in 16 bits, they have one thread, the fallback all."""
     return input.nbytes <= SMALL or columns > 1 or input.element_size() == 2
 
 
 def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's own linear, which has no bias for a 1-D weight."""
+    """Compute torch's own linear, which has no bias for a 1-D weight."""
     if bias is not None and weight.dim() == 1:
         return torch.matmul(input, weight) + bias.reshape(())
     return torch_linear(input, weight, bias)
@@ -141,7 +141,7 @@ def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def scale_and_add(
     factor: Tensor, tensor: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``factor * tensor + bias`` with a one-element ``factor`` on the device, as a product with a 1 x 1 matrix."""
+    """Compute ``factor * tensor + bias``; ``factor`` has one element, on the device, and is a 1 x 1 matrix."""
     column = None if bias is None else bias.unsqueeze(-1)
     return product(tensor.unsqueeze(-1), factor.reshape(1, 1), column, dtype=dtype).squeeze(-1)
 
@@ -153,7 +153,7 @@ def product(
     sum_dims: Sequence[int] = (),
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The registered operator with its defaults: operands of at least two dimensions, no checks.
+    """Call the registered operator with its defaults: operands of at least two dimensions, no checks.
 
     Args:
         input: ``(*A, M, K)``.
@@ -191,7 +191,7 @@ class _Like(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
+        """Return whether it is the transpose of a contiguous matrix, such as ``linear``'s weight.
 
         A gradient that lies as the transpose does is one for the matrix; autograd would copy another.
         """
@@ -200,7 +200,7 @@ class _Like(NamedTuple):
 
 
 def _product_like(input: Tensor, other: Tensor, like: _Like) -> Tensor:
-    """``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
+    """Return ``input @ other`` with batch dimensions summed or expanded to those of ``like``: a gradient's shape."""
     shape, stride, dtype = like
     if not needs_dispatcher() and like.transposed:
         return _product_like(other.mT, input.mT, _Like(shape[::-1], stride[::-1], dtype)).mT
@@ -242,7 +242,7 @@ def _launch_gradients(
     product: Callable[..., Tensor], grad: Tensor, input: Tensor | None, other: Tensor | None, ones: Tensor | None,
     bias_dtype: torch.dtype | None, needs_input: bool, needs_other: bool, dtype: torch.dtype | None, transposed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of a product of matrices, as MatmulFunction has them: those that are needed.
+    """Return the gradients of a product of matrices, as MatmulFunction has them: those that are needed.
 
     ``dtype``, ``transposed``: of the operand that has a gradient and was not saved, if there is one.
     """
@@ -321,7 +321,7 @@ def _vmap(operator: Operator, batch_size: int, in_dims: Sequence[int | None], *a
     rank = max(tensor.dim() - (dim is not None) for tensor, dim in zip(tensors[:2], in_dims[:2], strict=True))
 
     def front(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        """The mapped dimension first, then ones up to the rank of the result."""
+        """Return the mapped dimension first, then ones up to the rank of the result."""
         if tensor is None or dim is None:
             return tensor
         tensor = tensor.movedim(dim, 0)

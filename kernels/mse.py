@@ -29,7 +29,7 @@ SMALL = 1 << 23
 
 
 def suits_torch(target: Tensor, dtype: torch.dtype | None = None, *, per_sample: bool = False) -> bool:
-    """Whether ``mse_in_torch`` suits predictions and a target like this, in ``dtype`` or their own.
+    """Return whether ``mse_in_torch`` suits predictions and a target like this, in ``dtype`` or their own.
 
     That is: small ones, not of 16 bits. Of these torch would round each square, and overflow float16 with that of 300;
     the operators add up in float32. Losses ``per_sample``, without weights, are a tie at a quarter of the size.
@@ -47,7 +47,7 @@ def mse_loss(
     reduction: str = "mean",
     dim: int | Sequence[int] | None = None,
 ) -> Tensor:
-    """Squared error of ``input`` against ``target``, averaged, summed or per element.
+    """Compute the squared error of ``input`` against ``target``, averaged, summed or per element.
 
         l_i = w_i * (input_i - target_i)^2
 
@@ -131,7 +131,7 @@ def mse_loss_and_grad(
     reduction: str = "mean",
     wrt: Sequence[str] = ("input",),
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The loss and its gradients in one pass over the data, without autograd.
+    """Return the loss and its gradients in one pass over the data, without autograd.
 
         loss as ``mse_loss``;  grad_input = 2 c w e,  grad_target = -grad_input,
         grad_weight = c e^2  (mean: c (e^2 - loss)),  with e = input - target and c = 1, 1/n or 1/sum(w)
@@ -208,7 +208,7 @@ def _weighted_mean_and_grad(
 
 
 def _with_mean(weight: Tensor, acc: torch.dtype, batch_dims: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights and their mean over all but the first ``batch_dims`` dimensions, of as many; nan where it is 0.
+    """Return weights and their mean over all but the first ``batch_dims`` dimensions, which is nan where it is 0.
 
     Both in float64 where the device has it, and of one conversion: a weight's gradient is a small difference of large
     sums, which float16 may not hold.
@@ -226,7 +226,7 @@ def mse_in_torch(
     batch_dims: int = 0,
     order: Sequence[int] | None = None,
 ) -> Tensor:
-    """The loss in torch's own ops, by more passes than ``mse`` makes, each a tenth of the time of an operator's call.
+    """Compute the loss by torch's own ops: more passes than ``mse`` makes, each a tenth of an operator's call.
 
     weight has as many dimensions as input, and broadcasts to it; the first ``batch_dims`` survive a reduction, of
     ``order`` if that is given: input itself is not permuted, lest its gradient lie as the permuted one.
@@ -250,7 +250,7 @@ def mse_in_torch(
 
 
 def divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int = 0) -> Tensor:
-    """What a weighted mean divides by: ``sum(w)`` over target's elements, nan where that is 0.
+    """Return what a weighted mean divides by: ``sum(w)`` over target's elements, nan where that is 0.
 
     Where torch's own ops do not serve it is the loss of errors that are all 1: differentiable like any other loss.
     weight has target's shape but for dimensions of size 1; of the first ``batch_dims`` these are left so.
@@ -268,7 +268,7 @@ def divisor(weight: Tensor, target: Tensor, dtype: torch.dtype, batch_dims: int 
 
 
 def _repeats(weight: Tensor, target: Tensor, batch_dims: int = 0) -> int:
-    """Of how many elements a weight is that of, along the dimensions after the first ``batch_dims``."""
+    """Return how many elements share a weight along the dimensions after the first ``batch_dims``."""
     repeats = 1
     for own, size in zip(weight.shape[batch_dims:], target.shape[batch_dims:], strict=True):
         if own != size:
@@ -277,7 +277,7 @@ def _repeats(weight: Tensor, target: Tensor, batch_dims: int = 0) -> int:
 
 
 def _dims_kept(dim: int | Sequence[int], ndim: int) -> tuple[int, list[int] | None]:
-    """How many dimensions a loss over ``dim`` keeps, and the order with these first; None where it is theirs."""
+    """Return how many dimensions a loss over ``dim`` keeps, and the order with these first; None where it is theirs."""
     summed = checks.dims("mse_loss", dim, ndim)
     kept = [d for d in range(ndim) if d not in summed]
     order = kept + sorted(summed)
@@ -285,7 +285,7 @@ def _dims_kept(dim: int | Sequence[int], ndim: int) -> tuple[int, list[int] | No
 
 
 def _of_rank(weight: Tensor | None, input: Tensor) -> Tensor | None:
-    """``weight`` with as many dimensions as input, the new ones first and of size 1."""
+    """Return ``weight`` with as many dimensions as input, the new ones first and of size 1."""
     if weight is None or weight.dim() == input.dim():
         return weight
     return weight[(None,) * (input.dim() - weight.dim())]
@@ -348,7 +348,7 @@ class MseBackwardFunction(torch.autograd.Function):
 
 
 def _hvp_formula(*args: Any) -> list[Tensor]:
-    """``mse_hvp`` in torch's own ops, which torch differentiates: third derivatives and beyond."""
+    """Compute ``mse_hvp`` by torch's own ops, which torch differentiates: third derivatives and beyond."""
     *tensors, reduction, batch_dims, output_mask = args
     grad_output, input, target, weight = primals = tensors[:4]
     d_loss, *gradients = hessian_vector_product(primals, tensors[4:], reduction, batch_dims, output_mask)
@@ -371,7 +371,7 @@ def _forward_backward_formula(
     dtype: torch.dtype,
     batch_dims: int = 0,
 ) -> list[Tensor]:
-    """``mse_forward_backward`` in two passes: the operators that have derivatives, and batch dimensions."""
+    """Compute ``mse_forward_backward`` in two passes, by operators that have derivatives and batch dimensions."""
     tensors = input, target, weight
     acc = acc_dtype(*tensors)
     share = input.new_ones((), dtype=acc) if weight_sum is None else weight_sum.to(acc).reciprocal()
@@ -419,7 +419,7 @@ def _forward_backward_fake(*args: Any) -> list[Tensor]:
 def _mapped_first(
     batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
 ) -> list[Any]:
-    """The mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
+    """Return the mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
     return [
         tensor
         if tensor is None
@@ -445,7 +445,7 @@ def _forward_backward_vmap(
 
 
 def _autocast(*args: Any) -> tuple[Any, ...]:
-    """As it is, but with the loss in float32: the kernels convert each element as they load it."""
+    """Cast nothing but the loss, to float32: the kernels convert each element as they load it."""
     return *args[:-1], acc_dtype(*args[:3])
 
 

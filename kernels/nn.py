@@ -58,7 +58,7 @@ class Linear(torch.nn.Linear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each model as ``torch.nn.Linear`` initialises one."""
+        """Initialise each model as ``torch.nn.Linear`` initialises one."""
         if self.weight.dim() == 2:
             super().reset_parameters()
             return
@@ -67,7 +67,7 @@ class Linear(torch.nn.Linear):
             torch.nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The affine map of ``input``, as ``gradkernels.linear``."""
+        """Return the affine map of ``input``, as ``gradkernels.linear``."""
         if self.models is None:
             return linear(input, self.weight, self.bias)
         batch, features = input.shape[:-2], input.shape[-1:]
@@ -108,7 +108,7 @@ class MSELoss(torch.nn.Module):
         self.dim = dim
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``input`` against ``target``, as ``gradkernels.mse_loss``."""
+        """Return the loss of ``input`` against ``target``, as ``gradkernels.mse_loss``."""
         return mse_loss(input, target, reduction=self.reduction, dim=self.dim)
 
     def extra_repr(self) -> str:
@@ -167,7 +167,7 @@ class LinearMSELoss(Linear):
         sample_weight: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> Tensor:
-        """The loss of the predictions against ``target``, as ``gradkernels.linear_mse_loss``."""
+        """Return the loss of the predictions against ``target``, as ``gradkernels.linear_mse_loss``."""
         return linear_mse_loss(
             input,
             self.weight,
@@ -179,7 +179,7 @@ class LinearMSELoss(Linear):
         )
 
     def predict(self, input: Tensor) -> Tensor:
-        """The predictions ``(*, out_features)`` for ``input``, as ``gradkernels.linear``."""
+        """Return the predictions ``(*, out_features)`` for ``input``, as ``gradkernels.linear``."""
         return super().forward(input)
 
     def extra_repr(self) -> str:

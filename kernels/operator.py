@@ -75,11 +75,11 @@ class Launches:
         LAUNCHES.append(self)
 
     def plain(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-        """What launches for these arguments where nothing needs the dispatcher; None if they hold no values."""
+        """Return what launches for these arguments where nothing needs the dispatcher; None if they hold no values."""
         return self._replay(args) or (self.launch if has_values(args) else None)
 
     def _replay(self, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-        """What repeats earlier calls like this one; see repeat.py."""
+        """Return what repeats earlier calls like this one; see repeat.py."""
         if not self._replays:
             return None
         try:
@@ -88,7 +88,7 @@ class Launches:
             return None
 
     def _launch_by_name(self, place: int, adapt: Callable[..., Any] | None) -> Callable[..., Any]:
-        """What runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
+        """Return what runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
         op, name = self.op, self.launcher
 
         def launch(*args: Any) -> Any:
@@ -179,7 +179,7 @@ class Operator(Launches):
         return self.overload(*args)
 
     def differentiated(self, args: tuple[Any, ...]) -> Any:
-        """The outputs of a plain call that reverse mode differentiates."""
+        """Return the outputs of a plain call that reverse mode differentiates."""
         return self._differentiated(args, plainly=True)
 
     def masked(self, *args: Any) -> list[Any]:
@@ -229,7 +229,7 @@ class Operator(Launches):
         return list(outputs) if isinstance(outputs, tuple) else outputs
 
     def _backward_of(self, function: type[torch.autograd.Function]) -> Callable[..., Any]:
-        """``function``'s backward, under the forward's backend."""
+        """Return ``function``'s backward, under the forward's backend."""
         no_gradients = self._no_gradients
 
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
@@ -243,7 +243,7 @@ class Operator(Launches):
         return backward
 
     def _bind_plainly(self, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-        """``function`` for reverse mode alone: torch takes less time over a forward that has the context itself."""
+        """Bind ``function`` for reverse mode alone: a forward that has the context itself costs torch less time."""
         launch = self.launch
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -265,7 +265,7 @@ class Operator(Launches):
     def _bind(
         self, function: type[torch.autograd.Function], run: Callable[..., Any]
     ) -> type[torch.autograd.Function]:
-        """``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
+        """Return ``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
         tensor_count = self._tensor_count
 
         def forward(*args: Any) -> Any:
@@ -302,7 +302,7 @@ class Operator(Launches):
         return outputs, [0] * len(outputs) if isinstance(outputs, list) else 0
 
     def _batched_by_vmap(self, *args: Any) -> Any:
-        """The vmap rule on tensors that have a hidden dimension at the current level."""
+        """Apply the vmap rule to tensors that have a hidden dimension at the current level."""
         interpreter = private.vmap_interpreter()
         level = interpreter.level()
         pairs = [
@@ -318,7 +318,7 @@ class Operator(Launches):
         return private.wrap_batched(outputs, 0, level)
 
     def _batched_by_older_vmap(self, *args: Any) -> Any:
-        """The vmap rule on tensors that have a hidden dimension."""
+        """Apply the vmap rule to tensors that have a hidden dimension."""
         level = private.older_vmap_level()
         shown = [private.remove_batch_dim(arg, level) if isinstance(arg, Tensor) else None for arg in args]
         size = max(tensor.shape[0] for tensor in shown if tensor is not None)
@@ -333,12 +333,12 @@ class Operator(Launches):
 
 
 def fast_path(args: Sequence[Any]) -> bool:
-    """True if the dispatcher can be skipped for a call with these arguments."""
+    """Return whether the dispatcher can be skipped for a call with these arguments."""
     return not needs_dispatcher() and has_values(args)
 
 
 def has_values(args: Sequence[Any]) -> bool:
-    """True if the tensors are torch's own and hold their values.
+    """Return whether the tensors are torch's own and hold their values.
 
     Subclasses of Tensor have their own way, a tensor saved inside a transform stays wrapped after it ends, and some
     hold no values of their own.
@@ -358,7 +358,7 @@ def has_values(args: Sequence[Any]) -> bool:
 def use_torch_fast_path(
     first: Tensor, *others: Tensor, optional: Tensor | None = None, one_dtype: bool = True
 ) -> bool:
-    """True if torch's own ops, under torch's own autograd, serve a call with these arguments.
+    """Return whether torch's own ops, under torch's own autograd, serve a call with these arguments.
 
     So it is on the fallback for torch's own tensors of one device and, unless the caller converts them, ``one_dtype``
     (``checks.tensors`` has nothing to object then), unless something is active that torch's ops do not serve: the
@@ -382,7 +382,7 @@ def use_torch_fast_path(
 
 
 def requires_grad(args: Sequence[Any]) -> bool:
-    """True if reverse mode has to differentiate a call with these arguments."""
+    """Return whether reverse mode has to differentiate a call with these arguments."""
     if torch.is_grad_enabled():
         for arg in args:
             if isinstance(arg, Tensor) and arg.requires_grad:
@@ -391,7 +391,7 @@ def requires_grad(args: Sequence[Any]) -> bool:
 
 
 def needs_derivative(args: Sequence[Any]) -> bool:
-    """True if autograd has to differentiate a call with these arguments, in reverse or forward mode."""
+    """Return whether autograd has to differentiate a call with these arguments, in reverse or forward mode."""
     if private.single_level is None and private.transforms_active():
         return True  # Function.apply finds out which of the levels differentiates
     if requires_grad(args):
@@ -402,7 +402,7 @@ def needs_derivative(args: Sequence[Any]) -> bool:
 
 
 def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
-    """``outputs`` with None where ``output_mask`` says no; those that it does not speak of come first."""
+    """Return ``outputs`` with None where ``output_mask`` says no; those that it does not speak of come first."""
     first = len(outputs) - sum(output_mask)
     given = iter(outputs[first:])
     places = [next(given) if wanted else None for wanted in output_mask]
@@ -411,7 +411,7 @@ def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """The operators called inside see their arguments' own dtypes.
+    """Let the operators called inside see their arguments' own dtypes.
 
     torch.func brings excluded keys back on the way from one of its levels to the next. A block of autocast inside
     counts again: a backward may run a forward, which a checkpoint has put off.
@@ -425,17 +425,17 @@ def without_autocast() -> Iterator[None]:
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """What autocast takes ``tensor`` in: float64 as it is."""
+    """Return what autocast takes ``tensor`` in: float64 as it is."""
     return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
 
 
 def autocast_cast(tensor: Any) -> Any:
-    """``tensor`` in the autocast dtype of its device; None as it is."""
+    """Return ``tensor`` in the autocast dtype of its device; None as it is."""
     return None if tensor is None else tensor.to(autocast_dtype(tensor))
 
 
 def uncast(*args: Any) -> tuple[Any, ...]:
-    """For ``autocast``: the arguments as they are, and torch's ops in a launcher do not cast either."""
+    """Return the arguments as they are, for ``autocast``: torch's ops in a launcher do not cast either."""
     return args
 
 
@@ -449,7 +449,7 @@ def _this_level() -> AbstractContextManager[None]:
 
 @contextmanager
 def _outer_levels() -> Iterator[None]:
-    """Function.forward and jvp run with grad modes off; re-enable them, so that outer torch.func levels record."""
+    """Re-enable grad modes, which are off in Function.forward and jvp, so that outer torch.func levels record."""
     if not private.transforms_active():
         yield
         return

@@ -78,7 +78,7 @@ class Op:
     of: str | None = field(default=None, kw_only=True)
 
     def function(self, name: str | None = None) -> Callable[..., Any]:
-        """A public callable; the op itself by default."""
+        """Return a public callable; the op itself by default."""
         if self.of is not None:
             return OPS[self.of].function(name)
         module = importlib.import_module(f".{self.name}", __package__)
@@ -86,7 +86,7 @@ class Op:
 
     @property
     def torch(self) -> Callable[..., Any]:
-        """The op in plain torch."""
+        """Return the op in plain torch."""
         if self.of is not None:
             return OPS[self.of].torch
         twin = next(iter(self.public.values())).torch
@@ -95,16 +95,16 @@ class Op:
 
     @property
     def reference(self) -> Any:
-        """The module of its NumPy reference."""
+        """Return the module of its NumPy reference."""
         return importlib.import_module(f".reference.{self.name}", __package__)
 
     def launchers(self, backend: str = "fallback") -> dict[str, Callable[..., Any]]:
-        """Its launchers on a backend, by name."""
+        """Return its launchers on a backend, by name."""
         found = vars(backends.module(backend, self.name)).items()
         return {name: value for name, value in found if name.startswith(f"{self.name}_") and callable(value)}
 
     def readme(self) -> list[str]:
-        """Its rows of the README's table."""
+        """Return its rows of the README's table."""
         return [
             f"| `{name}{_signature(self.function(name))}` | {public.shapes} | {public.in_torch} |"
             for name, public in self.public.items()
@@ -125,14 +125,14 @@ class Shaped(Op):
 
     @property
     def arguments(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of the arguments that are given by position: those that must be, and those that may be."""
+        """Return the names of the arguments that are given by position: those that must be, and those that may be."""
         parameters = inspect.signature(self.function()).parameters.values()
         positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         required = tuple(p.name for p in positional if p.default is p.empty)
         return required, tuple(p.name for p in positional[len(required) :])
 
     def problem(self, sizes: Sizes) -> dict[str, Sizes]:
-        """The shapes of the tensor arguments; ValueError unless there is a size for each axis."""
+        """Return the shapes of the tensor arguments; ValueError unless there is a size for each axis."""
         most = sum(letter.isupper() for letter in self.axes)
         if self.axes and not most - self.axes.count("[") <= len(sizes) <= most:
             raise ValueError(f"{self.name} takes sizes {self.axes}, got {'x'.join(map(str, sizes))}")
@@ -155,7 +155,7 @@ class Function(Shaped):
 
     @property
     def operators(self) -> list[Operator]:
-        """Its torch operators."""
+        """Return its torch operators."""
         self.function()  # its module registers them
         return [operator for operator in OPERATORS if operator.op == self.name]
 
@@ -187,7 +187,7 @@ class Training(Shaped):
 
 
 def _signature(function: Callable[..., Any]) -> str:
-    """The arguments as the README writes them; a class has none there."""
+    """Return the arguments as the README writes them; a class has none there."""
     if isinstance(function, type):
         return ""
     signature = inspect.signature(function)
@@ -196,7 +196,7 @@ def _signature(function: Callable[..., Any]) -> str:
 
 
 def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``matmul`` in plain torch."""
+    """Compute ``matmul`` in plain torch."""
     result = torch.matmul(input, other)
     if bias is None:
         return result
@@ -204,7 +204,7 @@ def torch_matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Te
 
 
 def torch_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``linear`` in plain torch, whose own has no bias for a weight of one dimension, and no vmap over one."""
+    """Compute ``linear`` in plain torch, whose own has no bias for a weight of one dimension, and no vmap over one."""
     return functional.linear(input, weight, bias) if weight.dim() > 1 else torch_matmul(input, weight, bias)
 
 
@@ -215,7 +215,7 @@ def torch_mse_loss(
     reduction: str = "mean",
     dim: int | Sequence[int] | None = None,
 ) -> Tensor:
-    """``mse_loss`` in plain torch, whose own neither broadcasts a weight nor has ``dim``.
+    """Compute ``mse_loss`` in plain torch, whose own neither broadcasts a weight nor has ``dim``.
 
     Up to torch 2.11 its backward refuses two dtypes too.
     """
@@ -243,7 +243,7 @@ def torch_linear_mse_loss(
     sample_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """``linear_mse_loss`` in plain torch."""
+    """Compute ``linear_mse_loss`` in plain torch."""
     if weight.dim() == 3:
         return _torch_models_loss(input, weight, target, bias, sample_weight, reduction)
     if sample_weight is not None and sample_weight.shape != target.shape:
@@ -261,7 +261,7 @@ def torch_linear_mse_fit(
     optimizer: torch.optim.Optimizer,
     steps: int,
 ) -> Tensor:
-    """``linear_mse_fit`` of a batch of models in plain torch, on all rows, with one optimizer's options for all."""
+    """Run ``linear_mse_fit`` of a batch of models in plain torch, on all rows, with one optimizer's options for all."""
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
@@ -280,7 +280,7 @@ def _torch_models_loss(
     sample_weight: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Rows of their own, or shared."""
+    """Return the losses of models whose rows are their own or shared."""
     predictions = torch.matmul(input, weight.mT)
     losses = (predictions if bias is None else predictions + bias.unsqueeze(1)) - target
     losses = losses.square()
@@ -307,7 +307,7 @@ def _models_shapes(B: int, N: int, D: int, K: int) -> dict[str, Sizes]:
 def _mse_call(
     sizes: Sizes, weight: Sizes | None = None, float32: tuple[str, ...] = (), **options: Any
 ) -> Call:
-    """The weight's shape; which arguments are in float32 whatever the others are in."""
+    """Return a call; ``weight``: its shape, ``float32``: the arguments in float32 whatever the others are in."""
     shapes = {"input": sizes, "target": sizes, **({} if weight is None else {"weight": weight})}
     return Call(shapes, dict.fromkeys(float32, torch.float32), options)
 
@@ -426,5 +426,5 @@ OPTIMIZERS: Mapping[str, Optimizer] = {op.name: op for op in _RECORDS if isinsta
 
 
 def op_name(name: str) -> str:
-    """The name of the op to which the public callable ``name`` belongs; any other name as it is."""
+    """Return the name of the op to which the public callable ``name`` belongs; any other name as it is."""
     return next((op.name for op in _RECORDS if name in op.public), name)

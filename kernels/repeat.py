@@ -36,7 +36,7 @@ _compiling = torch.compiler.is_compiling
 
 
 def key_function(parameters: Mapping[str, str], differentiated: bool = False) -> Call:
-    """What a call goes by, as a function of its arguments; None for subclasses of Tensor.
+    """Return what a call goes by, as a function of its arguments; None for subclasses of Tensor.
 
     A tensor counts by its dtype, sizes, strides, address modulo 16 and device, and whether it holds its values.
     Everything else counts as it is.
@@ -130,7 +130,7 @@ def _watched(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Any:
-    """A call of ``function`` that becomes a shortcut if it may."""
+    """Call ``function``, and make the call a shortcut if it may be one."""
     thread = threading.get_ident()
     if thread in watched:  # called by another one
         return function(*args, **options)
@@ -147,7 +147,7 @@ def _watched(
 def _shortcut(
     signature: inspect.Signature, args: tuple[Any, ...], options: dict[str, Any], noted: Note, result: Any
 ) -> Call | bool:
-    """What a call came down to, as a function of the same parameters; False if that was more than one operator."""
+    """Return what a call came down to, as a function of the same parameters; False if that was several operators."""
     operator, values, replay, differentiated, outputs = noted
     arguments = signature.bind(*args, **options).arguments
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
@@ -186,7 +186,7 @@ def _shortcut(
 
 
 def _view(source: str, tensor: Tensor, view: Tensor) -> str | None:
-    """``view`` as an expression of ``tensor``, whose source is given, if a public function may have made it."""
+    """Return ``view`` as an expression of ``tensor``, whose source is given, if a public function may have made it."""
 
     def seen(tensor: Tensor) -> Any:
         return tensor.data_ptr(), tensor.shape, tensor.stride()

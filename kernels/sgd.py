@@ -101,7 +101,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         return {**super().__getstate__(), "capturable": self.capturable}
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, without momentum buffers that no completed step has initialised.
+        """Return torch's, without momentum buffers that no completed step has initialised.
 
         A loader would take them for initialised.
         """
@@ -170,6 +170,6 @@ class FusedSGD(FusedStep, torch.optim.SGD):
 
 
 def _has_momentum(group: dict[str, Any]) -> bool:
-    """Whether the group keeps momentum buffers; with one momentum per model it does, without a look at the values."""
+    """Return whether the group keeps momentum buffers: with one momentum per model always, whatever the values."""
     momentum = group["momentum"]
     return (isinstance(momentum, Tensor) and momentum.dim() > 0) or bool(momentum != 0)

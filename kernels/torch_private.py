@@ -28,7 +28,7 @@ except ImportError:
 
 
 def single_level_function(name: str, methods: dict[str, Any]) -> Any:
-    """A Function of the current functorch level alone; torch.autograd.Function hands functorch the whole of it.
+    """Return a Function of the current functorch level alone; torch.autograd.Function hands functorch all of it.
 
     From torch 2.15 on that is no longer its Python layer's doing, which could be left out.
     """
@@ -37,7 +37,7 @@ def single_level_function(name: str, methods: dict[str, Any]) -> Any:
 
 
 def apply_function(function: Any) -> Callable[..., Any]:
-    """``function.apply`` without its Python layer, which costs 9 us a call: ``torch._C._FunctionBase.apply``."""
+    """Return ``function.apply`` without its Python layer, which costs 9 us: ``torch._C._FunctionBase.apply``."""
     if single_level is None or not issubclass(function, torch.autograd.Function):
         return function.apply
     return super(torch.autograd.Function, function).apply
@@ -45,7 +45,7 @@ def apply_function(function: Any) -> Callable[..., Any]:
 
 @contextmanager
 def functions_replaced() -> Iterator[None]:
-    """A block in which functions of torch are others: torch.compile's tables of them keep the originals.
+    """Keep torch.compile's tables right while functions of torch are others: the tables hold the originals.
 
     The tables are made at its first use. One that was made inside the block would miss the originals ever after.
     """
@@ -77,7 +77,7 @@ _OLDER_VMAP: Any = torch._C._parse_dispatch_key("VmapMode")
 
 
 def needs_dispatcher() -> bool:
-    """True if anything besides plain reverse-mode autograd is active.
+    """Return whether anything besides plain reverse-mode autograd is active.
 
     That is: tracing, a transform of torch.func, forward mode, a dispatch mode, the older vmap or autocast.
     """
@@ -127,7 +127,7 @@ current_cuda_device: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevi
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function that tells whether as many tensors, no two the same, are like these, under the same modes.
+    """Return a function that tells whether as many tensors, no two the same, are like these, under the same modes.
 
     That is: of their types, dtypes, devices, sizes, strides, bits such as the negative one, and ``requires_grad``.
     Public: each of these by itself and tensor by tensor, at three times the cost.
@@ -137,7 +137,7 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def forward_mode_active() -> bool:
-    """True if a call may have to give a tangent.
+    """Return whether a call may have to give a tangent.
 
     Traced code enters forward mode without telling ``forward_ad``, but always under a transform.
     """
@@ -145,12 +145,12 @@ def forward_mode_active() -> bool:
 
 
 def enable_forward_grad() -> AbstractContextManager[None]:
-    """The forward-mode counterpart of ``torch.enable_grad``."""
+    """Enable forward mode, as ``torch.enable_grad`` does reverse mode."""
     return forward_ad._set_fwd_grad_enabled(True)
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """True if forward mode carries a tangent; ``forward_ad.unpack_dual`` asks for a level that traced code has not."""
+    """Return whether forward mode carries a tangent; ``unpack_dual`` needs a level, which traced code lacks."""
     return torch._VF._unpack_dual(tensor, level=0)[1] is not None
 
 
@@ -163,24 +163,24 @@ BELOW_VMAP = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
 
 def older_vmap_level() -> int:
-    """The level of the older vmap's innermost loop."""
+    """Return the level of the older vmap's innermost loop."""
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     return level
 
 
 def remove_batch_dim(tensor: Tensor, level: int) -> Tensor:
-    """The older vmap's tensor with its hidden dimension first; one without it gets a first dimension of size 1."""
+    """Return the older vmap's tensor with its hidden dimension first; without one the first dimension has size 1."""
     return torch._remove_batch_dim(tensor, level, 1, 0)
 
 
 def add_batch_dim(tensor: Tensor, level: int) -> Tensor:
-    """The opposite: hides the first dimension."""
+    """Hide the first dimension: the opposite."""
     return torch._add_batch_dim(tensor, 0, level)
 
 
 def autocast_keys(device_keys: tuple[str, ...]) -> Any:
-    """The dispatch keys of autocast on these devices, as far as this torch has them."""
+    """Return the dispatch keys of autocast on these devices, as far as this torch has them."""
     found = [f"Autocast{key}" for key in device_keys if hasattr(torch._C.DispatchKey, f"Autocast{key}")]
     first, *rest = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in found)
     for keys in rest:
@@ -193,13 +193,13 @@ exclude_keys: Callable[[Any], AbstractContextManager[None]] = torch._C._ExcludeD
 
 
 def autocast_depth() -> int:
-    """How many blocks of torch.autocast are open in this thread."""
+    """Return how many blocks of torch.autocast are open in this thread."""
     torch.autocast_increment_nesting()
     return torch.autocast_decrement_nesting()
 
 
 def operations_are_traced() -> bool:
-    """True if make_fx, FakeTensorMode or functionalization is active; other dispatch modes see values."""
+    """Return whether make_fx, FakeTensorMode or functionalization is active; other dispatch modes see values."""
     return _dispatch_modes() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None
         for key in torch._C._TorchDispatchModeKey.__members__.values()

@@ -95,7 +95,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def gradients(
     loss: Callable[..., Tensor], *inputs: Tensor, wrt: Sequence[int], dtype: torch.dtype | None = None
 ) -> Callable[[], Any]:
-    """The gradients of a loss, of ``dtype`` if it is not of its first input's."""
+    """Return the gradients of a loss, of ``dtype`` if it is not of its first input's."""
     leaves = [t.detach().requires_grad_(i in wrt) for i, t in enumerate(inputs)]
     grad = torch.ones((), dtype=inputs[0].dtype if dtype is None else dtype)
     return lambda: torch.autograd.grad(loss(*leaves), [leaves[i] for i in wrt], grad)

@@ -61,7 +61,7 @@ def stacked_call(
 
 
 def _options(op: str, rate: float | Tensor) -> Any:
-    """Options that leave out no part of an update."""
+    """Return options that leave out no part of an update."""
     if op == "sgd":
         return SGDOptions(rate, 0.9, 0, 0.1, False, False)
     return AdamOptions(rate, 0.9, 0.999, 1e-8, 0.1, True, False)
@@ -125,7 +125,7 @@ def step_job(
     per_element: int,
     launches: int,
 ) -> Job:
-    """A step over tensors of many sizes; ``per_element`` counts the bytes that must move for each parameter."""
+    """Return a step over tensors of many sizes; ``per_element`` counts the bytes that must move for each parameter."""
     shapes = [(1 << 16,), (300, 41), (1000,)] + [(64,)] * 20
     count = sum(map(math.prod, shapes))
     steps = _steps(shapes, ours, theirs, options)
@@ -143,7 +143,7 @@ def stacked_job(
     launches: int,
     **shared: Any,
 ) -> Job:
-    """A step of a batch of models, each at its own rate; beside it the plain step of the stack at one rate.
+    """Return a step of a batch of models, each at its own rate, beside the plain step of the stack at one rate.
 
     Args:
         shape: of the stack; its first dimension counts the models.

@@ -85,7 +85,7 @@ class Predicted:
     bytes: int
 
     def resident(self, gpu: Gpu) -> int:
-        """How many programs fit an SM."""
+        """Return how many programs fit an SM."""
         row = self.kernel
         # Registers are given to warps by 256, and each quarter of an SM has its own.
         of_warp = max(256, -(-row.registers * 32 // 256) * 256)
@@ -97,7 +97,7 @@ class Predicted:
         )
 
     def in_flight(self) -> int:
-        """Bytes that a program has asked for at once: what its widest loads bring, if there is room for it."""
+        """Return the bytes that a program has asked for at once: those of its widest loads, if there is room."""
         row = self.kernel
         if "tensor" in row.loads:  # copies of whole tiles, which fill its shared memory
             return row.shared
@@ -109,11 +109,11 @@ class Predicted:
         return -(-self.programs // (gpu.sms * self.resident(gpu)))
 
     def at_once(self, gpu: Gpu) -> int:
-        """Bytes that all resident programs have in flight."""
+        """Return the bytes that all resident programs have in flight."""
         return min(self.programs, gpu.sms * self.resident(gpu)) * self.in_flight()
 
     def seconds(self, gpu: Gpu, passes: int = 1) -> float:
-        """What the launch takes, whose programs go through their bytes so often: from memory once, then the cache."""
+        """Return what the launch takes; its programs read their bytes so often: from memory once, then the cache."""
 
         def once(latency: float, most: float) -> float:
             rate = min(self.at_once(gpu) / latency, most)
@@ -122,7 +122,7 @@ class Predicted:
         return once(gpu.latency, gpu.copy_rate) + (passes - 1) * once(gpu.cache_latency, gpu.cache_rate)
 
     def is_bound_by_latency(self, gpu: Gpu) -> bool:
-        """Whether a pass takes longer than its bytes do at the copy rate."""
+        """Return whether a pass takes longer than its bytes do at the copy rate."""
         return self.seconds(gpu) > 1.001 * self.bytes / gpu.copy_rate
 
 
@@ -138,16 +138,16 @@ class Prediction:
     launches: list[Predicted]
 
     def arithmetic(self, gpu: Gpu) -> float:
-        """Seconds of arithmetic."""
+        """Return the seconds of arithmetic."""
         matrix = any(launch.kernel.matrix for launch in self.launches)
         return self.flops / (gpu.matrix_flops if matrix else gpu.vector_flops)[self.itemsize]
 
     def memory(self, gpu: Gpu) -> float:
-        """Seconds of loads and stores."""
+        """Return the seconds of loads and stores."""
         return sum(launch.seconds(gpu, self.passes) for launch in self.launches)
 
     def cells(self, gpu: Gpu) -> list[str]:
-        """Its row of the table; programs, waves and bytes in flight are those of the longest launch."""
+        """Return its row of the table; programs, waves and bytes in flight are those of the longest launch."""
         longest = max(self.launches, key=lambda launch: launch.seconds(gpu, self.passes))
         resident = longest.resident(gpu)
         on_each = min(resident, -(-longest.programs // gpu.sms))
@@ -190,7 +190,7 @@ def prepare(gpu: Gpu) -> None:
 
 
 def predict(case: Case) -> Prediction:
-    """The launches of a case; ``prepare`` comes first."""
+    """Return the launches of a case; ``prepare`` comes first."""
     from gradkernels import backends
     from gradkernels.explain import moved
     from gradkernels.triton.launch import recorded_by

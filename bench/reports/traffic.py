@@ -40,7 +40,7 @@ class Count:
 
     @property
     def passed(self) -> bool:
-        """True if the count is within all limits of its job."""
+        """Return whether the count is within all limits of its job."""
         return (
             (self.job.limit is None or self.ratio <= self.job.limit)
             and self.distinct / self.job.minimum <= self.job.distinct_limit

@@ -32,7 +32,7 @@ class Found(NamedTuple):
     second: list[float]
 
     def ratios(self) -> dict[str, float]:
-        """How many times faster than torch in the median and in total; the same of torch against itself."""
+        """Return how many times faster than torch in the median and in total; the same of torch against itself."""
         torchs = self.first + self.second
         return {
             "median": _median(torchs) / _median(self.ours),
@@ -42,7 +42,7 @@ class Found(NamedTuple):
         }
 
     def slower(self) -> bool:
-        """Whether ours is below FLOOR in the median or in total, beyond what torch varies against itself."""
+        """Return whether ours is below FLOOR in the median or in total, beyond what torch varies against itself."""
         found = self.ratios()
         return any(
             found[kind] < FLOOR * min(found[f"{kind}_self"], 1 / found[f"{kind}_self"])
@@ -56,7 +56,7 @@ def _median(values: Sequence[float]) -> float:
 
 @contextlib.contextmanager
 def spinning(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes that never rest."""
+    """Keep so many processes busy inside the block."""
     spinners = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(processes)]
     try:
         yield spinners
@@ -67,12 +67,12 @@ def spinning(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def interleaved(ours: Call, plain: Call, seconds: float, rounds: int = 5) -> Found:
-    """Ours and torch's in turns, for about so long and at least so many rounds of two calls each."""
+    """Time ours and torch's in turns, for about so long and at least so many rounds of two calls each."""
     found = Found([], [], [])
     turns = ((ours, found.ours), (plain, found.first), (ours, found.ours), (plain, found.second))
     ours()

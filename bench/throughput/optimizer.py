@@ -151,7 +151,7 @@ def step_case(
 
 
 def is_stack(shape: tuple[int, ...]) -> bool:
-    """Whether a shape stands for a batch of short models and not for a list of tensors."""
+    """Return whether a shape stands for a batch of short models and not for a list of tensors."""
     return shape[0] > 1 and shape[1] < SHORT
 
 

@@ -70,7 +70,7 @@ def ratio(record: dict[str, Any], baseline: str, key: str = "call") -> float | N
 
 
 def is_tie(ratio: float) -> bool:
-    """True if the ratio is 1.00 to the two decimals that are printed."""
+    """Return whether the ratio is 1.00 to the two decimals that are printed."""
     return abs(ratio - 1) < TIED
 
 

@@ -15,7 +15,7 @@ KIND = "gradkernels linear model 1"  # of the files that predict understands
 
 
 def in_units(weight: np.ndarray, bias: np.ndarray, scaling: dict) -> tuple[np.ndarray, np.ndarray]:
-    """The coefficients (K, D) and intercepts (K,) for features and targets that are not standardised."""
+    """Return the coefficients (K, D) and intercepts (K,) for features and targets that are not standardised."""
     mean, scale, target_mean, target_scale = (
         np.array(scaling[f"{part}_{what}"]) for part in ("feature", "target") for what in ("mean", "scale")
     )
@@ -26,7 +26,7 @@ def in_units(weight: np.ndarray, bias: np.ndarray, scaling: dict) -> tuple[np.nd
 def save(
     path: Path, coefficients: np.ndarray, intercepts: np.ndarray, data: dict, settings: Settings
 ) -> None:
-    """Tensors, numbers and texts only: ``torch.load(path, weights_only=True)`` reads it."""
+    """Save tensors, numbers and texts only: ``torch.load(path, weights_only=True)`` reads it."""
     kept = {name: data[name] for name in ("features", "targets", "encoding", "dates")}
     model = {
         "kind": KIND,
@@ -51,7 +51,7 @@ def load(path: Path) -> dict:
 
 
 def predict(model: dict, path: Path, console: Console) -> tuple[pd.DataFrame, list[str]]:
-    """A prediction per row and target, in the targets' units, and what there is to say about them.
+    """Return a prediction per row and target, in the targets' units, and what there is to say about them.
 
     A missing value is filled in as in training (``--missing mean``), or leaves its row without a prediction.
     A category that training did not see counts as the baseline.

@@ -37,7 +37,7 @@ class Data:
 
 
 def load(settings: Settings, console: Console) -> Data:
-    """The table that the settings name, prepared as they say."""
+    """Return the table that the settings name, prepared as they say."""
     if settings.data is None:
         name, frame, digest = "diabetes", *diabetes()
         columns, decimal, notes = list(frame), ".", []
@@ -74,7 +74,7 @@ def diabetes() -> tuple[pd.DataFrame, str]:
 
 
 def choose(settings: Settings, columns: list[str], table: str, target: str) -> tuple[list[str], list[str]]:
-    """The target and the feature columns."""
+    """Return the target and the feature columns."""
     targets = names_in(target, columns, table)
     if len(set(targets)) < len(targets):
         raise InputError(f"--target names a column twice: {target}")
@@ -90,7 +90,7 @@ def choose(settings: Settings, columns: list[str], table: str, target: str) -> t
 
 
 def headless(columns: list[str], settings: Settings) -> list[str]:
-    """A hint if the first line holds numbers where names are expected."""
+    """Return a hint if the first line holds numbers where names are expected."""
     if settings.header == "no" or pd.to_numeric(pd.Series(columns), errors="coerce").isna().any():
         return []
     start = ", ".join(columns[:3])
@@ -161,7 +161,7 @@ class Table:
             )
 
     def check_text(self, column: str, values: pd.Series) -> None:
-        """A column of texts is numbers after all, a category, dates, or refused."""
+        """Find out whether a column of texts is numbers after all, a category, dates, or refused."""
         present = int(values.notna().sum())
         words = values.cat.categories
         if column in self.forced and column not in self.targets:
@@ -302,7 +302,7 @@ class Table:
 
 
 def chosen(column: pd.Series, rows: np.ndarray) -> pd.Series:
-    """These rows of a column; of a category, the words that they hold."""
+    """Return these rows of a column; of a category, the words that they hold."""
     column = column[rows]
     return column.cat.remove_unused_categories() if isinstance(column.dtype, pd.CategoricalDtype) else column
 
@@ -349,7 +349,7 @@ def blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def numbers_in(words: pd.Index, decimal: str) -> np.ndarray:
-    """The finite numbers that the words write; NaN for other words."""
+    """Return the finite numbers that the words write; NaN for other words."""
     texts = pd.Series(words, dtype=object)
     if decimal != ".":
         texts = texts.str.replace(".", "no number", regex=False).str.replace(decimal, ".", regex=False)
@@ -358,7 +358,7 @@ def numbers_in(words: pd.Index, decimal: str) -> np.ndarray:
 
 
 def date_formats(words: pd.Index) -> list[str]:
-    """The formats that all of the words have; two where the day and the month cannot be told apart."""
+    """Return the formats that all of the words have; two where the day and the month cannot be told apart."""
     sample = pd.Series(words, dtype=object)
     if not sample.str.fullmatch(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}([T ].*)?").all():
         return []
@@ -371,12 +371,12 @@ def parse_dates(words: pd.Series, form: str) -> pd.Series:
 
 
 def date_parts(column: str) -> list[str]:
-    """The columns that one of dates is expanded to."""
+    """Return the columns that one of dates is expanded to."""
     return [f"{column} ({part})" for part in ("days", "month", "weekday")]
 
 
 def expand_dates(frame: pd.DataFrame, dates: dict[str, str]) -> pd.DataFrame:
-    """Each column of dates as days since 1970, the month and the weekday, in its place."""
+    """Put days since 1970, the month and the weekday in the place of each column of dates."""
     parts: dict[str, object] = {}
     for name in list(frame):
         column = frame.pop(name)

@@ -46,7 +46,7 @@ class Dialect:
 
 @contextmanager
 def _refusing(path: Path, encoding: str) -> Iterator[None]:
-    """What pandas says about a file, in one line for whoever made the file."""
+    """Say in one line what pandas says about a file, for whoever made the file."""
     try:
         yield
     except OSError as error:
@@ -77,7 +77,7 @@ def sha256(path: Path) -> str:
 
 
 def find_dialect(path: Path, settings: Settings) -> Dialect:
-    """What the settings leave open, from the first lines of the file."""
+    """Find what the settings leave open in the first lines of the file."""
     with _refusing(path, ""), path.open("rb") as file:
         start = file.read(1 << 16)
     encoding = settings.encoding or next(
@@ -91,7 +91,7 @@ def find_dialect(path: Path, settings: Settings) -> Dialect:
         return pd.read_csv(path, **options, keep_default_na=False, skipinitialspace=True)
 
     def fit(delimiter: str) -> tuple[int, int]:
-        """The number of columns if no line has more cells than the first, else 0; the first line's cells."""
+        """Return the number of columns if no line has more cells than the first, else 0; the first line's cells."""
         cells = first_lines(delimiter, 1).shape[1]
         try:
             return first_lines(delimiter).shape[1] * (cells > 1), cells
@@ -137,7 +137,7 @@ def _is_number(column: pd.Series) -> bool:
 def read_columns(
     path: Path, dialect: Dialect, wanted: list[str], as_text: Collection[str], console: Console
 ) -> pd.DataFrame:
-    """The wanted columns: float64 where every cell is a number or missing, else the cells' texts as categories.
+    """Read the wanted columns: float64 where every cell is a number or missing, else the cells' texts as categories.
 
     The file is parsed in pieces of which the columns are kept apart: the whole is in memory once. A column that
     turns out to hold texts half way begins anew as texts ("007" must not have been 7 before).

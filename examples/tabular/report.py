@@ -25,7 +25,7 @@ POINTS = 1000  # in a scatter plot
 
 
 def least_squares(data: Data) -> np.ndarray:
-    """The weights (K, D) with the smallest squared error on the training rows, in closed form.
+    """Return the weights (K, D) with the smallest squared error on the training rows, in closed form.
 
     Where several have it, as of columns that add up to another, the smallest of them.
 
@@ -51,7 +51,7 @@ def by_weights(weight: np.ndarray) -> Predictor:
 
 
 def r2(prediction: np.ndarray, target: np.ndarray) -> float | None:
-    """The share of the variance explained, averaged over the outputs; None where there is no variance."""
+    """Return the share of the variance explained, averaged over the outputs; None where there is no variance."""
     spread = ((target - target.mean(axis=0)) ** 2).sum(axis=0)
     if (spread == 0).any():
         return None
@@ -83,7 +83,7 @@ def print_coefficients(
     best: tuple[np.ndarray, np.ndarray],
     console: Console,
 ) -> None:
-    """In the table's own units: what a target gains by one unit of a feature, or by a category over its baseline.
+    """Print, in the table's own units, what a target gains by one unit of a feature, or a category over its baseline.
 
     ``effects`` are the weights for standardised columns, by which the features are ordered.
     """
@@ -102,7 +102,7 @@ def print_coefficients(
 def plot(
     path: Path, title: str, data: Data, ours: Training, plain: Training, best: np.ndarray, loss: float
 ) -> None:
-    """The losses, the predictions against the truth, the residuals and the coefficients."""
+    """Plot the losses, the predictions against the truth, the residuals and the coefficients."""
     figure, ((losses, truth), (residuals, coefficients)) = pyplot.subplots(
         2, 2, figsize=(13, 9), layout="constrained"
     )
@@ -165,7 +165,7 @@ def plot_predictions(truth: Axes, residuals: Axes, data: Data, ours: Training) -
 
 
 def plot_coefficients(axes: Axes, data: Data, weight: np.ndarray, best: np.ndarray) -> None:
-    """The strongest, each by what one standard deviation of its feature does."""
+    """Plot the strongest, each by what one standard deviation of its feature does."""
     features, targets = data.description["features"], data.description["targets"]
     order = np.argsort(-np.abs(weight).max(axis=0), kind="stable")[:BARS][::-1]
     places = np.arange(len(order))

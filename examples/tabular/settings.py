@@ -43,12 +43,12 @@ class Settings:
         return [int(epoch) for epoch in self.restarts.split(",")] if self.restarts else []
 
     def reading(self) -> dict[str, str | None]:
-        """What the next file of the same kind is read with."""
+        """Return what the next file of the same kind is read with."""
         return {name: getattr(self, name) for name in ("delimiter", "decimal", "encoding", "header", "na")}
 
 
 def names_in(text: str, columns: list[str], table: str) -> list[str]:
-    """The columns that a comma-separated option names; a name may hold a comma itself."""
+    """Return the columns that a comma-separated option names; a name may hold a comma itself."""
     names = [text] if text in columns else [part.strip() for part in text.split(",")]
     if unknown := [name for name in names if name not in columns]:
         raise InputError(f"{table} has no column {unknown[0]!r}; its columns are {', '.join(columns)}")

@@ -50,7 +50,7 @@ class Training:
         self.seconds = 0.0
 
     def cosine(self, epoch: int) -> float:
-        """From 1 to a thousandth between one restart and the next."""
+        """Return a factor that falls from 1 to a thousandth between one restart and the next."""
         ends = [0, *self.settings.restarts_at(), self.settings.epochs]
         start = max(end for end in ends[:-1] if end <= epoch)
         end = min((end for end in ends if end > epoch), default=epoch + 1)
@@ -133,7 +133,7 @@ class Training:
                 group["lr"] = self.settings.lr * self.cosine(len(self.history))
 
     def identity(self) -> str:
-        """A short hash of the weights' bits."""
+        """Return a short hash of the weights' bits."""
         parts = [parameter.detach().cpu().numpy().tobytes() for parameter in self.model.parameters()]
         return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 

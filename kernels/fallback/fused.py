@@ -49,7 +49,7 @@ def adam(
     scale: Tensor | None = None,
     skip: bool | Tensor | None = None,
 ) -> None:
-    """As ``sgd``, with the states ``exp_avg``, ``exp_avg_sq``, ``step``, which counts this update, and perhaps
+    """Update like ``sgd``; the states are ``exp_avg``, ``exp_avg_sq``, ``step``, which counts this update, and perhaps
     ``max_exp_avg_sq``."""
     update = torch._fused_adamw_ if options.decoupled else torch._fused_adam_
     update(

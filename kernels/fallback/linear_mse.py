@@ -17,7 +17,7 @@ def linear_mse_forward(
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
+    """Return the loss, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse.py."""
     wide = acc_dtype(input, weight, target, bias, sample_weight)
     # Each product over all rows: if a block went through both, threads would be waited for twice a block.
     residual = matmul_forward(input, weight.mT, bias, [], torch.promote_types(input.dtype, dtype))
@@ -46,7 +46,7 @@ def linear_mse_forward(
 def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
-    """``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
+    """Return ``g factor E W`` and ``-g factor E``; see kernels/triton/linear_mse.py."""
     scaled = error * (grad_output.to(acc_dtype(error)) * factor)
     results = [scaled.to(weight.dtype) @ weight] if output_mask[0] else []
     return [*results, scaled.neg_().to(error.dtype).contiguous()] if output_mask[1] else results

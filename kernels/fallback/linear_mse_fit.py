@@ -20,7 +20,7 @@ def linear_mse_fit_rounds(
     losses: Tensor,
     update: Update,
 ) -> bool:
-    """``len(losses)`` rounds of errors, losses, gradients and updates.
+    """Run ``len(losses)`` rounds of errors, losses, gradients and updates.
 
     The data are transposed once, so that the small products of a round run along contiguous rows of N numbers, and
     have a feature of ones, whose weight is the bias.
@@ -104,7 +104,7 @@ def _join(parts: list[Tensor], whole: Tensor) -> None:
 
 
 def _split(whole: Tensor, parts: list[Tensor]) -> None:
-    """The way back."""
+    """Undo ``_join``."""
     for place, part in zip(_places(whole, parts), parts, strict=True):
         part.copy_(place)
 
@@ -114,7 +114,7 @@ def _places(whole: Tensor, parts: list[Tensor]) -> list[Tensor]:
 
 
 def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:
-    """``error = w x - y``; x may be one for all."""
+    """Write ``error = w x - y``; all models may share x."""
     if len(x) == len(w):
         torch.baddbmm(minus_y.expand_as(error), w, x, out=error)
     else:
@@ -123,7 +123,7 @@ def _predict(w: Tensor, x: Tensor, minus_y: Tensor, error: Tensor) -> None:
 
 
 def _contract(error: Tensor, x: Tensor, products: Tensor, sums: Tensor) -> None:
-    """``sums = error x^T``; products: memory for those of the rows' parts, of which a single one is the sum."""
+    """Write ``sums = error x^T``; ``products`` holds those of the rows' parts, of which a single one is the sum."""
     for rows, product in zip(parts_of(x.shape[2]), products, strict=True):
         _product(error[..., rows], x[..., rows], product)
     if len(products) > 1:

@@ -41,16 +41,16 @@ class Tiles(NamedTuple):
     offsets: Tensor
 
     def cut(self, rows: Tensor) -> Tensor:
-        """``(R, K)`` as ``(tiles, T, K)``, with 0 in unused places."""
+        """Return ``(R, K)`` as ``(tiles, T, K)``, with 0 in unused places."""
         return self.cleared(rows.index_select(0, self.row.flatten()).unflatten(0, self.row.shape))
 
     def cleared(self, values: Tensor) -> Tensor:
-        """``(tiles, T, K)`` itself, with 0 in unused places."""
+        """Return ``(tiles, T, K)`` itself, with 0 in unused places."""
         _clear(values.flatten(0, 1), self.unused)
         return values
 
     def join(self, values: Tensor, rows: int) -> Tensor:
-        """``(tiles, T, K)`` as ``(R, K)``, with 0 in rows of no model."""
+        """Return ``(tiles, T, K)`` as ``(R, K)``, with 0 in rows of no model."""
         each = torch.arange(rows, device=values.device)
         # The last model that starts here or before, as an empty one may start where the next does.
         last = torch.searchsorted(self.start, each, right=True) - 1
@@ -61,19 +61,19 @@ class Tiles(NamedTuple):
         return _clear(values, _places((last < 0) | (each >= (self.start + self.length)[owner])))
 
     def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(tiles, T, K)``: rows ``(tiles, T, D)`` times their models (B, K, D)."""
+        """Return ``(tiles, T, K)``: rows ``(tiles, T, D)`` times their models (B, K, D)."""
         return _products(values, models[self.model], dtype)
 
     def contract(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(B, K, D)``: products of ``(tiles, T, K)`` and ``(tiles, T, D)`` summed over the rows of each model."""
+        """Return ``(B, K, D)``: products of ``(tiles, T, K)`` and ``(tiles, T, D)``, summed over each model's rows."""
         return self._added(matmul_forward(left.mT, right, None, [], dtype).to(acc_dtype(left)))
 
     def sums(self, values: Tensor) -> Tensor:
-        """``(B, K)``: ``(tiles, T, K)`` summed over the rows of each model."""
+        """Return ``(B, K)``: ``(tiles, T, K)`` summed over the rows of each model."""
         return self._added(values.sum(1))
 
     def _added(self, values: Tensor) -> Tensor:
-        """``(tiles, ...)`` summed over the tiles of each model, in order."""
+        """Sum ``(tiles, ...)`` over the tiles of each model, in order."""
         if values.device.type != "mps":
             return _segments(values, self.offsets)
         return values.new_zeros((len(self.start), *values.shape[1:])).index_add_(0, self.model, values)
@@ -100,21 +100,21 @@ class Rows(NamedTuple):
     pieces: tuple[Tensor, Tensor] | None
 
     def cut(self, rows: Tensor) -> Tensor:
-        """``(R, K)`` as ``(n, 1, K)``, without rows of no model."""
+        """Return ``(R, K)`` as ``(n, 1, K)``, without rows of no model."""
         return (rows if self.row is None else rows.index_select(0, self.row)).unsqueeze(1)
 
     def cleared(self, values: Tensor) -> Tensor:
         return values
 
     def join(self, values: Tensor, rows: int) -> Tensor:
-        """``(n, 1, K)`` as ``(R, K)``, with 0 in rows of no model."""
+        """Return ``(n, 1, K)`` as ``(R, K)``, with 0 in rows of no model."""
         values = values.squeeze(1)
         if self.row is None:
             return values
         return values.new_zeros(rows, values.shape[1]).index_copy_(0, self.row, values)
 
     def predict(self, values: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(n, 1, K)``: rows ``(n, 1, D)`` times their models (B, K, D), where K or D is 1."""
+        """Return ``(n, 1, K)``: rows ``(n, 1, D)`` times their models (B, K, D), where K or D is 1."""
         models, values = models.flatten(1).to(acc_dtype(values, models)), values.squeeze(1)
         if values.shape[1] == 1:
             return models.index_select(0, self.model).mul_(values).unsqueeze(1).to(dtype)
@@ -132,7 +132,7 @@ class Rows(NamedTuple):
         return result.unsqueeze(1).to(dtype)
 
     def contract(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        """``(B, K, D)``: products of ``(n, 1, K)`` and ``(n, 1, D)`` summed over each model's rows; K or D is 1."""
+        """Return ``(B, K, D)``: products of ``(n, 1, K)`` and ``(n, 1, D)``, each model's rows added; K or D is 1."""
         acc = acc_dtype(left, right)
         left, right = left.to(acc), right.to(acc)
         wide, factor = (right, left) if left.shape[2] == 1 else (left, right)
@@ -148,29 +148,29 @@ class Rows(NamedTuple):
         return sums.view(-1, left.shape[2], right.shape[2]).to(dtype)
 
     def sums(self, values: Tensor) -> Tensor:
-        """``(B, K)``: ``(n, 1, K)`` summed over the rows of each model."""
+        """Return ``(B, K)``: ``(n, 1, K)`` summed over the rows of each model."""
         return _segments(values.squeeze(1).double(), self.edges).to(values.dtype)
 
 
 def _places(mask: Tensor) -> Tensor:
-    """Where a mask holds, as ``_clear`` takes it; elsewhere than on a CPU their number would be waited for."""
+    """Return where a mask holds, as ``_clear`` takes it: on a device, which would wait for their number, the mask."""
     return mask.nonzero().squeeze(1) if mask.is_cpu else mask
 
 
 def _clear(values: Tensor, places: Tensor) -> Tensor:
-    """``values`` (n, K) itself, with 0 in some rows."""
+    """Write 0 into some rows of ``values`` (n, K) and return it."""
     if places.dtype == torch.bool:
         return values.masked_fill_(places.unsqueeze(1), 0)
     return values.index_fill_(0, places, 0)  # a third of the time of a mask that is broadcast
 
 
 def _segments(values: Tensor, offsets: Tensor) -> Tensor:
-    """``(n, ...)`` summed from each offset to the next, in order."""
+    """Sum ``(n, ...)`` from each offset to the next, in order."""
     return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, initial=0)
 
 
 def layout_of(bounds: Tensor, rows: int, K: int, D: int) -> Rows | Tiles | None:
-    """How the rows of models ``(K, D)`` are cut; None where no model has any."""
+    """Return how the rows of models ``(K, D)`` are cut; None where no model has any."""
     models = len(bounds)
     start, end = (side.contiguous() for side in bounds.to(torch.int64).clamp(0, rows).unbind(1))
     length = (end - start).clamp_(min=0)
@@ -194,7 +194,7 @@ def layout_of(bounds: Tensor, rows: int, K: int, D: int) -> Rows | Tiles | None:
 
 
 def _pieces(start: Tensor, length: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Models of ``length`` rows from ``start`` on, in pieces of at most ``size``.
+    """Cut models of ``length`` rows, which begin at ``start``, into pieces of at most ``size``.
 
     Returns:
         The model and the first row of each piece, and ``(B + 1,)`` the number of pieces before each model.
@@ -212,7 +212,7 @@ def _pieces(start: Tensor, length: Tensor, size: int, rows: int) -> tuple[Tensor
 
 
 def _products(rows: Tensor, models: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(*, N, K)``: rows ``(N, D)`` or ``(B, N, D)`` times models ``(B, K, D)``."""
+    """Return ``(*, N, K)``: rows ``(N, D)`` or ``(B, N, D)`` times models ``(B, K, D)``."""
     if rows.dim() == 2:  # one product of all models
         return matmul_forward(models, rows.mT, None, [], dtype).mT
     same = rows.dtype == models.dtype == dtype
@@ -234,7 +234,7 @@ def linear_mse_models_forward(
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The losses, and what is needed of E, grad_weight and grad_bias; see kernels/triton/linear_mse_models.py."""
+    """Return the losses, and what is needed of E, grad_weight, grad_bias; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(input, weight, target, bias, sample_weight)
     K, D = weight.shape[1:]
     rows = len(input)
@@ -311,7 +311,7 @@ def _of_no_rows(
 
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each row times its own model; see kernels/triton/linear_mse_models.py."""
+    """Multiply each row by its own model; see kernels/triton/linear_mse_models.py."""
     layout = layout_of(bounds, len(rows), *models.shape[1:])
     if layout is None:
         return rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
@@ -319,7 +319,7 @@ def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtyp
 
 
 def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sums of products over each model's rows; see kernels/triton/linear_mse_models.py."""
+    """Sum products over each model's rows; see kernels/triton/linear_mse_models.py."""
     acc = acc_dtype(left, right)
     layout = layout_of(bounds, len(left), left.shape[1], right.shape[1])
     if layout is None:

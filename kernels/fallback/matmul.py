@@ -22,7 +22,7 @@ WIDE = 64
 def matmul_forward(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """``(input @ other).sum(sum_dims, keepdim=True) + bias``; see kernels/triton/matmul.py."""
+    """Return ``(input @ other).sum(sum_dims, keepdim=True) + bias``; see kernels/triton/matmul.py."""
     if input.dtype != other.dtype:
         wide = torch.promote_types(input.dtype, other.dtype)
         input, other = input.to(wide), other.to(wide)
@@ -44,7 +44,7 @@ def matmul_forward(
 
 
 def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-    """``(B, N, 1)``: rows (B, N, D) times vectors (B, 1, D)."""
+    """Return ``(B, N, 1)``: rows (B, N, D) times vectors (B, 1, D)."""
     if WIDE <= rows.shape[2] <= rows.stride(1) < 1.5 * rows.shape[2]:
         return torch.bmm(rows, vectors.mT, out=out)
     out = rows.new_empty(*rows.shape[:2], 1) if out is None else out
@@ -52,13 +52,13 @@ def rows_by_vectors(rows: Tensor, vectors: Tensor, out: Tensor | None = None) ->
 
 
 def parts_of(rows: int) -> list[slice]:
-    """At most ROWS each; of no rows, one."""
+    """Cut rows into slices of at most ROWS; no rows are one slice."""
     return [slice(start, start + ROWS) for start in range(0, max(1, rows), ROWS)]
 
 
 def _product(input: Tensor, other: Tensor) -> Tensor:
-    """``input @ other``, of many rows by blocks: torch's product of a matrix and a vector has one thread, that of a
-    batch has all. 16 bits as a whole: parts of a sum would be rounded before they are added."""
+    """Multiply matrices, of many rows by blocks: torch's product of a matrix and a vector has one thread, that of a
+    batch has all. 16 bits are multiplied as a whole: parts of a sum would be rounded before they are added."""
     if input.dim() > 2 and other.dim() == 2 and input.is_contiguous():
         return _product(input.flatten(0, -2), other).view(*input.shape[:-1], other.shape[1])
     if not (input.dim() == other.dim() == 2 and input.is_cpu and input.element_size() > 2):
@@ -79,7 +79,7 @@ def _product(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _is_long_column(input: Tensor, other: Tensor) -> bool:
-    """Whether ``_column`` serves ``input @ other``; never in 16 bits, whose sums are rounded before a bias is added."""
+    """Return whether ``_column`` serves the product; not in 16 bits, whose sums are rounded before a bias is added."""
     (*rows, inner), columns = input.shape, other.shape[1]
     return (
         columns == 1
@@ -91,7 +91,7 @@ def _is_long_column(input: Tensor, other: Tensor) -> bool:
 
 
 def _column(input: Tensor, other: Tensor) -> Tensor:
-    """``input @ other``, ``(N, 1)``."""
+    """Return ``input @ other``, ``(N, 1)``."""
     result = input.new_empty(len(input), 1)
     if input.shape[1] == 1:
         return torch.mul(input, other, out=result)
@@ -104,7 +104,7 @@ def _column(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left."""
+    """Return ``(N, D)`` as ``(blocks, ROWS, D)``, and the rows that are left."""
     whole = len(rows) // ROWS * ROWS
     if rows.shape[1] == 1:  # BLAS takes no column whose strides are both 1
         return rows[:whole, 0].unflatten(0, (-1, 1, ROWS)).mT, rows[whole:]
@@ -112,7 +112,7 @@ def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T right``."""
+    """Return ``left^T right``."""
     if (
         left.shape[1] == 1
         and right.shape[1] >= WIDE
@@ -132,12 +132,12 @@ def _summed_over_rows(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The operand itself, or a wider copy where the result is to be wider than the operands."""
+    """Return the operand itself, or a wider copy where the result is to be wider than the operands."""
     return tensor if tensor.dtype == dtype else tensor.to(torch.promote_types(tensor.dtype, dtype))
 
 
 def _summed_product(input: Tensor, other: Tensor, sum_dims: list[int]) -> Tensor:
-    """The batch dimensions to be summed join the inner dimension: one product instead of a sum of products."""
+    """Join the batch dimensions to be summed to the inner dimension: one product instead of a sum of products."""
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
     kept = [dim for dim in range(len(batch)) if dim not in sum_dims]
     rows, columns = len(batch), len(batch) + 1

@@ -35,7 +35,7 @@ def _reduce(values: Tensor, reduction: str, batch_dims: int) -> Tensor:
 
 
 def _like(values: Tensor, tensor: Tensor) -> Tensor:
-    """``values`` in the dtype and layout of ``torch.empty_like(tensor)``."""
+    """Return ``values`` in the dtype and layout of ``torch.empty_like(tensor)``."""
     result = torch.empty_like(tensor)
     same = values.dtype == result.dtype and values.stride() == result.stride()
     return values if same else result.copy_(values)
@@ -48,7 +48,7 @@ def _broadcast(grad: Tensor, input: Tensor, reduction: str, batch_dims: int) -> 
 
 
 def _blocks(wide: torch.dtype, input: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Tensors that broadcast to input's shape, a block of input's memory at a time; all at once where they are few.
+    """Yield what broadcasts to input's shape, a block of input's memory at a time; all at once where it is little.
 
     Before them scratch memory for a block, the same for all: what is freed may go back to the system each time.
     """
@@ -80,12 +80,12 @@ def _blocks(wide: torch.dtype, input: Tensor, *others: Tensor | None) -> Iterato
 
 
 def _own(index: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
-    """The index of a block in a tensor that broadcasts."""
+    """Return the index of a block in a tensor that broadcasts."""
     return tuple(slice(None) if size == 1 else part for part, size in zip(index, tensor.shape, strict=True))
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether ``_sum_of_squares`` serves them."""
+    """Return whether ``_sum_of_squares`` serves them."""
     return all(
         tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.float64)
         for tensor in tensors
@@ -93,7 +93,7 @@ def _are_plain(*tensors: Tensor) -> bool:
 
 
 def _sum_of_squares(input: Tensor, target: Tensor, kept: Sequence[int] = ()) -> Tensor:
-    """The sums of squared errors of contiguous tensors over all but the leading dimensions ``kept``.
+    """Sum the squared errors of contiguous tensors over all but the leading dimensions ``kept``.
 
     They are squared distances between rows, which take one pass and one parallel region, where torch's own loss writes
     all squares and then reads them. Beside ``kept`` the number of elements of a sum is a multiple of ``_ROW``.
@@ -110,7 +110,7 @@ def _sum_of_squares(input: Tensor, target: Tensor, kept: Sequence[int] = ()) -> 
 
 
 def _mean(total: Tensor, input: Tensor, reduction: str, batch_dims: int = 0) -> Tensor:
-    """``total``, divided by how many elements are in it if that is wanted."""
+    """Return ``total``, divided by how many elements are in it if that is wanted."""
     count = math.prod(input.shape[batch_dims:])
     return total if reduction != "mean" else total.div_(count) if count else total.fill_(math.nan)
 
@@ -120,7 +120,7 @@ def _error(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 
 
 def _common(*tensors: Tensor | None) -> torch.Size:
-    """The shape that tensors broadcast to."""
+    """Return the shape that tensors broadcast to."""
     return torch.broadcast_shapes(*(tensor.shape for tensor in tensors if tensor is not None))
 
 
@@ -154,7 +154,7 @@ class _Sums:
 def _sums_of_squares(
     input: Tensor, target: Tensor, weight: Tensor | None, batch_dims: int, wide: torch.dtype
 ) -> Tensor:
-    """The sums of ``w e^2`` over all but the first ``batch_dims`` dimensions."""
+    """Sum ``w e^2`` over all but the first ``batch_dims`` dimensions."""
     kept = input.shape[:batch_dims]
     if input.numel() == 0:  # 0 times a broadcast weight that is infinite would be nan
         return input.new_zeros(kept, dtype=wide)
@@ -169,7 +169,7 @@ def _sums_of_squares(
 def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
-    """``c * sum(w e^2)``; see kernels/triton/mse.py."""
+    """Return ``c * sum(w e^2)``; see kernels/triton/mse.py."""
     numel, kept = input.numel(), input.shape[:batch_dims]
     if weight is None and input.dtype == target.dtype == dtype:
         whole_rows = not kept or math.prod(input.shape[batch_dims:]) % _ROW == 0
@@ -193,7 +193,7 @@ def mse_forward(
 def _gradients(
     grad: Tensor, tensors: Sequence[Any], output_mask: Sequence[bool], wide: torch.dtype, total: _Sums | None
 ) -> list[Tensor]:
-    """The needed ones of ``2 g w e``, its negative and ``g e^2``; adds ``w e^2`` up to a ``total`` on the way.
+    """Return the needed ones of ``2 g w e``, its negative and ``g e^2``; add ``w e^2`` up to a ``total`` on the way.
 
     ``grad`` and the weight may have dimensions of size 1 where input's are larger.
     """
@@ -235,7 +235,7 @@ def _gradients(
 def _slopes(
     grad: Tensor, input: Tensor, target: Tensor, output_mask: Sequence[bool], reduction: str
 ) -> list[Tensor]:
-    """The needed ones of ``2c g e`` and its negative, by torch's own op: one pass and one parallel region."""
+    """Return the needed ones of ``2c g e`` and its negative, by torch's own op: one pass and one parallel region."""
     first, second = (input, target) if output_mask[0] else (target, input)
     slope = torch.empty_like(first)  # torch would fill it with zeros first
     torch.ops.aten.mse_loss_backward.grad_input(
@@ -253,7 +253,7 @@ def mse_backward(
     batch_dims: int,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    """The gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
+    """Return the gradients ``2c g w e``, its negative, and ``c g e^2``; see kernels/triton/mse.py."""
     if (
         weight is None
         and batch_dims == 0
@@ -285,7 +285,7 @@ def mse_hvp(
     batch_dims: int,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    """The Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
+    """Return the Hessian of ``c * sum(g w e^2)`` times a direction; see kernels/triton/mse.py."""
     primals, tangents = (grad_output, input, target, weight), (d_grad, d_input, d_target, d_weight)
     d_loss, *gradients = hessian_vector_product(primals, tangents, reduction, batch_dims, output_mask)
     results = []
@@ -308,7 +308,7 @@ def hessian_vector_product(
     batch_dims: int,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """``mse_hvp`` in the dtype of accumulation, of input's shape but for the first; torch can differentiate it."""
+    """Return ``mse_hvp`` in the dtype of accumulation, of input's shape but for the first; it is differentiable."""
     acc = acc_dtype(*primals, *tangents)
     input = primals[1]
     g, dg = (
@@ -338,7 +338,7 @@ def hessian_vector_product(
 
 
 def _sum_of(*products: tuple[Tensor | None, ...], like: Tensor) -> Tensor:
-    """The sum of products, without those that lack a factor: as 0, beside an infinite one, they would be nan."""
+    """Sum products, without those that lack a factor: as 0, beside an infinite one, they would be nan."""
     total = None
     for factors in products:
         given = [factor for factor in factors if factor is not None]
@@ -357,7 +357,7 @@ def mse_forward_backward(
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The loss / ``weight_sum`` and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
+    """Return the loss / ``weight_sum`` and the gradients for an upstream gradient of one; see kernels/triton/mse.py."""
     if weight is weight_sum is None and input.dtype == target.dtype == dtype and _are_plain(input, target):
         one = input.new_ones(())
         loss = mse_forward(input, target, None, reduction, 0, dtype)

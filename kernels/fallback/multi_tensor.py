@@ -80,7 +80,7 @@ def _decide_on_host(guard: Guard) -> Decision:
 
 
 def decide_by_tensors(guard: Guard) -> Decision:
-    """``decide`` that reads no value: for devices, tensors without values, and differentiable steps."""
+    """Do what ``decide`` does and read no value: for devices, tensors without values, and differentiable steps."""
     skip: bool | Tensor = False
     scale = guard.grad_scale
     clip: float | Tensor = 1.0
@@ -115,12 +115,12 @@ def raise_steps(steps: list[Tensor], skip: bool | Tensor) -> None:
 
 
 def batch_size(device: torch.device, dtype: torch.dtype) -> int:
-    """Elements of a batch of this dtype."""
+    """Return the elements of a batch of this dtype."""
     return (ON_HOST if device.type == "cpu" else ON_DEVICE) // dtype.itemsize
 
 
 def chunks_of(tensors: list[Tensor], chunks: list[Chunk]) -> list[Tensor]:
-    """The chunks as contiguous views, in memory order; the tensors have no holes."""
+    """Return the chunks as contiguous views, in memory order; the tensors have no holes."""
     return [
         tensor
         if (tensor := tensors[i]).numel() == end - start and tensor.is_contiguous()
@@ -130,7 +130,7 @@ def chunks_of(tensors: list[Tensor], chunks: list[Chunk]) -> list[Tensor]:
 
 
 def cut(tensors: list[Tensor], chosen: Iterable[int], most: int) -> Iterator[list[Chunk]]:
-    """Batches of the chosen tensors, at most ``most`` elements each; long tensors are cut into chunks."""
+    """Yield batches of the chosen tensors, at most ``most`` elements each; long tensors are cut into chunks."""
     batch: list[Chunk] = []
     room = most
     for i in chosen:
@@ -147,7 +147,7 @@ def cut(tensors: list[Tensor], chosen: Iterable[int], most: int) -> Iterator[lis
 
 
 def by_group(bucket: Bucket) -> list[tuple[int, list[int]]]:
-    """(group, indices of its entries), the small tensors of a group apart from its large ones."""
+    """Return (group, indices of its entries), the small tensors of a group apart from its large ones."""
     found = bucket.memory.get("by_group")
     if found is None:
         sorted_out: dict[tuple[int, bool], list[int]] = defaultdict(list)
@@ -184,7 +184,7 @@ def _run(bucket: Bucket, chosen: list[int], decision: Decision, kernel: Kernel, 
 
 
 def is_native(bucket: Bucket) -> bool:
-    """True if all tensors have one dtype and results are rounded to nearest."""
+    """Return whether all tensors have one dtype and results are rounded to nearest."""
     found = bucket.memory.get("native")
     if found is None:
         dtype = bucket.params[0].dtype
@@ -248,7 +248,7 @@ def _follow(masters: list[Tensor], params: list[Tensor]) -> None:
 def _clipped(
     bucket: Bucket, which: tuple[Any, ...], grads: list[Tensor], clip: float | Tensor | None
 ) -> list[Tensor]:
-    """Copies of the gradients times ``clip``, if it is given; the originals stay unchanged.
+    """Return copies of the gradients times ``clip``, if it is given; the originals stay unchanged.
 
     All batches share one scratch tensor, kept from step to step: fresh pages would cost more than the arithmetic.
     """
@@ -304,7 +304,7 @@ class _Copies:
 
 
 def _most(bucket: Bucket, dtype: torch.dtype) -> int:
-    """Elements of a batch whose copies have this dtype."""
+    """Return the elements of a batch whose copies have this dtype."""
     most = batch_size(bucket.params[0].device, dtype)
     if bucket.seed is not None:
         return min(most, RANDOM)
@@ -320,7 +320,7 @@ def picked(tensors: list[Tensor], chosen: list[int]) -> list[Tensor]:
 
 
 def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Tensor]:
-    """Four 16-bit draws for each element of a tensor between two places in memory.
+    """Return four 16-bit draws for each element of a tensor between two places in memory.
 
     Args:
         start, end: the elements' places in memory, counted from the tensor's first.
@@ -331,19 +331,19 @@ def draws(start: int, end: int, seed: int, index: int, step: Tensor) -> list[Ten
 
 
 def tensor_key(seed: int, index: int, step: Tensor) -> Tensor:
-    """What a tensor's random numbers of one step start from."""
+    """Return what a tensor's random numbers of one step start from."""
     return mix(step.long() ^ key_of(seed, index))
 
 
 def draw_words(place: Tensor, key: Tensor) -> list[Tensor]:
-    """Four 16-bit draws for each element: a hash of its place in memory and the key."""
+    """Return four 16-bit draws for each element: a hash of its place in memory and the key."""
     first = mix(mix((place & MASK) ^ key) ^ (place >> 32))
     second = mix(first ^ 0x9E3779B9)
     return [first & 0xFFFF, first >> 16, second & 0xFFFF, second >> 16]
 
 
 def stochastic_bfloat16(value: Tensor, draw: Tensor) -> Tensor:
-    """float32 rounded up or down to bfloat16 with the odds of its distance to either; inf and NaN stay."""
+    """Round float32 up or down to bfloat16 with the odds of its distance to either; inf and NaN stay."""
     bits = (value.view(torch.int32) + draw.int()) & -0x10000
     return torch.where(value.isfinite(), bits.view(torch.float32), value).bfloat16()
 
@@ -386,7 +386,7 @@ def grad_norm(bucket: Bucket, grad_scale: Tensor | None, out: Tensor) -> None:
 
 
 def _norms(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The norms of all rows of ROW elements, and of the rest: over longer rows torch keeps too few running sums."""
+    """Return the norms of rows of ROW elements, and of the rest: of longer rows torch keeps too few running sums."""
     rows, rest = divmod(flat.numel(), ROW)
     if rows:
         yield torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1).to(dtype)

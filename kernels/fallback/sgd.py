@@ -70,7 +70,7 @@ def _update(bucket: Bucket, chosen: list[int], options: SGDOptions, decision: De
 
 
 def _folded(options: SGDOptions, clip: float) -> SGDOptions:
-    """The options with which a step by unclipped gradients equals ``options``' step by clipped ones."""
+    """Return the options with which a step by unclipped gradients equals ``options``' step by clipped ones."""
     decayed = options._replace(weight_decay=float(options.weight_decay) / clip)
     if options.momentum == 0:
         return decayed._replace(lr=float(options.lr) * clip)
@@ -78,18 +78,18 @@ def _folded(options: SGDOptions, clip: float) -> SGDOptions:
 
 
 def _needs_foreach_loop(param: Tensor) -> bool:
-    """Whether torch's loop must serve instead of its fused kernel."""
+    """Return whether torch's loop must serve instead of its fused kernel."""
     return param.is_cpu and param.element_size() == 2
 
 
 def _is_one_addition(bucket: Bucket, options: SGDOptions) -> bool:
-    """Whether torch's loop is one call, which starts no threads for small tensors as its fused kernel does."""
+    """Return whether torch's loop is one call: for small tensors it starts no threads, as its fused kernel does."""
     plain = "momentum_buffer" not in bucket.states and not options.maximize
     return plain and bucket.params[0].is_cpu and float(options.weight_decay) == 0
 
 
 def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions) -> None:
-    """Torch's own loop (``foreach=False``), each operation over all tensors; each one rounds."""
+    """Run torch's own loop (``foreach=False``), each operation over all tensors; each one rounds."""
     decay = float(options.weight_decay)
     if options.maximize:
         grads = torch._foreach_neg(grads)
@@ -107,7 +107,7 @@ def _loop(params: Tensors, grads: Tensors, buffers: Tensors, options: SGDOptions
 
 
 def _step_on_device(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard) -> None:
-    """Steps of which only the device knows whether they are first ones: as those of a stack of one model."""
+    """Step by stacks of one model, where only the device knows which steps are first ones."""
     states = {key: [tensor.unsqueeze(0) for tensor in tensors] for key, tensors in bucket.states.items()}
     params, grads = ([tensor.unsqueeze(0) for tensor in tensors] for tensors in (bucket.params, bucket.grads))
     one = Bucket(params, grads, states, bucket.groups, bucket.indices, bucket.seed, bucket.memory)
@@ -119,5 +119,5 @@ def _step_on_device(bucket: Bucket, options: Sequence[SGDOptions], guard: Guard)
 
 
 def _number(option: float | Tensor) -> float | Tensor:
-    """An option that may be a tensor of one element, of any shape."""
+    """Return an option without dimensions, which may come as a tensor of one element, of any shape."""
     return option.squeeze() if isinstance(option, Tensor) else option

@@ -61,7 +61,7 @@ class Block:
         return matrix[self.rows, self.columns]
 
     def empty(self, like: Tensor) -> Tensor:
-        """A temporary of the block's shape, whose memory the next block uses again."""
+        """Return a temporary of the block's shape, whose memory the next block uses again."""
         place = self._used
         self._used += 1
         if place == len(self._views):
@@ -72,7 +72,7 @@ class Block:
         return self._views[place]
 
     def empty_row(self, like: Tensor) -> Tensor:
-        """A temporary with one value per model."""
+        """Return a temporary with one value per model."""
         return self.empty(like).flatten()[: self.shape[0]]
 
     def begin(self) -> None:
@@ -80,13 +80,13 @@ class Block:
         self._used = 0
 
     def row(self, value: Any) -> Any:
-        """A number as it is; of one value per model those of the block's models."""
+        """Return a number as it is; of one value per model those of the block's models."""
         if isinstance(value, float) or value.dim() == 0 or self._has_all_models:
             return value
         return value[self.rows]
 
     def column(self, values: Any) -> Any:
-        """What ``row`` gave, or was made of it, to stand beside the block."""
+        """Shape what ``row`` gave, or what was made of it, to stand beside the block."""
         if isinstance(values, float) or values.dim() == 0:
             return values
         column = values.unsqueeze(1)
@@ -197,7 +197,7 @@ def _decide(guard: Guard, models: Models) -> Decision | None:
 
 
 def _matrix(tensor: Tensor, models: int) -> Tensor:
-    """The tensor's memory as a row per model; it has no holes, and the models are its outermost dimension."""
+    """View the tensor's memory as a row per model; it has no holes, and the models are its outermost dimension."""
     if tensor.dim() == 2 and tensor.is_contiguous():
         return tensor
     width = tensor.numel() // max(1, models)
@@ -205,7 +205,7 @@ def _matrix(tensor: Tensor, models: int) -> Tensor:
 
 
 def _blocks(bucket: Bucket, i: int, models: int) -> list[Block]:
-    """The blocks of one entry, the largest first; on a CPU those of all entries share their temporaries by size.
+    """Return the blocks of one entry, the largest first; on a CPU all entries share their temporaries by size.
 
     On a device each step makes its own: the allocator there has memory at hand, and lends it to others meanwhile.
     """
@@ -290,7 +290,7 @@ def _update_block(
 
 
 def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | None) -> list[Tensor]:
-    """The random bits of the block's elements, by their places in memory and the updates that their model has made."""
+    """Draw random bits for the block's elements, by their places in memory and the updates of their model."""
     assert step is not None
     assert bucket.seed is not None
     rows, columns = (torch.arange(s.start, s.stop, device=grad.device) for s in (block.rows, block.columns))
@@ -299,7 +299,7 @@ def _draws(bucket: Bucket, i: int, block: Block, grad: Tensor, step: Tensor | No
 
 
 def _takes_fused(bucket: Bucket, i: int, options: Options, rate: Value) -> bool:
-    """Whether torch's fused kernel can do all but multiply by the models' rates."""
+    """Return whether torch's fused kernel can do all but multiply by the models' rates."""
     param = bucket.params[i]
     others = options._replace(lr=0.0)
     if not (is_native(bucket) and param.is_cpu) or any(isinstance(x, Tensor) and x.dim() > 0 for x in others):
@@ -357,7 +357,7 @@ def _fused_update(
 
 
 def _number(value: Any, dtype: torch.dtype) -> Value:
-    """An option as a float; as a tensor of ``dtype`` if it is one per model, or if only the device knows it."""
+    """Return an option as a float; as a tensor of ``dtype`` if it is one per model, or if only the device knows it."""
     if not isinstance(value, Tensor):
         return float(value)
     if value.dim() == 0 and value.is_cpu:
@@ -371,7 +371,7 @@ def _rate(lr: Any, models: Models, dtype: torch.dtype) -> Value:
 
 
 def _add_scaled(block: Block, tensor: Tensor, other: Tensor, factor: Any) -> Tensor:
-    """``tensor + factor * other``, in another tensor unless the factor is 0."""
+    """Return ``tensor + factor * other``, in another tensor unless the factor is 0."""
     if isinstance(factor, float):
         return torch.add(tensor, other, alpha=factor, out=block.empty(tensor)) if factor != 0 else tensor
     return torch.addcmul(tensor, other, factor, out=block.empty(tensor))
@@ -451,7 +451,7 @@ def _adam_rule(bucket: Bucket, i: int, options: AdamOptions, models: Models) -> 
 def _descend(
     block: Block, p: Tensor, m: Tensor, v: Tensor, rate: Value, inverse1: Value, inverse2: Value, eps: float
 ) -> None:
-    """``p -= rate inverse1 m / (sqrt(v inverse2) + eps)``; per model there are two values, each spread once."""
+    """Update ``p -= rate inverse1 m / (sqrt(v inverse2) + eps)``; two values per model are each spread once."""
     root = inverse2.rsqrt_() if isinstance(inverse2, Tensor) else inverse2**-0.5
     move = torch.sqrt(v, out=block.empty(v)).add_(block.column(_product(block, root, float(eps))))
     torch.div(m, move, out=move)
@@ -463,7 +463,7 @@ def _descend(
 
 
 def _product(block: Block, a: Value, b: Value) -> Value:
-    """A number if both are, else a temporary: fresh pages would cost more than the product."""
+    """Multiply: numbers give a number, others a temporary, since fresh pages would cost more than the product."""
     if isinstance(a, float) and isinstance(b, float):
         return a * b
     like = a if isinstance(a, Tensor) else b
@@ -474,7 +474,7 @@ def _product(block: Block, a: Value, b: Value) -> Value:
 def _inverse_corrections(
     block: Block, p: Tensor, made: Tensor, least: float, beta1: Value, beta2: Value
 ) -> tuple[Value, Value]:
-    """``1 / (1 - beta^(made + 1))`` of both betas, a number where all models have the same.
+    """Return ``1 / (1 - beta^(made + 1))`` of both betas, a number where all models have the same.
 
     Args:
         p: of the temporaries' dtype.

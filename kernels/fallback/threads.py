@@ -14,7 +14,7 @@ GRAIN = 1 << 15
 
 
 def is_small(tensor: Tensor) -> bool:
-    """Whether operators on this tensor are best left to one thread."""
+    """Return whether operators on this tensor are best left to one thread."""
     return tensor.is_cpu and tensor.numel() < GRAIN
 
 
@@ -40,7 +40,7 @@ class one_thread:  # noqa: N801  # a generator's context manager takes three tim
 
 
 def _find() -> Callable[[int], object]:
-    """OpenMP's function in the library that torch itself is linked with."""
+    """Find OpenMP's function in the library that torch itself is linked with."""
     try:
         return ctypes.PyDLL(torch._C.__file__).omp_set_num_threads
     except (OSError, AttributeError):

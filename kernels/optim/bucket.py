@@ -122,7 +122,7 @@ class Update(NamedTuple):
     models: Models | None = None
 
     def one_rule(self) -> bool:
-        """Whether weight and bias have the same options and have made as many steps; looks at values on a CPU alone."""
+        """Return whether weight and bias have the same options and step counts; values are looked at on a CPU alone."""
         options, state = self.options[0], self.states[0]
         for others, another in zip(self.options[1:], self.states[1:], strict=True):
             for a, b in zip(options, others, strict=True):
@@ -135,7 +135,7 @@ class Update(NamedTuple):
         return True
 
     def table(self, device: torch.device) -> Tensor:
-        """(parameters, options + 1, models or 1) float64 on the device: the options, then max_norm or -1."""
+        """Return (parameters, options + 1, models or 1) float64 on the device: the options, then max_norm or -1."""
         max_norm = -1.0 if self.guard.max_norm is None else self.guard.max_norm
         shape = len(self.options), len(self.options[0]) + 1, 1 if self.models is None else self.models.B
         table = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -151,12 +151,12 @@ class Update(NamedTuple):
 
 
 def mix(x: Any) -> Any:
-    """A bijection of 32-bit integers that scatters them: xor-shift, multiply, twice. For int, and int64 tensors."""
+    """Scatter 32-bit integers by a bijection: xor-shift, multiply, twice. For int, and int64 tensors."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
     return x ^ (x >> 16)
 
 
 def key_of(seed: int, index: int) -> int:
-    """The 32 bits from which the random numbers of the parameter at ``index`` start."""
+    """Return the 32 bits from which the random numbers of the parameter at ``index`` start."""
     return mix(mix((seed ^ mix(seed >> 32 & MASK)) & MASK) ^ (index & MASK))

@@ -64,7 +64,7 @@ class Part:
     stacked: bool = False
 
     def dense(self, write_grads: bool) -> AbstractContextManager[None]:
-        """Inside the block the tensors of each entry have one layout without holes."""
+        """Give the tensors of each entry one layout without holes inside the block."""
         return DenseCopies(self.bucket, self.copied, write_grads, self.stacked) if self.copied else _AS_IT_IS
 
 
@@ -108,7 +108,7 @@ class Plan:
     def fit(
         self, params: list[Tensor], grads: list[Tensor | None], kinds: list[Any], state: dict[Tensor, Any]
     ) -> list[Tensor] | None:
-        """The local gradients in the plan's order, or None if the plan no longer fits."""
+        """Return the local gradients in the plan's order, or None if the plan no longer fits."""
         if (
             self.delegated
             or kinds != self.kinds
@@ -129,7 +129,7 @@ class Plan:
 
 
 def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]:
-    """One part per device, dtypes, state keys and shards, in the order of first appearance.
+    """Return one part per device, dtypes, state keys and shards, in the order of first appearance.
 
     Parameters of the same memory are updated one after the other, as torch does: in parts of their own. ``models``:
     how many the parameters stack, each with a step; None for plain parameters.
@@ -175,14 +175,14 @@ def partition(entries: Iterable[Entry], models: int | None = None) -> list[Part]
 
 
 def _refuse_devices(entry: Entry) -> NoReturn:
-    """Kernels are given addresses, which say nothing of the device that they are of."""
+    """Refuse tensors of several devices: kernels are given addresses, which do not say of which device they are."""
     tensors = {"grad": entry.grad, **entry.state}
     shown = ", ".join(f"{key} on {value.device}" for key, value in tensors.items())
     raise RuntimeError(f"parameter {entry.position} is on {entry.param.device}, but {shown}")
 
 
 def _refuse_shapes(entry: Entry) -> NoReturn:
-    """Kernels walk through memory from end to end, and would go beyond that of the smaller tensor."""
+    """Refuse unequal shapes: kernels walk through memory from end to end, beyond that of the smaller tensor."""
     shapes = {"grad": entry.grad, **entry.state}
     shown = ", ".join(f"{key} {tuple(value.shape)}" for key, value in shapes.items() if key != "step")
     raise RuntimeError(f"parameter {entry.position} has shape {tuple(entry.param.shape)}, but {shown}")
@@ -202,7 +202,7 @@ def measure_gradients(
     extra: Sequence[tuple[tuple[Any, ...], Tensor]] = (),
     norm_group: Any = None,
 ) -> Tensor:
-    """Rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
+    """Return rows of (sum of squares, count of non-finite), to be added: over all parts, devices and ranks.
 
     Args:
         parts: their buckets hold the gradients.
@@ -244,7 +244,7 @@ def measure_gradients(
 def update_parameters(
     operator: str, parts: Sequence[Part], options: Sequence[Any], guard: Guard, models: Models | None = None
 ) -> None:
-    """One launch per part; ``guard`` holds for all, on whatever device its tensors are."""
+    """Launch once per part; ``guard`` holds for all, on whatever device its tensors are."""
     for part in parts:
         bucket = part.bucket
         local = guard if guard is UNGUARDED else _on(bucket.params[0].device, guard)
@@ -268,7 +268,7 @@ def _on(device: torch.device, guard: Guard) -> Guard:
 
 
 def norm_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of sums of squares on a device."""
+    """Return the dtype of sums of squares on a device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -278,7 +278,7 @@ def norm_table(rows: int, device: torch.device, models: Models | None) -> Tensor
 
 
 def to_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """The tensor on a device; on a CPU its values have arrived, since they are read there at once."""
+    """Return the tensor on a device; on a CPU its values have arrived, since they are read there at once."""
     if tensor is None or tensor.device == device:
         return tensor
     return tensor.to(device, non_blocking=device.type != "cpu")
@@ -298,7 +298,7 @@ def _values(state: dict[Any, Any]) -> list[Any]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; any other tensor as it is."""
+    """Return the part of a DTensor that this rank holds; any other tensor as it is."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -307,7 +307,7 @@ def _local_parts(params: list[Tensor], values: list[Any]) -> list[Any]:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a subclass keeps the values in other tensors (torchao's quantized weights): only torch's ops know how."""
+    """Return whether a subclass keeps values in other tensors (torchao's quantized weights), as torch's ops know."""
     return (
         type(tensor) not in _PLAIN_TYPES
         and is_traceable_wrapper_subclass(tensor)
@@ -316,7 +316,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def local_gradient(grad: Any, param: Any) -> Tensor:
-    """The local part of a gradient, sharded as its parameter is."""
+    """Return the local part of a gradient, sharded as its parameter is."""
     if not hasattr(grad, "_local_tensor"):
         return grad
     if grad.placements != param.placements:
@@ -326,7 +326,7 @@ def local_gradient(grad: Any, param: Any) -> Tensor:
 
 
 def shards_of(param: Any) -> tuple[Any, ...]:
-    """The process groups over which a DTensor is sharded: summing over them counts each element once."""
+    """Return the process groups over which a DTensor is sharded: summing over them counts each element once."""
     if not hasattr(param, "_local_tensor"):
         return ()
     mesh = param.device_mesh
@@ -377,7 +377,7 @@ class DenseCopies(AbstractContextManager[None]):
 
 
 def dense_strides(param: Tensor, stacked: bool = False) -> tuple[int, ...]:
-    """The strides of ``param``; if it has holes or overlaps, those that torch gives a tensor like it.
+    """Return the strides of ``param``; if it has holes or overlaps, those that torch gives a tensor like it.
 
     With ``stacked`` those of a contiguous one, unless the first dimension is the outermost in memory.
     """
@@ -388,7 +388,7 @@ def dense_strides(param: Tensor, stacked: bool = False) -> tuple[int, ...]:
 
 
 def has_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the tensor's memory holds its elements in the order of ``strides``, and not their negatives."""
+    """Return whether the tensor's memory holds its elements in the order of ``strides``, and not their negatives."""
     if tensor.is_neg():
         return False
     return tensor.numel() == 0 or all(
@@ -399,12 +399,12 @@ def has_layout(tensor: Tensor, strides: tuple[int, ...]) -> bool:
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, as those of an expanded tensor do."""
+    """Return whether elements share memory, as those of an expanded tensor do."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def same_layout(param: Tensor, others: Iterable[Tensor], stacked: bool = False) -> bool:
-    """Whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
+    """Return whether a parameter has no holes, the others its strides, and none torch's lazy negative bit."""
     if all(tensor.is_contiguous() and not tensor.is_neg() for tensor in (param, *others)):
         return True
     strides = dense_strides(param, stacked)

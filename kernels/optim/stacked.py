@@ -37,7 +37,7 @@ class StackedStep:
     _checked: list[Any] | None = None  # the options that the last step has checked
 
     def _take_rates(self, shared: Any, **options: Any) -> dict[str, Any]:
-        """The options for torch's constructor, which checks them: of each (B,) tensor the worst element stands for it.
+        """Return the options for torch's constructor, which checks them: the worst element stands for each (B,) tensor.
 
         Args:
             shared: the keyword arguments that all optimizers share.
@@ -117,7 +117,7 @@ class StackedStep:
             raise RuntimeError(f"{label} is on {value.device}, the parameters on {home}")
 
     def _home(self) -> torch.device:
-        """The device of the first parameter, and so of all."""
+        """Return the device of the first parameter, and so of all."""
         devices = (param.device for group in self.param_groups for param in group["params"])
         return next(devices, torch.device("cpu"))
 
@@ -165,7 +165,7 @@ class StackedStep:
 
     @property
     def active(self) -> Tensor | None:
-        """Which models take part in the next steps: a bool tensor (B,), read on the device at each step; None for all.
+        """Return which models take part in the next steps: a bool tensor (B,), read at each step; None for all.
 
         A model that is left out keeps its parameters, state, step and counts; its ``grad_norm`` is nan.
         """
@@ -178,7 +178,7 @@ class StackedStep:
 
     @property
     def lr_scale(self) -> Tensor | None:
-        """Factors (B,) of the models' learning rates, read on the device at each step, or None."""
+        """Return factors (B,) of the models' learning rates, read on the device at each step, or None."""
         return self._lr_scale
 
     @lr_scale.setter
@@ -203,7 +203,7 @@ class StackedStep:
         self._check_vector(name, value)
 
     def _models_of_step(self) -> Models:
-        """What all launches of a step are given; refuses what has changed since construction."""
+        """Return what all launches of a step are given; refuse what has changed since construction."""
         given = [self._active, self._lr_scale]
         for group in self.param_groups:
             given += [group.get("lr"), group.get("weight_decay"), group.get("momentum"), group.get("betas")]
@@ -220,7 +220,7 @@ class StackedStep:
 
 
 def _values(name: str, option: Any) -> list[tuple[str, Any]]:
-    """The values of an option, each with its label."""
+    """Return the values of an option, each with its label."""
     if name == "betas" and option is not None:
         return [(f"betas[{i}]", value) for i, value in enumerate(option)]
     return [(name, option)]
@@ -231,7 +231,7 @@ def _per_model(name: str, option: Any) -> list[bool]:
 
 
 def _worst(name: str, option: Any) -> Any:
-    """The option with a number for each (B,) tensor: an element that torch refuses, if it refuses any."""
+    """Return the option with a number for each (B,) tensor: an element that torch refuses, if it refuses any."""
     if not any(_per_model(name, option)):
         return option
     numbers = []
@@ -247,14 +247,14 @@ def _worst(name: str, option: Any) -> Any:
 
 
 def name_of(group: dict[str, Any], index: int, place: int) -> str:
-    """How an exception calls a parameter: by its name if it has one, with its shape."""
+    """Return how an exception calls a parameter: by its name if it has one, with its shape."""
     names = group.get("param_names")
     name = f"parameter {names[place]!r}" if names else f"parameter {place} of group {index}"
     return f"{name}, shape {tuple(group['params'][place].shape)}"
 
 
 def nonfinite_models(norms: Tensor) -> str:
-    """The first models whose gradients are not finite, in words. Waits for the device."""
+    """Name the first models whose gradients are not finite. It waits for the device."""
     found: list[int] = norms[:, 1].sum(0).nonzero().flatten().tolist()
     if not found:  # a scaler's found_inf may be another optimizer's
         return "none on this rank"
@@ -263,6 +263,6 @@ def nonfinite_models(norms: Tensor) -> str:
 
 
 def spread_step(step: Any, param: Tensor) -> Tensor:
-    """A step (B,) float32 on the parameter's device, from one of its own or from torch.optim's single one."""
+    """Return a step (B,) float32 on the parameter's device, from one of its own or from torch.optim's single one."""
     step = torch.as_tensor(step, dtype=torch.float32, device=param.device).resolve_neg()
     return step.expand(len(param)).clone() if step.dim() == 0 else step.contiguous()

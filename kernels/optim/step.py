@@ -139,30 +139,30 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
     # What each class adds.
 
     def _kind(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The options of the group that decide which tensors take part in the step."""
+        """Return the options of the group that decide which tensors take part in the step."""
         raise NotImplementedError
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        """The state tensors that take part in the update of ``param``; they are made at its first step."""
+        """Return the state tensors that take part in the update of ``param``; they are made at its first step."""
         raise NotImplementedError
 
     def _options(self, group: dict[str, Any]) -> Any:
-        """The group's options as the launcher takes them."""
+        """Return the group's options as the launcher takes them."""
         raise NotImplementedError
 
     def _torch_update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        """Torch's own loop over sparse, complex or differentiable updates."""
+        """Run torch's own loop over sparse, complex or differentiable updates."""
         raise NotImplementedError
 
     def _capturable(self) -> bool:
-        """Whether a CUDA graph may capture the step."""
+        """Return whether a CUDA graph may capture the step."""
         return all(group["capturable"] for group in self.param_groups)
 
     def _has_master(self, param: Tensor) -> bool:
         return self.master_weights and param.dtype in LOW_PRECISION and not is_wrapper(local_part(param))
 
     def _seed_of(self, param: Tensor) -> int | None:
-        """The seed with which the values of ``param`` are rounded, None to round to nearest."""
+        """Return the seed with which the values of ``param`` are rounded, None to round to nearest."""
         if self.stochastic_rounding and param.dtype == torch.float16:
             raise ValueError("stochastic_rounding is for bfloat16 parameters; found one of float16")
         if not self.stochastic_rounding or param.dtype != torch.bfloat16:
@@ -170,7 +170,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         return (self.seed + 2**63) % 2**64 - 2**63  # what an operator's int holds
 
     def _with_master(self, param: Tensor, state: dict[str, Tensor], moments: list[str]) -> dict[str, Tensor]:
-        """The moments; beside a 16-bit parameter that has a master, the master too, and all in float32."""
+        """Return the moments; beside a 16-bit parameter that has a master, the master too, and all in float32."""
         if self._has_master(param):
             for key in moments:
                 state[key] = state[key].to(torch.float32)
@@ -183,7 +183,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Global norm of the last step's gradients, unscaled and not clipped: 0-d, on their device.
+        """Return the global norm of the last step's gradients, unscaled and not clipped: 0-d, on their device.
 
         With ``stacked=True`` (B,): each model's norm, nan for a model that is not active. None before the first step,
         and where neither ``max_norm`` nor ``on_nonfinite`` asks for it.
@@ -196,7 +196,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
 
     @property
     def steps_skipped(self) -> int | Tensor:
-        """How many steps the guard has skipped, or, with ``fused=True``, GradScaler. Reading it waits for the device.
+        """Return how many steps the guard has skipped, or, with ``fused=True``, GradScaler. It waits for the device.
 
         Otherwise GradScaler calls ``step`` only where it found no overflow. With ``stacked=True`` each model has its
         own count: an int64 tensor (B,) on the parameters' device, which waits for nothing.
@@ -233,7 +233,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         return self._step(*args, **kwargs)
 
     def _has_step_hooks(self) -> bool:
-        """Whether something runs before or after each step."""
+        """Return whether something runs before or after each step."""
         return bool(
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -372,7 +372,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         return True
 
     def _step_by_operators(self, compiling: bool) -> bool:
-        """The step as one operator per group and dtype: for graphs, and for tensors that hold no values.
+        """Make the step by one operator per group and dtype: for graphs, and for tensors that hold no values.
 
         Returns:
             Whether the operators could serve; if not, nothing was done. A process group cannot be captured, nor
@@ -497,7 +497,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             self._step_by_torch(plan, guard._replace(skipped=None) if plan.parts else guard)
 
     def _scaler_tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """GradScaler's scale and found_inf, if it has set them, with a lazy negative bit carried out in memory."""
+        """Return GradScaler's scale and found_inf, if it has set them, with a lazy negative bit resolved."""
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return (
             scale if scale is None else scale.resolve_neg(),
@@ -516,7 +516,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             self._norms = self._row.copy_(norms.sum(0, keepdim=True))
 
     def _guard_of_rounds(self, device: torch.device) -> Guard:
-        """The guard of many steps in one launch, which writes the last one's norm, and adds to the count."""
+        """Return the guard of many steps in one launch, which writes the last one's norm, and adds to the count."""
         if not self._measures():
             return UNGUARDED
         if capturing():
@@ -533,14 +533,14 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         )
 
     def _lasting_norms(self, device: torch.device) -> Tensor:
-        """The tensor that graphs write their measurements to; from then on the eager step does so too."""
+        """Return the tensor that graphs write their measurements to; from then on the eager step does so too."""
         if self._row is None:
             _, shape = self._record_shapes()
             self._norms = self._row = torch.zeros(shape, dtype=norm_dtype(device), device=device)
         return self._row
 
     def _record_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of the counts of skipped steps and of the norms: of one model, or of all."""
+        """Return the shapes of the counts of skipped steps and of the norms: of one model, or of all."""
         return ((1,), (1, 2)) if self._models is None else ((self._models,), (1, 2, self._models))
 
     def _measures(self) -> bool:
@@ -592,7 +592,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
     def _sort(
         self, params: list[Tensor], grads: list[Tensor | None]
     ) -> tuple[list[Entry], list[tuple[int, Tensor]]]:
-        """What launches update, and (group, parameter) of what torch's own loop must."""
+        """Return what launches update, and (group, parameter) of what torch's own loop must."""
         owners = [g for g, group in enumerate(self.param_groups) for _ in group["params"]]
         entries: list[Entry] = []
         delegated: list[tuple[int, Tensor]] = []
@@ -613,7 +613,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         return entries, delegated
 
     def _needs_torch(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> bool:
-        """Whether torch's own loop serves this parameter; ``fused=True`` refuses what torch's refuses."""
+        """Return whether torch's own loop serves this parameter; refuse what torch refuses with ``fused=True``."""
         plain = (
             param.is_floating_point()
             and grad.layout == torch.strided
@@ -637,7 +637,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
             )
 
     def _made(self) -> list[Any]:
-        """For each parameter the options and the names of its states, by which rounds decide what to allocate."""
+        """Return each parameter's options and the names of its states, by which rounds decide what to allocate."""
         return [
             (id(param), self._kind(group), *self.state.get(param, {}))
             for group in self.param_groups
@@ -645,7 +645,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
         ]
 
     def _attempted_capture(self) -> str:
-        """How the refusals of a capture begin; here are those of options."""
+        """Refuse a capture by the optimizer's options; return how the other refusals begin."""
         attempt = f"Attempting CUDA graph capture of step() for an instance of {type(self).__name__} but "
         if not self._capturable():
             raise RuntimeError(attempt + "param_groups' capturable is False.")
@@ -674,7 +674,7 @@ class FusedStep(StackedStep, torch.optim.Optimizer):
 
 
 def _dense_values(param: Tensor) -> Tensor:
-    """The gradient's stored elements, on this rank, as real numbers."""
+    """Return the gradient's stored elements, on this rank, as real numbers."""
     grad = local_gradient(param.grad, param)
     if grad.is_sparse:
         grad = grad.coalesce()._values()
@@ -689,5 +689,5 @@ def _torch_norm(param: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _valueless(params: list[Tensor]) -> bool:
-    """Whether a step over these is traced, or has no values to compute with: fake and meta tensors."""
+    """Return whether a step over these is traced, or has no values to compute with: fake and meta tensors."""
     return operations_are_traced() or any(param.is_meta or isinstance(param, FakeTensor) for param in params)

@@ -36,7 +36,7 @@ def step(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> tuple[np.ndarray, State]:
-    """One step of Adam, or of AdamW: the new parameter and the new state; nothing is written in place.
+    """Make one step of Adam, or of AdamW: return the new parameter and the new state; nothing is written in place.
 
     With ``g`` the gradient, ``p`` the parameter, ``m`` and ``v`` the moments (zero before step ``t = 1``)::
 
@@ -98,5 +98,5 @@ def step(
 
 
 def _correction(beta: float, t: Any) -> Any:
-    """``1 - beta^t`` as ``(1 - beta) (1 + beta + ... + beta^(t-1))``: the difference would lose three digits."""
+    """Return ``1 - beta^t`` as ``(1 - beta) (1 + beta + ... + beta^(t-1))``: the difference would lose three digits."""
     return (1 - beta) * np.sum(beta ** np.arange(t))

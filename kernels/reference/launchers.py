@@ -27,7 +27,7 @@ def _arrays(*tensors: Tensor | None) -> list[Any]:
 
 
 def _tensor(array: Array, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on ``like``'s device and of its dtype, unless another is named."""
+    """Return a tensor on ``like``'s device and of its dtype, unless another is named."""
     values = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64)).reshape(np.shape(array))
     return values.to(like.device, like.dtype if dtype is None else dtype)
 
@@ -46,7 +46,7 @@ def matmul_forward(
 
 
 def _per_element(grad: Any, shape: Sequence[int], reduction: str, batch_dims: int) -> Any:
-    """The gradient of a reduced loss, as that of each element's loss."""
+    """Return the gradient of a reduced loss, as that of each element's loss."""
     if grad is None or reduction == "none":
         return grad
     grad = np.reshape(grad, np.shape(grad) + (1,) * (len(shape) - batch_dims))
@@ -101,7 +101,7 @@ def mse_hvp(
     batch_dims: int,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    """The gradient's derivative along the direction by a complex step: no difference is taken that could cancel."""
+    """Differentiate the gradient along the direction by a complex step: no difference is taken that could cancel."""
     shape = tuple(input.shape)
     shapes = shape, shape, shape, shape if weight is None else tuple(weight.shape)
 
@@ -159,7 +159,7 @@ def linear_mse_forward(
     output_mask: list[bool],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """As a batch of one model."""
+    """Call the launcher of a batch of models with one."""
     x, w, y = (tensor.unsqueeze(0) for tensor in (input, weight, target))
     b, s = (None if tensor is None else tensor.unsqueeze(0) for tensor in (bias, sample_weight))
     results = linear_mse_models_forward(x, w, y, b, s, None, reduction, output_mask, dtype)
@@ -361,7 +361,7 @@ def _step_each_model(
     guard: Guard,
     models: Models,
 ) -> None:
-    """One model after the other, by the step of plain parameters."""
+    """Update one model after the other, by the step of plain parameters."""
     for b in range(models.B):
         if _is_active(models, b):
             norms = None if guard.norms is None else guard.norms[:, :, b]
@@ -375,7 +375,7 @@ def _is_active(models: Models, b: int) -> bool:
 
 
 def _model(bucket: Bucket, b: int) -> Bucket:
-    """The bucket of one model: views into the stacks."""
+    """Return the bucket of one model: views into the stacks."""
     states = {key: [tensor[b] for tensor in tensors] for key, tensors in bucket.states.items()}
     params, grads = ([tensor[b] for tensor in tensors] for tensors in (bucket.params, bucket.grads))
     return Bucket(params, grads, states, bucket.groups, bucket.indices, bucket.seed)

@@ -27,7 +27,7 @@ def forward(
     reduction: str = "mean",
     offsets: ArrayLike | None = None,
 ) -> Array:
-    """The (weighted) squared error of ``input @ weight^T + bias`` against ``target``.
+    """Return the (weighted) squared error of ``input @ weight^T + bias`` against ``target``.
 
     Shapes: target's for ``"none"``, otherwise ``()``.
 
@@ -57,7 +57,7 @@ def backward(
     reduction: str = "mean",
     offsets: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """The gradients of ``sum(grad_output * forward(...))``, by the chain rule through the prediction.
+    """Return the gradients of ``sum(grad_output * forward(...))``, by the chain rule through the prediction.
 
     With ``E = d loss / d prediction``, which for the plain mean is
     ``2 / (N K) * grad_output * (prediction - target)``:
@@ -93,7 +93,7 @@ def backward(
 
 
 def _per_element(sample_weight: ArrayLike | None, weight: ArrayLike, prediction: Array) -> ArrayLike | None:
-    """One weight per element of the prediction, where there is one per sample."""
+    """Return one weight per element of the prediction, where there is one per sample."""
     if np.ndim(weight) < 2 or sample_weight is None or np.shape(sample_weight) != prediction.shape[:-1]:
         return sample_weight
     return np.broadcast_to(np.expand_dims(sample_weight, -1), prediction.shape)

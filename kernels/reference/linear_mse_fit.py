@@ -31,7 +31,7 @@ def fit(
     active: bool = True,
     **options: Any,
 ) -> tuple[Array, list[Array], list[dict[str, Array]]]:
-    """``steps`` rounds over the rows ``(t batch_size + i) % N`` for ``i < batch_size``, or over all rows.
+    """Run ``steps`` rounds over the rows ``(t batch_size + i) % N`` for ``i < batch_size``, or over all rows.
 
     A round is::
 

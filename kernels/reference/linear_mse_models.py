@@ -25,7 +25,7 @@ def forward(
     reduction: str = "mean",
     offsets: ArrayLike | None = None,
 ) -> Array:
-    """The losses ``(B,)``; for ``"none"`` ``(B, N, K)``, or ``(R, K)`` with 0 in rows of no model.
+    """Return the losses ``(B,)``; for ``"none"`` ``(B, N, K)``, or ``(R, K)`` with 0 in rows of no model.
 
     Raises:
         ValueError: the shapes do not fit together, or ``reduction`` is none of the three.
@@ -60,7 +60,7 @@ def backward(
     reduction: str = "mean",
     offsets: ArrayLike | None = None,
 ) -> tuple[Array, Array, Array, Array | None, Array | None]:
-    """The gradients of ``sum(grad_output * forward(...))``; what models share has the sum of their gradients.
+    """Return the gradients of ``sum(grad_output * forward(...))``; what models share has the sum of theirs.
 
     Returns:
         ``(grad_input, grad_weight, grad_target, grad_bias, grad_sample_weight)``, None for what is absent.
@@ -94,7 +94,7 @@ def _of(arrays: list[Any], places: list[Any]) -> list[Any]:
 
 
 def _places(arrays: list[Any], offsets: ArrayLike | None) -> list[list[Any]]:
-    """Where each model's part of each array is: of input, weight, target, bias and sample_weight."""
+    """Return where each model's part of each array is: of input, weight, target, bias and sample_weight."""
     input, weight, target, _, samples = arrays
     B, K, _ = weight.shape
     if offsets is not None:

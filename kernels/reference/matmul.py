@@ -15,7 +15,7 @@ from .precision import Array, sum_to, wide
 
 @np.errstate(all="ignore")
 def forward(input: ArrayLike, other: ArrayLike, bias: ArrayLike | None = None) -> Array:
-    """``input @ other + bias``.
+    """Return ``input @ other + bias``.
 
     Shapes: output ``(*batch, M, N)``, without ``M`` where input is a vector and without ``N`` where other is.
 
@@ -38,7 +38,7 @@ def forward(input: ArrayLike, other: ArrayLike, bias: ArrayLike | None = None) -
 def backward(
     grad_output: ArrayLike, input: ArrayLike, other: ArrayLike, bias: ArrayLike | None = None
 ) -> tuple[Array, Array, Array | None]:
-    """The gradients of ``sum(grad_output * forward(input, other, bias))``.
+    """Return the gradients of ``sum(grad_output * forward(input, other, bias))``.
 
         grad_input = grad_output @ other^T        (summed over the batch dimensions that broadcast input)
         grad_other = input^T @ grad_output        (summed over those that broadcast other)

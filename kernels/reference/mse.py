@@ -29,7 +29,7 @@ def forward(
     reduction: str = "mean",
     dim: Dim = None,
 ) -> Array:
-    """The (weighted) squared error.
+    """Return the (weighted) squared error.
 
     Shapes: input's for ``"none"``, otherwise input's without ``dim``.
 
@@ -58,7 +58,7 @@ def backward(
     reduction: str = "mean",
     dim: Dim = None,
 ) -> tuple[Array, Array, Array | None]:
-    """The gradients of ``sum(grad_output * forward(input, target, weight, reduction, dim))``.
+    """Return the gradients of ``sum(grad_output * forward(input, target, weight, reduction, dim))``.
 
     With ``g = grad_output`` and ``c`` = ``1 / W`` for the mean, otherwise 1:
 
@@ -89,7 +89,7 @@ def backward(
 def _parts(
     input: ArrayLike, target: ArrayLike, weight: ArrayLike | None, reduction: str, dim: Dim
 ) -> tuple[Array, Array, tuple[int, ...]]:
-    """The errors, the weights of each, and the axes that are added up."""
+    """Return the errors, the weights of each, and the axes that are added up."""
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if reduction == "none" and dim is not None:
@@ -109,6 +109,6 @@ def _parts(
 
 
 def _counts(weight: Array, axes: tuple[int, ...]) -> Array:
-    """The weights' sums over ``axes``, which are kept with size 1; NaN where one is 0."""
+    """Return the weights' sums over ``axes``, which are kept with size 1; NaN where one is 0."""
     total = weight.sum(axis=axes, keepdims=True)
     return np.where(total == 0, np.nan, total)

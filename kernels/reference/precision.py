@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 
 
 def wide(values: ArrayLike) -> Array:
-    """The values in float64; in ``np.longdouble`` if they come so, to judge float64 results by, or ``np.complex128``.
+    """Return the values in float64; in ``np.longdouble``, to judge float64 by, or ``np.complex128`` if they come so.
 
     Example:
         >>> wide([1, 2])
@@ -21,7 +21,7 @@ def wide(values: ArrayLike) -> Array:
 
 
 def sum_to(values: Array, shape: tuple[int, ...]) -> Array:
-    """``values`` added up to a shape that broadcasts to theirs: the gradient of the broadcast."""
+    """Add ``values`` up to a shape that broadcasts to theirs: the gradient of the broadcast."""
     values = values.sum(axis=tuple(range(values.ndim - len(shape))))
     repeated = tuple(axis for axis, size in enumerate(shape) if size != values.shape[axis])
     return np.asarray(values.sum(axis=repeated, keepdims=True))

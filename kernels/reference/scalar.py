@@ -93,7 +93,7 @@ def _value(number: Value | Number) -> Value:
 
 
 def _users_first(result: Value) -> list[Value]:
-    """The nodes below ``result``, each before its operands (no recursion: sums make long chains)."""
+    """Return the nodes below ``result``, each before its operands (no recursion: sums make long chains)."""
     order: list[Value] = []
     seen: set[Value] = set()
     stack = [(result, False)]

@@ -30,7 +30,7 @@ def step(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> tuple[np.ndarray, State]:
-    """One step of SGD: the new parameter and the new state; nothing is written in place.
+    """Make one step of SGD: return the new parameter and the new state; nothing is written in place.
 
     With ``g`` the gradient, ``p`` the parameter and ``b`` the momentum buffer::
 

@@ -99,7 +99,7 @@ def _adam_step_kernel(
 
 @triton.jit
 def correction(one_less, exponent):
-    """1 - (1 - one_less)^exponent by squaring, for a whole exponent >= 0: nothing cancels."""
+    """Return 1 - (1 - one_less)^exponent by squaring, for a whole exponent >= 0: nothing cancels."""
     result = tl.full((), 0.0, tl.float64)
     while exponent > 0:
         result = tl.where(exponent & 1 != 0, result + one_less * (1.0 - result), result)
@@ -110,7 +110,7 @@ def correction(one_less, exponent):
 
 @triton.jit
 def _root(x):
-    """Square root, of denormal numbers too, which the hardware's fast root of float32 takes for 0."""
+    """Return the square root, of denormal numbers too, which the hardware's fast root of float32 takes for 0."""
     if x.dtype == tl.float64:
         return tl.sqrt(x)
     return tl.where(x < 1e-30, tl.sqrt(x * 2.0**100) * 2.0**-50, tl.sqrt(x))
@@ -118,7 +118,7 @@ def _root(x):
 
 @triton.jit
 def adam_scalars(lr, beta1, beta2, eps, decay, decoupled, correction1, correction2, ACC: tl.constexpr):
-    """What ``adam_rule`` takes of a step's options, in float64 until each is rounded to ACC."""
+    """Return what ``adam_rule`` takes of a step's options, in float64 until each is rounded to ACC."""
     return (
         (1.0 - tl.where(decoupled, lr * decay, 0.0)).to(ACC),
         tl.where(decoupled, 0.0, decay).to(ACC),
@@ -133,7 +133,7 @@ def adam_scalars(lr, beta1, beta2, eps, decay, decoupled, correction1, correctio
 
 @triton.jit
 def adam_rule(p, g, m, v, w, scalars):
-    """One step of elements: their new p, m, v and w (v without amsgrad); the scalars broadcast against them.
+    """Make one step of elements: return their new p, m, v and w (v without amsgrad); the scalars broadcast.
 
     A function of triton 3.6 may not return None beside tensors.
     """

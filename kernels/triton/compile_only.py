@@ -31,7 +31,7 @@ CHIPS = {
 
 
 def null_driver(target: str, launched: list[str]) -> Any:
-    """A Triton driver that compiles for ``target`` and, instead of launching, appends the kernel's hash."""
+    """Return a Triton driver that compiles for ``target`` and, instead of launching, appends the kernel's hash."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -78,7 +78,7 @@ def null_driver(target: str, launched: list[str]) -> Any:
 
 
 def disassembly(compiled: Any, option: str) -> str:
-    """What ``cuobjdump`` says of a kernel compiled for NVIDIA."""
+    """Return what ``cuobjdump`` says of a kernel compiled for NVIDIA."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -89,7 +89,7 @@ def disassembly(compiled: Any, option: str) -> str:
 
 
 def usage(compiled: Any) -> tuple[int, int]:
-    """Registers per thread of a compiled kernel, and spills: bytes of stack on NVIDIA, registers on AMD."""
+    """Return registers per thread of a compiled kernel, and spills: bytes of stack on NVIDIA, registers on AMD."""
     if compiled.metadata.target.backend == "cuda":
         text = disassembly(compiled, "--dump-resource-usage")
         patterns = (r"REG:(\d+)", r"STACK:(\d+)")
@@ -103,7 +103,7 @@ def usage(compiled: Any) -> tuple[int, int]:
 def update_of(
     operator: str, params: Sequence[Tensor], guarded: bool = False, amsgrad: bool = False
 ) -> Update:
-    """What ``linear_mse_fit`` would hand to its launcher, for stacked parameters without values.
+    """Return what ``linear_mse_fit`` would hand to its launcher, for stacked parameters without values.
 
     SGD has momentum. ``guarded``: clipping, a guard, and models that are not active.
     """

@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """What Triton compiles for on a device; under its interpreter ``Target("interpreter", 0)``."""
+    """Return what Triton compiles for on a device; under its interpreter ``Target("interpreter", 0)``."""
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         return Target("interpreter", 0)
     guard = nullcontext() if device.index is None else getattr(torch, device.type).device(device)
@@ -71,7 +71,7 @@ def target_of(device: torch.device) -> Target:
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """The device's SMs. It may only set how many programs share work whose result does not depend on it."""
+    """Return the device's SMs. It may only set how many programs share work whose result does not depend on it."""
     if not isinstance(triton.language.sum, triton.runtime.JITFunction):
         return 4
     driver = triton.runtime.driver.active
@@ -80,17 +80,17 @@ def num_sms(device: torch.device) -> int:
 
 
 def warp_size(target: Target) -> int:
-    """Threads per warp."""
+    """Return the threads per warp."""
     return 64 if str(target.arch).startswith("gfx9") else 32
 
 
 def warps(target: Target) -> int:
-    """Warps of a program of THREADS threads."""
+    """Return the warps of a program of THREADS threads."""
     return THREADS // warp_size(target)
 
 
 def has_tma(target: Target) -> bool:
-    """True if the chip copies whole tiles, given a tensor descriptor, and has the shared memory for large ones.
+    """Return whether the chip copies whole tiles, given a tensor descriptor, and has shared memory for large ones.
 
     From sm_120 on, as in GeForce cards, it has less than half of sm_90's, and multiplies as sm_80 does.
     """
@@ -98,7 +98,7 @@ def has_tma(target: Target) -> bool:
 
 
 def registers(most: int, target: Target) -> dict[str, int]:
-    """The compiler option that caps registers per thread (NVIDIA only).
+    """Return the compiler option that caps registers per thread (NVIDIA only).
 
     Without it, NVIDIA's assembler may spill registers to fit more programs on an SM.
     """
@@ -106,7 +106,7 @@ def registers(most: int, target: Target) -> dict[str, int]:
 
 
 def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
-    """The ``input_precision`` of a dot product.
+    """Return the ``input_precision`` of a dot product.
 
     Args:
         dtype: of the operands; only float32 has a choice.
@@ -122,7 +122,7 @@ def dot_precision(dtype: torch.dtype, target: Target, setting: str) -> str:
 
 
 def _first(*conditions: tuple[bool, str]) -> str:
-    """The sentence of the first condition that holds; empty if none does."""
+    """Return the sentence of the first condition that holds; empty if none does."""
     return next((sentence for holds, sentence in conditions if holds), "")
 
 
@@ -200,7 +200,7 @@ REDUCE_BLOCK = 1024
 
 
 def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> MatmulConfig:
-    """The tile for one product of an (M, K) by a (K, N) matrix by dot products of ``dtype``."""
+    """Return the tile for one product of an (M, K) by a (K, N) matrix by dot products of ``dtype``."""
     stages = 2 if target.backend == "hip" else 3  # tiles in flight that fit shared memory
     block_m, block_n = 16 if M <= 16 else 64, 16 if N <= 16 else 64
     if dtype == torch.float64:
@@ -214,7 +214,7 @@ def matmul(dtype: torch.dtype, M: int, N: int, K: int, target: Target) -> Matmul
 
 
 def _tma_block_n(M: int, N: int, itemsize: int) -> int:
-    """Columns of a tile that the chip copies: 256 where that takes no longer than 128, by the waves of tiles on SMS.
+    """Return the columns of a tile that the chip copies: 256 where that takes no longer than 128, by waves on SMS.
 
     A wide tile takes as long as two; side by side, two narrow ones read a tenth more.
     """
@@ -224,7 +224,7 @@ def _tma_block_n(M: int, N: int, itemsize: int) -> int:
 
 
 def _large_block_n(dtype: torch.dtype, target: Target) -> int:
-    """Columns of a large tile: half where the parts of a split float32 operand are all held in registers."""
+    """Return the columns of a large tile: half where the parts of a split float32 operand are all in registers."""
     return 64 if target.backend == "cuda" and not has_tma(target) and dtype == torch.float32 else 128
 
 
@@ -236,7 +236,7 @@ def matmul_plan(
     operands: Operands,
     target: Target,
 ) -> Plan:
-    """How ``batches`` products of (M, K) by (K, N) matrices are computed.
+    """Return how ``batches`` products of (M, K) by (K, N) matrices are computed.
 
     Args:
         dtype: the wider of the operands' dtypes and of that of the multiplication.
@@ -311,31 +311,31 @@ def matmul_plan(
 
 
 def splits(tiles: int, steps: int, plan: str) -> int:
-    """Into how many parts a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
+    """Return into how many parts a sum of ``steps`` steps is split, with ``tiles`` programs if it were not."""
     return max(1, min(FULL_GRID // max(tiles, 1), steps // MIN_STEPS_PER_SPLIT[plan]))
 
 
 def matmul_reduce(size: int) -> tuple[int, int]:
-    """The tile (splits, elements) in which the partial sums of ``size`` elements are added."""
+    """Return the tile (splits, elements) in which the partial sums of ``size`` elements are added."""
     block = 16 if size <= 64 else 256
     return REDUCE_BLOCK // block, block
 
 
 def matmul_key(dtype: torch.dtype, sizes: tuple[int, int, int], plan: str) -> str:
-    """The name of a class of products in a tuned file: sizes count by the power of two above them."""
+    """Return the name of a class of products in a tuned file: sizes count by the power of two above them."""
     return " ".join(
         [str(dtype).removeprefix("torch."), *(str(triton.next_power_of_2(size)) for size in sizes), plan]
     )
 
 
 def file_name(device_name: str) -> str:
-    """File name of a device's tuned tiles."""
+    """Return the file name of a device's tuned tiles."""
     return re.sub(r"\W+", "_", device_name) + ".json"
 
 
 @functools.cache
 def tuned(device_name: str) -> dict[str, MatmulConfig]:
-    """The tiles that ``python -m bench tune`` found best on a device, by matmul_key; empty if none are shipped
+    """Return the tiles that ``python -m bench tune`` found best on a device, by matmul_key; empty if none are shipped
     or ``GRADKERNELS_TUNED`` is 0."""
     path = TUNED / file_name(device_name)
     if os.environ.get("GRADKERNELS_TUNED") == "0" or not path.is_file():
@@ -345,7 +345,7 @@ def tuned(device_name: str) -> dict[str, MatmulConfig]:
 
 @functools.cache
 def name_of(device: torch.device) -> str:
-    """Device name; empty if the device type has no tuned tiles."""
+    """Return the device name; empty if the device type has no tuned tiles."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
@@ -418,7 +418,7 @@ ROWS_PER_PROGRAM = 48
 def linear_mse_plan(
     K: int, D: int, itemsize: int, acc: torch.dtype, operand: torch.dtype, target: Target
 ) -> Plan:
-    """How the fused loss of K outputs of D inputs is computed: by LinearMseChunks, by LinearMseDot, or by ``tiles``.
+    """Return how the fused loss of K outputs of D inputs is computed: LinearMseChunks, LinearMseDot, or ``tiles``.
 
     Args:
         K, D: outputs and inputs.
@@ -444,7 +444,7 @@ def linear_mse_plan(
 
 
 def _is_half_a_row(K: int, values: int) -> bool:
-    """Whether a row's weights, ``values`` words, leave a warp that holds the row half of its registers."""
+    """Return whether a row's weights, ``values`` words, leave a warp that holds the row half of its registers."""
     return K == 1 and values <= CHUNKS_SHORT_ROW // 2
 
 
@@ -452,7 +452,7 @@ def _is_half_a_row(K: int, values: int) -> bool:
 def linear_mse_chunks(
     K: int, D: int, itemsize: int, acc: torch.dtype, target: Target
 ) -> LinearMseChunks | str:
-    """The ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes, or why there is none.
+    """Return the ``chunks`` config for K outputs of D inputs of ``itemsize`` bytes, or why there is none.
 
     A chunk is 16 bytes per thread. Short rows are held by one warp, longer ones by eight.
     """
@@ -488,7 +488,7 @@ def linear_mse_chunks(
 
 @functools.cache
 def linear_mse_dot(K: int, D: int, dtype: torch.dtype, target: Target) -> LinearMseDot | str:
-    """The ``dot`` config for K outputs of D inputs of ``dtype``, or why there is none."""
+    """Return the ``dot`` config for K outputs of D inputs of ``dtype``, or why there is none."""
     cols, outputs = (max(16, triton.next_power_of_2(size)) for size in (D, K))
     most = 16 if target.backend == "hip" else 64
     refused = _first(
@@ -515,7 +515,7 @@ def linear_mse_product(
     descriptors: bool,
     target: Target,
 ) -> tuple[MatmulConfig, bool]:
-    """The tile of an (M, K) by (K, N) product in the fused loss, and whether it uses descriptors.
+    """Return the tile of an (M, K) by (K, N) product in the fused loss, and whether it uses descriptors.
 
     Args:
         operand: dtype that is multiplied.
@@ -536,7 +536,7 @@ def linear_mse_product(
 
 
 def linear_mse_programs(N: int, D: int, K: int, itemsize: int, acc: torch.dtype) -> int:
-    """Programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in the same order.
+    """Return the programs of a one-pass plan: from shape and dtype alone, so that every GPU adds in one order.
 
     At most two per SM, or four where the registers of a short row leave room for them; while X is small, so few
     that the partial sums (written and read) and the weights are less than 1 / PARTIALS_PART of X, but not fewer
@@ -548,7 +548,7 @@ def linear_mse_programs(N: int, D: int, K: int, itemsize: int, acc: torch.dtype)
 
 
 def linear_mse_grad_input(K: int, D: int) -> tuple[int, int] | None:
-    """The tile (rows, columns) of grad_X by multiply and add; None from where matrix instructions serve."""
+    """Return the tile (rows, columns) of grad_X by multiply and add; None from where matrix instructions serve."""
     if K > CHUNKS_MAX_OUTPUTS:
         return None
     cols = min(max(triton.next_power_of_2(D), 16), GRAD_INPUT_MAX_COLS)
@@ -581,7 +581,7 @@ MODELS_VALUES = 16
 def models_chunks(
     K: int, D: int, itemsize: int, acc: torch.dtype, rows: int, target: Target
 ) -> LinearMseChunks | str:
-    """The ``chunks`` config for models of ``rows`` rows, K outputs and D inputs, or why there is none."""
+    """Return the ``chunks`` config for models of ``rows`` rows, K outputs and D inputs, or why there is none."""
     chosen = linear_mse_chunks(K, D, itemsize, acc, target)
     if isinstance(chosen, str):
         return chosen
@@ -598,7 +598,7 @@ def models_chunks(
 
 
 def models_span(rows: int, step: int, K: int, itemsize: int, acc: torch.dtype) -> int:
-    """The most rows of a piece: from the shape alone, so that every GPU adds in the same order.
+    """Return the most rows of a piece: from the shape alone, so that every GPU adds in the same order.
 
     MODELS_PROGRAMS pieces, unless the partial sums (written and read) and the weights of so many were more than
     1 / PARTIALS_PART of the rows; a multiple of the ``step`` rows that are read at once.
@@ -609,7 +609,7 @@ def models_span(rows: int, step: int, K: int, itemsize: int, acc: torch.dtype) -
 
 @functools.cache
 def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) -> LinearMseDot | str:
-    """The ``shared`` config for so many outputs of all models, of D inputs multiplied as ``operand``, or why not so."""
+    """Return the ``shared`` config for all models' outputs, of D inputs multiplied as ``operand``, or why not."""
     cols = max(16, triton.next_power_of_2(D))
     area = MODELS_SHARED_AREA * 2 // operand.itemsize
     if cols * 16 > area:
@@ -620,13 +620,13 @@ def models_shared(outputs: int, D: int, operand: torch.dtype, target: Target) ->
 
 
 def models_shared_span(rows: int, tiles: int, D: int, step: int, itemsize: int, acc: torch.dtype) -> int:
-    """The rows of a program of ``shared``: FULL_GRID programs, unless partial sums were too many, as models_span."""
+    """Return the rows of a program of ``shared``: FULL_GRID programs, unless partial sums were too many."""
     least = 2 * PARTIALS_PART * (D + 2) * acc.itemsize // itemsize
     return triton.cdiv(max(least, triton.cdiv(rows * tiles, FULL_GRID)), step) * step
 
 
 def models_tile(operand: torch.dtype, M: int, N: int, K: int, loads: bool, target: Target) -> MatmulConfig:
-    """The tile of one of many (M, K) by (K, N) products; ``loads`` as of linear_mse_product."""
+    """Return the tile of one of many (M, K) by (K, N) products; ``loads`` as of linear_mse_product."""
     tile = matmul(operand, M, N, K, target)
     return tile._replace(BLOCK_N=min(tile.BLOCK_N, 64)) if loads or operand == torch.float32 else tile
 
@@ -650,7 +650,7 @@ MSE_SUM_BLOCK = 1024
 
 
 def mse_registers(acc: torch.dtype, target: Target) -> dict[str, int]:
-    """The compiler's options for a tile of the squared error.
+    """Return the compiler's options for a tile of the squared error.
 
     Left to itself, the compiler gives a float64 tile 96 of sm_80's registers and keeps the rest of it in memory.
     """
@@ -675,7 +675,7 @@ class MseTile(NamedTuple):
 
     @property
     def plan(self) -> str:
-        """A key of MSE_PLANS."""
+        """Return the tile's key of MSE_PLANS."""
         return "flat" if self.FLAT else "rows" if self.KEEP == "nothing" else f"{self.KEEP} kept"
 
 
@@ -690,7 +690,7 @@ MSE_PLANS = {
 def mse_tile(
     batch: int, rows: int, n: int, align: int, block: int, sums: bool = False, columns_kept: bool = False
 ) -> MseTile:
-    """The tile of ``block`` elements for ``batch`` times ``rows`` rows of ``n`` columns.
+    """Return the tile of ``block`` elements for ``batch`` times ``rows`` rows of ``n`` columns.
 
     ``sums``: each element of the batch has one, or each of its columns if ``columns_kept``.
     """
@@ -707,7 +707,7 @@ def mse_tile(
 
 
 def mse_grid(tile: MseTile, batch: int, rows: int, n: int, elementwise: bool) -> tuple[int, int]:
-    """Programs (R, P), P for each sum or row of sums, from the shape alone: every GPU adds in the same order."""
+    """Return programs (R, P), P for each sum or row of sums, from the shape alone: every GPU adds in the same order."""
     if tile.FLAT:
         return 1, min(-(-n // tile.COLS), MAX_GRID_Y if elementwise else MSE_PROGRAMS)
     col_tiles = triton.cdiv(n, tile.COLS)
@@ -721,7 +721,7 @@ def mse_grid(tile: MseTile, batch: int, rows: int, n: int, elementwise: bool) ->
 
 
 def mse_sum(sums: int) -> tuple[int, int]:
-    """How many partial sums, and of how many sums, a program of the second stage adds at a time."""
+    """Return how many partial sums, and of how many sums, a program of the second stage adds at a time."""
     block = 1 if sums == 1 else 32
     return MSE_SUM_BLOCK // block, block
 
@@ -752,12 +752,12 @@ STEP_PLANS = {
 
 
 def step_span(numel: int) -> int:
-    """Elements of a tensor that one program of a step updates."""
+    """Return the elements of a tensor that one program of a step updates."""
     return LARGE_CHUNKS * CHUNK if numel >= LARGE_TENSOR else CHUNK
 
 
 def optimizer(itemsize: int, target: Target) -> dict[str, int]:
-    """The block of a step and how it is compiled: 16 bytes per thread of the widest operand, of ``itemsize`` bytes.
+    """Return the block of a step and its compile options: 16 bytes per thread of the widest operand, of ``itemsize``.
 
     Three programs are to fit an NVIDIA SM; float32 leaves room for more without asking.
     """
@@ -784,7 +784,7 @@ LINEAR_MSE_FIT_PLANS = {
 
 
 def linear_mse_fit(rows: int, K: int, D: int, dtype: torch.dtype, target: Target) -> Plan:
-    """How a model of (K, D) weights is trained on so many rows a round; the tile is that of the kernel's options."""
+    """Return how a model of (K, D) weights is trained on so many rows a round; the kernel's options hold its tile."""
     block_k, block_d = triton.next_power_of_2(max(K, 1)), triton.next_power_of_2(max(D, 1))
     weights = block_k * block_d
     read = rows * (D + K) * dtype.itemsize

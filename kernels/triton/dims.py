@@ -14,7 +14,7 @@ Dim = tuple[int, ...]  # a size, then each operand's stride; a stride of 0 repea
 
 
 def _merged(outer: Dim, inner: Dim) -> Dim | None:
-    """The two dimensions as one, if each operand steps along ``outer`` by going past the end of ``inner``."""
+    """Merge the two dimensions if each operand steps along ``outer`` by going past the end of ``inner``."""
     if inner[0] == 1:
         return outer
     if all(far == inner[0] * near for far, near in zip(outer[1:], inner[1:], strict=True)):
@@ -23,7 +23,7 @@ def _merged(outer: Dim, inner: Dim) -> Dim | None:
 
 
 def _coalesced(dims: Sequence[Dim]) -> list[Dim]:
-    """The dimensions, outermost first, without those of size 1 and with neighbours merged where possible."""
+    """Return the dimensions, outermost first, without those of size 1 and with neighbours merged where possible."""
     result: list[Dim] = []
     for dim in dims:
         if dim[0] == 1:
@@ -79,7 +79,7 @@ class Walk(NamedTuple):
 
 
 def memory_order(input: Tensor) -> list[int]:
-    """The dimensions from the slowest varying in memory to the fastest."""
+    """Return the dimensions from the slowest varying in memory to the fastest."""
     # torch gives a tensor like input dense strides in the same order, even where input has gaps.
     dense = torch.empty_like(input, device="meta").stride()
     return sorted(range(input.dim()), key=lambda d: -dense[d])
@@ -88,7 +88,7 @@ def memory_order(input: Tensor) -> list[int]:
 def coalesce_dims(
     kept: Sequence[int], input: Tensor, *others: Tensor | None, results: Sequence[Tensor | None] = ()
 ) -> Walk:
-    """The walk over tensors of one shape in input's memory order; the ``kept`` dimensions are not summed over.
+    """Return the walk over tensors of one shape in input's memory order; it does not sum over the ``kept`` dimensions.
 
     If none are kept, tensors of the same dense strides, permuted or not, become one row. The ``results``, dense
     tensors of the same shape, are the last of the operands.
@@ -126,7 +126,7 @@ def coalesce_dims(
 
 
 def _is_flat(tensor: Tensor) -> bool:
-    """True if the tensor is one row: contiguous, or the same number everywhere."""
+    """Return whether the tensor is one row: contiguous, or the same number everywhere."""
     return tensor.is_contiguous() or not any(tensor.stride())
 
 
@@ -183,7 +183,7 @@ class Contraction(NamedTuple):
 
 
 def contract(input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int]) -> Contraction:
-    """The normal form of ``(input @ other).sum(sum_dims, keepdim=True) + bias``."""
+    """Return the normal form of ``(input @ other).sum(sum_dims, keepdim=True) + bias``."""
     batch = torch.broadcast_shapes(input.shape[:-2], other.shape[:-2])
     M, K, N = input.shape[-2], input.shape[-1], other.shape[-1]
     input, other = input.expand(*batch, M, K), other.expand(*batch, K, N)
@@ -231,7 +231,7 @@ def _coalesced_dimensions(dims: Sequence[Dimension]) -> list[Dimension]:
 def _swap(
     m: Dimension, n: Dimension, k: Dimension, *rest: list[Dimension]
 ) -> tuple[Dimension, Dimension, Dimension, list[Dimension], list[Dimension]]:
-    """The dimensions when input and other, and with them m and n, change places."""
+    """Return the dimensions as they are when input and other, and with them m and n, change places."""
 
     def swap(dim: Dimension) -> Dimension:
         return dim._replace(input=dim.other, other=dim.input)

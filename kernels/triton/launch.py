@@ -46,12 +46,12 @@ def recorded_by(recorder: Any) -> Iterator[None]:
 
 
 def recording() -> Any:
-    """The recorder of this thread's launches, or None."""
+    """Return the recorder of this thread's launches, or None."""
     return _recorders.get(threading.get_ident()) if _recorders else None
 
 
 def guard(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which ``device`` is the current one."""
+    """Return a context in which ``device`` is the current one."""
     module = torch.get_device_module(device)
     return module.device(device) if hasattr(module, "device") else nullcontext()  # MPS has but one
 
@@ -120,12 +120,12 @@ def _launch(
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b`` rounded up; ``triton.cdiv``, made for constexpr too, takes a microsecond."""
+    """Return ``a / b`` rounded up; ``triton.cdiv``, made for constexpr too, takes a microsecond."""
     return -(-a // b)
 
 
 def _width(value: int) -> int:
-    """0 for a 32-bit integer, 1 for a 64-bit one, 2 for one that needs the sign bit too."""
+    """Return 0 for a 32-bit integer, 1 for a 64-bit one, 2 for one that needs the sign bit too."""
     return 0 if -(2**31) <= value < 2**31 else 1 if value < 2**63 else 2
 
 
@@ -134,7 +134,7 @@ def _widths(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
-    """What a compilation depends on in arguments of these types, as a function of the arguments.
+    """Return what a compilation depends on in arguments of these types, as a function of the arguments.
 
     First a number for the kernel and the types: a call without a bias and one without a weight give terms that
     look the same. Then, as Triton has it: a tensor's dtype and whether its address is a multiple of 16, on AMD
@@ -183,7 +183,7 @@ def _key_function(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., t
 
 
 def _types(values: tuple[Any, ...]) -> list[Any]:
-    """The types of arguments; of a record, those of its fields too, of which one may be None."""
+    """Return the types of arguments; of a record, those of its fields too, of which one may be None."""
     return [(type(value), *_types(value)) if _is_record(value) else type(value) for value in values]
 
 
@@ -192,7 +192,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _representative(value: Any, specialise: bool) -> Any:
-    """A value to compile for: integers that are not to be specialised are replaced by others of their width.
+    """Return a value to compile for: an integer that is not to be specialised becomes another of its width.
 
     Triton specialises integers that are 1 or multiples of 16, and ``do_not_specialize`` does not reach into
     tuples.
@@ -209,7 +209,7 @@ def _representative(value: Any, specialise: bool) -> Any:
 def _compile(
     kernel: JITFunction, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel compiled for arguments like these, and its constexpr values in the kernel's order."""
+    """Return the kernel compiled for arguments like these, and its constexpr values in the kernel's order."""
     args = tuple(
         _representative(value, not param.do_not_specialize) if isinstance(value, tuple) else value
         for param, value in zip(kernel.params, args, strict=False)

@@ -52,7 +52,7 @@ def _linear_mse_chunks_kernel(
     K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr,
     EVEN: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program p of P: the row tiles p, p + P, ..., each read once and held as CHUNKS tiles of CHUNK columns.
+    """Program p of P adds up the row tiles p, p + P, ..., each read once and held as CHUNKS tiles of CHUNK columns.
 
     w_ptr: contiguous. EVEN: CHUNK divides D.
     Bytes: X, Y and s once, E once, and for each program W once and K * D + K + 1 partial sums.
@@ -140,7 +140,7 @@ def _linear_mse_chunks_kernel(
 
 @triton.jit
 def _targets(y, rows, N, K: tl.constexpr):
-    """Column k of Y at ``rows``, for each k."""
+    """Return column k of Y at ``rows``, for each k."""
     targets = ()
     for k in tl.static_range(K):
         col = tl.full((), k, tl.int64)
@@ -154,7 +154,7 @@ def _linear_mse_dot_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr,
     ALIGN_K: tl.constexpr, STAGES: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program p of P: the row tiles p, p + P, ..., each read once and used in two matrix products.
+    """Program p of P adds up the row tiles p, p + P, ..., each read once and used in two matrix products.
 
     COLS: D or the next power of 2. OUTPUTS: K or the next power of 2.
     Bytes: X, Y and s once, E once, and for each program W once and K * D + K + 1 partial sums.
@@ -187,7 +187,7 @@ def _linear_mse_dot_kernel(
 
 @triton.jit
 def _errors(products, rows, ks, N, K, y, b_ptr, s, error_ptr, ALIGN_K: tl.constexpr, ACC: tl.constexpr):
-    """E and s e^2 of a tile, given its part of X W^T; writes E unless error_ptr is None.
+    """Return E and s e^2 of a tile, given its part of X W^T; write E unless error_ptr is None.
 
     rows, ks are 64-bit offsets (R,) and (C,); elements outside (N, K) are 0.
     """
@@ -214,7 +214,7 @@ def _product(
     GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, TRANSPOSED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """This program's tile of A (M, K) times B (K, N), its row tile, and its 64-bit row and column numbers.
+    """Return this program's tile of A (M, K) times B (K, N), its row tile, and its 64-bit row and column numbers.
 
     a, b: Matrix A and B, or B^T if TRANSPOSED; ALIGN divides their row strides. With DESCRIPTORS: descriptors.
     """
@@ -261,7 +261,7 @@ def _linear_mse_tiles_kernel(
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) tile of E = s * (X W^T + b - Y), and its part of the loss and of sum_n E.
+    """One program computes a (BLOCK_M, BLOCK_N) tile of E = s * (X W^T + b - Y), its loss and its part of sum_n E.
 
     x, w: ALIGN divides D and both row strides; tensor descriptors if DESCRIPTORS.
     bias_ptr: (row tiles, K) or None: the columns of E, added within each tile.
@@ -287,7 +287,7 @@ def _linear_mse_grad_input_kernel(
     GROUP_M: tl.constexpr, DESCRIPTORS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) tile of grad_X = g * factor * E W; the factor, often tiny, scales the sums only.
+    """One program computes a (BLOCK_M, BLOCK_N) tile of grad_X = g * factor * E W; the factor, often tiny, scales sums.
 
     g_ptr: (). error: (N, K) and w: (K, D); ALIGN divides D, K and both row strides; descriptors if DESCRIPTORS.
     grad_ptr: (N, D).
@@ -306,7 +306,7 @@ def _sum_columns(
     partials, result_ptr, block, factor, divisor,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Columns block * BLOCK, ... of a result: its partial sums added in order, times factor / divisor."""
+    """Add up columns block * BLOCK, ... of a result: its partial sums in order, times factor / divisor."""
     cols = block * BLOCK + tl.arange(0, BLOCK)
     mask = cols < partials.size
     total = ordered_sum(partials.ptr, partials.P, partials.stride, cols, mask, BLOCK_P, ACC)
@@ -318,7 +318,7 @@ def _linear_mse_sum_kernel(
     grads, biases, losses, grad_ptr, bias_ptr, loss_ptr, divisor,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr, LOSS_BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of grad_W, then of grad_b, then the loss, from Partials of each.
+    """One program adds up a block of columns of grad_W, then of grad_b, then the loss, from Partials of each.
 
     grad_ptr (K * D,), bias_ptr (K,): None, or 2 / divisor times the sums of ``grads`` and ``biases``.
     loss_ptr (): the sum of ``losses`` / divisor.
@@ -341,7 +341,7 @@ def _linear_mse_outer_kernel(
     g_ptr, error, w, grad_ptr, N, D, factor,
     K: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (ROWS, COLS) tile of grad_X = g * factor * E W for few outputs.
+    """One program computes a (ROWS, COLS) tile of grad_X = g * factor * E W for few outputs.
 
     g_ptr: (). error: (N, K). w: (K, D); ALIGN divides D and its row stride. grad_ptr: (N, D).
     Bytes: grad_X once; E and W from cache.
@@ -366,7 +366,7 @@ def _linear_mse_outer_kernel(
 def _linear_mse_grad_target_kernel(
     g_ptr, error_ptr, grad_ptr, size, factor, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
-    """One block of grad_Y = -g * factor * E.
+    """One program computes a block of grad_Y = -g * factor * E.
 
     g_ptr: (). error_ptr, grad_ptr: (size,).
     Bytes: E once, grad_Y once.
@@ -399,7 +399,7 @@ class _Call(NamedTuple):
 
     @property
     def elementwise(self) -> tuple[Matrix, Tensor | None, Matrix | None]:
-        """The operands y, b_ptr and s of a kernel."""
+        """Return the operands y, b_ptr and s of a kernel."""
         s = self.sample_weight
         return (
             Matrix(self.target, *self.target.stride()),
@@ -411,7 +411,7 @@ class _Call(NamedTuple):
         return self.input.new_empty(shape, dtype=self.acc)
 
     def add_up(self, grads: Tensor | None, biases: Tensor, losses: Tensor) -> None:
-        """Second stage: the partial sums along dim 0 of each, into the results."""
+        """Run the second stage: add the partial sums along dim 0 of each into the results."""
         K, D = self.weight.shape
         (block_p, block), loss_block_p = config.SUM_BLOCK, config.SUM_LOSS_BLOCK
         blocks = 1 + (0 if grads is None else cdiv(K * D, block))
@@ -427,7 +427,7 @@ class _Call(NamedTuple):
 
 
 def _alignment(tensors: Sequence[Tensor], *sizes: int) -> int:
-    """The elements in 16 bytes if they divide all of ``sizes``, else 1: two classes, so few kernels are compiled."""
+    """Return the elements in 16 bytes if they divide all of ``sizes``, else 1: two classes, so few kernels."""
     whole = 16 // min(tensor.element_size() for tensor in tensors)
     return 1 if any(size % whole for size in sizes) else whole
 
@@ -441,14 +441,14 @@ class _Product(NamedTuple):
     descriptors: bool
 
     def options(self) -> dict[str, Any]:
-        """The kernels' constexpr arguments, but for ALIGN and ACC."""
+        """Return the kernels' constexpr arguments, but for ALIGN and ACC."""
         return {
             "DESCRIPTORS": self.descriptors, "OPERAND": DTYPES[self.operand], "PRECISION": self.precision,
             "GROUP_M": config.GROUP_M, **self.tile._asdict(),
         }  # fmt: skip
 
     def operands(self, left: Tensor, right: Tensor, transposed: bool) -> tuple[Any, Any]:
-        """The operands of _product: descriptors of the tiles, or matrices."""
+        """Return the operands of _product: descriptors of the tiles, or matrices."""
         if not self.descriptors:
             return Matrix(left, *left.stride()), Matrix(right, *right.stride())
         m, n, k = self.tile[:3]
@@ -464,7 +464,7 @@ def _product_of(
     M: int, N: int, K: int, align: int, operands: Sequence[Tensor], operand: torch.dtype, acc: torch.dtype,
     loads: bool = False,
 ) -> _Product:  # fmt: skip
-    """How an (M, K) by (K, N) product of ``operands`` as ``operand`` is compiled.
+    """Return how an (M, K) by (K, N) product of ``operands`` as ``operand`` is compiled.
 
     ``align``: rows of operands and result begin at multiples of so many elements. ``loads``: the last step reads
     a tile as large as the result's.
@@ -485,13 +485,13 @@ def _product_of(
 
 
 def _multiplied(operand: torch.dtype, acc: torch.dtype, target: config.Target) -> torch.dtype:
-    """The dtype in which matrix instructions multiply operands of a dtype."""
+    """Return the dtype in which matrix instructions multiply operands of a dtype."""
     # The interpreter multiplies the bits of bfloat16; float32 holds the same values.
     return acc if acc == torch.float64 or target.backend == "interpreter" else operand
 
 
 def plan(input: Tensor, weight: Tensor, acc: torch.dtype) -> config.Plan:
-    """How the fused loss of these operands is computed."""
+    """Return how the fused loss of these operands is computed."""
     K, D = weight.shape
     operand = acc if acc == torch.float64 else torch.promote_types(input.dtype, weight.dtype)
     target = config.target_of(input.device)
@@ -499,7 +499,7 @@ def plan(input: Tensor, weight: Tensor, acc: torch.dtype) -> config.Plan:
 
 
 def _one_pass(call: _Call, kernel: Any, weight: Any, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
-    """One read of X, by rows or tiles of rows."""
+    """Read X once, by rows or tiles of rows."""
     N, D = call.input.shape
     K = call.weight.shape[0]
     P = config.linear_mse_programs(N, D, K, call.input.element_size(), call.acc)
@@ -532,7 +532,7 @@ def _by_dot(call: _Call, chosen: config.LinearMseDot) -> None:
 
 
 def _by_tiles(call: _Call) -> None:
-    """A matrix product that ends in the errors, and E^T X by another."""
+    """Compute the errors by a matrix product, and E^T X by another."""
     N, D = call.input.shape
     K = call.weight.shape[0]
     device = call.input.device
@@ -561,7 +561,7 @@ def linear_mse_forward(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
     reduction: str, output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
+    """Return the loss and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
     N, D = input.shape
     K = weight.shape[0]
     acc = acc_dtype(input, weight, target, bias, sample_weight)
@@ -592,7 +592,7 @@ def linear_mse_forward(
 def linear_mse_backward(
     grad_output: Tensor, error: Tensor, weight: Tensor, factor: float, output_mask: list[bool]
 ) -> list[Tensor]:
-    """As needed, grad_input = g * factor * error @ weight and grad_target = -g * factor * error."""
+    """Return, as needed, grad_input = g * factor * error @ weight and grad_target = -g * factor * error."""
     N, K = error.shape
     D = weight.shape[1]
     device = error.device

@@ -33,7 +33,7 @@ def linear_mse_fit_rounds(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
     offsets: Tensor | None, batch_size: int, losses: Tensor, update: Update,
 ) -> bool:  # fmt: skip
-    """``len(losses)`` rounds; see kernels/fallback/linear_mse_fit.py.
+    """Run ``len(losses)`` rounds; see kernels/fallback/linear_mse_fit.py.
 
     Returns:
         False, with nothing done, if a model does not fit a program.
@@ -81,7 +81,7 @@ def _linear_mse_fit_kernel(
     ADAM: tl.constexpr, SKIP: tl.constexpr, ALONE: tl.constexpr, K: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """All rounds of one model.
+    """One program runs all rounds of one model.
 
     x: (B, N, D). y: (B, N, K). s: (B, N, K) or None. w_ptr: (B, K, D); b_ptr: (B, K) or None. Each with its
     moments m, v and u (the largest v), None where the rule has none, and its step, (B,) if ALONE, else (), or None.
@@ -221,7 +221,7 @@ def _linear_mse_fit_kernel(
 
 @triton.jit
 def _load(p_ptr, m_ptr, v_ptr, u_ptr, at, mask, ACC: tl.constexpr):
-    """A parameter and its moments, 0 where there is none."""
+    """Load a parameter and its moments, 0 where there is none."""
     p = tl.zeros(at.shape, ACC)
     m, v, u = p, p, p
     if p_ptr is not None:
@@ -248,13 +248,13 @@ def _store(p_ptr, m_ptr, v_ptr, u_ptr, at, mask, p, m, v, u):
 
 @triton.jit
 def _option_at(column, model, stride):
-    """Where an option stands: columns times models may be more than 32 bits count."""
+    """Return where an option stands: columns times models may be more than 32 bits count."""
     return column * tl.cast(stride, tl.int64) + tl.where(stride == 1, 0, model)
 
 
 @triton.jit
 def _load_options(options_ptr, model, stride, COUNT: tl.constexpr):
-    """One parameter's options in float64, in the order of SGDOptions or AdamOptions."""
+    """Load one parameter's options in float64, in the order of SGDOptions or AdamOptions."""
     options = ()
     for column in tl.static_range(COUNT):
         options = options + (tl.load(options_ptr + _option_at(column, model, stride)),)
@@ -263,7 +263,7 @@ def _load_options(options_ptr, model, stride, COUNT: tl.constexpr):
 
 @triton.jit
 def _load_step(step_ptr, model, rule, ADAM: tl.constexpr):
-    """A parameter's count of updates, and Adam's ``1 - beta^t`` of it."""
+    """Load a parameter's count of updates, and compute Adam's ``1 - beta^t`` of it."""
     t = tl.full((), 1, tl.int64)
     if step_ptr is not None:
         t = tl.load(step_ptr + model).to(tl.int64)
@@ -278,7 +278,7 @@ def _update(
     p, g, m, v, u, t, first, second, rule, clip, go, p_ptr, m_ptr, v_ptr, u_ptr, step_ptr,
     ADAM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A parameter, its moments, its step and corrections after a round, or as they were unless ``go``."""
+    """Return a parameter, its moments, its step and corrections after a round, or as they were unless ``go``."""
     if ADAM:
         lr, beta1, beta2, eps, decay, decoupled, maximize = rule
         first_new = first + (1.0 - beta1) * (1.0 - first)

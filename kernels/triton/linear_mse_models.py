@@ -56,7 +56,7 @@ class Results(NamedTuple):
 
 @triton.jit
 def _bounds_of(bounds, b, N):
-    """The first row of model b, and the row after its last."""
+    """Return the first row of model b, and the row after its last."""
     at = bounds.ptr + b * bounds.row
     start = tl.load(at).to(tl.int64)
     end = tl.load(at + bounds.col).to(tl.int64)
@@ -65,7 +65,7 @@ def _bounds_of(bounds, b, N):
 
 @triton.jit
 def _piece(slot, bounds, B, N, parts, span):
-    """The model of a slot, its piece's first row and the row after its last, the model's rows, if it is all of them.
+    """Return a slot's model, its piece's first row and the row after its last, the model's rows, if the piece is all.
 
     Of ragged rows the model is the last whose first slot is not behind this one.
     """
@@ -97,7 +97,7 @@ def _linear_mse_models_chunks_kernel(
     K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, ALIGN: tl.constexpr,
     STAGES: tl.constexpr, MEAN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One piece, its rows each read once and held as CHUNKS tiles of CHUNK columns; few outputs.
+    """One program reads each row of one piece once and holds it as CHUNKS tiles of CHUNK columns; few outputs.
 
     w_ptr: contiguous. L = 1. A model of one piece has its results written here.
     Bytes: X, Y and s once, E once, W and the results once; for a piece of a model that has several W, and
@@ -210,7 +210,7 @@ def _linear_mse_models_tiles_kernel(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SHARED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a piece's rows and of BLOCK_N outputs: X W^T, or where y is given E and its sums over the rows.
+    """One program computes a tile of a piece's rows and BLOCK_N outputs: X W^T, or where y is given E and its sums.
 
     SHARED: all models have the same rows, and all their outputs, ``cols`` = B * K, are columns of one matrix.
     out_ptr: as error_ptr, or None. partials_ptr: (slots, 2K), SHARED (slots, B, 2K), or None: of a slot
@@ -278,8 +278,8 @@ def _linear_mse_models_shared_kernel(
     GRAD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, OUTPUTS: tl.constexpr, ALIGN: tl.constexpr,
     STAGES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A span of the rows that all models share, for OUTPUTS of their ``cols`` = B * K outputs: each tile of rows
-    is read once and used in two products, X W^T and X^T E.
+    """One program goes through a span of the rows that all models share, for OUTPUTS of their ``cols`` = B * K outputs:
+    each tile of rows is read once and used in two products, X W^T and X^T E.
 
     COLS: D or the next power of 2. bounds: None. partials_ptr: (spans, B, G + 2K), G = K * D or without GRAD 0: of a
     model X^T E, sum_n E and the sums of s e^2, for each output.
@@ -345,7 +345,7 @@ def _linear_mse_models_outer_kernel(
     ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     MEAN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A (BLOCK_M, BLOCK_N) tile of L^T R over the rows of a piece, BLOCK_K at a time; ragged rows.
+    """One program computes a (BLOCK_M, BLOCK_N) tile of L^T R over a piece's rows, BLOCK_K at a time; ragged rows.
 
     left: L (N, K). right: R (N, D); ALIGN divides D and its row stride. out_ptr: (B, K, D), written where a model
     has one piece. partials_ptr: (slots, K * D). MEAN: out is divided by the number of a model's elements of L.
@@ -388,7 +388,7 @@ def _linear_mse_models_sum_kernel(
     SHARED: tl.constexpr, ALL: tl.constexpr, MEAN: tl.constexpr, MODELS: tl.constexpr, PARTS: tl.constexpr,
     COLS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Second stage: COLS columns of MODELS models, the partial sums of each added in order, PARTS at a time.
+    """One program adds the partial sums of COLS columns of MODELS models in order, PARTS at a time: the second stage.
 
     grad_ptr (B, G), bias_ptr (B, H): None, or factor * share times their sums; loss_ptr (B, L): None, or share times
     them; share: 1, MEAN: 1 over the number of elements, K for each row. slot_width: from a slot to the next.
@@ -450,7 +450,7 @@ def _linear_mse_models_sum_kernel(
 
 
 def _rows(tensor: Tensor) -> Batch:
-    """Rows of models, or of all models."""
+    """Return rows as a Batch, whether each model has its own or all share them."""
     strides = tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
     return Batch(tensor, *strides)
 
@@ -489,7 +489,7 @@ def _add_up(
     shared: bool = False,
     factor: int = 2,
 ) -> None:
-    """Second stage. ``results``: grad, bias and loss; ``sizes``: G, H and L; ``outputs``: elements of a row."""
+    """Run the second stage. ``results``: grad, bias and loss; ``sizes``: G, H and L; ``outputs``: elements of a row."""
     models, parts, cols = config.MODELS_SUM_BLOCK
     B = len(next(result for result in results if result is not None))
     launch(
@@ -519,12 +519,12 @@ class _Call(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of each model, or ragged ones of all."""
+        """Return N, or the rows of all models where they are ragged."""
         return self.input.shape[-2]
 
     @property
     def elementwise(self) -> tuple[Batch, Tensor | None, Batch | None, Matrix | None]:
-        """The operands y, b_ptr, s and bounds of a kernel."""
+        """Return the operands y, b_ptr, s and bounds of a kernel."""
         s = self.sample_weight
         return _rows(self.target), self.bias, None if s is None else _rows(s), _edges(self.bounds)
 
@@ -533,7 +533,7 @@ class _Call(NamedTuple):
 
 
 def _by_chunks(call: _Call, chosen: config.LinearMseChunks) -> None:
-    """One read of each row."""
+    """Read each row once."""
     B, K, D = call.weight.shape
     total = call.rows if call.bounds is not None else B * call.rows
     span = config.models_span(total, chosen.ROWS, K, call.input.element_size(), call.acc)
@@ -556,7 +556,7 @@ def _by_chunks(call: _Call, chosen: config.LinearMseChunks) -> None:
 
 
 def _by_shared(call: _Call, chosen: config.LinearMseDot) -> None:
-    """One read of the rows that all models share."""
+    """Read the rows that all models share once."""
     B, K, D = call.weight.shape
     target = config.target_of(call.input.device)
     operand = _multiplied(torch.promote_types(call.input.dtype, call.weight.dtype), call.acc, target)
@@ -580,7 +580,7 @@ def _by_shared(call: _Call, chosen: config.LinearMseDot) -> None:
 def _add_up_outputs(
     call: _Call, pieces: _Pieces, partials: Tensor, grad: Tensor | None, shared: bool
 ) -> None:
-    """Second stage of partial sums that have a loss for each output."""
+    """Add up partial sums that have a loss for each output: their second stage."""
     B, K, D = call.weight.shape
     losses = call.loss.unsqueeze(1) if K == 1 else call.partials(B, K)
     sizes = (0 if grad is None else K * D, K, K)
@@ -591,7 +591,7 @@ def _add_up_outputs(
 
 
 def _precision(operand: torch.dtype, target: config.Target, D: int) -> str:
-    """Of a product of D columns. One column scales, spreads or adds up rows, by which torch never means tf32."""
+    """Return the precision of a product of D columns. One column scales or adds rows: torch never means tf32 there."""
     setting = "ieee" if D == 1 else torch.backends.cuda.matmul.fp32_precision
     return config.dot_precision(operand, target, setting)
 
@@ -599,7 +599,7 @@ def _precision(operand: torch.dtype, target: config.Target, D: int) -> str:
 def _tiles(
     rows: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype, loads: bool
 ) -> tuple[_Pieces, dict[str, Any]]:
-    """How the rows are cut, and how the kernel of tiles is compiled."""
+    """Return how the rows are cut, and how the kernel of tiles is compiled."""
     B, K, D = weight.shape
     N = rows.shape[-2]
     shared = bounds is None and rows.dim() == 2
@@ -631,7 +631,7 @@ def _launch_tiles(
 
 
 def _by_tiles(call: _Call) -> None:
-    """Products that end in the errors, then E^T X."""
+    """Compute products that end in the errors, then E^T X."""
     B, K, _ = call.weight.shape
     pieces, options = _tiles(call.input, call.weight, call.bounds, call.acc, loads=True)
     shared = options["SHARED"]
@@ -655,7 +655,7 @@ def _by_tiles(call: _Call) -> None:
 def _by_outer(
     left: Tensor, right: Tensor, bounds: Tensor, out: Tensor, acc: torch.dtype, mean: bool, factor: int
 ) -> None:
-    """``factor * left^T right`` over the rows of each model."""
+    """Compute ``factor * left^T right`` over the rows of each model."""
     B, K, D = out.shape
     rows = len(left)
     target = config.target_of(left.device)
@@ -679,7 +679,7 @@ def linear_mse_models_forward(
     input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, sample_weight: Tensor | None,
     bounds: Tensor | None, reduction: str, output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The losses (B,) and, as needed, the errors E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
+    """Return the losses (B,) and, as needed, E in ``dtype``, grad_weight and grad_bias for grad_output = 1."""
     B, K, D = weight.shape
     acc = acc_dtype(input, weight, target, bias, sample_weight)
     loss = input.new_empty(B, dtype=dtype)
@@ -709,7 +709,7 @@ def linear_mse_models_forward(
 
 
 def plan(input: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype) -> config.Plan:
-    """How the fused losses of these operands are computed."""
+    """Return how the fused losses of these operands are computed."""
     B, K, D = weight.shape
     target = config.target_of(input.device)
     if bounds is None and input.dim() == 2:
@@ -722,7 +722,7 @@ def plan(input: Tensor, weight: Tensor, bounds: Tensor | None, acc: torch.dtype)
 
 
 def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(R, K)``: each row (R, D) times its own of the models (B, K, D), transposed; 0 in rows of no model."""
+    """Return ``(R, K)``: each row (R, D) times its own of the models (B, K, D), transposed; 0 in rows of no model."""
     out = rows.new_zeros((len(rows), models.shape[1]), dtype=dtype)
     if out.numel() and len(models):
         pieces, options = _tiles(rows, models, bounds, acc_dtype(rows, models), loads=False)
@@ -731,7 +731,7 @@ def linear_mse_models_product(rows: Tensor, models: Tensor, bounds: Tensor, dtyp
 
 
 def linear_mse_models_outer(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, K, D)``: the sums of ``left[r, k] * right[r, d]`` over the rows of each model."""
+    """Return ``(B, K, D)``: the sums of ``left[r, k] * right[r, d]`` over the rows of each model."""
     out = left.new_empty((len(bounds), left.shape[1], right.shape[1]), dtype=dtype)
     if len(left) == 0:
         return out.zero_()

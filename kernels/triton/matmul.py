@@ -58,7 +58,7 @@ class Work(NamedTuple):
 
 @triton.jit
 def _offset(index, dims, FIELD: tl.constexpr):
-    """The offset of the ``index``-th element over ``dims``, of which the first varies fastest."""
+    """Return the offset of the ``index``-th element over ``dims``, of which the first varies fastest."""
     offset = tl.zeros_like(index).to(tl.int64)
     for dim in tl.static_range(len(dims)):
         offset += (index % dims[dim].size).to(tl.int64) * dims[dim][FIELD]
@@ -68,7 +68,7 @@ def _offset(index, dims, FIELD: tl.constexpr):
 
 @triton.jit
 def _load_bias(bias_ptr, offs_m, offs_n, m, n, BIAS_ROW: tl.constexpr, BIAS_VECTOR: tl.constexpr):
-    """A tile of the bias: (1, BLOCK_N) if BIAS_ROW, the same for every row of the result.
+    """Load a tile of the bias: (1, BLOCK_N) if BIAS_ROW, the same for every row of the result.
 
     BIAS_VECTOR: 0 if its columns are not contiguous, else how many of them can be loaded together.
     """
@@ -96,7 +96,7 @@ def _matmul_forward_kernel(
     PLAN: tl.constexpr, PRECISION: tl.constexpr, DOUBLE: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One (BLOCK_M, BLOCK_N) tile of one matrix of the result, summed over one split of the steps along K.
+    """One program computes a (BLOCK_M, BLOCK_N) tile of one result's matrix, summed over one split of the K steps.
 
     output_ptr: (splits, *batch, M, N).
     INPUT_AXIS, OTHER_AXIS: which axis (0 or 1) of the matrix has stride 1; -1 for neither.
@@ -207,7 +207,7 @@ def _matmul_tma_kernel(
     BIAS_ROW: tl.constexpr, BIAS_VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The (BLOCK_M, BLOCK_N) tiles number pid, pid + programs, ... of one large matrix product.
+    """Program pid computes the (BLOCK_M, BLOCK_N) tiles pid, pid + programs, ... of one large matrix product.
 
     input_desc: (M, K), or (K, M) if INPUT_TRANSPOSED. other_desc: (K, N), or (N, K) if OTHER_TRANSPOSED.
     output_desc: (M, N). All three contiguous in their last dimension, rows 16-byte aligned.
@@ -247,7 +247,7 @@ def _matmul_elementwise_kernel(
     input_ptr, other_ptr, bias_ptr, output_ptr, m, n, k, batch, size, scale,
     DOUBLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK of the result's ``size`` elements, over rows and matrices alike; K <= BLOCK_K.
+    """One program computes BLOCK of the result's ``size`` elements, over rows and matrices alike; K <= BLOCK_K.
 
     WIDE: it takes 64 bits to count the elements.
     Bytes: operands and result once; what several elements of the result share comes from the cache.
@@ -281,7 +281,7 @@ def _matmul_reduce_kernel(
     partial_ptr, bias_ptr, output_ptr, splits, size, m, n, batch, scale,
     VECTOR: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK of the result's ``size`` elements: the partial sums of all splits, always added in the same order.
+    """One program adds the partial sums of BLOCK of the result's ``size`` elements, always in the same order.
 
     partial_ptr: (splits, *batch, M, N), contiguous. VECTOR divides size.
     Bytes: splits + 1 elements per element of the result.
@@ -323,7 +323,7 @@ _MAX_PLANS = 4096  # the shapes of a training loop are few
 def matmul_forward(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """``(input @ other).sum(sum_dims, keepdim=True) + bias`` as a new contiguous tensor.
+    """Return ``(input @ other).sum(sum_dims, keepdim=True) + bias`` as a new contiguous tensor.
 
     Args:
         input: ``(*A, M, K)``, any strides.
@@ -342,7 +342,7 @@ def matmul_forward(
 
 
 def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: float) -> None:
-    """``output = scale * input @ other`` for matrices; ``output`` is contiguous."""
+    """Write ``output = scale * input @ other`` for matrices; ``output`` is contiguous."""
     _, swapped, _, run = prepare(input, other, None, [], output.dtype)
     left, right = (other, input) if swapped else (input, other)
     if run is None:  # no elements
@@ -357,7 +357,7 @@ def write_scaled_product(input: Tensor, other: Tensor, output: Tensor, scale: fl
 def prepare(
     input: Tensor, other: Tensor, bias: Tensor | None, sum_dims: list[int], dtype: torch.dtype
 ) -> Prepared:
-    """The plan of matmul_forward's product, from a cache of plans."""
+    """Return the plan of matmul_forward's product, from a cache of plans."""
     precision = torch.backends.cuda.matmul.fp32_precision if input.dtype == torch.float32 else "none"
     seen = [_seen(input), _seen(other), bias is not None and _seen(bias)]
     key = (*seen, *sum_dims, dtype, precision, input.device)
@@ -370,7 +370,7 @@ def prepare(
 
 
 def _seen(tensor: Tensor) -> tuple[Any, ...]:
-    """What a plan depends on of a tensor."""
+    """Return what a plan depends on of a tensor."""
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
@@ -443,7 +443,7 @@ def _prepare(
 def _layout(
     tensor: Tensor, axes: tuple[Dimension, Dimension], rest: Iterable[Dimension], field: int
 ) -> tuple[int, int]:
-    """Which matrix axis of a tensor has stride 1 (-1: neither), and how many elements can be loaded together.
+    """Return which matrix axis of a tensor has stride 1 (-1: neither), and how many elements can be loaded together.
 
     Args:
         tensor: the operand.
@@ -463,12 +463,12 @@ def _layout(
 
 
 def _apart(axes: tuple[Dimension, Dimension], axis: int, field: int) -> bool:
-    """True if rows neither repeat nor overlap, as tensor descriptors require; arguments as of _layout."""
+    """Return whether rows neither repeat nor overlap, as tensor descriptors require; arguments as of _layout."""
     return axes[1 - axis][field] >= axes[axis].size
 
 
 def _work(form: Contraction, options: dict[str, Any], plan: str | None) -> tuple[Work, int]:
-    """The division of a product among programs, and into how many splits; one split without a plan."""
+    """Return the division of a product among programs, and into how many splits; one split without a plan."""
     m_tiles = triton.cdiv(form.m.size, options["BLOCK_M"])
     n_tiles = triton.cdiv(form.n.size, options["BLOCK_N"])
     k_steps = triton.cdiv(form.k.size, options["BLOCK_K"])
@@ -482,7 +482,7 @@ def _work(form: Contraction, options: dict[str, Any], plan: str | None) -> tuple
 def _runner(
     kernel: Any, programs: int, numbers: tuple[Any, ...], options: dict[str, Any], device: torch.device
 ) -> Run:
-    """A function that launches a kernel with these numbers between its tensors and its scale."""
+    """Return a function that launches a kernel with these numbers between its tensors and its scale."""
     grid = (programs,)
 
     def run(input: Tensor, other: Tensor, bias: Tensor | None, output: Tensor, scale: float) -> None:

@@ -29,7 +29,7 @@ def _tile(
     first, tile, batch, rows, n,
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Row numbers (ROWS, 1), column numbers (1, COLS) and mask of a tile, 64-bit so that offsets may be.
+    """Return row numbers (ROWS, 1), column numbers (1, COLS) and mask of a tile, 64-bit so that offsets may be.
 
     KEEP "nothing": the ``tile``-th tile of batch element ``first``. "rows": rows of ROWS batch elements, the
     ``first``-th such group; ``tile`` counts what they add up. "columns": of batch element and column tile ``first``,
@@ -66,7 +66,7 @@ def _tile(
 
 @triton.jit
 def _tiles(rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, KEEP: tl.constexpr):
-    """How many tiles are added up to a sum, or to a tile's row or column of sums."""
+    """Return how many tiles are added up to a sum, or to a tile's row or column of sums."""
     if KEEP == "columns":
         tiles = tiles_of(rows, ROWS)
     elif KEEP == "rows":
@@ -78,14 +78,14 @@ def _tiles(rows, n, ROWS: tl.constexpr, COLS: tl.constexpr, KEEP: tl.constexpr):
 
 @triton.jit
 def _tail(n):
-    """What _tile leaves of a flat operand: the last n % 16 columns."""
+    """Return what _tile leaves of a flat operand: the last n % 16 columns."""
     cols = n // 16 * 16 + tl.arange(0, 16).to(tl.int64)
     return tl.zeros((1, 1), tl.int64), cols[None, :], (cols < n)[None, :]
 
 
 @triton.jit
 def _row_offset(row, sizes, strides, ALIGN: tl.constexpr):
-    """The offset of an operand's rows: ``row`` counts over ``sizes``, of which the last varies slowest."""
+    """Return the offset of an operand's rows: ``row`` counts over ``sizes``, of which the last varies slowest."""
     offset = tl.zeros_like(row)
     for dim in tl.static_range(len(sizes)):
         stride = strides[dim] // ALIGN * ALIGN
@@ -99,7 +99,7 @@ def _row_offset(row, sizes, strides, ALIGN: tl.constexpr):
 
 @triton.jit
 def _load(x, at, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr):
-    """The tile ``at`` (row, cols, mask) of an Operand or RowOperand, in ACC; 0 outside the mask."""
+    """Load the tile ``at`` (row, cols, mask) of an Operand or RowOperand, in ACC; 0 outside the mask."""
     row, cols, mask = at
     if len(x) == 2:  # a RowOperand
         value = convert(tl.load(x.ptr + _row_offset(row, sizes, x.strides, 1)), ACC)
@@ -149,7 +149,7 @@ def _store_sums(
 def _forward_tile(
     at, x, t, w, loss, grad_x, grad_t, grad_w, scale, sizes, ALIGN: tl.constexpr, ACC: tl.constexpr
 ):
-    """w e^2 of one tile; writes the losses and gradients that are wanted."""
+    """Return w e^2 of one tile; write the losses and gradients that are wanted."""
     error = _load(x, at, sizes, ALIGN, ACC) - _load(t, at, sizes, ALIGN, ACC)
     weighted = error
     if w is not None:
@@ -168,7 +168,7 @@ def _mse_forward_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, p) of (R, P): tiles p, p + P, ... of the r-th sum, or row or column of sums.
+    """Program (r, p) of (R, P) adds up tiles p, p + P, ... of the r-th sum, or row or column of sums.
 
     x, t, w         (batch * rows, n), any strides; w may be None
     loss            (batch * rows, n) or None: the elements' losses
@@ -202,7 +202,7 @@ def _mse_forward_kernel(
 def _mse_sum_kernel(
     partials_ptr, loss_ptr, P, R, divisor, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr
 ):
-    """BLOCK_R sums over the programs of the first stage, / ``divisor``.
+    """One program adds BLOCK_R sums over the programs of the first stage, / ``divisor``.
 
     partials_ptr (P, R)
     loss_ptr     (R,)
@@ -236,7 +236,7 @@ def _mse_backward_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr, FLAT: tl.constexpr, KEEP: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program p: tile p of the gradients 2c g w e, -2c g w e and c g e^2, with c = 1 / ``divisor``.
+    """Program p computes tile p of the gradients 2c g w e, -2c g w e and c g e^2, with c = 1 / ``divisor``.
 
     If there are sums: program (r, p) of (R, P), tiles p, p + P, ... of the r-th sum, or row or column of sums.
 
@@ -275,7 +275,7 @@ def _hvp_tile(
     at, x, t, w, g, dx, dt, dw, dg, out_g, out_x, out_t, out_w, scale, sizes,
     OF_WEIGHT: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """d(w e^2) = dw e^2 + 2 w e de of one tile, or c d(g e^2) if OF_WEIGHT; writes the elementwise results."""
+    """Return d(w e^2) = dw e^2 + 2 w e de of one tile, or c d(g e^2) if OF_WEIGHT; write the elementwise results."""
     # What is None is left out of each product: as 0, beside an infinite factor, it would be nan.
     OF_ERROR: tl.constexpr = dx is not None or dt is not None
     zero = tl.zeros(at[2].shape, ACC)
@@ -330,7 +330,7 @@ def _mse_hvp_kernel(
     OF_WEIGHT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
     FLAT: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Program (r, p) of (R, P): tiles p, p + P, ... of the Hessian-vector product.
+    """Program (r, p) of (R, P) computes tiles p, p + P, ... of the Hessian-vector product.
 
     With e = x - t, de = dx - dt and c = 1 / ``divisor``:
         out_g = dw e^2 + 2 w e de                 out_x = 2c (dg w e + g dw e + g w de)
@@ -368,7 +368,7 @@ def _mse_hvp_kernel(
 
 
 def plan(walk: Walk, block: int, sums: bool = False) -> config.MseTile:
-    """The tile of ``block`` elements for a walk; ``sums``: over all but the kept dimensions."""
+    """Return the tile of ``block`` elements for a walk; ``sums``: over all but the kept dimensions."""
     align = 16
     if walk.sizes or walk.columns_kept:  # not flat
         strides = [s for x in walk.operands if isinstance(x, Operand) for s in x.strides]
@@ -377,19 +377,19 @@ def plan(walk: Walk, block: int, sums: bool = False) -> config.MseTile:
 
 
 def _broadcast(grad: Tensor | None, input: Tensor) -> Tensor | None:
-    """A gradient of the losses, one for each batch element or element, as a view of input's shape."""
+    """View a gradient of the losses, one for each batch element or element, in input's shape."""
     if grad is None or grad.dim() == input.dim():
         return grad
     return grad[(..., *(None,) * (input.dim() - grad.dim()))].expand(input.shape)
 
 
 def _expanded(weight: Tensor | None, input: Tensor) -> Tensor | None:
-    """A weight, or its tangent, as a view of input's shape."""
+    """View a weight, or its tangent, in input's shape."""
     return weight if weight is None or weight.shape == input.shape else weight.expand(input.shape)
 
 
 def _own_dims(weight: Tensor, input: Tensor) -> list[int]:
-    """The dimensions along which a weight is not broadcast."""
+    """Return the dimensions along which a weight is not broadcast."""
     sizes = zip(weight.shape, input.shape, strict=True)
     return [d for d, (own, size) in enumerate(sizes) if own == size != 1]
 
@@ -399,7 +399,7 @@ def _divisor(reduction: str, shape: torch.Size, batch_dims: int) -> int:
 
 
 def _empty_sums(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dtype) -> Tensor:
-    """A tensor for the loss, filled already if there are no elements to reduce."""
+    """Return a tensor for the loss, filled already if there are no elements to reduce."""
     if reduction == "none":
         return torch.empty_like(input, dtype=dtype)
     if input.numel():
@@ -408,7 +408,7 @@ def _empty_sums(input: Tensor, reduction: str, batch_dims: int, dtype: torch.dty
 
 
 def _elementwise(results: list[Tensor | None], input: Tensor) -> list[Tensor | None]:
-    """Those of input's shape: a kernel writes them as it goes; the others are sums."""
+    """Return those of input's shape: a kernel writes them as it goes; the others are sums."""
     return [result if result is not None and result.shape == input.shape else None for result in results]
 
 
@@ -459,7 +459,7 @@ def _forward(
     input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str, batch_dims: int,
     output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss and, for grad_output = 1, the needed gradients; divided by ``weight_sum``, if there is one."""
+    """Return the loss and, for grad_output = 1, the needed gradients, divided by ``weight_sum`` if there is one."""
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     loss = _empty_sums(input, reduction, batch_dims, dtype)
@@ -489,7 +489,7 @@ def _forward(
 def mse_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int, dtype: torch.dtype
 ) -> Tensor:
-    """The loss: elementwise for "none", else of shape input.shape[:batch_dims]."""
+    """Return the loss: elementwise for "none", else of shape input.shape[:batch_dims]."""
     return _forward(input, target, weight, None, reduction, batch_dims, [False] * 3, dtype)[0]
 
 
@@ -497,7 +497,7 @@ def mse_forward_backward(
     input: Tensor, target: Tensor, weight: Tensor | None, weight_sum: Tensor | None, reduction: str,
     output_mask: list[bool], dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """The loss / ``weight_sum`` and its needed gradients by input, target and weight, in one pass."""
+    """Return the loss / ``weight_sum`` and its needed gradients by input, target and weight, in one pass."""
     return _forward(input, target, weight, weight_sum, reduction, 0, output_mask, dtype)
 
 
@@ -505,7 +505,7 @@ def mse_backward(
     grad_output: Tensor, input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, batch_dims: int,
     output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed gradients by input, target and weight: 2c g w e, -2c g w e and c g e^2."""
+    """Return the needed gradients by input, target and weight: 2c g w e, -2c g w e and c g e^2."""
     results = empty_gradients((input, target, weight), output_mask)
     if input.numel() == 0 or not any(output_mask):
         return _given(results)
@@ -533,7 +533,7 @@ def mse_hvp(
     d_grad: Tensor | None, d_input: Tensor | None, d_target: Tensor | None, d_weight: Tensor | None,
     reduction: str, batch_dims: int, output_mask: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """The needed derivatives (grad_output, input, target, weight) of c * sum(g w e^2) along a direction."""
+    """Return the needed derivatives (grad_output, input, target, weight) of c * sum(g w e^2) along a direction."""
     elementwise = reduction == "none"
     batch_dims = 0 if elementwise else batch_dims
     dtype = (input if grad_output is None else grad_output).dtype

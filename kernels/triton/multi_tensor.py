@@ -102,7 +102,7 @@ class Table:
 
     @property
     def tensor(self) -> Tensor:
-        """The copy, up to date in the order of the current stream."""
+        """Return the copy, up to date in the order of the current stream."""
         if self.stale:
             self._tables.upload()
         assert self._tensor is not None
@@ -149,12 +149,12 @@ class Tables:
 
     @property
     def arrivals(self) -> Tensor:
-        """How many programs have read a step; the last one of them puts it back to 0."""
+        """Return the counts of programs that have read a step; the last one of them puts its count back to 0."""
         return self._arrivals.tensor
 
     @property
     def norm_chunks(self) -> Table:
-        """The chunks of the norm: each of CHUNK elements, in the order in which they are added."""
+        """Return the chunks of the norm: each of CHUNK elements, in the order in which they are added."""
         if self._norm_chunks is None:
             rows = self.rows.array
             small = (rows[:, CHUNKS.value] == 1).all()
@@ -164,13 +164,13 @@ class Tables:
         return self._norm_chunks
 
     def _listed(self, counts: np.ndarray) -> Table:
-        """The table of so many chunks of each tensor."""
+        """Return the table of so many chunks of each tensor."""
         owner = np.repeat(np.arange(len(counts)), counts)
         place = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         return Table(np.stack([owner, place], axis=1).astype(np.int32), self)
 
     def _divide(self, bucket: Bucket, rows: np.ndarray) -> tuple[np.ndarray, int]:
-        """How many programs serve each tensor, and how many counters they need."""
+        """Return how many programs serve each tensor, and how many counters they need."""
         spans = np.array([config.step_span(param.numel()) for param in bucket.params])
         rows[:, CHUNKS.value] = spans // CHUNK.value
         return _pieces(rows[:, NUMEL.value], spans), len(rows) + 1  # the last counter is for the norm
@@ -227,7 +227,7 @@ class Tables:
                     self._pinned.append(source)
 
     def options(self, groups: Sequence[tuple[Any, ...]], max_norm: float | None) -> Tensor:
-        """(groups, 2, options + 1): numbers, max_norm last or -1; and as float64 bits the addresses to read instead."""
+        """Return (groups, 2, options + 1): numbers, max_norm last or -1; as float64 bits the addresses to read."""
         limit = -1.0 if max_norm is None else max_norm
         values = [limit, *chain.from_iterable(groups)]
         numbers = None
@@ -251,7 +251,7 @@ class Tables:
         return self._upload_options(table, sources)
 
     def _upload_options(self, table: np.ndarray, sources: list[Tensor]) -> Tensor:
-        """The device's copy of the table of options; ``sources`` are kept, since the table has their addresses."""
+        """Return the device's table of options; ``sources`` are kept, since the table has their addresses."""
         self._sources = sources
         if self._options is None or self._options.array.shape != table.shape:
             self._options = Table(table, self)
@@ -262,7 +262,7 @@ class Tables:
 
 
 def tables_of(bucket: Bucket) -> Tables:
-    """The bucket's tables, with the addresses of its present gradients."""
+    """Return the bucket's tables, with the addresses of its present gradients."""
     tables = bucket.memory.get("tables")
     if tables is None:
         tables = bucket.memory["tables"] = Tables(bucket)
@@ -271,12 +271,12 @@ def tables_of(bucket: Bucket) -> Tables:
 
 
 def dtype_of(tensors: list[Tensor] | None) -> Any:
-    """Triton's name for the tensors' dtype, None where there are none: a constexpr of the kernels."""
+    """Return Triton's name for the tensors' dtype, None where there are none: a constexpr of the kernels."""
     return DTYPES[tensors[0].dtype] if tensors else None
 
 
 def step_constants(bucket: Bucket, guard: Guard) -> dict[str, Any]:
-    """The constexpr parameters that all optimizers' kernels have."""
+    """Return the constexpr parameters that all optimizers' kernels have."""
     return {
         "DTYPE_P": dtype_of(bucket.params),
         "DTYPE_G": dtype_of(bucket.grads),
@@ -323,7 +323,7 @@ def launch_step(
 
 
 def repeat(bucket: Bucket, key: Any, call: Callable[..., list[Tensor]], *tensors: Tensor | None) -> None:
-    """``call(*tensors)``, a launch over a bucket; the third one of a key repeats the second: see replay.py.
+    """Run ``call(*tensors)``, a launch over a bucket; the third one of a key repeats the second: see replay.py.
 
     Args:
         bucket: whose dtypes and number of chunks stay as they are.
@@ -340,12 +340,12 @@ def repeat(bucket: Bucket, key: Any, call: Callable[..., list[Tensor]], *tensors
 
 
 def _seen(tensor: Tensor | None) -> Any:
-    """What a launch goes by of a tensor of the guard."""
+    """Return what a launch goes by of a tensor of the guard."""
     return tensor if tensor is None else (tensor.dtype, tensor.shape, tensor.data_ptr() % 16 == 0)
 
 
 def _pieces(sizes: np.ndarray, span: Any) -> np.ndarray:
-    """How many programs of ``span`` elements; one of a tensor without elements, whose step it raises."""
+    """Return how many programs of ``span`` elements; one of a tensor without elements, whose step it raises."""
     return np.maximum(-(-sizes // span), 1)
 
 
@@ -354,7 +354,7 @@ def _addresses(tensors: list[Tensor]) -> np.ndarray:
 
 
 def option_columns(options: Any, *names: str) -> list[tl.constexpr]:
-    """The columns of these options in the table that ``Tables.options`` makes, and how many columns there are."""
+    """Return the columns of these options in the table that ``Tables.options`` makes, and how many it has."""
     columns = [*options._fields, "max_norm"]
     return [tl.constexpr(columns.index(name)) for name in names] + [tl.constexpr(len(columns))]
 
@@ -448,7 +448,7 @@ def _grad_norm_kernel(
 
 @triton.jit
 def chunk_of(chunks_ptr, rows_ptr, c):
-    """Of the c-th chunk: its tensor's number and row, its place among the tensor's, and the tensor's elements."""
+    """Return the c-th chunk's tensor's number and row, its place among the tensor's, and the tensor's elements."""
     t = tl.load(chunks_ptr + 2 * c).to(tl.int64)
     place = tl.load(chunks_ptr + 2 * c + 1).to(tl.int64)
     row = rows_ptr + t * WIDTH
@@ -457,7 +457,7 @@ def chunk_of(chunks_ptr, rows_ptr, c):
 
 @triton.jit
 def wide_until(row, numel, BLOCK: tl.constexpr):
-    """How many of a tensor's elements are updated 16 bytes a thread at a time; the others follow one by one.
+    """Return how many of a tensor's elements are updated 16 bytes a thread at a time; the others follow one by one.
 
     None unless each operand is aligned to 16 bytes. A tensor within one block has no others: a second pass over a few
     elements would take as long as the first.
@@ -470,7 +470,7 @@ def wide_until(row, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def pointer_at(row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED16: tl.constexpr):
-    """The tensor whose address stands in a row."""
+    """Return the tensor whose address stands in a row."""
     pointer = tl.load(row + column).to(tl.pointer_type(DTYPE))
     if ALIGNED16:
         pointer = tl.multiple_of(pointer, 16)
@@ -479,7 +479,7 @@ def pointer_at(row, column: tl.constexpr, DTYPE: tl.constexpr, ALIGNED16: tl.con
 
 @triton.jit
 def load_option(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr):
-    """One number of a group in float64, from the table or from the address that stands beside it."""
+    """Load one number of a group in float64, from the table or from the address that stands beside it."""
     at = options_ptr + group * 2 * COLUMNS + column
     source = tl.load((at + COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
     live = tl.load(source.to(tl.pointer_type(tl.float32)), mask=source != 0, other=0.0)
@@ -488,7 +488,7 @@ def load_option(options_ptr, group, column: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def load_guard(guard, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr):
-    """(skip, inverse_scale, clip): whether the step is skipped, and what gradients are multiplied by, in float64.
+    """Return (skip, inverse_scale, clip): whether the step is skipped, and in float64 the factors of gradients.
 
     guard: GuardTensors; program 0 raises ``skipped``.
     """
@@ -516,7 +516,7 @@ def load_guard(guard, max_norm, NORMS: tl.constexpr, SKIP: tl.constexpr):
 
 @triton.jit
 def clip_factor(max_norm, squares):
-    """min(1, max_norm / (norm + 1e-6)), given the norm's square in float64; 1 if max_norm is negative."""
+    """Return min(1, max_norm / (norm + 1e-6)), given the norm's square in float64; 1 if max_norm is negative."""
     clip = max_norm / (tl.sqrt(squares) + 1e-6)
     clip = tl.where(clip > 1.0, 1.0, clip)  # NaN stays NaN, as torch's clamp leaves it
     return tl.where(max_norm < 0, 1.0, clip)
@@ -527,7 +527,7 @@ def begin_chunk(
     tables, guard,
     MAXIMIZE: tl.constexpr, MAX_NORM: tl.constexpr, COLUMNS: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """What every update kernel computes first, of the chunk that this program updates.
+    """Compute what every update kernel needs first, of the chunk that this program updates.
 
     Returns (t, row): as ``chunk_of``; the first element, that after the last, and how many the tensor has; the index of
     its parameter group; (skip, inverse_scale): as ``load_guard``; and the two factors of the unscaled gradient, -1
@@ -545,7 +545,7 @@ def begin_chunk(
 
 @triton.jit
 def take_step(row, arrivals_ptr, numel, skip, DTYPE_STEP: tl.constexpr):
-    """A tensor's step, which rises by one when all of its programs have read it: the last to arrive does it.
+    """Return a tensor's step, and raise it by one when all of its programs have read it: the last to arrive does it.
 
     arrivals_ptr: 0-d int32, 0 before and after.
     """
@@ -562,7 +562,7 @@ def take_step(row, arrivals_ptr, numel, skip, DTYPE_STEP: tl.constexpr):
 
 @triton.jit
 def load_param(p_at, master_at, mask, ACC: tl.constexpr):
-    """The parameter's elements, from the master copy unless that is None or the parameter was written since."""
+    """Load the parameter's elements, from the master copy unless that is None or the parameter was written since."""
     p = tl.load(p_at, mask=mask)
     if master_at is not None:
         master = tl.load(master_at, mask=mask)
@@ -573,7 +573,7 @@ def load_param(p_at, master_at, mask, ACC: tl.constexpr):
 
 @triton.jit
 def load_grad(g_at, mask, factors, UNSCALE: tl.constexpr, ACC: tl.constexpr):
-    """The gradient's elements times the second factor; if UNSCALE times the first before, and written back so."""
+    """Load the gradient times the second factor; if UNSCALE times the first before, and write it back so."""
     g = tl.load(g_at, mask=mask).to(ACC)
     if UNSCALE:
         g = g * factors[0]
@@ -591,13 +591,13 @@ def store_param(p_at, master_at, mask, p, draw, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def key_at(row, step):
-    """What a tensor's random numbers of one step start from."""
+    """Return what a tensor's random numbers of one step start from."""
     return mix(tl.load(row + KEY).to(tl.uint32) ^ step.to(tl.int64).to(tl.uint32))
 
 
 @triton.jit
 def mix(x):
-    """A bijection of uint32 that scatters its values; the same as in optim/bucket.py."""
+    """Scatter uint32 by a bijection; the same as in optim/bucket.py."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -605,14 +605,14 @@ def mix(x):
 
 @triton.jit
 def draw_words(key, offs):
-    """Two words of 32 random bits for each element; key: uint32, offs: int64 places in memory."""
+    """Draw two words of 32 random bits for each element; key: uint32, offs: int64 places in memory."""
     first = mix(mix(offs.to(tl.uint32) ^ key) ^ (offs >> 32).to(tl.uint32))
     return first, mix(first ^ 0x9E3779B9)
 
 
 @triton.jit
 def round_to(value, draw, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """``value`` in DTYPE, to nearest even; if STOCHASTIC, to bfloat16 up or down by the 16 random bits of draw."""
+    """Round ``value`` to DTYPE, to nearest even; if STOCHASTIC, to bfloat16 up or down by 16 random bits of draw."""
     if STOCHASTIC or (INTERPRETED and DTYPE == tl.bfloat16):  # noqa: SIM300
         bits = value.to(tl.uint32, bitcast=True)
         if not STOCHASTIC:

@@ -55,7 +55,7 @@ Call = Callable[..., Any]
 
 
 def run(replays: dict[Any, Any], key_of: Call, call: Call, args: tuple[Any, ...]) -> Any:
-    """``call(*args)``, for which there is no replay; the second call of a key is recorded.
+    """Run ``call(*args)``, for which there is no replay; the second call of a key is recorded.
 
     Args:
         replays: of an operator, by key. None: the key has been seen once; False: it cannot be replayed.
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
         self._kept.append(tensor)
 
     def replay(self, results: Any) -> Call | bool:
-        """The call as a function of the same arguments, or False if there is an obstacle.
+        """Return the call as a function of the same arguments, or False if there is an obstacle.
 
         ``results``: what the call returned, a tensor or a list of tensors.
         """
@@ -191,7 +191,7 @@ class Recorder(TorchDispatchMode):
         return scope["replay"]
 
     def _returned(self, results: Any) -> dict[str, Tensor]:
-        """The results by name, each of them all of a new tensor."""
+        """Return the results by name, each of them all of a new tensor."""
         returned = {}
         for result in results if isinstance(results, list) else [results]:
             name, owner = self._owners.get(id(result), ("", result))
@@ -213,7 +213,7 @@ def _empty_strided(
 
 
 def _asks_for_memory(run: Any) -> bool:
-    """Whether a launcher of NVIDIA's allocates memory for a kernel, or for a sanitizer."""
+    """Return whether a launcher of NVIDIA's allocates memory for a kernel, or for a sanitizer."""
     return bool(run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
 
 
@@ -257,7 +257,7 @@ class _Body:
         return f"values = {values}; {called}"
 
     def _expression(self, value: Any) -> str:
-        """The source of an argument of a kernel: of a tensor its address, which the driver need not look up."""
+        """Return the source of a kernel's argument: of a tensor its address, which the driver need not look up."""
         if value is None or isinstance(value, (bool, int)):
             return repr(value)
         if isinstance(value, Tensor):
@@ -275,7 +275,7 @@ class _Body:
         return self._constant(value)
 
     def _place(self, tensor: Tensor) -> tuple[str, int]:
-        """The name of the tensor that owns the memory, and how many bytes after its address the tensor begins."""
+        """Return the name of the tensor that owns the memory, and the bytes from its address to the tensor's begin."""
         if id(tensor) not in self._owners:
             raise _NotReplayableError("a kernel was given memory of unknown origin")
         name, owner = self._owners[id(tensor)]

@@ -94,7 +94,7 @@ def _sgd_step_kernel(
 
 @triton.jit
 def sgd_rule(p, g, m, first, scalars):
-    """One step of elements: their new p and m (the gradient without momentum); the scalars broadcast against them."""
+    """Make one step of elements: return their new p and m (the gradient without momentum); the scalars broadcast."""
     lr, momentum, share, decay, nesterov = scalars
     g = tl.where(decay != 0, tl.fma(p, decay, g), g)
     buffer = g

@@ -14,7 +14,7 @@ DTYPES = {
 
 @triton.jit
 def convert(value, dtype: tl.constexpr):
-    """``value.to(dtype)``; between bfloat16 and float64 by way of float32, since the interpreter has no other."""
+    """Return ``value.to(dtype)``, between bfloat16 and float64 by float32, since the interpreter has no other."""
     if (value.dtype == tl.bfloat16) | (dtype == tl.bfloat16):
         value = value.to(tl.float32)
     return value.to(dtype)
@@ -22,13 +22,13 @@ def convert(value, dtype: tl.constexpr):
 
 @triton.jit
 def tiles_of(size, BLOCK: tl.constexpr):
-    """How many tiles of BLOCK cover ``size``, which is not 0: ``tl.cdiv`` would pass 2^31 on the way there."""
+    """Return how many tiles of BLOCK cover ``size``, which is not 0: ``tl.cdiv`` would pass 2^31 on the way there."""
     return (size - 1) // BLOCK + 1
 
 
 @triton.jit
 def tile_of(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """Row and column of the ``tile``-th tile: GROUP_M rows run side by side, sharing columns in the cache."""
+    """Return row and column of the ``tile``-th tile: GROUP_M rows run side by side, sharing columns in the cache."""
     group = tile // (GROUP_M * n_tiles)
     rows = tl.minimum(m_tiles - group * GROUP_M, GROUP_M)
     within = tile % (GROUP_M * n_tiles)
@@ -50,7 +50,7 @@ def store_product(ptr, rows, cols, M, N, product):
 
 @triton.jit
 def ordered_sum(ptr, P, stride, cols, mask, BLOCK_P: tl.constexpr, ACC: tl.constexpr):
-    """The second stage of a reduction: the sums over ``P`` rows of partial sums, ``stride`` apart, of ``cols``.
+    """Sum ``P`` rows of partial sums, ``stride`` apart, of ``cols``: the second stage of a reduction.
 
     The order depends on P, BLOCK_P and the block's layout alone: no atomics, so the bits never change.
     """

@@ -87,7 +87,7 @@ class StackedTables(Tables):
     def option_values(
         self, groups: Sequence[tuple[Any, ...]], max_norm: float | None, lr_scale: Tensor | None
     ) -> Tensor:
-        """(groups, 3, options + 2): numbers; the addresses to read instead; twice the strides, plus 1 for float64."""
+        """Return (groups, 3, options + 2): numbers; addresses to read instead; twice strides, plus 1 for float64."""
         table = np.zeros((len(groups), 3, len(groups[0]) + 2))
         integers = table.view(np.int64)
         sources = []
@@ -170,7 +170,7 @@ def stacked_adam_step(bucket: Bucket, options: Sequence[AdamOptions], guard: Gua
 
 
 def _tables_of(bucket: Bucket, models: Models) -> StackedTables:
-    """The bucket's tables, with the addresses of its present gradients."""
+    """Return the bucket's tables, with the addresses of its present gradients."""
     tables = bucket.memory.get("tables")
     if tables is None:
         operands = [bucket.params, bucket.grads, *(bucket.states[k] for k in bucket.states if k != "step")]
@@ -221,7 +221,7 @@ def _launch_step(
 
 @triton.jit
 def in_vectors(n, VECTOR: tl.constexpr):
-    """``n``, a multiple of VECTOR, in a form that shows it: Triton 3.6 loses hints on what a function returns."""
+    """Return ``n``, a multiple of VECTOR, in a form that shows it: Triton 3.6 loses hints on what is returned."""
     return n // VECTOR * VECTOR
 
 
@@ -413,7 +413,7 @@ def begin_models(
     tables, guard, active_ptr, active_stride, B, LR: tl.constexpr, DECAY: tl.constexpr, MAXIMIZE: tl.constexpr,
     COLUMNS: tl.constexpr, MODELS: tl.constexpr, NORMS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """What both updates compute first, of the part of a tensor that this program updates.
+    """Compute what both updates need first, of the part of a tensor that this program updates.
 
     Returns (row,): as ``chunk_of``; (models, inside): as ``models_of``; the number of their tile; the first column; the
     elements of a model; how many programs share the tile; where the group's options begin; (go, inverse_scale): as
@@ -439,21 +439,21 @@ def begin_models(
 
 @triton.jit
 def models_of(tile, B, MODELS: tl.constexpr):
-    """The models of a tile (int64), and which of them exist."""
+    """Return the models of a tile (int64), and which of them exist."""
     models = tile * MODELS + tl.arange(0, MODELS)
     return models, models < B
 
 
 @triton.jit
 def places_of(models, go, start, n, COLUMNS: tl.constexpr):
-    """The elements' places in columns ``start``, ... of a tile of models, and which of them there are and ``go``."""
+    """Return the elements' places in columns ``start``, ... of a tile of models, and which exist and ``go``."""
     cols = start + tl.arange(0, COLUMNS)
     return models[:, None] * n + cols[None, :], go[:, None] & (cols < n)[None, :]
 
 
 @triton.jit
 def as_columns(values):
-    """Each of these values per model as a column beside the models' elements."""
+    """Return each of these values per model as a column beside the models' elements."""
     columns = ()
     for i in tl.static_range(len(values)):
         columns = columns + (values[i][:, None],)
@@ -462,7 +462,7 @@ def as_columns(values):
 
 @triton.jit
 def load_value(options_ptr, column: tl.constexpr, COLUMNS: tl.constexpr, models, inside):
-    """The models' values of an option in float64: the number in the table, or what stands at the address below it."""
+    """Load an option of the models in float64: the number in the table, or what stands at the address below it."""
     at = options_ptr + column
     none = tl.zeros_like(models)  # a mask is made of blocks
     source = none + tl.load((at + COLUMNS).to(tl.pointer_type(tl.int64), bitcast=True))
@@ -479,7 +479,7 @@ def load_value(options_ptr, column: tl.constexpr, COLUMNS: tl.constexpr, models,
 def load_guards(
     guard, max_norm, active_ptr, active_stride, B, models, inside, counted, NORMS: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """(go, inverse_scale, clip): which models make the step, and what gradients are multiplied by, in float64.
+    """Return (go, inverse_scale, clip): which models make the step, and in float64 the factors of gradients.
 
     counted: this program counts the skipped steps of models below this number.
     """
@@ -512,7 +512,7 @@ def load_guards(
 
 @triton.jit
 def take_steps(row, arrivals_ptr, tile, pieces, models, inside, go, DTYPE_STEP: tl.constexpr):
-    """The models' steps of a tensor; those that ``go`` rise by one when all programs of the tile have read them.
+    """Return the models' steps of a tensor; those that ``go`` rise by one when all programs of the tile have read them.
 
     arrivals_ptr: the counters; those of the tensor begin at COUNTER, if a tile has several programs.
     """
@@ -532,7 +532,7 @@ def take_steps(row, arrivals_ptr, tile, pieces, models, inside, go, DTYPE_STEP: 
 
 @triton.jit
 def corrections(one_less, exponents):
-    """1 - (1 - one_less)^exponent of each model by squaring, for whole exponents >= 0: nothing cancels."""
+    """Return 1 - (1 - one_less)^exponent of each model by squaring, for whole exponents >= 0: nothing cancels."""
     result = tl.zeros(one_less.shape, tl.float64)
     most = tl.max(exponents, 0)
     while most > 0:

@@ -20,7 +20,7 @@ STEPS = 3  # of an optimizer or a training
 
 
 def few_bits(values: Tensor) -> Tensor:
-    """The nearest numbers of so few digits that a product has a few more than fit into a long sum.
+    """Return the nearest numbers of so few digits that a product has a few more than fit into a long sum.
 
     In float32 those are bfloat16's.
     """
@@ -68,7 +68,7 @@ def build(
     draw: int = 0,
     numbers: str = "normal",
 ) -> Case:
-    """The case of ``op`` at sizes or with a call, on random ``NUMBERS`` seeded by ``draw``.
+    """Return the case of ``op`` at sizes or with a call, on random ``NUMBERS`` seeded by ``draw``.
 
     Raises:
         ValueError: the op is unknown, or takes another number of sizes.

@@ -48,7 +48,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _placed(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with "cuda" taken for the CPU among its arguments."""
+    """Return the function with "cuda" taken for the CPU among its arguments."""
 
     @wraps(original)
     def place(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def _placed(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Tensor.to: to "cuda" without a copy, to the CPU with one, as from a GPU."""
+    """Call Tensor.to: to "cuda" without a copy, to the CPU with one, as from a GPU."""
     place = _placed(original)
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def _moved(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _giving(told: Any) -> Callable[..., Any]:
-    """A function that gives the same whatever it is asked. torch's compiler wants one of its own under each name."""
+    """Return a function that always gives the same. torch's compiler wants one of its own under each name."""
     return lambda *args, **kwargs: told
 
 
@@ -140,7 +140,7 @@ _PROPERTIES = {
 
 
 def _answers() -> dict[str, Any]:
-    """What ``torch.cuda`` answers."""
+    """Return what ``torch.cuda`` answers."""
 
     def answer(told: Any, original: Callable[[], Any]) -> Callable[[], Any]:
         return lambda: original() if _told_the_truth() else told
@@ -176,7 +176,7 @@ def _answers() -> dict[str, Any]:
 
 
 def _once(function: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-    """triton.testing.do_bench: run, and time nothing."""
+    """Run what triton.testing.do_bench is given once, and time nothing."""
     function()
     quantiles = kwargs.get("quantiles")
     return [1.0] * len(quantiles) if quantiles else 1.0
@@ -289,7 +289,7 @@ def _compiled(put: Callable[[Any, str, Any], None]) -> None:
 
     @cache
     def jitted(kernel: Any) -> Any:
-        """The kernel as the compiler would have it; nothing is compiled."""
+        """Return the kernel as the compiler would have it; nothing is compiled."""
         return original(kernel.fn, **kernel.kwargs)
 
     def key(kernel: Any) -> str:
@@ -306,7 +306,7 @@ def _compiled(put: Callable[[Any, str, Any], None]) -> None:
 
 @contextmanager
 def cuda_on_cpu() -> Iterator[None]:
-    """Inside the block "cuda" is this CPU, and Triton, where it is installed, has a driver that does nothing."""
+    """Let "cuda" be this CPU inside the block; Triton, where it is installed, has a driver that does nothing."""
     with ExitStack() as stack:
 
         def put(owner: Any, name: str, value: Any) -> None:
@@ -375,7 +375,7 @@ def _generator(original: type) -> type:
 
 
 def _autocast(put: Callable[[Any, str, Any], None]) -> None:
-    """Autocast for "cuda" is the CPU's, with the dtype that a GPU would have."""
+    """Make autocast for "cuda" the CPU's, with the dtype that a GPU would have."""
     original = torch.amp.autocast_mode.autocast.__init__
 
     def init(self: Any, device_type: str, dtype: Any = None, *args: Any, **kwargs: Any) -> None:

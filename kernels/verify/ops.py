@@ -158,7 +158,7 @@ def kernels(
 
 
 def _tried(op: str) -> tuple[tuple[int, ...] | Call, ...]:
-    """The sizes and the calls of its record; a case of no sizes, to be refused, where there is none."""
+    """Return the sizes and the calls of its record; where there is none, a case of no sizes, to be refused."""
     record = OPS.get(op)
     if record is None:
         return ((),)

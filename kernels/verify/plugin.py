@@ -62,7 +62,7 @@ class Watch:
 
     @property
     def report(self) -> MemoryReport:
-        """What was seen so far."""
+        """Return what was seen so far."""
         if not self.reports:
             raise RuntimeError(
                 "nobody watches this test: run pytest with --triton-on-cpu, or watch a block (with memory_check():)"

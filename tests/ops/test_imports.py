@@ -1,6 +1,7 @@
-"""Imports inside kernels/ run one way, without a circle; a long file says why it is one."""
+"""Imports inside kernels/ run one way, without a circle; a long file says why it is one, a docstring what is done."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -84,3 +85,15 @@ def test_a_file_of_over_500_lines_says_why(folder: str) -> None:
         if text.count("\n") > 500:
             head = ast.get_docstring(ast.parse(text)) or ""
             assert "over 500 lines, since" in " ".join(head.lower().split()), path
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench"])
+def test_a_functions_docstring_begins_with_what_it_does(folder: str) -> None:
+    noun = re.compile(
+        r"(an?|the|its|all|each|what|which|whether|how|where|true|false|of|as|in|for)\b|\W", re.IGNORECASE
+    )
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                text = ast.get_docstring(node) or ""
+                assert not noun.match(text), f"{path}: {node.name}: {text}"

@@ -129,7 +129,7 @@ def _step(suspect: Suspect) -> Diagnosis | None:
         return np.array([np.abs(suspect.slopes(failing, size) - wanted) for size in steps])
 
     def agreeing(found: np.ndarray) -> np.ndarray:
-        """Per step and element, whether the gradient agrees with the differences there and with the next step."""
+        """Return, per step and element, whether the gradient agrees with the differences there and in the next step."""
         return np.asarray((found[:-1] <= tolerance) & (found[1:] <= tolerance))
 
     # Over a step of few roundings the function may look flat.

@@ -122,7 +122,7 @@ class Function:
 
     @property
     def can_move(self) -> bool:
-        """Whether the analytic gradient is known at other points than the given one."""
+        """Return whether the analytic gradient is known at other points than the given one."""
         return self.gradient is None or callable(self.gradient)
 
     def outputs(self, values: Sequence[Any]) -> list[Tensor]:

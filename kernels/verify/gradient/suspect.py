@@ -90,7 +90,7 @@ class Suspect:
 
     @cached_property
     def elsewhere(self) -> list[Point]:
-        """Two more points, every real input moved at random: a pattern that holds there is no accident."""
+        """Return two more points, every real input moved at random: a pattern that holds there is no accident."""
         if not self.function.can_move:
             return []
         generator = np.random.default_rng(1)
@@ -106,7 +106,7 @@ class Suspect:
 
     @cached_property
     def one_row(self) -> list[Point]:
-        """Two points with a single row of the batch, if inputs share a leading dimension that can be cut."""
+        """Return two points with a single row of the batch, if inputs share a leading dimension that can be cut."""
         batched = {
             i: len(v)
             for i, v in enumerate(self.here.values)
@@ -146,7 +146,7 @@ class Suspect:
 
     @cached_property
     def taped(self) -> list[tuple[Point, Tape, list[Any]]]:
-        """The points, each with a tape of the function and the values that it was recorded at.
+        """Return the points, each with a tape of the function and the values that it was recorded at.
 
         The list is empty if the operators cannot be replayed, or if the gradient of the replay is not the slope.
         """

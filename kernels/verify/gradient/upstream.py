@@ -98,7 +98,7 @@ class Upstream:
 
     @property
     def tried(self) -> str:
-        """What was tried, in words."""
+        """Say what was tried."""
         text = "upstream gradients of zero, and each output's times -2"
         for layout in LAYOUTS:
             if layout in self.elsewhere:
@@ -108,7 +108,7 @@ class Upstream:
         return text
 
     def fault(self, position: int, gradient: np.ndarray, allowed: float, relative: float) -> Diagnosis | None:
-        """How the gradient of a checked input depends on the upstream gradient, if not as it has to.
+        """Say how the gradient of a checked input depends on the upstream gradient, if not as it has to.
 
         Args:
             position: which of the checked inputs.
@@ -156,7 +156,7 @@ class Upstream:
 
 
 def _nonlinear(base: np.ndarray, change: np.ndarray, scale: float, which: str, allowed: float) -> Diagnosis:
-    """The fault of a gradient that is ``base`` for an upstream gradient and ``change`` for ``scale`` times it."""
+    """Name the fault of a gradient that is ``base`` for an upstream gradient and ``change`` for ``scale`` times it."""
     power = min((0, 1, 2), key=lambda power: np.abs(change - abs(scale) ** power * base).max())
     if np.abs(change - abs(scale) ** power * base).max() > allowed:
         text = f"{scale:g} times grad_output{which} does not give {scale:g} times the gradient"

@@ -290,7 +290,7 @@ class _Examination:
     def _draws(
         self, point: Point, first: Outcome, truth: Truth, once: Callable[..., Outcome]
     ) -> tuple[list[Outcome], list[Truth]]:
-        """The outcome, and those of other draws where a result has few numbers, as the tolerance policy asks."""
+        """Return the outcome, and those of other draws where results are few numbers, as the tolerance policy asks."""
         outcomes, truths = [first], [truth]
         if min((t.numel() for t in first.tensors if t.numel()), default=DRAWS) >= DRAWS or self.stochastic:
             return outcomes, truths
@@ -431,7 +431,7 @@ class _Examination:
             yield replace(finding, message=f"with {asked}: {finding.message}")
 
     def _reference_serves(self, values: Sequence[Any], places: Sequence[int]) -> bool:
-        """Whether the reference raises nothing where these gradients alone are asked for."""
+        """Return whether the reference raises nothing where these gradients alone are asked for."""
         assert self.reference is not None
         with contextlib.suppress(Exception):
             self.reference(values, places)
@@ -447,7 +447,7 @@ class _Examination:
             raise _RefusedError(error) from error
 
     def _right(self, outcome: Outcome, values: Sequence[Any]) -> bool:
-        """Whether an outcome is right at these values; without a reference nobody knows."""
+        """Return whether an outcome is right at these values; without a reference nobody knows."""
         return self.reference is not None and not list(trials.value([outcome], [self._truth(values)]))
 
     def _failed(self, doing: str, error: BaseException, point: Point | None = None) -> Case:

@@ -145,7 +145,7 @@ def _check(module: types.ModuleType, check: str, seed: int) -> Problem:
 
 
 def _models(module: types.ModuleType, seed: int) -> Problem:
-    """KernelBench's convention. Both models are built from one seed; the parameters that they share are equal."""
+    """Build both models of KernelBench's convention from one seed; the parameters that they share are equal."""
     initial = module.get_init_inputs() if hasattr(module, "get_init_inputs") else []
     options = initial if isinstance(initial, dict) else {}
     positional = [] if isinstance(initial, dict) else list(initial)

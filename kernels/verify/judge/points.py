@@ -81,7 +81,7 @@ def derived(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[
 
 
 def _shapes(values: Sequence[Any], arguments: int, reference: bool) -> Iterator[Point]:
-    """Sizes that are equal in the given inputs are taken for one size, and change together."""
+    """Yield other sizes; those that are equal in the given inputs are taken for one size, and change together."""
     sizes = _sizes(values, arguments)
     if _tied(values, arguments, reference):
         return
@@ -172,7 +172,7 @@ def _like(result: Tensor, value: Tensor) -> Tensor:
 
 
 def _layouts(values: Sequence[Any], arguments: int) -> Iterator[Point]:
-    """The same numbers elsewhere in memory; what lies around them is NaN."""
+    """Yield the same numbers elsewhere in memory; what lies around them is NaN."""
 
     def everywhere(change: Callable[[Tensor, int], Tensor]) -> list[Any]:
         return [
@@ -195,7 +195,7 @@ def _surroundings(value: Tensor, *shape: int) -> Tensor:
 
 
 def _spaced(value: Tensor, place: int) -> Tensor:
-    """Every second element of a longer tensor; a matrix as a corner of a larger one, several with a gap after each.
+    """Copy into every second element of a longer tensor; a matrix into a corner of a larger one, several with gaps.
 
     Another input has other gaps: whoever reads it by the strides of the first meets NaN.
     """
@@ -221,7 +221,7 @@ def _shifted(value: Tensor, place: int) -> Tensor:
 
 
 def _scales(values: Sequence[Any], arguments: int) -> Iterator[Point]:
-    """Only where the reference stays finite do these count, and the largest such scale is taken."""
+    """Yield other scales; of the large ones the largest counts at which the reference stays finite."""
     real = [v for v in values[:arguments] if is_real(v)]
     if not real:
         return

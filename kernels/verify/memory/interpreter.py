@@ -230,7 +230,7 @@ def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def without_waste() -> Iterator[None]:
-    """Inside the block the interpreter leaves out work that changes no result: more than half of a kernel's time."""
+    """Leave out work of the interpreter that changes no result, inside the block: more than half of a kernel's time."""
     require_interpreter()
     with _language_prepared_once(), _no_dropped_checks(), _types_looked_up():
         yield
@@ -238,7 +238,7 @@ def without_waste() -> Iterator[None]:
 
 @contextmanager
 def _no_dropped_checks() -> Iterator[None]:
-    """Integers are not added up once more in 64 bits for a check that is dropped again, unless ``debug`` is set."""
+    """Leave out additions of integers in 64 bits for a check that is dropped again, unless ``debug`` is set."""
     import triton.runtime.interpreter as interpreter
 
     builder = interpreter.interpreter_builder
@@ -252,7 +252,7 @@ def _no_dropped_checks() -> Iterator[None]:
 
 @contextmanager
 def _types_looked_up() -> Iterator[None]:
-    """The types of blocks, and NumPy's for an element, are made once and not for every operation."""
+    """Make the types of blocks, and NumPy's for an element, once and not for every operation."""
     import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
@@ -297,7 +297,7 @@ def _types_looked_up() -> Iterator[None]:
 
 @contextmanager
 def _language_prepared_once() -> Iterator[None]:
-    """``triton.language`` is prepared once a launch.
+    """Prepare ``triton.language`` once a launch.
 
     When a kernel is launched, and again at each call of a device function, the interpreter searches the language's
     modules for the functions to replace by its own. What the launch has put there still stands when a device
