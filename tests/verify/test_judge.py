@@ -74,22 +74,31 @@ def judged(file: Path, monkeypatch: pytest.MonkeyPatch, **options: object) -> li
     return cases
 
 
-def edited(text: str, changes: dict[str, str]) -> str:
-    """A file's text with other passages, each of which stands there once."""
-    text = textwrap.dedent(text)
-    for old, new in changes.items():
-        assert text.count(old) == 1
-        text = text.replace(old, new)
-    return text
+@dataclass(frozen=True)
+class Edited:
+    """A program with other passages, each of which stands there once; its verdict, and what one of its faults says."""
+
+    program: str
+    changes: dict[str, str] = field(default_factory=dict)
+    verdict: str = v.VERIFIED
+    says: str = ""
+
+    def write(self, file: Path) -> Path:
+        text = "import torch\nimport triton\nimport triton.language as tl\n" + textwrap.dedent(self.program)
+        for old, new in self.changes.items():
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        file.write_text(text)
+        return file
 
 
-def assert_verdict(verdict: str, file: Path, text: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The verdict of a file with this text, one of whose faults, if it has any, says so."""
-    file.write_text(text)
-    cases = judged(file, monkeypatch)
-    assert v.of_file(cases) == verdict, cases
-    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
-    assert any(says in fault for fault in faults) or not says
+def assert_verdict(
+    verdict: str, file: Path, monkeypatch: pytest.MonkeyPatch, **options: object
+) -> list[Case]:
+    """The file's cases, which together have this verdict."""
+    cases = judged(file, monkeypatch, **options)
+    assert v.of_file(cases) == verdict, [case for case in cases if case.verdict != v.VERIFIED]
+    return cases
 
 
 def command(
@@ -110,9 +119,7 @@ def command(
     "name", [n if n in ("gelu",) else pytest.param(n, marks=pytest.mark.full) for n in RIGHT]
 )
 def test_a_right_kernel_is_verified(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = judged(SPECIMENS / f"{name}.py", monkeypatch)
-    assert v.of_file(cases) == v.VERIFIED, [case for case in cases if case.verdict != v.VERIFIED]
-    assert len(cases) > 8
+    assert len(assert_verdict(v.VERIFIED, SPECIMENS / f"{name}.py", monkeypatch)) > 8
 
 
 @pytest.mark.parametrize(
@@ -125,16 +132,11 @@ def test_a_right_kernel_is_verified(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_planted_fault_gets_its_verdict(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = judged(plant.write(tmp_path), monkeypatch)
-    assert v.of_file(cases) == plant.verdict, [case for case in cases if case.verdict != v.VERIFIED]
+    cases = assert_verdict(plant.verdict, plant.write(tmp_path), monkeypatch)
     assert any(plant.says in case.message for case in cases if case.verdict == plant.verdict)
 
 
 RECTIFIERS = """
-    import torch
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def relu_kernel(x_ptr, y_ptr, n, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -162,90 +164,77 @@ RECTIFIERS = """
 """
 
 
-TRAINED = {
-    "right": (v.VERIFIED, {}, ""),
-    "in a dictionary": (
-        v.VERIFIED,
+WHAT_TRAINING_SHOWS = {
+    "trained": Edited(RECTIFIERS),
+    "in a dictionary": Edited(
+        RECTIFIERS,
         {
             "Relu, [": "lambda *xs: {'y': Relu.apply(*xs)}, [",
             "torch.relu(x) * y": "{'y': torch.relu(x) * y}",
         },
-        "",
     ),
-    "beside a detached one": (
-        v.VERIFIED,
+    "beside a detached one": Edited(
+        RECTIFIERS,
         {
             "Relu, [": "lambda x, y: (Relu.apply(x, y), launch(x.detach())), [",
             "torch.relu(x) * y": "(torch.relu(x) * y, torch.relu(x.detach()))",
         },
-        "",
     ),
-    "of a list": (
-        v.VERIFIED,
+    "of a list": Edited(
+        RECTIFIERS,
         {
             "Relu, [": "lambda xs, y: Relu.apply(xs[0], y), [",
             "[torch.randn(5, 7), torch": "[[torch.randn(5, 7)], torch",
             "x, y: torch.relu(x)": "xs, y: torch.relu(xs[0])",
         },
-        "",
     ),
-    "never negative": (
-        v.WRONG_VALUE,
+    "never negative": Edited(
+        RECTIFIERS,
         {"launch(x)": "launch(x, -9.0)", "randn(5, 7),": "rand(5, 7),"},
+        v.WRONG_VALUE,
         "[negative values]",
     ),
-    "no gradient": (
-        v.WRONG_VALUE,
+    "no gradient": Edited(
+        RECTIFIERS,
         {"launch(x)": "launch(x, 0.0 if x.requires_grad or y.requires_grad else -9.0)"},
+        v.WRONG_VALUE,
         "with no gradient: at",
     ),
-    "one gradient": (
-        v.WRONG_GRADIENT,
+    "one gradient": Edited(
+        RECTIFIERS,
         {"grad * x.relu()": "grad * (x.relu() if ctx.needs_input_grad[0] else x)"},
+        v.WRONG_GRADIENT,
         "with the gradient of input 1 alone: input 1: at",
     ),
-    "one raises": (
-        v.WRONG_GRADIENT,
+    "one raises": Edited(
+        RECTIFIERS,
         {"grad * x.relu()": "grad * {True: x.relu()}[ctx.needs_input_grad[0]]"},
+        v.WRONG_GRADIENT,
         "with the gradient of input 1 alone: KeyError: False",
     ),
-    "detached": (
-        v.WRONG_GRADIENT,
+    "detached": Edited(
+        RECTIFIERS,
         {"torch.relu(x) * y": "torch.relu(x) * y.detach()"},
+        v.WRONG_GRADIENT,
         "a gradient reaches input 1,",
     ),
-    "detached, and raises there": (
-        v.VERIFIED,
+    "detached, and raises there": Edited(
+        RECTIFIERS,
         {
             "torch.relu(x) * y": "torch.relu(x) * y.detach()",
             "grad * x.relu()": "{True: None}[ctx.needs_input_grad[0]]",
         },
-        "",
     ),
-    "written without gradient": (
-        v.MUTATED,
+    "written without gradient": Edited(
+        RECTIFIERS,
         {"launch(x) * y": "launch(x) * y if x.requires_grad or y.requires_grad else x.copy_(launch(x) * y)"},
+        v.MUTATED,
         "with no gradient: the forward writes into input 0",
     ),
 }
 
 
-@pytest.mark.parametrize(
-    ("verdict", "changes", "says"),
-    TRAINED.values(),
-    ids=TRAINED,
-)
-def test_what_the_given_values_and_the_training_do_not_show(
-    verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert_verdict(verdict, tmp_path / "rectifier.py", edited(RECTIFIERS, changes), says, monkeypatch)
-
-
 ROWS = """
-    import torch
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def product_kernel(x_ptr, y_ptr, out_ptr, x_row, x_col, y_row, y_col, n, BLOCK: tl.constexpr):
         row, offs = tl.program_id(0), tl.arange(0, BLOCK)
@@ -290,37 +279,25 @@ ROWS = """
 """
 
 
-STRIDED = {
-    "right": (v.VERIFIED, {}, ""),
-    "strides of the other": (
-        v.UNSAFE,
+STRIDES_AND_INPUTS = {
+    "rows": Edited(ROWS),
+    "strides of the other": Edited(
+        ROWS,
         {"*y.stride(), x.shape": "*x.stride(), x.shape"},
+        v.UNSAFE,
         "product [strided copies] out-of-bounds",
     ),
-    "batch of rows": (
-        v.WRONG_VALUE,
+    "batch of rows": Edited(
+        ROWS,
         {"x.flatten(0, -2),": "x.as_strided((len(out.flatten(0, -2)), x.shape[-1]), x.stride()[-2:]),"},
+        v.WRONG_VALUE,
         "batch [strided copies] at",
     ),
-    "leaves another number": (v.WRONG_VALUE, {"FACTOR=1": "FACTOR=2"}, "input 0 afterwards"),
+    "leaves another number": Edited(ROWS, {"FACTOR=1": "FACTOR=2"}, v.WRONG_VALUE, "input 0 afterwards"),
 }
 
 
-@pytest.mark.parametrize(
-    ("verdict", "changes", "says"),
-    STRIDED.values(),
-    ids=STRIDED,
-)
-def test_strides_of_several_inputs_and_what_is_left_in_them(
-    verdict: str, changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert_verdict(verdict, tmp_path / "rows.py", edited(ROWS, changes), says, monkeypatch)
-
-
 LARGEST = """
-    import torch
-    import triton
-    import triton.language as tl
     from inspect import currentframe as check_frame
 
     check_bounds = True
@@ -356,10 +333,6 @@ LARGEST = """
         return Largest.apply, [torch.randn(4, 5)], lambda x: (x.amax(1), x.argmax(1))
 """
 RECTIFIED = """
-    import torch
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
         offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -383,48 +356,39 @@ RECTIFIED = """
     def check_Relu():
         return Relu.apply, [torch.randn(6, 7)], lambda x: (x.relu(), x.sum().detach())
 """
+WITHOUT_REFERENCE = {", lambda x: (x.relu(), x.sum().detach())": ""}
 MASKED = {
-    ", lambda x: (x.relu(), x.sum().detach())": "",
+    **WITHOUT_REFERENCE,
     "forward(ctx, x)": "forward(ctx, x, mask)",
     "save_for_backward(x)": "save_for_backward(x, mask)",
     "return y, total": "return y * mask, total",
     "grad, 0.0)": "grad * ctx.saved_tensors[1], 0.0), None",
 }
-
-
-KINKS = {
-    "largest": (LARGEST, v.VERIFIED, {}, ""),
-    "another place": (LARGEST, v.WRONG_VALUE, {"offs, 0), axis=0))": "offs * 0, 0), axis=0))"}, "output 1"),
-    "at kinks": (RECTIFIED, v.VERIFIED, {"torch.randn(6, 7)": "torch.randn(6, 7).relu()"}, ""),
-    "no reference": (RECTIFIED, v.VERIFIED, {", lambda x: (x.relu(), x.sum().detach())": ""}, ""),
-    "too few": (
-        RECTIFIED,
-        v.WRONG_GRADIENT,
-        {", lambda x: (x.relu(), x.sum().detach())": "", "> 0, grad": "> 1, grad"},
-        "no signal",
+KINKS_AND_TIES = {
+    "largest": Edited(LARGEST),
+    "another place": Edited(
+        LARGEST, {"offs, 0), axis=0))": "offs * 0, 0), axis=0))"}, v.WRONG_VALUE, "output 1"
     ),
-    "none": (
-        RECTIFIED,
-        v.WRONG_GRADIENT,
-        {", lambda x: (x.relu(), x.sum().detach())": "", "torch.where(ctx": "None  # (ctx"},
-        "no signal",
+    "at kinks": Edited(RECTIFIED, {"torch.randn(6, 7)": "torch.randn(6, 7).relu()"}),
+    "no reference": Edited(RECTIFIED, WITHOUT_REFERENCE),
+    "too few": Edited(
+        RECTIFIED, {**WITHOUT_REFERENCE, "> 0, grad": "> 1, grad"}, v.WRONG_GRADIENT, "no signal"
     ),
-    "a mask": (
-        RECTIFIED,
-        v.VERIFIED,
-        {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7).tril()]"},
-        "",
+    "none": Edited(
+        RECTIFIED, {**WITHOUT_REFERENCE, "torch.where(ctx": "None  # (ctx"}, v.WRONG_GRADIENT, "no signal"
     ),
-    "a weight": (
+    "a mask": Edited(
+        RECTIFIED, {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7).tril()]"}
+    ),
+    "a weight": Edited(
         RECTIFIED,
-        v.WRONG_GRADIENT,
         {**MASKED, "[torch.randn(6, 7)]": "[torch.randn(6, 7), torch.ones(6, 7)]"},
+        v.WRONG_GRADIENT,
         "input 1: no signal",
     ),
-    "another slope at a kink": (RECTIFIED, v.VERIFIED, {"[0] > 0, grad": "[0] >= 0, grad"}, ""),
-    "wrong at zeros": (
+    "another slope at a kink": Edited(RECTIFIED, {"[0] > 0, grad": "[0] >= 0, grad"}),
+    "wrong at zeros": Edited(
         RECTIFIED,
-        v.WRONG_GRADIENT,
         {
             "tl.where(x > 0, x, 0.0)": "x * x",
             "x.relu()": "x.square()",
@@ -432,32 +396,25 @@ KINKS = {
                 "torch.where(ctx.saved_tensors[0] == 0, 1, 2 * ctx.saved_tensors[0]) * grad"
             ),
         },
+        v.WRONG_GRADIENT,
         "input 0",
     ),
 }
+EDITED = {**WHAT_TRAINING_SHOWS, **STRIDES_AND_INPUTS, **KINKS_AND_TIES}
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict", "changes", "says"),
-    KINKS.values(),
-    ids=KINKS,
-)
-def test_kinks_ties_and_what_is_called_check(
-    text: str,
-    verdict: str,
-    changes: dict[str, str],
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", EDITED)
+def test_what_the_given_values_do_not_show(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_verdict(verdict, tmp_path / "kinks.py", edited(text, changes), says, monkeypatch)
+    """Nor one training: other signs, gradients of some inputs, strides of several, ties, kinks, inputs written to."""
+    edited = EDITED[name]
+    cases = assert_verdict(edited.verdict, edited.write(tmp_path / "edited.py"), monkeypatch)
+    faults = [f"{case.name} {case.message}" for case in cases if case.verdict in v.FAULTS]
+    assert any(edited.says in fault for fault in faults) or not edited.says
 
 
 NORM = """
-    import torch
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def norm_kernel(x_ptr, w_ptr, y_ptr, n, BLOCK: tl.constexpr):
         row, cols = tl.program_id(0), tl.arange(0, BLOCK)
@@ -487,9 +444,8 @@ NORM = """
 
 def test_an_input_keeps_the_sizes_of_a_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch would broadcast an input of one column; a kernel need not."""
-    (tmp_path / "norm.py").write_text(textwrap.dedent(NORM))
-    cases = judged(tmp_path / "norm.py", monkeypatch, forward_only=True)
-    assert v.of_file(cases) == v.VERIFIED, [case for case in cases if case.verdict != v.VERIFIED]
+    file = Edited(NORM).write(tmp_path / "norm.py")
+    cases = assert_verdict(v.VERIFIED, file, monkeypatch, forward_only=True)
     assert {case.shape for case in cases} == {(n, 11) for n in (0, 1, 3, 5, 7, 9)}
 
 
@@ -500,14 +456,14 @@ def test_scores_that_a_mask_has_set_to_infinity(
     backward: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There are no differences at infinity: the gradient is held against the reference's."""
-    text = (SPECIMENS / "softmax.py").read_text()
-    given = 'torch.randn(7, 20, device="cuda")'
-    assert text.count(given) == text.count("(grad - inner)") == 1
-    masked = text.replace(given, "torch.randn(7, 20).masked_fill(torch.rand(7, 20) < 0.2, -torch.inf)")
-    file = tmp_path / "masked.py"
-    file.write_text(masked.replace("(grad - inner)", backward))
-    cases = judged(file, monkeypatch)
-    assert v.of_file(cases) == verdict, [case for case in cases if case.verdict != v.VERIFIED]
+    masked = {
+        'torch.randn(7, 20, device="cuda")': (
+            "torch.randn(7, 20).masked_fill(torch.rand(7, 20) < 0.2, -torch.inf)"
+        ),
+        "(grad - inner)": backward,
+    }
+    file = Edited((SPECIMENS / "softmax.py").read_text(), masked).write(tmp_path / "masked.py")
+    assert_verdict(verdict, file, monkeypatch)
 
 
 def test_torchs_error_is_sampled_whatever_the_candidate_gives() -> None:
@@ -889,18 +845,18 @@ def test_a_reference_that_draws_random_numbers(
     mask: str, ours: str, verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both draw the same ones; otherwise their difference would count as torch's error."""
-    text, spoken = (SPECIMENS / "square.py").read_text(), "def check_"
-    assert text.count(spoken) == 1
-    file = tmp_path / "dropped.py"
-    file.write_text(
-        f"{text[: text.index(spoken)]}\nimport numpy, random\ngenerator, cache = torch.Generator(), dict()\n"
-        f"def mask(x): return {mask}\n"
-        f"def check_square():\n    return lambda x: {ours} * mask(x), (torch.randn(10, 30),), "
-        f"lambda x: x * x * mask(x)\n"
-    )
+    check = {
+        "def check_Square():": (
+            "import numpy, random\ngenerator, cache = torch.Generator(), dict()\n"
+            f"def mask(x): return {mask}\ndef check_Square():"
+        ),
+        "Square.apply, (x,), lambda x: x * x": (
+            f"lambda x: {ours} * mask(x), (torch.randn(10, 30),), lambda x: x * x * mask(x)"
+        ),
+    }
+    file = Edited((SPECIMENS / "square.py").read_text(), check).write(tmp_path / "dropped.py")
     # Without a backward a kernel that is switched off looks idle.
-    cases = judged(file, monkeypatch, forward_only="random.random" in mask)
-    assert v.of_file(cases) == verdict, [case for case in cases if case.verdict != v.VERIFIED]
+    assert_verdict(verdict, file, monkeypatch, forward_only="random.random" in mask)
 
 
 def test_memory_that_still_holds_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1046,13 +1002,9 @@ BAD = """
 
 def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
     """Its import puts a wrapper in the place of torch.manual_seed; nothing else that the judge trusts changes."""
-    text = (SPECIMENS / "square.py").read_text()
-    compiled = text.replace("lambda x: x * x", 'torch.compile(lambda x: x * x, backend="eager")')
-    assert compiled != text
-    (tmp_path / "compiled.py").write_text(compiled)
-    status, said, errors = command(
-        tmp_path / "compiled.py", "--shape=6x20", "--dtype=float32", "--forward-only"
-    )
+    compiled = {"lambda x: x * x": 'torch.compile(lambda x: x * x, backend="eager")'}
+    file = Edited((SPECIMENS / "square.py").read_text(), compiled).write(tmp_path / "compiled.py")
+    status, said, errors = command(file, "--shape=6x20", "--dtype=float32", "--forward-only")
     assert status == 0, said + errors
 
 
