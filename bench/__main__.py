@@ -18,11 +18,12 @@ from gradkernels.verify.console import positive
 from .throughput.results import claimed
 
 OPS = (*RECORDS, "training")  # the ops, and what is made of them
-COMMANDS = {"throughput": ("report", "compare"), "reports": ("aot", "host", "traffic", "tune")}
+COMMANDS = {"throughput": ("report", "compare", "merge"), "reports": ("aot", "host", "traffic", "tune")}
 EXAMPLES = """
 other commands:
   report FILE...          pictures and an HTML page from results (beside each file, or --out DIR)
   compare BEFORE AFTER    case by case, noise taken into account; exit status 1 if something became slower
+  merge FILE... --out DIR the rounds of several runs as one, whose noise is that between processes
   aot                     what the compiler makes of every kernel (needs triton, no GPU)
   host                    what a call costs the host, beside torch's own
   traffic                 bytes moved and launches of every op, counted under the interpreter

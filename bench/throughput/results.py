@@ -155,6 +155,10 @@ def remarks(document: dict[str, Any]) -> list[str]:
     """List what the numbers do not show: wrong, failed, absent and skipped results, and a busy machine."""
     records = document["cases"]
     found: dict[str, None] = dict.fromkeys(document.get("busy", ()))
+    if runs := document.get("runs"):
+        found[
+            f"a time is the median of {runs} runs, each a process of its own; the rounds are those of all"
+        ] = None
     for record in records:
         if "skipped" in record:
             found[f"{case_name(record)}: skipped, {record['skipped']}"] = None

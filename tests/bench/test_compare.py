@@ -79,7 +79,7 @@ NOT_RESULTS = {
 }
 
 
-@pytest.mark.parametrize("command", ["report", "compare"])
+@pytest.mark.parametrize("command", ["report", "compare", "merge"])
 @pytest.mark.parametrize("content", NOT_RESULTS)
 def test_other_files_are_refused_in_one_line(
     command: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -90,7 +90,13 @@ def test_other_files_are_refused_in_one_line(
     elif given is not None:
         path.write_bytes(given)
     with pytest.raises(SystemExit) as ended:
-        cli.main([command, str(path), *([str(path)] if command == "compare" else [])])
+        cli.main(
+            [
+                command,
+                str(path),
+                *{"compare": [str(path)], "merge": ["--out", str(tmp_path)]}.get(command, []),
+            ]
+        )
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"python -m bench {command}: error: ")
