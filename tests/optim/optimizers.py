@@ -262,20 +262,61 @@ def make_pair(
     **options: Any,
 ) -> tuple[Any, Any]:
     """Ours and torch's optimizer of this name, on equal parameters. ``shared`` goes to ours alone."""
-    params = make_params(shapes, dtype)
-    ours = ours_for(name)(copies(params, device), **options, **(shared or {}))
-    return ours, theirs_for(name)(params, foreach=False, **options)
+    return pair_over(make_params(shapes, dtype), name, device, shared=shared, **options)
+
+
+def pair_over(
+    params: list[torch.nn.Parameter],
+    name: str,
+    device: torch.device | str = "cpu",
+    shared: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Ours, on copies of these parameters, and torch's. ``shared`` goes to ours alone, and may have its own copies."""
+    given = {"params": copies(params, device), **options, **(shared or {})}
+    return ours_for(name)(**given), theirs_for(name)(params, foreach=False, **options)
+
+
+def step_by(
+    optimizer: Optimizer, gradients: Gradients, lay_out: Callable[[Tensor], Tensor] = torch.clone
+) -> None:
+    """One step with copies of these gradients."""
+    set_gradients(optimizer, gradients, lay_out)
+    optimizer.step()
+
+
+def step_by_ones(optimizer: Optimizer) -> None:
+    """One step with gradients of 1 that lie as the parameters do."""
+    for param in parameters(optimizer):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
 
 
 def run(optimizer: Optimizer, gradients: list[list[Tensor]]) -> None:
     for each in gradients:
-        set_gradients(optimizer, each)
-        optimizer.step()
+        step_by(optimizer, each)
 
 
 def some_gradients(optimizer: Optimizer, steps: int) -> list[list[Tensor]]:
     feed = Feed(parameters(optimizer))
     return [feed(step) for step in range(1, steps + 1)]
+
+
+def values_of(optimizer: Optimizer) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [param.detach().clone() for param in parameters(optimizer)]
+
+
+@torch.no_grad()
+def set_values(optimizer: Optimizer, values: Iterable[Tensor]) -> None:
+    for param, value in zip(parameters(optimizer), values, strict=True):
+        param.copy_(value)
+
+
+def assert_close(ours: Optimizer, theirs: Optimizer, **tolerance: Any) -> None:
+    """The parameters, within torch's own tolerance where none is given."""
+    for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
+        torch.testing.assert_close(mine.cpu(), other, **tolerance)
 
 
 def assert_equal_bits(first: Optimizer, second: Optimizer) -> None:
@@ -312,7 +353,7 @@ def bits(optimizer: Optimizer) -> list[Tensor]:
 
     A first step skipped on the device may leave zeros where torch, which decides on the host, leaves nothing.
     """
-    kept = [param.detach().clone() for param in parameters(optimizer)]
+    kept = values_of(optimizer)
     for state in optimizer.state.values():
         kept += [value.clone() for value in state.values() if value.count_nonzero()]
     return kept

@@ -5,15 +5,7 @@ import torch
 from gradkernels.fallback import multi_tensor
 
 from . import test_clipping, test_low_precision
-from .optimizers import (
-    Feed,
-    assert_same_run,
-    copies,
-    make_params,
-    ours_for,
-    parameters,
-    theirs_for,
-)
+from .optimizers import Feed, assert_same_run, make_params, pair_over, parameters
 
 CPU = torch.device("cpu")
 
@@ -48,8 +40,7 @@ def test_sixteen_bits_in_any_order_of_memory(name: str, dtype: torch.dtype) -> N
     params = [
         torch.nn.Parameter(param.detach().t()) for param in make_params(((9, 7), (30, 2), (4, 3)), dtype)
     ]
-    ours = ours_for(name)(copies(params), **options, max_norm=1e6)
-    theirs = theirs_for(name)(params, **options, foreach=False)
+    ours, theirs = pair_over(params, name, shared={"max_norm": 1e6}, **options)
     assert not parameters(ours)[0].is_contiguous()
     assert_same_run(ours, theirs, Feed(params))
 

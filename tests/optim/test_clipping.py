@@ -32,9 +32,10 @@ from .optimizers import (
     make_params,
     on_both_backends,
     ours_for,
+    pair_over,
     parameters,
     set_gradients,
-    theirs_for,
+    step_by,
     transposed,
 )
 
@@ -84,15 +85,13 @@ def test_max_norm_over_mixed_dtypes_and_missing_gradients(name: str, device: tor
     options = {**FULL_OPTIONS[name], "lr": 0.05}
     if name != "SGD":
         options["eps"] = 0.01
-    ours = ours_for(name)(copies(params, device), **options, max_norm=0.5)
-    theirs = theirs_for(name)(params, **options, foreach=False)
+    ours, theirs = pair_over(params, name, device, shared={"max_norm": 0.5}, **options)
     feed, reference = Feed(params), ReferenceRun(theirs)
     for step in range(1, 11):
         gradients: list[Any] = [None if i == step % 6 else grad for i, grad in enumerate(feed(step))]
         present = iter(clipped([grad for grad in gradients if grad is not None], 0.5)[0])
         exact = [None if grad is None else next(present) for grad in gradients]
-        set_gradients(ours, gradients, transposed)
-        ours.step()
+        step_by(ours, gradients, transposed)
         for param, grad in zip(parameters(theirs), exact, strict=True):
             param.grad = None if grad is None else grad.to(param.dtype)
         theirs.step()
@@ -194,8 +193,7 @@ def test_skip_leaves_everything_untouched(name: str, bad: float, device: torch.d
             skipped += 1
             assert ours.steps_skipped == skipped
             continue
-        set_gradients(ours, gradients)
-        ours.step()
+        step_by(ours, gradients)
         assert_follows(ours, theirs, reference, gradients, f"at step {step}")
     assert ours.steps_skipped == 4
 
@@ -205,8 +203,7 @@ def test_large_finite_gradients_are_not_taken_for_infinite(name: str, device: to
     """The squares, 1e38 each, overflow float32 in sum: the guard must look at the gradients, not their norm."""
     start = make_params(((65,),))
     ours = ours_for(name)(copies(start, device), lr=1e-20 if name == "SGD" else 0.01, on_nonfinite="skip")
-    set_gradients(ours, [torch.full((65,), 1e19)])
-    ours.step()
+    step_by(ours, [torch.full((65,), 1e19)])
     assert ours.steps_skipped == 0
     assert not torch.equal(parameters(ours)[0].cpu(), start[0])
     assert bool(parameters(ours)[0].isfinite().all())
@@ -235,16 +232,14 @@ def test_raise_names_the_parameters_and_changes_nothing(name: str, device: torch
                 assert "parameter 2 of group 0, shape ()" in text
                 assert "parameter 1 of group 0" not in text
                 assert ("parameter 0 of group 0, shape (65,)" in text) == (step > 0)
-            set_gradients(optimizer, good)
-            optimizer.step()
+            step_by(optimizer, good)
     if name != "SGD":
         assert ours.state[named["bias"]]["step"].item() == 3
 
 
 def test_the_guard_is_off_unless_asked_for(name: str) -> None:
     ours = ours_for(name)(make_params(SMALL), lr=0.1)
-    set_gradients(ours, [torch.full(shape, float("nan")) for shape in SMALL])
-    ours.step()
+    step_by(ours, [torch.full(shape, float("nan")) for shape in SMALL])
     assert all(bool(param.isnan().all()) for param in parameters(ours))
     assert ours.steps_skipped == 0
 

@@ -24,7 +24,9 @@ from .optimizers import (
     STEPS,
     Feed,
     ReferenceRun,
+    assert_close,
     assert_equal_bits,
+    assert_same_bits,
     assert_same_run,
     assert_same_state,
     cases_on_both_backends,
@@ -37,10 +39,13 @@ from .optimizers import (
     parameters,
     run,
     set_gradients,
+    set_values,
     settings,
     some_gradients,
+    step_by,
     theirs_for,
     through_a_file,
+    values_of,
 )
 
 # Checkpoints.
@@ -119,18 +124,13 @@ def test_loading_into_a_running_optimizer_goes_back(name: str) -> None:
     ours, _ = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     gradients = some_gradients(ours, STEPS)
     run(ours, gradients[:3])
-    values, state = (
-        [param.detach().clone() for param in ours.param_groups[0]["params"]],
-        copy.deepcopy(ours.state_dict()),
-    )
+    values, state = values_of(ours), copy.deepcopy(ours.state_dict())
     run(ours, gradients[3:])
-    first = [param.detach().clone() for param in parameters(ours)]
+    first = values_of(ours)
     ours.load_state_dict(state)
-    with torch.no_grad():
-        for param, value in zip(parameters(ours), values, strict=True):
-            param.copy_(value)
+    set_values(ours, values)
     run(ours, gradients[3:])
-    assert all(torch.equal(param, value) for param, value in zip(parameters(ours), first, strict=True))
+    assert_same_bits(values_of(ours), first)
 
 
 @pytest.mark.parametrize("step_type", [float, int, torch.tensor])
@@ -203,7 +203,7 @@ def test_refuses_state_of_another_shape_as_torch_does(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     for optimizer in (ours, theirs):
         run(optimizer, some_gradients(optimizer, 1))
-        before = [param.detach().clone() for param in parameters(optimizer)]
+        before = values_of(optimizer)
         state = copy.deepcopy(optimizer.state_dict())
         for key, value in state["state"][0].items():
             state["state"][0][key] = value[:3] if isinstance(value, Tensor) and value.ndim else value
@@ -211,7 +211,7 @@ def test_refuses_state_of_another_shape_as_torch_does(name: str) -> None:
         with pytest.raises(RuntimeError, match=r"65"):
             run(optimizer, some_gradients(optimizer, 1))
         if optimizer is ours:  # torch has applied the weight decay by then
-            assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+            assert_same_bits(values_of(ours), before)
 
 
 def test_refuses_state_on_another_device_than_its_parameter(name: str) -> None:
@@ -224,7 +224,7 @@ def test_refuses_state_on_another_device_than_its_parameter(name: str) -> None:
     before = [p.detach().clone() for p in parameters(ours)]
     with pytest.raises(RuntimeError, match=r"parameter 0 is on cpu, but .* on meta"):
         ours.step()
-    assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+    assert_same_bits(values_of(ours), before)
 
 
 def test_a_step_that_was_made_on_the_cpu_follows_its_parameter() -> None:
@@ -277,9 +277,9 @@ def test_copies_go_on_alone_with_everything(name: str, clone: str, warm: int) ->
     assert twin.max_norm == 2.0
     assert twin.on_nonfinite == "skip"
     assert twin.seed == 5
-    untouched = [param.detach().clone() for param in parameters(twin)]
+    untouched = values_of(twin)
     run(ours, gradients[warm:])
-    assert all(torch.equal(param, value) for param, value in zip(parameters(twin), untouched, strict=True))
+    assert_same_bits(values_of(twin), untouched)
     run(twin, gradients[warm:])
     assert_equal_bits(ours, twin)
 
@@ -346,9 +346,7 @@ def test_moments_that_a_hook_makes_in_another_dtype(name: str, amsgrad: bool, de
             state.update({key: value.bfloat16() for key, value in state.items() if key != "step"})
 
     handle = ours.register_step_pre_hook(narrow)
-    with torch.no_grad():
-        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-            mine.copy_(other)
+    set_values(ours, parameters(theirs))
     for step, each in enumerate(some_gradients(theirs, 4)):
         for optimizer in (ours, theirs):
             set_gradients(optimizer, each)
@@ -358,9 +356,9 @@ def test_moments_that_a_hook_makes_in_another_dtype(name: str, amsgrad: bool, de
             optimizer.step()
         if step == 0:
             handle.remove()
-        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-            torch.testing.assert_close(mine.cpu(), other)
-            for key, value in ours.state[mine].items():
+        assert_close(ours, theirs)
+        for state in ours.state.values():
+            for key, value in state.items():
                 assert value.dtype == (torch.float32 if key == "step" else torch.bfloat16), key
 
 
@@ -378,7 +376,7 @@ def test_a_closure_is_called_once_with_gradients_enabled(name: str) -> None:
         loss.backward()
         return loss.detach()
 
-    before = [param.detach().clone() for param in parameters(ours)]
+    before = values_of(ours)
     with torch.no_grad():
         loss = ours.step(closure)
         assert not torch.is_grad_enabled()
@@ -491,8 +489,7 @@ def test_a_pre_hook_that_changes_gradients_and_rates_is_heard(name: str) -> None
     reference = ReferenceRun(theirs)
     for each in gradients:
         for optimizer in (ours, theirs):
-            set_gradients(optimizer, each)
-            optimizer.step()
+            step_by(optimizer, each)
         for group in theirs.param_groups:
             assert group["lr"] == ours.param_groups[0]["lr"]
         reference.step(each)  # the hook ran before the step: the groups say what the step used
@@ -508,15 +505,6 @@ def test_state_dict_hooks_run(name: str) -> None:
     ours.register_load_state_dict_post_hook(lambda optimizer: log.append("load post"))
     ours.load_state_dict(ours.state_dict())
     assert log == ["save pre", "save post", "load pre", "load post"]
-
-
-def test_zero_grad(name: str) -> None:
-    ours = ours_for(name)(make_params(SMALL))
-    set_gradients(ours, some_gradients(ours, 1)[0])
-    ours.zero_grad(set_to_none=False)
-    assert all(int(param.grad.count_nonzero()) == 0 for param in parameters(ours))
-    ours.zero_grad()
-    assert all(param.grad is None for param in parameters(ours))
 
 
 def test_it_is_a_torch_optimizer(name: str) -> None:

@@ -16,7 +16,9 @@ from .optimizers import (
     SMALL,
     STEPS,
     ReferenceRun,
+    assert_close,
     assert_follows,
+    assert_same_bits,
     assert_same_run,
     cases_on_both_backends,
     copies,
@@ -24,13 +26,17 @@ from .optimizers import (
     make_params,
     on_both_backends,
     ours_for,
+    pair_over,
     parameters,
     run,
     set_gradients,
     some_gradients,
     spread,
+    step_by,
+    step_by_ones,
     theirs_for,
     transposed,
+    values_of,
 )
 
 
@@ -74,8 +80,7 @@ def test_any_strides(name: str, layout: str, of: str, device: torch.device) -> N
     ours_params = copies(params, device)
     if of != "gradient":
         ours_params = [torch.nn.Parameter(LAYOUTS[layout](param.detach())) for param in ours_params]
-    ours = ours_for(name)(ours_params, **FULL_OPTIONS[name])
-    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    ours, theirs = pair_over(params, name, shared={"params": ours_params}, **FULL_OPTIONS[name])
     assert_same_run(ours, theirs, lay_out=LAYOUTS[layout] if of != "parameter" else as_before)
 
 
@@ -86,8 +91,7 @@ def test_channels_last_against_contiguous(name: str, device: torch.device) -> No
         torch.nn.Parameter(param.detach().clone().to(memory_format=torch.channels_last).to(device))
         for param in params
     ]
-    ours = ours_for(name)(ours_params, **FULL_OPTIONS[name])
-    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    ours, theirs = pair_over(params, name, shared={"params": ours_params}, **FULL_OPTIONS[name])
     assert_same_run(ours, theirs)
     assert all(param.is_contiguous(memory_format=torch.channels_last) for param in parameters(ours))
     if name != "SGD":  # whose buffer is a clone of the first gradient
@@ -150,8 +154,7 @@ def test_all_else_with_the_negative_bit(name: str, device: torch.device) -> None
         ours.step()
         if step != 2:
             theirs.step()
-    for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(mine.cpu(), other)
+    assert_close(ours, theirs)
 
 
 @on_both_backends
@@ -160,13 +163,11 @@ def test_expanded_parameters_are_refused_as_torch_does(name: str, device: torch.
     for optimizer in make_pair(name, device, shapes=((4,), (65,)), **FULL_OPTIONS[name]):
         wide = parameters(optimizer)[0].detach()[:1].expand(4).requires_grad_()
         optimizer.add_param_group({"params": [wide]})
-        before = [param.detach().clone() for param in parameters(optimizer)]
-        for param in parameters(optimizer):
-            param.grad = torch.ones_like(param)
+        before = values_of(optimizer)
         with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
-            optimizer.step()
+            step_by_ones(optimizer)
         if optimizer.__class__ is ours_for(name):
-            assert all(torch.equal(p, value) for p, value in zip(parameters(optimizer), before, strict=True))
+            assert_same_bits(values_of(optimizer), before)
 
     ours, _ = make_pair(name, device, shapes=((4,),), **FULL_OPTIONS[name])
     run(ours, some_gradients(ours, 1))
@@ -190,24 +191,21 @@ def test_a_parameter_given_twice_steps_twice_as_torch_s(name: str, device: torch
     theirs.add_param_group({"params": [torch.nn.Parameter(parameters(theirs)[1].data)]})
     for grads in some_gradients(theirs, 5):
         for optimizer in (ours, theirs):
-            for param, grad in zip(parameters(optimizer), grads, strict=True):
-                param.grad = grad.to(param.device, copy=True)
-            optimizer.step()
-        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-            torch.testing.assert_close(mine.cpu(), other)
+            step_by(optimizer, grads)
+        assert_close(ours, theirs)
 
 
 @on_both_backends
 def test_gradients_without_memory_are_refused(name: str, device: torch.device) -> None:
     """Forward mode makes zeros that no memory holds: refused, save by torch's own addition, which serves them."""
     ours, _ = make_pair(name, device, shapes=SMALL)
-    before = [param.detach().clone() for param in parameters(ours)]
+    before = values_of(ours)
     for param in parameters(ours):
         param.grad = torch._efficientzerotensor(param.shape, device=device)
     served = name == "SGD" and backend_for(before[0]) == "fallback"
     with nullcontext() if served else pytest.raises(RuntimeError, match=r"clone\(\)"):
         ours.step()
-    assert all(torch.equal(param, value) for param, value in zip(parameters(ours), before, strict=True))
+    assert_same_bits(values_of(ours), before)
 
 
 @on_both_backends
@@ -273,11 +271,9 @@ def test_a_parameter_that_becomes_another_view_of_its_memory(name: str, device: 
             shape = parameters(theirs)[0].shape
             grad = spread(shape, 4.0, torch.float32)
             # Contiguous before and after: only the parameter tells that something has changed.
-            set_gradients(ours, [grad])
-            set_gradients(theirs, [grad])
-            ours.step()
-            theirs.step()
-            torch.testing.assert_close(parameters(ours)[0].cpu(), parameters(theirs)[0])
+            step_by(ours, [grad])
+            step_by(theirs, [grad])
+            assert_close(ours, theirs)
 
 
 @on_both_backends
@@ -293,8 +289,7 @@ def test_a_parameter_that_is_a_view_leaves_its_neighbours_alone(name: str, devic
         mask[start : start + param.numel()] = False
         views.append(view.requires_grad_())
         start += param.numel() + 2
-    ours = ours_for(name)(views, **FULL_OPTIONS[name])
-    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    ours, theirs = pair_over(params, name, shared={"params": views}, **FULL_OPTIONS[name])
     assert_same_run(ours, theirs, lay_out=misaligned)
     assert bool((flat.cpu()[mask] == 7.0).all())
 
@@ -306,9 +301,8 @@ def test_large_tensors(name: str, dtype: torch.dtype, device: torch.device) -> N
     params = make_params(shapes, dtype)
     ours_params = copies(params, device)
     ours_params[-1] = torch.nn.Parameter(misaligned(ours_params[-1].detach()))
-    options = {**FULL_OPTIONS[name], "lr": 0.02}
-    ours = ours_for(name)(ours_params, **options, max_norm=1e9)
-    theirs = theirs_for(name)(params, **options, foreach=False)
+    shared = {"params": ours_params, "max_norm": 1e9}
+    ours, theirs = pair_over(params, name, shared=shared, **{**FULL_OPTIONS[name], "lr": 0.02})
     norms = []
 
     def look(optimizer: Optimizer, step: int) -> None:
@@ -361,8 +355,7 @@ def test_the_version_counter_of_a_dtensor_moves(name: str, mesh: DeviceMesh) -> 
 def test_unaltered_parameters_keep_their_version(name: str) -> None:
     ours = ours_for(name)(make_params(((65,), (7, 9))))
     before = parameters(ours)[1]._version
-    set_gradients(ours, [torch.ones(65), None])
-    ours.step()
+    step_by(ours, [torch.ones(65), None])
     assert parameters(ours)[1]._version == before
 
 

@@ -23,11 +23,23 @@ from .optimizers import (
     make_params,
     on_both_backends,
     ours_for,
+    pair_over,
     parameters,
     set_gradients,
     spread,
+    step_by,
+    step_by_ones,
     theirs_for,
 )
+
+
+def pair_with_float32(
+    low: list[torch.nn.Parameter], name: str, device: torch.device, shared: dict[str, Any], **options: Any
+) -> tuple[Any, Any]:
+    """Ours on copies of 16-bit parameters, with masters, and torch's on the same values in float32."""
+    shared = {"params": copies(low, device), "master_weights": True, **shared}
+    wide = [torch.nn.Parameter(param.detach().float()) for param in low]
+    return pair_over(wide, name, shared=shared, **options)
 
 
 def stalled(optimizer_class: Any, device: torch.device, steps: int = 30, **options: Any) -> Any:
@@ -35,8 +47,7 @@ def stalled(optimizer_class: Any, device: torch.device, steps: int = 30, **optio
     param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
     optimizer = optimizer_class([param], lr=0.001, **options)
     for _ in range(steps):
-        param.grad = torch.ones_like(param)
-        optimizer.step()
+        step_by_ones(optimizer)
     return optimizer
 
 
@@ -94,8 +105,7 @@ def test_momentum_switched_on_in_mid_run_under_stochastic_rounding(device: torch
     param = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16, device=device))
     optimizer = ours_for("SGD")([param], lr=2.0**-8, stochastic_rounding=True)
     for step in range(1, 3):
-        param.grad = torch.ones_like(param)
-        optimizer.step()
+        step_by_ones(optimizer)
         optimizer.param_groups[0].update(momentum=0.5, dampening=0.5)
         assert bool((param == 1 - step * 2.0**-8).all())
     assert bool((optimizer.state[param]["momentum_buffer"] == 1).all())
@@ -108,8 +118,7 @@ def test_every_seed_draws_its_own_numbers(device: torch.device) -> None:
     for seed in (*seeds, 2**40):
         param = torch.nn.Parameter(torch.ones(500, dtype=torch.bfloat16, device=device))
         optimizer = ours_for("SGD")([param], lr=2.0**-10, stochastic_rounding=True, seed=seed)
-        param.grad = torch.ones_like(param)
-        optimizer.step()
+        step_by_ones(optimizer)
         results.append(tuple(param.tolist()))
     assert len(set(results)) == len(seeds)
     assert results[-1] == results[seeds.index(2**40)]
@@ -151,20 +160,14 @@ def test_both_backends_draw_the_same_numbers() -> None:
 def test_master_weights_are_the_float32_run(name: str, dtype: torch.dtype, device: torch.device) -> None:
     """Master and moments are those of a float32 model under the same (16-bit) gradients; float32 has none."""
     low = make_params(SMALL, dtype)
-    theirs = theirs_for(name)(
-        [torch.nn.Parameter(p.detach().float()) for p in low], **FULL_OPTIONS[name], foreach=False
-    )
-    wide = make_params(((5,),))
-    ours = ours_for(name)(
-        [*copies(low, device), *copies(wide, device)], **FULL_OPTIONS[name], master_weights=True
-    )
+    wide = copies(make_params(((5,),)), device)
+    shared = {"params": [*copies(low, device), *wide]}
+    ours, theirs = pair_with_float32(low, name, device, shared, **FULL_OPTIONS[name])
     feed, reference = Feed(low), ReferenceRun(theirs)
     for step in range(1, 11):
         gradients = feed(step)
-        set_gradients(ours, [*gradients, torch.ones(5)])
-        set_gradients(theirs, [grad.float() for grad in gradients])
-        ours.step()
-        theirs.step()
+        step_by(ours, [*gradients, torch.ones(5)])
+        step_by(theirs, [grad.float() for grad in gradients])
         reference.step(gradients)
         for mine, other in zip(parameters(ours), parameters(theirs), strict=False):
             state = dict(ours.state[mine])
@@ -183,9 +186,7 @@ def check_scaled_and_clipped(
     name: str, params: list[torch.nn.Parameter], max_norm: float, device: torch.device, **options: Any
 ) -> None:
     """Ours by scaled gradients, clipping inside the step; torch's, in float32, and the reference by clipped ones."""
-    wide = [torch.nn.Parameter(param.detach().float()) for param in params]
-    theirs = theirs_for(name)(wide, **options, foreach=False)
-    ours = ours_for(name)(copies(params, device), **options, master_weights=True, max_norm=max_norm)
+    ours, theirs = pair_with_float32(params, name, device, {"max_norm": max_norm}, **options)
     feed, reference = Feed(params), ReferenceRun(theirs)
     for step in range(1, 7):
         gradients = feed(step)
@@ -219,17 +220,12 @@ def test_what_is_written_to_a_parameter_with_a_master_stays(
 ) -> None:
     """By ``load_state_dict``, in place, or past the version counter; elements not written keep their masters."""
     low = make_params(((4096 + 65,), (7, 9), ()), dtype)
-    theirs = theirs_for(name)(
-        [torch.nn.Parameter(p.detach().float()) for p in low], **FULL_OPTIONS[name], foreach=False
-    )
-    ours = ours_for(name)(copies(low, device), **FULL_OPTIONS[name], master_weights=True, max_norm=1e9)
+    ours, theirs = pair_with_float32(low, name, device, {"max_norm": 1e9}, **FULL_OPTIONS[name])
     feed = Feed(low)
     for step in range(1, 7):
         gradients = feed(step)
-        set_gradients(ours, gradients)
-        set_gradients(theirs, [grad.float() for grad in gradients])
-        ours.step()
-        theirs.step()
+        step_by(ours, gradients)
+        step_by(theirs, [grad.float() for grad in gradients])
         for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
             master = ours.state[mine]["master_param"]
             torch.testing.assert_close(master.cpu(), other.detach())
@@ -249,8 +245,7 @@ def test_post_hooks_of_loading_see_masters_and_moments_as_they_are(name: str) ->
     """And what a hook writes there stays: loading is over by then, as in torch."""
     low = make_params(((65,),), torch.bfloat16)
     ours = ours_for(name)(low, **FULL_OPTIONS[name], master_weights=True)
-    set_gradients(ours, [torch.randn(65).bfloat16()])
-    ours.step()
+    step_by(ours, [torch.randn(65).bfloat16()])
     saved = copy.deepcopy(ours.state_dict())
     expected = saved["state"][0]
 
@@ -272,18 +267,15 @@ def test_master_weights_and_torch_checkpoints(name: str) -> None:
     """Torch's has no masters: they are made from the parameters. Ours loads there, extra key and all."""
     gradients = [torch.randn(65).bfloat16()]
     theirs = theirs_for(name)(make_params(((65,),), torch.bfloat16), **FULL_OPTIONS[name], foreach=False)
-    set_gradients(theirs, gradients)
-    theirs.step()
+    step_by(theirs, gradients)
     ours = ours_for(name)(copies(parameters(theirs)), **FULL_OPTIONS[name], master_weights=True)
     ours.load_state_dict(theirs.state_dict())
-    set_gradients(ours, gradients)
-    ours.step()
+    step_by(ours, gradients)
     state = ours.state[parameters(ours)[0]]
     assert state["master_param"].dtype == torch.float32
     assert torch.equal(state["master_param"].bfloat16(), parameters(ours)[0])
     theirs.load_state_dict(ours.state_dict())
-    set_gradients(theirs, gradients)
-    theirs.step()
+    step_by(theirs, gradients)
 
 
 def test_masters_and_a_checkpoint_that_says_none() -> None:
@@ -291,8 +283,7 @@ def test_masters_and_a_checkpoint_that_says_none() -> None:
     ours = ours_for("SGD")(make_params(((65,),), torch.bfloat16), lr=0.1, momentum=0.9, master_weights=True)
     ours.load_state_dict({**ours.state_dict(), "state": {0: {"momentum_buffer": None}}})
     gradients = [torch.randn(65).bfloat16()]
-    set_gradients(ours, gradients)
-    ours.step()
+    step_by(ours, gradients)
     assert torch.equal(ours.state[parameters(ours)[0]]["momentum_buffer"], gradients[0].float())
 
 

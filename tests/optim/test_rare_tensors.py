@@ -13,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from .optimizers import (
     FULL_OPTIONS,
     SMALL,
+    assert_close,
     assert_equal_bits,
     assert_same_bits,
     bits,
@@ -21,12 +22,16 @@ from .optimizers import (
     make_pair,
     make_params,
     ours_for,
+    pair_over,
     parameters,
     run,
     set_gradients,
     some_gradients,
     spread,
+    step_by,
+    step_by_ones,
     theirs_for,
+    values_of,
 )
 
 
@@ -45,10 +50,8 @@ def test_sparse_gradients(name: str) -> None:
         return
     for grad, other in zip(dense, plain, strict=True):
         for optimizer in (ours, theirs):
-            set_gradients(optimizer, [grad.to_sparse(), other])
-            optimizer.step()
-    for one, other in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(one, other)
+            step_by(optimizer, [grad.to_sparse(), other])
+    assert_close(ours, theirs)
 
 
 def complex_params() -> list[torch.nn.Parameter]:
@@ -57,13 +60,11 @@ def complex_params() -> list[torch.nn.Parameter]:
 
 def test_complex_parameters(name: str) -> None:
     params = complex_params()
-    ours = ours_for(name)(copies(params), **FULL_OPTIONS[name])
-    theirs = theirs_for(name)(params, **FULL_OPTIONS[name], foreach=False)
+    ours, theirs = pair_over(params, name, **FULL_OPTIONS[name])
     for _ in range(10):
         grads = [torch.complex(spread((9,), 4.0), spread((9,), 4.0)), spread((65,), 4.0, torch.float32)]
         for optimizer in (ours, theirs):
-            set_gradients(optimizer, grads)
-            optimizer.step()
+            step_by(optimizer, grads)
     assert torch.equal(parameters(ours)[0], parameters(theirs)[0])  # torch's own loop: the same bits
     torch.testing.assert_close(parameters(ours)[1], parameters(theirs)[1])
     for key, value in theirs.state[parameters(theirs)[0]].items():
@@ -73,8 +74,7 @@ def test_complex_parameters(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
     start = torch.complex(spread((9,), 0.03), spread((9,), 0.03)).to(dtype)
-    ours = ours_for(name)([start.clone().requires_grad_()], lr=0.01, max_norm=0.5)
-    theirs = theirs_for(name)([start.clone().requires_grad_()], lr=0.01, foreach=False)
+    ours, theirs = pair_over([torch.nn.Parameter(start)], name, shared={"max_norm": 0.5}, lr=0.01)
     for _ in range(10):
         grad = torch.complex(spread((9,), 4.0), spread((9,), 4.0)).to(dtype)
         for optimizer in (ours, theirs):
@@ -85,7 +85,7 @@ def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(parameters(ours)[0].grad, grad)
     rtol = 1e-5 if dtype == torch.complex64 else 1e-13
     torch.testing.assert_close(ours.grad_norm, norm, rtol=rtol, atol=0)
-    torch.testing.assert_close(parameters(ours)[0], parameters(theirs)[0], rtol=rtol, atol=0)
+    assert_close(ours, theirs, rtol=rtol, atol=0)
 
 
 def test_differentiable(name: str) -> None:
@@ -161,9 +161,7 @@ def test_tensors_without_values(name: str, kind: str, options: dict[str, Any]) -
     with mode if kind == "fake" else nullcontext():
         ours = ours_for(name)(params, **FULL_OPTIONS[name], **options)
         for _ in range(3):
-            for param in params:
-                param.grad = torch.ones_like(param)
-            ours.step()
+            step_by_ones(ours)
         assert (ours.grad_norm is None) == (not options.keys() & {"max_norm", "on_nonfinite"})
         assert ours.grad_norm is None or type(ours.grad_norm) is type(torch.empty_like(params[0]))
     real = ours_for(name)(
@@ -171,9 +169,7 @@ def test_tensors_without_values(name: str, kind: str, options: dict[str, Any]) -
         **FULL_OPTIONS[name],
         **options,
     )
-    for param in parameters(real):
-        param.grad = torch.ones_like(param)
-    real.step()
+    step_by_ones(real)
     for param, other in zip(params, parameters(real), strict=True):
         state, expected = ours.state[param], real.state[other]
         assert state.keys() == expected.keys()
@@ -192,7 +188,7 @@ def test_make_fx_traces_the_step(name: str, options: dict[str, Any], tracing_mod
     ours, plain = (ours_for(name)(copies(start), **FULL_OPTIONS[name], **options) for _ in range(2))
     for optimizer in (ours, plain):
         run(optimizer, [grads])  # the state is there before the graph, which takes it for constant tensors
-    before = [param.detach().clone() for param in parameters(ours)]
+    before = values_of(ours)
 
     def step(x: Tensor) -> Tensor:
         ours.step()
@@ -202,7 +198,7 @@ def test_make_fx_traces_the_step(name: str, options: dict[str, Any], tracing_mod
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert sum("optimizer_step" in target for target in targets) == 1, targets
     if tracing_mode == "fake":
-        assert all(torch.equal(p, b) for p, b in zip(parameters(ours), before, strict=True))
+        assert_same_bits(values_of(ours), before)
     else:
         plain.step()
     graph(torch.zeros(()))
@@ -246,11 +242,8 @@ def test_gradients_that_a_subclass_keeps_in_other_tensors(name: str) -> None:
     ours, theirs = make_pair(name, shapes=SMALL, **FULL_OPTIONS[name])
     for each in some_gradients(theirs, 3):
         for optimizer in (ours, theirs):
-            for param, grad in zip(parameters(optimizer), each, strict=True):
-                param.grad = TwoTensor(grad.clone(), 3 * grad)
-            optimizer.step()
-    for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-        torch.testing.assert_close(mine, other)
+            step_by(optimizer, each, lambda grad: TwoTensor(grad.clone(), 3 * grad))
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("what", ["complex", "sparse", "integer", "meta"])

@@ -28,6 +28,9 @@ from .optimizers import (
     ours_for,
     parameters,
     set_gradients,
+    set_values,
+    step_by,
+    step_by_ones,
     theirs_for,
     transposed,
 )
@@ -99,16 +102,14 @@ def test_parameters_that_are_no_stack_are_refused(
     ):
         ours.add_param_group({"params": [added]})
     assert len(ours.param_groups) == 1
-    set_gradients(ours, [torch.ones(B, 2)])
-    ours.step()
+    step_by(ours, [torch.ones(B, 2)])
 
 
 def test_rates_of_models_beside_one_momentum() -> None:
     """The rates of a group are checked together: nesterov asks for the momentum that all models share."""
     (param,) = stacks((B, 2))
     ours = FusedSGD([param], lr=VECTOR, momentum=0.9, nesterov=True, stacked=True)
-    set_gradients(ours, [torch.ones(B, 2)])
-    ours.step()
+    step_by(ours, [torch.ones(B, 2)])
     assert torch.allclose(param, 1 - 1.9 * VECTOR[:, None])
 
 
@@ -232,8 +233,7 @@ def test_active_is_none_or_a_bool_for_each_model(name: str) -> None:
 
 def test_a_state_of_other_models_is_refused(name: str) -> None:
     saved = make(name, shapes=TWO, **OPTIONS[name])[0]
-    set_gradients(saved, [torch.ones(shape) for shape in TWO])
-    saved.step()
+    step_by(saved, [torch.ones(shape) for shape in TWO])
     state = saved.state_dict()
     for values in state["state"].values():
         values["step"] = torch.ones(B + 2)
@@ -299,8 +299,7 @@ def test_ignored_non_finite_gradients_harm_their_own_model_alone(name: str, devi
 @both_backends
 def test_raise_names_the_models_and_writes_nothing(name: str, device: torch.device) -> None:
     ours, _, feed = make(name, device, shapes=TWO, shared={"on_nonfinite": "raise"}, **OPTIONS[name])
-    set_gradients(ours, feed(1))
-    ours.step()
+    step_by(ours, feed(1))
     before = snapshot(ours)
     gradients = feed(2)
     gradients[1][1] = math.inf
@@ -376,8 +375,7 @@ def test_masks_that_come_and_go_over_rates_of_16_bits(dtype: torch.dtype, first:
             optimizer.active = torch.arange(B) < 3 if (step % 2 == 0) is first else None
             if anew:
                 optimizer.load_state_dict(optimizer.state_dict())  # forgets what the last step kept
-            set_gradients(optimizer, [gradient])
-            optimizer.step()
+            step_by(optimizer, [gradient])
         return optimizer
 
     assert_equal_bits(run(False), run(True))
@@ -439,9 +437,7 @@ def test_eps_of_any_kind_of_number(eps: Any) -> None:
     runs = []
     for given in (1.0, eps):
         optimizer = FusedAdam(stacks((B, 3)), eps=given, max_norm=1.0, stacked=True)
-        for param in parameters(optimizer):
-            param.grad = torch.ones_like(param)
-        optimizer.step()
+        step_by_ones(optimizer)
         runs.append(snapshot(optimizer))
     assert_equal(*runs)
 
@@ -494,8 +490,7 @@ def test_stochastic_rounding_depends_on_each_model_s_step(name: str, device: tor
         found: list[Tensor] = []
         for step in range(3 + late):
             ours.active = torch.tensor([True, step >= late], device=device)
-            param.grad = torch.ones_like(param)
-            ours.step()
+            step_by_ones(ours)
             found.append(param[1].detach().clone())
         assert ours.state[param]["step"].tolist() == [3 + late, 3]
         assert torch.equal(found[0], torch.ones_like(found[0])) == bool(late)
@@ -536,8 +531,7 @@ def test_no_model_and_one(name: str, count: int, device: torch.device) -> None:
     for _ in range(3):
         for optimizer in (ours, plain):
             if optimizer is not None:
-                set_gradients(optimizer, [torch.ones_like(p) for p in parameters(optimizer)])
-                optimizer.step()
+                step_by_ones(optimizer)
     assert ours.grad_norm.shape == ours.steps_skipped.shape == (count,)
     assert all(ours.state[p]["step"].shape == (count,) for p in params if p in ours.state)
     if plain is not None:
@@ -554,8 +548,7 @@ def test_equal_options_of_one_model_only_steer_that_model(name: str) -> None:
         ours = ours_for(name)(make_params(TWO), stacked=True, lr=lr, max_norm=1.0)
         torch.manual_seed(1)
         for _ in range(4):
-            set_gradients(ours, [torch.randn(shape) for shape in TWO])
-            ours.step()
+            step_by(ours, [torch.randn(shape) for shape in TWO])
         runs.append(snapshot(ours))
         torch.manual_seed(0)
     assert_equal(*runs, [0, 1, 3, 4])
@@ -606,8 +599,7 @@ def test_a_checkpoint_of_torch_loads_its_step_spread_over_the_models(name: str, 
     theirs = theirs_for(name)(copies(parameters(ours)), foreach=False, **OPTIONS[name])
     for step in (1, 2, 3):
         gradients = feed(step)
-        set_gradients(theirs, gradients)
-        theirs.step()
+        step_by(theirs, gradients)
         runs.step(gradients)
     saved = copy.deepcopy(theirs.state_dict())
     if start == "float":
@@ -615,9 +607,7 @@ def test_a_checkpoint_of_torch_loads_its_step_spread_over_the_models(name: str, 
             if "step" in values:
                 values["step"] = float(values["step"])
     ours.load_state_dict(saved)
-    with torch.no_grad():
-        for mine, other in zip(parameters(ours), parameters(theirs), strict=True):
-            mine.copy_(other)
+    set_values(ours, parameters(theirs))
     if name != "SGD":
         for param in parameters(ours):
             assert torch.equal(ours.state[param]["step"], torch.full((B,), 3.0))
@@ -630,15 +620,13 @@ def test_a_checkpoint_with_one_rate_replaces_one_per_model(name: str) -> None:
     theirs = theirs_for(name)(make_params(TWO), lr=0.25)
     ours = ours_for(name)(make_params(TWO), stacked=True, lr=VECTOR)
     ours.load_state_dict(theirs.state_dict())
-    set_gradients(ours, [torch.ones(shape) for shape in TWO])
-    ours.step()
+    step_by(ours, [torch.ones(shape) for shape in TWO])
     assert ours.param_groups[0]["lr"] == 0.25
 
 
 def test_a_stacked_checkpoint_is_refused_by_a_plain_optimizer() -> None:
     ours = FusedAdam(make_params(TWO), stacked=True)
-    set_gradients(ours, [torch.ones(shape) for shape in TWO])
-    ours.step()
+    step_by(ours, [torch.ones(shape) for shape in TWO])
     plain = FusedAdam(copies(parameters(ours)))
     plain.load_state_dict(ours.state_dict())
     set_gradients(plain, [torch.ones(shape) for shape in TWO])
@@ -696,8 +684,7 @@ def test_groups_have_their_own_rates(name: str) -> None:
     feed = Feed([first, second])
     for step in range(1, 6):
         gradients = feed(step)
-        set_gradients(ours, gradients)
-        ours.step()
+        step_by(ours, gradients)
         for index, run in enumerate(runs):
             run.step([gradients[index]])
             own = type("Part", (), {"param_groups": [ours.param_groups[index]], "state": ours.state})()
@@ -737,8 +724,7 @@ def test_options_are_read_at_each_step(name: str) -> None:
 
 def test_a_rate_per_model_that_became_a_number_is_refused(name: str) -> None:
     ours = ours_for(name)(make_params(TWO), stacked=True, lr=VECTOR.clone())
-    set_gradients(ours, [torch.ones(shape) for shape in TWO])
-    ours.step()
+    step_by(ours, [torch.ones(shape) for shape in TWO])
     before = snapshot(ours)
     ours.param_groups[0]["lr"] = 0.1
     with pytest.raises(ValueError, match="lr had one value for each model"):

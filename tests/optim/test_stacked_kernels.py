@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
 from ..conftest import GPU
-from .optimizers import copies, make_params, ours_for, parameters, set_gradients
+from .optimizers import copies, make_params, ours_for, parameters, set_gradients, step_by, step_by_ones
 from .stacks import B, SeparateRuns, advance, assert_same, make
 from .test_compile import step_calls
 from .test_stacked_contract import OPTIONS, TWO, VECTOR, assert_equal, snapshot
@@ -36,8 +36,7 @@ def test_one_launch_for_any_number_of_models(
         ours.active = torch.rand(count, device=device) < 0.5
         for _ in range(2):
             seen.clear()
-            set_gradients(ours, [torch.randn_like(p) for p in params])
-            ours.step()
+            step_by(ours, [torch.randn_like(p) for p in params])
             assert len(seen) == 1 + bool(guard)
 
 
@@ -171,9 +170,7 @@ def test_tensors_without_values() -> None:
     for name in OPTIONS:
         params = [nn.Parameter(torch.ones(shape, device="meta")) for shape in TWO]
         ours = ours_for(name)(params, stacked=True, max_norm=1.0, **OPTIONS[name])
-        for param in params:
-            param.grad = torch.ones_like(param)
-        ours.step()
+        step_by_ones(ours)
         assert ours.state[params[0]]["step"].shape == (B,)
 
 
@@ -188,9 +185,7 @@ def test_a_captured_step_reads_rates_factors_and_masks_at_each_replay(cls: Any) 
         params = copies(make_params(TWO), device)
         made.append(cls(params, stacked=True, lr=lr, lr_scale=factors, capturable=True, max_norm=1.0))
         made[-1].active = torch.ones(B, dtype=torch.bool, device=device)
-        for param in params:
-            param.grad = torch.ones_like(param)
-        made[-1].step()
+        step_by_ones(made[-1])
     captured, eager = made
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
