@@ -1,6 +1,7 @@
-"""What the tests share: the dtypes, the awkward sizes, the tolerance policy as an assertion, the example scripts."""
+"""What the tests share: dtypes, awkward sizes, the tolerance policy as an assertion, processes, the example scripts."""
 
 import importlib.util
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,14 @@ def example(name: str) -> ModuleType:
         patch.syspath_prepend(EXAMPLES)  # as a script finds the modules beside it
         spec.loader.exec_module(module)
     return module
+
+
+def python(*arguments: object, **options: Any) -> str:
+    """What a Python of its own prints with these arguments; it must end well."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def assert_matches(

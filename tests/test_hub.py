@@ -14,6 +14,8 @@ import pytest
 
 import hub
 
+from .helpers import python
+
 KERNELS = hub.ROOT / "kernels"
 
 # As the client imports a variant, with torch loaded before, so that what imports NumPy afterwards is our code.
@@ -129,16 +131,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def child(script: str, repository: Path, *args: object) -> str:
     """What a fresh Python prints that runs ``script`` outside the checkout."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)],
-        cwd=repository,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return python("-c", script, *args, cwd=repository, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
 def test_each_copy_is_the_package(repository: Path) -> None:

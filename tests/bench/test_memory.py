@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from bench.throughput import memory, results
 from bench.throughput.memory import free_bytes
 
+from ..helpers import python
 from .fakes import Clock, document, doubling
 
 SCRIPT = """
@@ -37,11 +36,7 @@ print(json.dumps([default, state, recycled, given_back]))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc has its own ways")
 def test_pages_are_used_again() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[2], capture_output=True, text=True
-    )
-    assert not run.returncode, run.stderr
-    default, state, recycled, given_back = json.loads(run.stdout)
+    default, state, recycled, given_back = json.loads(python("-c", SCRIPT, cwd=Path(__file__).parents[2]))
     pages = (40 << 20) // 4096
     assert default >= pages
     assert state == "recycled"

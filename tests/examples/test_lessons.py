@@ -20,7 +20,7 @@ from gradkernels import use_backend
 from gradkernels.reference import linear_mse
 
 from ..conftest import DEVICES
-from ..helpers import EXAMPLES, assert_matches, example, to_numpy
+from ..helpers import EXAMPLES, assert_matches, example, python, to_numpy
 
 SCRIPT = str(EXAMPLES / "lessons.py")
 lessons = example("lessons")
@@ -253,8 +253,7 @@ def test_every_lesson_says_what_its_figures_show() -> None:
 
 
 def test_the_script_prints_what_it_is_asked_for() -> None:
-    command = [sys.executable, SCRIPT, "--backend", "reference", "A2", "A5"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = python(SCRIPT, "--backend", "reference", "A2", "A5")
     assert "[2.5008, 5.0016, 2.56e-06, 0.0064]" in output
     assert "gradient: 6" in output
     assert "the sum over the two paths to the loss: 4 + 2 = 6." in output

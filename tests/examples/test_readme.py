@@ -9,6 +9,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from ..helpers import python
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 USE = ROOT / "docs" / "use"
@@ -102,14 +104,14 @@ def test_the_two_commands_find_a_triton_for_each_python() -> None:
     """3.9.0 has no wheel for Python 3.10; there it is the pair that noxfile.py runs."""
     lines = (ROOT / "constraints" / "cpu.txt").read_text().splitlines()
     named = [Requirement(line) for line in lines if not line.startswith("#")]
-    for python, *pair in (
+    for interpreter, *pair in (
         ("3.10", "2.12.1", "3.7.1"),
         ("3.11", "2.13.0", "3.9.0"),
         ("3.13", "2.13.0", "3.9.0"),
     ):
-        found = {each.name: each for each in named if each.marker.evaluate({"python_version": python})}
+        found = {each.name: each for each in named if each.marker.evaluate({"python_version": interpreter})}
         for name, version in zip(("torch", "triton"), pair, strict=True):
-            assert found[name].specifier.contains(version), (python, name)
+            assert found[name].specifier.contains(version), (interpreter, name)
 
 
 def test_every_row_of_the_optimizers_table_has_its_test() -> None:
@@ -154,11 +156,7 @@ def test_the_swap_in_a_trainer(library: str, tmp_path: Path) -> None:
         for ours, theirs in changes.items():
             lines = lines.replace(ours, theirs)
         program = BEGINNING + TRAINERS[library].format(snippet=lines, clip=clip) + END
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        name, *values = done.stdout.splitlines()[-1].split()
+        name, *values = python("-c", program, cwd=tmp_path).splitlines()[-1].split()
         assert name == wanted.rpartition(".")[2]
         results.append(torch.tensor(list(map(float, values))))
     torch.testing.assert_close(*results)

@@ -4,12 +4,12 @@ No library is needed by this package or its other tests: where one is missing it
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from ..helpers import python
 
 # Each program trains four epochs, and the last two again from what the library kept after the second.
 BEGINNING = """
@@ -137,15 +137,8 @@ def test_clipping_amp_and_resuming(library: str, tmp_path: Path) -> None:
     ends = {}
     for whose in ("ours", "torch"):
         (tmp_path / whose).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", BEGINNING + PROGRAMS[library] + END, whose],
-            cwd=tmp_path / whose,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        ends[whose] = json.loads(done.stdout.splitlines()[-1])
+        printed = python("-c", BEGINNING + PROGRAMS[library] + END, whose, cwd=tmp_path / whose)
+        ends[whose] = json.loads(printed.splitlines()[-1])
         assert ends[whose]["resumed"] == ends[whose]["whole"]
     ours, plain = (torch.tensor(ends[whose]["whole"]) for whose in ("ours", "torch"))
     assert (ours - torch.tensor(ends["ours"]["start"])).abs().min() > 0.1, "it trained"

@@ -1,7 +1,5 @@
 """Tracing: torch.compile, export, opcheck, fake and meta tensors, checkpoints, and the way without private parts."""
 
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -16,6 +14,7 @@ from torch.func import grad, grad_and_value, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from ..cases import CASES, Case, assert_same_results, label, on_both_backends, value_and_gradients
+from ..helpers import python
 from . import test_layouts
 
 ENGINES = ("eager", "aot_eager", "inductor")
@@ -277,8 +276,4 @@ def test_without_the_private_apply() -> None:
             close(f(loss), f(plain))
         print("served", gradkernels.mse_loss(x, x).item())
     """
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == ["served", "0.0"]
+    assert python("-c", textwrap.dedent(script)).split() == ["served", "0.0"]

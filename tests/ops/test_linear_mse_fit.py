@@ -5,8 +5,6 @@ Over 500 lines, since it follows the contract clause by clause.
 """
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from gradkernels.reference import adam, sgd
 from gradkernels.reference import linear_mse_fit as reference
 from torch import Tensor
 
-from ..helpers import to_numpy
+from ..helpers import python, to_numpy
 
 BACKENDS = ("fallback", "triton", "reference")
 CLASSES: dict[str, tuple[type[Any], Callable[..., Any], dict[str, Any]]] = {
@@ -301,7 +299,7 @@ for which in range(3):
     given[which] = torch.empty(2**31 + 2, dtype=torch.float16).as_strided((2, 3), (1, 2**30)).copy_(near[which])
     assert torch.equal(trained(*given), trained(*near))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 def assert_as_the_loop(

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-import subprocess
 import sys
 from typing import Any
 
@@ -17,7 +16,7 @@ from gradkernels.reference import linear_mse as reference
 from torch import Tensor
 
 from ..conftest import DEVICES, GPU
-from ..helpers import DTYPES, assert_matches, exactly
+from ..helpers import DTYPES, assert_matches, exactly, python
 from .test_mse_kernels import laid_out
 
 pytest.importorskip("triton")
@@ -372,7 +371,7 @@ for K, D, strides in ((1, 8, (2**30, 1)), (12, 8, (2**30, 1)), (12, 33, (1, 2**2
         other = linear_mse.linear_mse_forward(x, w, y, None, None, "mean", [True] * 3, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(mine, other))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 @triton.jit

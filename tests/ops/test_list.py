@@ -1,7 +1,5 @@
 """The list of ops says what is there: public callables, README rows, operators, launchers, files."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import gradkernels
@@ -9,6 +7,8 @@ import pytest
 from gradkernels import nn
 from gradkernels.operator import OPERATORS
 from gradkernels.ops import FUNCTIONS, OPS, OPTIMIZERS
+
+from ..helpers import python
 
 ROOT = Path(__file__).parents[2]
 OTHERS = {"backend_for", "layers", "nn", "use_backend", "warmup"}
@@ -82,8 +82,7 @@ def test_the_list_imports_nothing_heavy() -> None:
         "import sys, gradkernels; print([m for m in sys.modules if m.startswith(('triton', 'gradkernels.'))]);"
         "gradkernels.verify.gradcheck; gradkernels.reference; assert 'triton' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    modules = set(eval(done.stdout))
+    modules = set(eval(python("-c", script)))
     assert "gradkernels.ops" in modules
     heavy = ("triton", "gradkernels.triton", "gradkernels.reference", "gradkernels.verify")
     assert not {name for name in modules if name.startswith(heavy)}

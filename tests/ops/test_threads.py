@@ -1,7 +1,5 @@
 """Small work on the CPU stays on the thread that called: a process that does nothing else never starts a second one."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from gradkernels.fallback.mse import mse_backward, mse_forward, mse_forward_back
 from gradkernels.fallback.threads import one_thread
 from torch import Tensor
 
-from ..helpers import Operators
+from ..helpers import Operators, python
 
 TASKS = Path("/proc/self/task")  # one entry per thread of the process
 SETUP = """
@@ -54,9 +52,8 @@ LARGE = {"adam, large": "step(FusedAdamW, sizes=(1 << 15,))"}  # those that torc
 def test_small_work_starts_no_threads_and_large_work_three() -> None:
     """In a process of its own, in this order."""
     code = "\n".join(f"{work}\nprint({name!r}, threads() - before)" for name, work in (SMALL | LARGE).items())
-    result = subprocess.run([sys.executable, "-c", SETUP + code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [*(f"{name} 0" for name in SMALL), *(f"{name} 3" for name in LARGE)]
+    printed = python("-c", SETUP + code).splitlines()
+    assert printed == [*(f"{name} 0" for name in SMALL), *(f"{name} 3" for name in LARGE)]
 
 
 def test_the_number_of_threads_is_this_threads_own() -> None:

@@ -5,11 +5,11 @@ The folder toy/ has its files in the places that its name gives, and its record.
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from ..helpers import python
 
 pytest.importorskip("triton")
 
@@ -77,11 +77,7 @@ def run(house: Path, *arguments: str, interpret: bool = True) -> str:
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=house, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return python(*arguments, cwd=house, env=environment)
 
 
 def test_it_is_verified(house: Path) -> None:

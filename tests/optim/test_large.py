@@ -1,11 +1,9 @@
 """More than 2^31 elements in one tensor: the programs at its end, run alone on memory that is hardly touched."""
 
-import subprocess
-import sys
-
 import pytest
 
 from ..conftest import GPU
+from ..helpers import python
 
 # One untouched buffer holds every operand, each a little further on: only their ends are ever read or written.
 SETUP = """
@@ -91,6 +89,4 @@ assert outs[1, 0] > 0 and torch.equal(outs[0], outs[1])
 def test_offsets_beyond_32_bits() -> None:
     """An offset that wraps leaves the buffer. In a process of its own, since that kills; the last name says where."""
     code = SETUP + "".join(f"print({name!r}, flush=True){body}" for name, body in CASES.items())
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split("\n") == [*CASES, ""]
+    assert python("-c", code).split("\n") == [*CASES, ""]

@@ -5,8 +5,6 @@ Over 500 lines, since each fault is a kernel of its own.
 
 import dataclasses
 import json
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -19,6 +17,8 @@ from gradkernels.verify import InterpreterChangedError, MemoryFaultError, memory
 from gradkernels.verify.memory import interpreter as hooks  # noqa: E402
 from gradkernels.verify.memory.regions import Region  # noqa: E402
 from triton.runtime import interpreter as triton_interpreter  # noqa: E402
+
+from ..helpers import python  # noqa: E402
 
 pytestmark = [
     pytest.mark.unwatched,
@@ -662,9 +662,7 @@ def test_what_was_first_compiled_inside_a_block_leaves_no_trace(imported):
             torch._dynamo.reset()
         assert torch.compile(fn, fullgraph=True, backend="aot_eager")(torch.ones(3)).tolist() == [2, 2, 2]
         """
-    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    python("-W", "error::UserWarning", "-c", textwrap.dedent(program))
 
 
 def test_tensors_without_memory_of_their_own_pass_through():

@@ -19,6 +19,8 @@ from gradkernels.ops import OPS
 from gradkernels.verify import ops as checks
 from gradkernels.verify.console import print_table, progress
 
+from ..helpers import python
+
 pytestmark = [
     pytest.mark.unwatched,
     pytest.mark.skipif(torch.cuda.is_available(), reason="plants faults in interpreted kernels"),
@@ -201,19 +203,9 @@ def test_the_command_line(capsys, monkeypatch):
 
 def test_without_the_interpreter_a_child_process_has_it():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "gradkernels",
-        "verify",
-        "--op=mse",
-        "--shape=5",
-        "--dtype=float32",
-        "--json",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert {v["backend"] for v in json.loads(done.stdout)["verdicts"]} == {"triton", "fallback"}
+    command = ["-m", "gradkernels", "verify", "--op=mse", "--shape=5", "--dtype=float32", "--json"]
+    verdicts = json.loads(python(*command, env=environment))["verdicts"]
+    assert {v["backend"] for v in verdicts} == {"triton", "fallback"}
 
 
 @pytest.mark.parametrize(("status", "words"), [(7, "ended by status 7"), (-11, "ended by signal 11")])
