@@ -1000,6 +1000,18 @@ BAD = """
 """
 
 
+@pytest.mark.full
+def test_a_file_may_do_without_the_process_that_it_may_not_start(tmp_path: Path) -> None:
+    """As platform.processor() does."""
+    start = """import contextlib, subprocess
+with contextlib.suppress(OSError):
+    subprocess.run(["true"])
+    raise AssertionError
+"""
+    (tmp_path / "asks.py").write_text(start + (SPECIMENS / "square.py").read_text())
+    assert v.of_file(judge(tmp_path / "asks.py", timeout=60)) == v.VERIFIED
+
+
 def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
     """Its import puts a wrapper in the place of torch.manual_seed; nothing else that the judge trusts changes."""
     compiled = {"lambda x: x * x": 'torch.compile(lambda x: x * x, backend="eager")'}
@@ -1031,6 +1043,9 @@ def test_beside_the_interpreter_kernels_are_compiled(tmp_path: Path) -> None:
         pytest.param("os.abort()", "SIGABRT", id="abort"),
         pytest.param("everywhere(FAKE); os._exit(0)", "without a whole report", id="fake report"),
         pytest.param("np.abs = lambda x: np.zeros(x.shape)", "it replaces", id="numpy"),
+        pytest.param(
+            "__import__('subprocess').run(['true'])", "subprocess.Popen is not allowed", id="subprocess"
+        ),
         *(
             pytest.param(body, says, id=name, marks=pytest.mark.full)
             for name, body, says in (
