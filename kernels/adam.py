@@ -21,7 +21,7 @@ _Adam = torch.optim.Adam  # a user may put FusedAdam under that name
 
 
 class FusedAdam(FusedStep, torch.optim.Adam):
-    """torch.optim.Adam in one launch per device and set of dtypes, for any number of parameters.
+    """torch.optim.Adam in one launch per device, set of dtypes and ``amsgrad``, for any number of parameters.
 
     With ``g`` the gradient, ``p`` the parameter, ``m`` and ``v`` the moments (zero before step ``t = 1``)::
 
@@ -42,22 +42,22 @@ class FusedAdam(FusedStep, torch.optim.Adam):
         lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
             captured graph or compiled step follows its changes. Likewise ``betas`` and ``weight_decay``.
         betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable: as in torch.optim.Adam.
-        foreach, fused: checked as in torch, and select nothing; but with ``fused=True`` GradScaler leaves overflow
-            to the step, which then needs no wait for the device, as in torch.
+        foreach, fused: checked as in torch, but select no implementation; with ``fused=True`` GradScaler leaves
+            overflow to the step, which then does not wait for the device, as in torch.
         decoupled_weight_decay: AdamW's weight decay.
         max_norm: clip gradients to this global norm inside the step, as ``clip_grad_norm_`` before it would;
             ``p.grad`` stays unclipped.
         on_nonfinite: ``"ignore"``; ``"skip"``: a step with a non-finite gradient changes nothing and is counted
-            in ``steps_skipped``; ``"raise"``: it raises, which costs a wait for the device. Where GradScaler
-            found the overflow, the step is skipped as GradScaler wants.
+            in ``steps_skipped``; ``"raise"``: it raises, and each step waits for the device. Where GradScaler
+            found the overflow, the step is skipped, as with torch's optimizers.
         master_weights: keep a float32 copy of every bfloat16 and float16 parameter in ``state["master_param"]``,
             and the moments in float32.
-            Elements of such a parameter that are written by hand, or by loading a model, go on from there.
+            Training continues from elements of such a parameter that are overwritten, by hand or by loading a model.
         stochastic_rounding: round bfloat16 parameters and their state up or down at random, so that small
-            updates are not lost, the moments' included.
-        seed: of the random numbers, which depend on it, the parameter's position and its count of updates alone.
-        norm_group: process group over which ``max_norm`` and ``on_nonfinite`` are agreed where each rank holds
-            parameters of its own (ZeroRedundancyOptimizer). DTensors bring their mesh and need none.
+            updates of parameters and moments are not lost.
+        seed: of the random numbers, which depend only on it, the parameter's position and its count of updates.
+        norm_group: process group over which ``max_norm`` and ``on_nonfinite`` apply where each rank holds parameters
+            of its own (ZeroRedundancyOptimizer). DTensors have their mesh and need none.
         stacked: the parameters stack B models along their first dimension, as torch.func.stack_module_state does, and
             every model is trained as if it had an optimizer of its own. ``lr``, ``weight_decay`` and each of
             ``betas`` may then be a tensor (B,) on the parameters' device, read there at each step: the rule above

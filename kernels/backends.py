@@ -41,10 +41,11 @@ class use_backend:  # noqa: N801 (a context manager, named as a verb like torch.
     block has ended. A graph captured by torch.compile chooses at each launch, also in its backward. The
     environment variable ``GRADKERNELS_BACKEND`` sets the initial choice and is read once, at import.
 
-    Which bits repeat: the Triton kernels give the same ones for the same values, shapes, strides and dtypes, with and
-    without gradients, in every run and on every GPU of one architecture. The fallback gives them for equal calls
-    (``requires_grad``, grad mode and number of threads included) on one machine: torch and its libraries choose their
-    routines by all of these and by the processor, and results of different routines differ by rounding.
+    Which bits repeat: the Triton kernels give the same ones for the same values, shapes, strides, dtypes and 16-byte
+    alignment, with and without gradients, in every run and on every GPU of one architecture. The fallback gives them
+    for equal calls (``requires_grad``, grad mode and number of threads included) on one machine: torch and its
+    libraries choose their routines by all of these and by the processor, and results of different routines differ by
+    rounding.
 
     Raises:
         ValueError: ``name`` is none of the four.

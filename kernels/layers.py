@@ -1,4 +1,4 @@
-"""What Hugging Face's ``kernelize`` puts in the place of a module's forward: no constructor, no state of its own."""
+"""Layers whose forward Hugging Face's ``kernelize`` puts in place of a module's; they have no constructor or state."""
 
 import torch
 from torch import Tensor

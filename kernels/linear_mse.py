@@ -39,21 +39,21 @@ def linear_mse_loss(
     offsets: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compute ``mse_loss(linear(input, weight, bias), target)`` without storing the predictions.
+    """Compute ``mse_loss(linear(input, weight, bias), target)`` by kernels that do not store the predictions.
 
         e[n, k] = sum_d input[n, d] * weight[k, d] + bias[k] - target[n, k]
 
         mean: sum(s e^2) / (N K), or sum(s e^2) / sum(s) where sample weights s are given;
         sum: sum(s e^2);  none: s e^2
 
-    With one output (K = 1) the data are read once for the loss and every gradient. Differentiable to any order
+    With one output (K = 1) the kernels read the data once for the loss and every gradient. Differentiable to any order
     in all tensors, in reverse and forward mode. ``reduction="none"`` is the composition above: its result has
     as many elements as the predictions.
 
     Shapes:
         input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
-        bias ``(K,)``, or one element; sample_weight ``(*)``, one per sample, or target's shape.
-        Loss: ``()``, or target's shape for none.
+        bias ``(K,)``, or one element where weight is ``(D,)``; sample_weight ``(*)``, one per sample, or target's
+        shape. Loss: ``()``, or target's shape for none.
         B models: weight ``(B, K, D)``; input ``(B, N, D)``, or ``(N, D)`` shared by all; target ``(B, N, K)`` or
         ``(N, K)``; bias ``(B, K)``; sample_weight ``(B, N)`` wherever that fits, ``(B, N, K)``, ``(N,)`` or
         ``(N, K)``. Loss: ``(B,)``, each model's own, or ``(B, N, K)`` for none.
@@ -66,15 +66,15 @@ def linear_mse_loss(
         target: of the same dtype and device.
         bias: of the same dtype and device.
         sample_weight: of the same dtype and device; the mean under weights whose sum is 0 is nan.
-        offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has the
-            mean nan, the sum 0 and gradients 0, a row of no model loss and gradients 0. On a device bad offsets are
-            clamped, not found out.
+        offsets: int32 or int64, on the same device, not decreasing, within 0 and R. A model without rows has
+            mean nan, sum 0 and gradients 0; a row of no model has loss and gradients 0. On a GPU bad offsets are
+            clamped, not reported.
         reduction: ``"mean"`` (over all elements of target, of each model's), ``"sum"`` or ``"none"``.
 
     Returns:
         The loss in the tensors' dtype, accumulated in float32 (float64 for float64). Under autocast input, weight
-        and bias are taken in the autocast dtype; target, predictions (but for none, as of ``linear``) and loss are
-        float32.
+        and bias are cast to the autocast dtype; target, predictions and loss are float32 (with ``"none"`` the
+        predictions have the autocast dtype, as from ``linear``).
 
     Raises:
         ValueError: ``target``, ``bias``, ``sample_weight`` or ``offsets`` has the wrong shape, ``reduction`` is
@@ -139,8 +139,9 @@ def linear_mse_loss_and_grad(
 
     Shapes:
         input ``(*, D)``; weight ``(K, D)`` or ``(D,)``; target ``(*, K)``, or ``(*)`` where weight is ``(D,)``;
-        bias ``(K,)``, or one element. Loss ``()``, each gradient as its argument. sample_weight, offsets and a batch of
-        models as for ``linear_mse_loss``: loss ``(B,)``, and the gradients of its sum.
+        bias ``(K,)``, or one element where weight is ``(D,)``. Loss ``()``, each gradient as its argument.
+        sample_weight, offsets and a batch of models as for ``linear_mse_loss``: loss ``(B,)``, and the gradients of
+        its sum.
 
     Args:
         input: float64, float32, float16 or bfloat16, any strides.

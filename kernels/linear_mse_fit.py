@@ -42,7 +42,7 @@ def linear_mse_fit(
     sample_weight: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """Train a linear model, or B of them, for ``steps`` rounds of gradient descent; the losses of all rounds.
+    """Train a linear model, or B of them, for ``steps`` rounds of gradient descent and return all losses.
 
     In each round ``t``, on the rows ``(t batch_size + i) % N`` for ``i < batch_size``, or on all::
 
@@ -62,7 +62,7 @@ def linear_mse_fit(
         target: of the same dtype and device.
         bias: of the same dtype and device; trained.
         optimizer: FusedSGD, FusedAdam or FusedAdamW over exactly weight and bias, in one or two groups. Its options
-            are read once: rates stay what they are throughout.
+            are read once per call: the rate does not change between rounds.
         steps: how many rounds.
         batch_size: rows of each round, 1 to N; all by default.
         sample_weight: of the same dtype and device.

@@ -53,22 +53,22 @@ def mse_loss(
 
         mean: sum(l) / n, or sum(l) / sum(w) where weights are given;  sum: sum(l);  none: l
 
-    The sums run over ``dim``. As the weights' sum divides a mean, a weight per sample does nothing to a mean per
-    sample: it belongs outside, ``(mse_loss(p, t, dim=(1, 2, 3)) * w).mean()``.
+    The sums run over ``dim``. A mean divides by the sum of the weights, so a weight per sample cancels in a mean per
+    sample: multiply the result by it, ``(mse_loss(p, t, dim=(1, 2, 3)) * w).mean()``.
 
     Differentiable to any order in all three tensors, in reverse and forward mode.
 
     Shapes:
         input, target: one shape ``(*)``; neither is broadcast. weight: any that broadcasts to it, ``(B, 1, 1, 1)``
-        or ``()``; it is read as it is, and so is its gradient's shape. Loss: ``()``, or input's dimensions without
-        ``dim``, or ``(*)`` for none.
+        or ``()``; it is not expanded in memory, and its gradient has its own shape. Loss: ``()``, or input's
+        dimensions without ``dim``, or ``(*)`` for none.
 
     Args:
         input: predictions; float64, float32, float16 or bfloat16, any strides.
         target: of any of these dtypes, on the same device.
         weight: of any of these dtypes, on the same device.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        dim: the dimensions to average or sum over; None, or none of them, for all.
+        dim: the dimensions to average or sum over; None or ``()`` for all.
 
     Returns:
         The loss, accumulated in float32 (float64 where an operand is), in the dtype that all operands promote to;
@@ -79,7 +79,7 @@ def mse_loss(
         ValueError: the shapes of input and target differ, weight does not broadcast to theirs, ``reduction`` is not
             one of the three, or ``dim`` is given with ``"none"``.
         IndexError: ``dim`` is out of range.
-        TypeError: a dtype that is not served, or a ``dim`` that is no integer.
+        TypeError: a dtype that is not served, or a ``dim`` that is not an integer.
         RuntimeError: devices differ, or ``dim`` names a dimension twice.
 
     Example:
@@ -136,8 +136,8 @@ def mse_loss_and_grad(
         loss as ``mse_loss``;  grad_input = 2 c w e,  grad_target = -grad_input,
         grad_weight = c e^2  (mean: c (e^2 - loss)),  with e = input - target and c = 1, 1/n or 1/sum(w)
 
-    Moves 3 elements per element: reads input and target, writes grad_input. A weighted mean, for the sum that it
-    divides by, reads the weights once before.
+    Moves 3 elements per element: reads input and target, writes grad_input. A weighted mean first reads the weights
+    once for their sum.
 
     Shapes:
         input, target and their gradients: one shape ``(*)``. weight: any that broadcasts to it; its gradient, the
@@ -153,7 +153,8 @@ def mse_loss_and_grad(
 
     Returns:
         ``(loss, (grad_input, grad_target, grad_weight))`` with None for what is not in ``wrt`` or was not given;
-        dtypes as of ``mse_loss``. Weights of full shape whose sum has no finite reciprocal (below 3e-39) make inf.
+        dtypes as of ``mse_loss``. With weights of full shape whose sum has no finite reciprocal (below 3e-39) the
+        gradients are inf.
 
     Raises:
         ValueError: the shapes of input and target differ, weight does not broadcast to theirs, ``reduction`` is

@@ -118,8 +118,9 @@ class MSELoss(torch.nn.Module):
 class LinearMSELoss(Linear):
     """A linear model that owns its weight and bias and returns its mean squared error, or a batch of such models.
 
-    The parameters are the module's own, so DDP, FSDP and hooks see their use in a call. ``predict`` is no call of the
-    module: under FSDP2 ``register_fsdp_forward_method(model, "predict")`` lets it gather them, too.
+    The parameters are the module's own, so DDP, FSDP and hooks see their use in a call. ``predict`` does not go
+    through the module's ``__call__``: under FSDP2 ``register_fsdp_forward_method(model, "predict")`` lets it gather
+    them.
 
     Args:
         in_features: D.

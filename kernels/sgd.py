@@ -29,7 +29,7 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         p = p - lr g
 
     With ``momentum=0`` the lines with ``b`` are left out. It computes in float32 (float64 for float64) and rounds
-    once, save for 16-bit parameters on a CPU, where it is torch's own loop, which rounds after each operation.
+    once, except for 16-bit parameters on a CPU, which torch's own loop updates, rounding after each operation.
     All else, state_dict included, is as in torch. Sparse gradients, complex parameters and
     ``differentiable=True`` go through torch's own loop.
 
@@ -38,16 +38,16 @@ class FusedSGD(FusedStep, torch.optim.SGD):
         lr: learning rate; a float32 0-d tensor on the parameters' device is read by the kernel, so that a
             captured graph or compiled step follows its changes. Likewise ``weight_decay``.
         momentum, dampening, weight_decay, nesterov, maximize, differentiable: as in torch.optim.SGD.
-        foreach, fused: checked as in torch, and select nothing; but with ``fused=True`` GradScaler leaves overflow
-            to the step, which then needs no wait for the device, as in torch.
+        foreach, fused: checked as in torch, but select no implementation; with ``fused=True`` GradScaler leaves
+            overflow to the step, which then does not wait for the device, as in torch.
         capturable: whether a CUDA graph may capture the step.
         max_norm, on_nonfinite, master_weights, stochastic_rounding, seed, norm_group: as for FusedAdam; the count
             of updates that random rounding needs is kept in ``state["step"]``.
         stacked, lr_scale: as for FusedAdam; ``lr``, ``momentum`` and ``weight_decay`` may be tensors (B,). Beside a
-            momentum buffer ``state["step"]`` counts each model's steps of momentum, since the first one is not
-            dampened. A model whose momentum is 0 moves by its gradient and leaves buffer and step as they are; with
-            ``stochastic_rounding`` the step, by which the random numbers go, rises even so, and a momentum that is
-            raised from 0 later is dampened at once.
+            momentum buffer ``state["step"]`` counts each model's steps with momentum, since the first one is not
+            dampened. A model whose momentum is 0 moves by its gradient and leaves buffer and step as they are. With
+            ``stochastic_rounding`` its step still rises, since the random numbers depend on it: a momentum that is
+            raised from 0 later is then dampened from its first step on.
 
     Raises:
         ValueError, RuntimeError: what torch.optim.SGD raises, in its words; ``max_norm`` below 0, an unknown

@@ -22,23 +22,25 @@ def warmup(
 
     The op runs once without gradients and once with its backward (an optimizer: one step) on temporary tensors,
     contiguous and aligned. Sizes are run-time values: one call covers all shapes that take the same kernels. Where
-    Triton does not serve the device there is nothing to do.
+    Triton does not serve the device it does nothing.
 
     Strided, misaligned or transposed tensors take other variants: make those calls themselves once. Under the capture
     of a CUDA graph a call whose kernels are not loaded is refused.
 
     Args:
-        op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"linear_mse_fit"``, ``"sgd"`` or ``"adam"``.
+        op: ``"matmul"``, ``"mse"``, ``"linear_mse"``, ``"linear_mse_models"``, ``"linear_mse_fit"``, ``"sgd"`` or
+            ``"adam"``.
         shapes: of the tensor arguments that the op takes by position, in their order (``matmul``: input, other,
-            perhaps bias; ``mse``: input, target; ``linear_mse`` and ``linear_mse_fit``: input, weight, target, perhaps
-            bias); for the optimizers, of the parameters.
+            perhaps bias; ``mse``: input, target; ``linear_mse``, ``linear_mse_models`` and ``linear_mse_fit``: input,
+            weight, target, perhaps bias); for the optimizers, of the parameters.
         dtype: of all the tensors.
         device: where they live.
         requires_grad: which arguments the gradient is taken for; by default all of ``matmul``'s, the input of
-            ``mse``, weight and bias of ``linear_mse``. Ignored for ``linear_mse_fit`` and the optimizers.
+            ``mse``, weight and bias of ``linear_mse`` and ``linear_mse_models``. Ignored for ``linear_mse_fit`` and the
+            optimizers.
 
     Raises:
-        ValueError: an unknown op, or a number of shapes that is not the op's.
+        ValueError: an unknown op, or a number of shapes or of ``requires_grad`` that does not fit.
 
     Example:
         >>> warmup("linear_mse", [(8192, 512), (1, 512), (8192, 1), (1,)], torch.bfloat16, "cuda")

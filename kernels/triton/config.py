@@ -1,11 +1,11 @@
 """Which plan, tile, warps and precision a kernel is launched with: pure functions of problem and target.
 
-**The same bits on different GPUs.** Configs depend on shapes, dtypes and architecture only, never on data, timings or
-the number of SMs, so two GPUs of one architecture give the same bits. The exception is a file of tiles that someone
-tuned for a device by name; ``GRADKERNELS_TUNED=0`` ignores it. Architectures differ in the tiles of matrix
-instructions and in the order in which those add; what is summed by multiply and add alone (``elementwise``, ``gemv``
-and ``outer`` products, the squared error, the fused loss of few outputs, the norm of gradients) is split alike on
-all of NVIDIA's.
+**The same bits on different GPUs.** Configs depend on shapes, strides, alignment, dtypes and architecture only, never
+on data, timings or the number of SMs, so two GPUs of one architecture give the same bits. The exception is a file of
+tiles that someone tuned for a device by name; ``GRADKERNELS_TUNED=0`` ignores it. Architectures differ in the tiles of
+matrix instructions and in the order in which those add; what is summed by multiply and add alone (``elementwise``,
+``gemv`` and ``outer`` products, the squared error, the fused loss of few outputs, the norm of gradients) is split
+alike on all of NVIDIA's.
 
 **Why a plan.** Each function that selects a plan also returns the reason for each plan it rejected;
 ``python -m gradkernels explain`` prints them.

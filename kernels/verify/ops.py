@@ -113,8 +113,8 @@ def kernels(
 
     Args:
         ops: names of ``gradkernels.ops.OPS``: ``"matmul"``, ``"mse"``, ...; all by default.
-        shapes: sizes instead of the built-in ones, for a single op: ``(N, D, K)`` for linear_mse,
-            ``([B,] M, K, N)`` for matmul, any for the others.
+        shapes: sizes instead of the built-in ones, for a single op: ``(N, D, K)`` for linear_mse, ``(B, N, D, K)`` for
+            linear_mse_models and linear_mse_fit, ``([B,] M, K, N)`` for matmul, any for the others.
         dtypes: the dtypes; float64, float32, float16 and bfloat16 by default.
         backends: some of ``"triton"``, ``"fallback"``, ``"reference"``.
         device: ``"cuda"``, ``"mps"``, ``"cpu"``, ...; by default the accelerator if there is one, else the CPU.
