@@ -204,7 +204,7 @@ class FusedAdam(FusedStep, torch.optim.Adam):
 
 
 class FusedAdamW(FusedAdam, torch.optim.AdamW):
-    """torch.optim.AdamW in one launch per device and set of dtypes, for any number of parameters.
+    """torch.optim.AdamW in one launch per device, set of dtypes and ``amsgrad``, for any number of parameters.
 
     FusedAdam's rule with decoupled weight decay, which shrinks the parameters by ``lr weight_decay`` before the
     step instead of joining the gradient.

@@ -16,7 +16,7 @@ _SGD = torch.optim.SGD  # a user may put FusedSGD under that name
 
 
 class FusedSGD(FusedStep, torch.optim.SGD):
-    """torch.optim.SGD in one launch per device and set of dtypes, for any number of parameters.
+    """torch.optim.SGD in one launch per device, set of dtypes and use of momentum, for any number of parameters.
 
     With ``g`` the gradient, ``p`` the parameter and ``b`` the momentum buffer::
 
