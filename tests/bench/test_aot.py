@@ -202,11 +202,3 @@ def test_rows_are_json(tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "report", lambda *_: iter([row]))
     assert aot.main(["--op", "mse", "--target", "sm_90", "--json", str(path)]) == 0
     assert json.loads(path.read_text()) == [asdict(row)]
-
-
-@pytest.mark.parametrize("arguments", [["--op", "linear"], ["--dtype", "float8"]])
-def test_a_report_of_no_case_is_refused(arguments, capsys):
-    """As a misspelt op or dtype would have: nothing printed, nothing wrong."""
-    with pytest.raises(SystemExit, match="2"):
-        aot.main(arguments)
-    assert f"{arguments[1]!r}" in capsys.readouterr().err

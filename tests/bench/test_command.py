@@ -27,20 +27,44 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_rates", lambda *given: LIMITS)
 
 
-def test_command_line(capsys: pytest.CaptureFixture) -> None:
-    for arguments, message in (
-        (["nonsense"], "unknown op 'nonsense'"),
-        (["mse", "--shape", "3x4"], "expected n as numbers"),
-        (["mse", "--dtype", "float31"], "float31"),
-        (["mse", "--dtype", "int64"], "--dtype int64"),
-        (["adam", "--shape", "0x5"], "a size of 0"),
-        (["training", "--shape", "perceptron,4"], "expected regression,N,D"),
-        (["training", "--shape", "mlp,4,4"], "mlp,N"),
-        (["--device", "xpu"], "has no xpu device"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(arguments)
-        assert message in capsys.readouterr().err
+REFUSED = {
+    "nonsense": "unknown op 'nonsense'",
+    "mse --shape 3x4": "expected n as numbers",
+    "mse --dtype float31": "float31",
+    "mse --dtype int64": "--dtype int64",
+    "adam --shape 0x5": "a size of 0",
+    "training --shape perceptron,4": "expected regression,N,D",
+    "training --shape mlp,4,4": "mlp,N",
+    "--device xpu": "has no xpu device",
+    "aot --op linear": "'linear'",
+    "aot --dtype float8": "'float8'",
+    "aot --predict --op dot": "unknown op 'dot'",
+    "aot --predict --shape 10": "--shape goes with --predict and --op",
+    **{
+        f"{command} {option}={value}": f"argument {option}: '{value}' is not a {number}"
+        for command, options, values, number in (
+            ("mse", ("--seconds", "--budget"), ("-1", "0", "nan", "inf", "soon"), "number above 0"),
+            ("compare before after", ("--threshold",), ("-3", "nan", "0"), "number above 0"),
+            ("host", ("--rounds", "--steps"), ("0", "-1", "1.5"), "whole number of 1 or more"),
+        )
+        for option in options
+        for value in values
+    },
+}
+if not torch.cuda.is_available():
+    REFUSED["--device cuda"] = "no cuda device"
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_bad_usage(command: str, capsys: pytest.CaptureFixture) -> None:
+    if command.startswith("aot"):
+        pytest.importorskip("triton")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(command.split())
+    assert REFUSED[command] in capsys.readouterr().err
+
+
+def test_shapes_as_they_are_written() -> None:
     linear_mse, training = cli.declared(["linear_mse", "training"])
     assert linear_mse.shape("1e3x2^6x1") == (1000, 64, 1)
     assert training.shape("regression,4,2") == ("regression", 4, 2)
@@ -197,21 +221,6 @@ def test_the_device_asked_for_becomes_the_current_one(monkeypatch: pytest.Monkey
     for name in (None, "cpu", "cuda", "cuda:1"):
         cli.pick_device(name)
     assert current == [1]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_none_is_timed(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["--device", "cuda"])
-    assert "no cuda device" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", ["--seconds", "--budget"])
-@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "soon"])
-def test_a_time_that_is_none_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([f"{option}={value}", "mse"])
-    assert f"argument {option}: '{value}' is not a number above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--json", "--out"])

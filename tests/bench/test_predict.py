@@ -82,15 +82,3 @@ def test_the_command_prints_lines_of_the_readme(capfd):
     assert {line.count("|") for line in table} == {len(HEADER) + 1}
     found = {re.match(r"\| (\w+) ", line)[1] for line in table}
     assert found == set(gradkernels.ops.OPS)
-
-
-def test_an_op_that_there_is_not_is_bad_usage(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        aot.main(["--predict", "--op", "dot"])
-    assert "unknown op 'dot'" in capsys.readouterr().err
-
-
-def test_shapes_need_an_op(capsys):
-    with pytest.raises(SystemExit):
-        aot.main(["--predict", "--shape", "10"])
-    assert "--shape goes with --predict and --op" in capsys.readouterr().err
