@@ -19,7 +19,6 @@ from .linear_mse_rows import (
     folded,
     folded_bounds,
     lengths,
-    mapped,
     of_models,
     row_sums,
     rows_back,
@@ -30,7 +29,7 @@ from .linear_mse_rows import (
 )
 from .matmul import product, scale_and_add, sum_to
 from .mse import mse_backward, mse_hvp
-from .operator import Operator, autocast_cast, in_places, needs_derivative, uncast
+from .operator import Operator, autocast_cast, in_places, mapped, needs_derivative, uncast
 
 Grads = list[Tensor | None]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .matmul import product
-from .operator import Operator, autocast_cast, uncast
+from .operator import Operator, autocast_cast, mapped, uncast
 
 
 def check_bounds(bounds: Tensor, rows: int) -> None:
@@ -181,11 +181,6 @@ def _product_fake(rows: Tensor, models: Tensor, _: Tensor, dtype: torch.dtype) -
 
 def _outer_fake(left: Tensor, right: Tensor, bounds: Tensor, dtype: torch.dtype) -> Tensor:
     return left.new_empty((bounds.shape[0], left.shape[1], right.shape[1]), dtype=dtype)
-
-
-def mapped(size: int, tensor: Tensor, dim: int | None) -> Tensor:
-    """Return the mapped dimension first; a tensor without one is expanded, which copies nothing."""
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def folded(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:

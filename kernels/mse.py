@@ -11,6 +11,7 @@ fourth, ``mse_forward_backward``, does the work of the first two in one pass.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import checks
 from .checks import acc_dtype
 from .fallback.mse import hessian_vector_product
-from .operator import Operator, in_places, use_torch_fast_path
+from .operator import Operator, in_places, mapped, use_torch_fast_path
 from .repeat import repeatable
 from .torch_private import torch_mse_loss
 
@@ -417,30 +418,16 @@ def _forward_backward_fake(*args: Any) -> list[Tensor]:
     return [_empty_loss(tensors[0], reduction, 0, dtype), *_empty_gradients(tensors[:3], output_mask)]
 
 
-def _mapped_first(
-    batch_size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor | None]
-) -> list[Any]:
-    """Return the mapped dimension of each tensor first; a tensor without one is expanded, which copies nothing."""
-    return [
-        tensor
-        if tensor is None
-        else tensor.expand(batch_size, *tensor.shape)
-        if dim is None
-        else tensor.movedim(dim, 0)
-        for tensor, dim in zip(tensors, in_dims, strict=False)
-    ]
-
-
 def _vmap(operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any) -> Any:
     *tensors, reduction, batch_dims, last = args
-    return operator(*_mapped_first(batch_size, in_dims, tensors), reduction, batch_dims + 1, last)
+    return operator(*map(partial(mapped, batch_size), tensors, in_dims), reduction, batch_dims + 1, last)
 
 
 def _forward_backward_vmap(
     operator: Operator, batch_size: int, in_dims: Sequence[int | None], *args: Any
 ) -> list[Tensor]:
     *tensors, reduction, output_mask, dtype = args
-    input, target, weight, weight_sum = _mapped_first(batch_size, in_dims, tensors)
+    input, target, weight, weight_sum = map(partial(mapped, batch_size), tensors, in_dims)
     options = reduction, output_mask, dtype, 1
     return _forward_backward_formula(input, target, weight, weight_sum, *options)
 

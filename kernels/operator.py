@@ -409,6 +409,13 @@ def in_places(outputs: Sequence[Any], output_mask: Sequence[bool]) -> list[Any]:
     return [*outputs[:first], *places] if first else places
 
 
+def mapped(size: int, tensor: Any, dim: int | None) -> Any:
+    """Return the mapped dimension first; a tensor without one is expanded, which copies nothing; None as it is."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Let the operators called inside see their arguments' own dtypes.
