@@ -606,12 +606,14 @@ def test_autocast(backend: str, device: torch.device) -> None:
         assert leaves["weight"].grad.dtype == torch.float32
 
 
-def test_a_sum_beyond_float16_reaches_the_gradient_of_a_mean(backend: str, device: torch.device) -> None:
+@pytest.mark.parametrize(("models", "outputs"), [((2,), (1,)), ((), (1,)), ((), ())], ids=str)
+def test_a_sum_beyond_float16_reaches_the_gradient_of_a_mean(
+    backend: str, device: torch.device, models: Shape, outputs: Shape
+) -> None:
     n = 4096
-    x, y = (
-        torch.full((*shape,), 6.0, dtype=torch.float16, device=device) for shape in ((2, n, 2), (2, n, 1))
-    )
-    w = torch.zeros(2, 1, 2, dtype=torch.float16, device=device)
+    shapes = (*models, n, 2), (*models, *outputs, 2), (*models, n, *outputs)
+    x, w, y = (torch.full(shape, 6.0, dtype=torch.float16, device=device) for shape in shapes)
+    w.zero_()
     _, (_, grad_weight, _, _) = linear_mse_loss_and_grad(x, w, y)
     assert torch.equal(grad_weight, torch.full_like(w, -72.0))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 
-from .optimizers import ours_for, parameters
+from .optimizers import assert_close, assert_equal_bits, ours_for, parameters
 
 STEPS = 6
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -69,12 +69,7 @@ def assert_same_run(
     for input, target in given:
         loss = step(*compiled, input, target)
         torch.testing.assert_close(loss, train(*plain, input, target), rtol=0, atol=0, equal_nan=True)
-    for mine, other in zip(parameters(compiled[1]), parameters(plain[1]), strict=True):
-        assert torch.equal(mine, other)
-        state, other_state = compiled[1].state[mine], plain[1].state[other]
-        assert state.keys() == other_state.keys()
-        for key, value in state.items():
-            assert torch.equal(value, other_state[key]), key
+    assert_equal_bits(compiled[1], plain[1])
     norms = [optimizer.grad_norm for _, optimizer in (compiled, plain)]
     assert norms == [None, None] or torch.equal(*norms)
 
@@ -150,8 +145,7 @@ def test_the_step_alone_compiles_without_a_graph_break(name: str) -> None:
             torch.nn.functional.mse_loss(each(input), target).backward()
         step()
         plain.step()
-    for mine, other in zip(parameters(optimizer), parameters(plain), strict=True):
-        assert torch.equal(mine, other)
+    assert_equal_bits(optimizer, plain)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -170,8 +164,7 @@ def test_inductor(name: str) -> None:
     step = torch.compile(train)
     for input, target in batches(STEPS):
         torch.testing.assert_close(step(*compiled, input, target), train(*plain, input, target))
-    for mine, other in zip(parameters(compiled[1]), parameters(plain[1]), strict=True):
-        torch.testing.assert_close(mine, other)
+    assert_close(compiled[1], plain[1])
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
@@ -219,5 +212,4 @@ def test_plain_and_compiled_steps_mix(name: str) -> None:
         now = [param._version for param in parameters(compiled[1])]
         assert all(new > old for new, old in zip(now, versions, strict=True)), f"step {index}"
         versions = now
-    for mine, other in zip(parameters(compiled[1]), parameters(plain[1]), strict=True):
-        assert torch.equal(mine, other)
+    assert_equal_bits(compiled[1], plain[1])
