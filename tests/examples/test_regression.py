@@ -56,6 +56,10 @@ def run(*arguments: object) -> int:
     return regression.main(["--device=cpu", *map(str, arguments)])
 
 
+def predict(*files: Path) -> int:
+    return regression.main(["predict", *map(str, files)])
+
+
 def load(**settings: object) -> tuple[object, object]:
     """Settings, and the data that they name."""
     settings = regression.Settings(**settings, device="cpu")
@@ -239,6 +243,11 @@ def write_table(path: Path, lines: list[str], encoding: str = "utf-8") -> Path:
     return path
 
 
+def data_of(folder: Path, lines: list[str], **settings: object) -> Any:
+    """The data of a table with these lines."""
+    return load(data=str(write_table(folder / "table.csv", lines)), **settings)[1]
+
+
 def german(cells: tuple) -> str:
     return ";".join(str(cell).replace(".", ",") for cell in cells)
 
@@ -325,11 +334,10 @@ def test_a_table_as_it_comes(tmp_path: Path, kind: str) -> None:
 
 def test_a_decimal_comma_is_seen_in_the_data_only(tmp_path: Path) -> None:
     """Quoted thousands of a file with commas between its cells are no decimal commas: refused, never divided."""
-    path = write_table(tmp_path / "table.csv", ["a,y", '"1,234",1', '"2,345",2', '"3,456",4'])
-    with pytest.raises(regression.InputError) as refusal:
-        load(data=str(path), target="a")
-    assert "column 'a' holds text in 3 of 3 rows: '1,234'" in str(refusal.value)
-    _, data = load(data=str(path), target="a", decimal=",")
+    lines = ["a,y", '"1,234",1', '"2,345",2', '"3,456",4']
+    with pytest.raises(regression.InputError, match="column 'a' holds text in 3 of 3 rows: '1,234'"):
+        data_of(tmp_path, lines, target="a")
+    data = data_of(tmp_path, lines, target="a", decimal=",")
     assert data.description["scaling"]["target_mean"][0] < 4
 
 
@@ -339,8 +347,7 @@ def test_a_column_that_turns_out_to_be_text_keeps_its_words(
     """The pieces of a long file agree: what began as numbers begins anew as words, and "007" stays "007"."""
     monkeypatch.setattr(sys.modules["tabular.reading"], "CELLS", 1)  # pieces of 1,000 rows
     lines = [f"{'007' if i < 1500 else 'abc'},{i % 7},{i % 5}" for i in range(4000)]
-    path = write_table(tmp_path / "table.csv", ["agent,a,y", *lines])
-    _, data = load(data=str(path), target="y")
+    data = data_of(tmp_path, ["agent,a,y", *lines], target="y")
     assert data.description["features"] == ["agent = abc", "a"]
     assert data.description["encoding"][0]["baseline"] == "007"
     assert data.description["scaling"]["feature_mean"][0] == pytest.approx(0.625, abs=0.02)
@@ -348,16 +355,14 @@ def test_a_column_that_turns_out_to_be_text_keeps_its_words(
 
 def test_dates_are_read_one_way_only(tmp_path: Path) -> None:
     options = {"target": "y", "dates": "expand", "validation": 0.1}
-    path = write_table(tmp_path / "table.csv", ["d,y", "03/04/2020,1", "05/06/2020,2", "05/07/2020,3"])
     with pytest.raises(regression.InputError, match=r"'d' holds dates that read as day/month or month/day"):
-        load(data=str(path), **options)
-    path = write_table(tmp_path / "table.csv", ["d,d (days),y", *(f"13/04/202{i},{i},{i}" for i in range(4))])
+        data_of(tmp_path, ["d,y", "03/04/2020,1", "05/06/2020,2", "05/07/2020,3"], **options)
+    lines = ["d,d (days),y", *(f"13/04/202{i},{i},{i}" for i in range(4))]
     with pytest.raises(regression.InputError, match=r"to be expanded to 'd \(days\)', which is a column"):
-        load(data=str(path), **options)
+        data_of(tmp_path, lines, **options)
     for dates, form in (("13/04/2020", "%d/%m/%Y"), ("04/13/2020", "%m/%d/%Y"), ("13.04.2020", "%d.%m.%Y")):
         other = dates.replace("13", "12")
-        path = write_table(tmp_path / "table.csv", ["d,y", f"{dates},1", f"{other},2", f"{other},3"])
-        _, data = load(data=str(path), **options)
+        data = data_of(tmp_path, ["d,y", f"{dates},1", f"{other},2", f"{other},3"], **options)
         assert data.description["dates"] == {"d": form}
         days = data.description["scaling"]["feature_mean"][0]
         assert 18364 <= days <= 18365, "12 and 13 April"
@@ -368,21 +373,20 @@ def test_dates_beyond_what_nanoseconds_count(tmp_path: Path) -> None:
     """9999-12-31 stands for "open" in many a table."""
     pytest.importorskip("pandas", "3")  # earlier ones know no such date
     lines = ["until,y", "9999-12-31,1", "9999-12-30,2", "9999-12-30,3"]
-    path = write_table(tmp_path / "table.csv", lines)
-    _, data = load(data=str(path), target="y", dates="expand", validation=0.1)
+    data = data_of(tmp_path, lines, target="y", dates="expand", validation=0.1)
     assert 2932895 <= data.description["scaling"]["feature_mean"][0] <= 2932896
 
 
 def test_ids_are_hinted_at(tmp_path: Path) -> None:
     lines = [f"{i + 1},{i * 7 % 20},{i * i % 17},{i * i % 17 + 0.5}" for i in range(20)]
-    path = write_table(tmp_path / "table.csv", ["customer,orderId,a,y", *lines])
-    _, data = load(data=str(path), target="y")
+    lines = ["customer,orderId,a,y", *lines]
+    data = data_of(tmp_path, lines, target="y")
     hint = "if it is an id, it says nothing about new rows: --drop"
     assert data.description["notes"] == [
         f"column 'customer' counts the rows; {hint} 'customer'",
         f"column 'orderId' has another number in each row; {hint} 'orderId'",
     ]
-    _, data = load(data=str(path), target="y", drop="customer,orderId")
+    data = data_of(tmp_path, lines, target="y", drop="customer,orderId")
     assert data.description["notes"] == []
 
 
@@ -417,11 +421,9 @@ def test_preparing_is_what_scikit_learn_makes_of_the_whole_table(tmp_path: Path)
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-    path = write_table(
-        tmp_path / "table.csv", [HEADER, *PLAIN, *PLAIN[1::3], *HOLES[:2]]
-    )  # Oslo is commonest
-    _, data = load(data=str(path), target="price", missing="mean", validation=0.25)
-    frame = read_csv(path)
+    lines = [HEADER, *PLAIN, *PLAIN[1::3], *HOLES[:2]]  # Oslo is commonest
+    data = data_of(tmp_path, lines, target="price", missing="mean", validation=0.25)
+    frame = read_csv(tmp_path / "table.csv")
     order = np.random.default_rng(0).permutation(len(frame))
     validation, train = np.sort(order[: len(data.validation_x)]), np.sort(order[len(data.validation_x) :])
     words = make_pipeline(
@@ -439,17 +441,16 @@ def test_preparing_is_what_scikit_learn_makes_of_the_whole_table(tmp_path: Path)
     np.testing.assert_allclose(data.validation_x, expected[validation], rtol=1e-6, atol=1e-6)
 
 
-def holed(tmp_path: Path, word: dict[int, str], without_price: int | None = None) -> str:
+def holed(word: dict[int, str], without_price: int | None = None) -> list[str]:
     """Twelve rows, some of which have a word; one may lack the price."""
     rows = (f"{2 * i},{word.get(i, '')},{'' if i == without_price else i * i % 7}" for i in range(12))
-    return str(write_table(tmp_path / "holed.csv", ["area,word,price", *rows]))
+    return ["area,word,price", *rows]
 
 
 def test_words_that_no_training_row_has(tmp_path: Path) -> None:
     """Every training row is then filled in with the baseline."""
     first, second = np.random.default_rng(0).permutation(12)[:2]  # the two rows held out
-    table = holed(tmp_path, {first: "red", second: "blue"})
-    _, data = load(data=table, target="price", missing="mean")
+    data = data_of(tmp_path, holed({first: "red", second: "blue"}), target="price", missing="mean")
     assert data.description["features"] == ["area", "word = red"]
     assert not data.train_x[:, 1].any()
     assert sorted(data.validation_x[:, 1]) == [0, 1]
@@ -461,10 +462,10 @@ def test_predict_says_that_training_did_not_see_a_word(
 ) -> None:
     """Though the validation rows have it, be it the baseline."""
     validation = np.random.default_rng(0).permutation(12)[:2]
-    table = holed(tmp_path, {i: held_out if i in validation else "green" for i in range(12)})
-    output = tmp_path / "out"
+    lines = holed({i: held_out if i in validation else "green" for i in range(12)})
+    table, output = write_table(tmp_path / "table.csv", lines), tmp_path / "out"
     assert run("--data", table, "--target", "price", "--epochs", 3, "--output", output, "--quiet") == 0
-    assert regression.main(["predict", str(output / "model.pt"), table]) == 0
+    assert predict(output / "model.pt", table) == 0
     baseline = min(held_out, "green")
     said = f"column 'word' has 2 values that training did not see ('{held_out}'): taken as '{baseline}', the baseline"
     assert said in capsys.readouterr().err
@@ -474,11 +475,11 @@ def test_a_row_left_out_leaves_nothing_behind(tmp_path: Path) -> None:
     """Neither its words, the first of which would be the baseline, nor what is said of its holes."""
     words = {i: "ab"[i % 2] for i in range(12)} | {5: "A"}
     for missing in ("drop", "mean"):
-        _, data = load(data=holed(tmp_path, words, 5), target="price", missing=missing)
+        data = data_of(tmp_path, holed(words, 5), target="price", missing=missing)
         assert data.description["features"] == ["area", "word = b"]
         assert data.description["notes"] == ["left out 1 of 12 rows for want of a value"]
     with pytest.raises(regression.InputError, match=r"'word' has no value in any of the 11 rows that"):
-        load(data=holed(tmp_path, {5: "A"}, 5), target="price", missing="mean")
+        data_of(tmp_path, holed({5: "A"}, 5), target="price", missing="mean")
 
 
 def test_predict_gives_the_predictions_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -489,7 +490,7 @@ def test_predict_gives_the_predictions_of_the_run(tmp_path: Path, capsys: pytest
     options = ("--dates", "expand", "--missing", "mean", "--epochs", 30, "--output", output, "--quiet")
     assert run("--data", path, "--target", "price", *options) == 0
     assert capsys.readouterr() == ("", ""), "--quiet"
-    assert regression.main(["predict", str(output / "model.pt"), str(path)]) == 0
+    assert predict(output / "model.pt", path) == 0
     printed, notes = capsys.readouterr()
     assert notes == ""
     header, *values = printed.splitlines()
@@ -508,7 +509,7 @@ def test_predict_gives_the_predictions_of_the_run(tmp_path: Path, capsys: pytest
         tmp_path / "new.csv",
         ["garden;area;town;sold", "True;60,5;Oslo;2021-02-03", "True;60,5;Rome;2021-02-03", ";;;2021-02-03"],
     )
-    assert regression.main(["predict", str(output / "model.pt"), str(new)]) == 0
+    assert predict(output / "model.pt", new) == 0
     printed, notes = capsys.readouterr()
     oslo, rome, hole = map(float, printed.splitlines()[1:])
     terms = kept["coefficients"]["price"]
@@ -552,11 +553,11 @@ def test_predict_refuses_what_does_not_fit(
         ((tmp_path / "nowhere.pt", hole), "cannot read .*nowhere.pt: No such file"),
         ((model,), "the following arguments are required: data"),
     ):
-        assert regression.main(["predict", *map(str, files)]) == 2
+        assert predict(*files) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
         assert_found(f"^error: .*{message}", printed.err)
-    assert regression.main(["predict", str(model), str(hole)]) == 0
+    assert predict(model, hole) == 0
     printed = capsys.readouterr()
     assert printed.out.splitlines()[1] in ("", '""')
     assert "1 of 2 rows lack a value: they have no prediction" in printed.err
@@ -578,8 +579,7 @@ def test_predict_refuses_dates_of_another_form(tmp_path: Path, capsys: pytest.Ca
         (["2024-03-08"], ""),
     ):
         new = write_table(tmp_path / "new.csv", ["when", *cells])
-        status = regression.main(["predict", str(tmp_path / "out" / "model.pt"), str(new)])
-        assert status == (2 if "error" in said else 0)
+        assert predict(tmp_path / "out" / "model.pt", new) == (2 if "error" in said else 0)
         assert_found(said, capsys.readouterr().err)
 
 

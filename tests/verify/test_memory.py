@@ -48,6 +48,13 @@ def found(report):
     return report.faults[0]
 
 
+def assert_found(report, kind, tensor, cells):
+    """The single fault is of this kind, in this tensor, and of so many cells."""
+    fault = found(report)
+    assert (fault.kind, fault.tensor, fault.cells) == (kind, tensor, cells)
+    return fault
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int8], ids=str
 )
@@ -71,13 +78,8 @@ def test_load_past_the_end_is_named_and_does_not_happen():
     x, y = torch.ones(100), torch.zeros(128)
     with memory_check(raise_exception=False) as report:
         copy(x, y, 128)
-    fault = found(report)
-    assert (fault.kind, fault.tensor, fault.program, fault.cells) == (
-        "out-of-bounds load",
-        "x_ptr",
-        (3, 0, 0),
-        28,
-    )
+    fault = assert_found(report, "out-of-bounds load", "x_ptr", 28)
+    assert fault.program == (3, 0, 0)
     assert fault.offset == "0 elements past its end"
     assert fault.address == x.data_ptr() + 400
     assert fault.line.startswith("test_memory.py:")
@@ -89,8 +91,7 @@ def test_store_past_the_end_does_not_touch_what_lies_there():
     memory = torch.full((128,), 7.0)
     with memory_check(raise_exception=False) as report:
         copy(torch.ones(128), memory[:100], 128)
-    fault = found(report)
-    assert (fault.kind, fault.tensor, fault.cells) == ("out-of-bounds store", "y_ptr", 28)
+    fault = assert_found(report, "out-of-bounds store", "y_ptr", 28)
     assert "tl.store(y_ptr" in fault.line
     assert (memory[100:] == 7).all()
 
@@ -194,10 +195,7 @@ def test_read_of_unwritten_memory(create):
         x, y = create(), torch.empty(64)
         x[:60] = 1
         copy(x, y, 64)
-    fault = found(report)
-    assert (fault.kind, fault.tensor, fault.cells, fault.program) == (
-        "read of unwritten memory", "x_ptr", 4, (1, 0, 0),
-    )  # fmt: skip
+    assert assert_found(report, "read of unwritten memory", "x_ptr", 4).program == (1, 0, 0)
     with memory_check():
         x, y = create(), torch.empty(64)
         x.fill_(1)
@@ -222,18 +220,14 @@ def test_unwritten_memory_under_another_dtype(made, seen):
         x = torch.empty(512, dtype=made).view(seen)
         copy(torch.ones(60).to(seen), x, 60)
         copy(x, torch.zeros(64, dtype=seen), 64)
-    assert (found(report).kind, found(report).tensor, found(report).cells) == (
-        "read of unwritten memory", "x_ptr", 4,
-    )  # fmt: skip
+    assert_found(report, "read of unwritten memory", "x_ptr", 4)
 
 
 def test_output_that_no_program_wrote():
     with memory_check(raise_exception=False) as report:
         y = torch.empty(10, 10)
         copy(torch.ones(100), y, 100, n_store=93)
-    fault = found(report)
-    assert (fault.kind, fault.tensor, fault.cells) == ("unwritten output", "y_ptr", 7)
-    assert "the first at [9, 3]" in fault.text
+    assert "the first at [9, 3]" in assert_found(report, "unwritten output", "y_ptr", 7).text
 
 
 def test_scratch_may_be_larger_than_what_is_used():
@@ -341,9 +335,9 @@ def test_two_lanes_store_to_one_address():
     x[4] = 5
     with memory_check(raise_exception=False) as report:
         scatter_kernel[(1,)](places, x, torch.zeros(4), 5, BLOCK=8)
-    assert (found(report).kind, found(report).tensor, found(report).cells) == ("race", "y_ptr", 1)
-    assert "two lanes of program (0, 0, 0) store different numbers to y_ptr" in found(report).text
-    assert ", 2 elements from its start" in found(report).text
+    fault = assert_found(report, "race", "y_ptr", 1)
+    assert "two lanes of program (0, 0, 0) store different numbers to y_ptr" in fault.text
+    assert ", 2 elements from its start" in fault.text
 
 
 @triton.jit
@@ -359,7 +353,7 @@ def test_misaligned_words():
         words_kernel[(1,)](x, y, 4)
     with memory_check(raise_exception=False) as report:
         words_kernel[(1,)](x, y, 2)
-    assert (found(report).kind, found(report).tensor, found(report).cells) == ("misaligned load", "x_ptr", 4)
+    assert_found(report, "misaligned load", "x_ptr", 4)
 
 
 @triton.jit
@@ -376,7 +370,7 @@ def test_a_store_after_the_release_is_not_ordered_by_it():
     with memory_check(raise_exception=False) as report:
         partial, y = torch.empty(8), torch.empty(1)
         late_store_kernel[(8,)](torch.ones(8), partial, torch.zeros(1, dtype=torch.int32), y, P=8)
-    assert (found(report).kind, found(report).tensor, found(report).cells) == ("race", "partial_ptr", 7)
+    assert_found(report, "race", "partial_ptr", 7)
 
 
 @triton.jit
