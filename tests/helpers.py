@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,18 @@ class Draws:
         for name, draws in self._drawn.items():
             ours, theirs, reference = zip(*draws, strict=True)
             assert_matches(torch.stack(ours), torch.stack(theirs), np.stack(reference), name)
+
+
+def finite_differences(
+    function: Callable[[np.ndarray], float], at: np.ndarray, eps: float = 1e-6
+) -> np.ndarray:
+    """Centered differences; the step is torch.autograd.gradcheck's."""
+    slope = np.empty(at.shape)
+    for index in np.ndindex(at.shape):
+        step = np.zeros(at.shape)
+        step[index] = eps
+        slope[index] = (function(at + step) - function(at - step)) / (2 * eps)
+    return slope
 
 
 def to_numpy(tensor: Tensor | None) -> np.ndarray | None:

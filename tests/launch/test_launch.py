@@ -5,8 +5,6 @@ Each script runs in a process of its own, without Triton's interpreter.
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from ..helpers import python
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,11 +45,7 @@ def run(script: str, path: Path, cache: bool = True):
     file.write_text(textwrap.dedent(PREAMBLE) + textwrap.dedent(script))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(file)], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(python(file, env=environment, cwd=ROOT).splitlines()[-1])
 
 
 def test_offsets_of_32_bits_serve_no_tensor_of_2_gib(tmp_path):

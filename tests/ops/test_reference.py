@@ -27,7 +27,7 @@ from gradkernels.reference import linear_mse, matmul, mse
 from gradkernels.reference.scalar import Value
 
 from ..cases import LINEAR_MSE_SHAPES, MATMUL_SHAPES, REDUCTIONS
-from ..helpers import assert_matches
+from ..helpers import assert_matches, finite_differences
 
 ZERO_SIZES = [((2, 0), (0, 3)), ((0, 2), (2, 3)), ((0, 2, 3), (1, 3, 2))]
 
@@ -127,23 +127,12 @@ def check(
     for i, grad in enumerate(grads):
         if grad is not None:
             slope = finite_differences(lambda x, i=i: objective(*arrays[:i], x, *arrays[i + 1 :]), arrays[i])
+            # The tolerances of torch.autograd.gradcheck.
             np.testing.assert_allclose(grad, slope, rtol=1e-3, atol=1e-5, err_msg=f"gradient of argument {i}")
 
 
 def numbers(nodes: np.ndarray, name: str) -> np.ndarray:
     return np.vectorize(lambda node: getattr(node, name), otypes=[float])(nodes)
-
-
-def finite_differences(
-    function: Callable[[np.ndarray], float], at: np.ndarray, eps: float = 1e-6
-) -> np.ndarray:
-    """Centered differences, with the step and the tolerances of torch.autograd.gradcheck."""
-    slope = np.empty(at.shape)
-    for index in np.ndindex(at.shape):
-        step = np.zeros(at.shape)
-        step[index] = eps
-        slope[index] = (function(at + step) - function(at - step)) / (2 * eps)
-    return slope
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])

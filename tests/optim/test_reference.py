@@ -8,7 +8,7 @@ import pytest
 import torch
 from gradkernels.reference import adam, sgd
 
-from ..helpers import assert_matches
+from ..helpers import assert_matches, finite_differences
 
 STEPS = 12
 
@@ -81,16 +81,6 @@ def test_arguments_are_never_written() -> None:
         assert not any(np.shares_memory(value, grad) for value in new_state.values())
 
 
-def numeric_gradient(function: Any, at: np.ndarray, eps: float = 1e-5) -> np.ndarray:
-    """The centred difference of ``function`` in each entry of ``at``."""
-    gradient = np.empty_like(at)
-    for index in np.ndindex(at.shape):
-        nudge = np.zeros_like(at)
-        nudge[index] = eps
-        gradient[index] = (function(at + nudge) - function(at - nudge)) / (2 * eps)
-    return gradient
-
-
 @pytest.mark.parametrize("step", [sgd.step, adam.step], ids=["sgd", "adam"])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_coupled_weight_decay_is_the_gradient_of_the_penalty(step: Any, maximize: bool) -> None:
@@ -105,7 +95,7 @@ def test_coupled_weight_decay_is_the_gradient_of_the_penalty(step: Any, maximize
 
     options = {"lr": 0.1, "eps": 0.5} if step is adam.step else {"lr": 0.1}  # eps 0.5: the size of g counts
     ours, _ = step(param, 3 * param**2 - np.cos(param), weight_decay=decay, maximize=maximize, **options)
-    numeric, _ = step(param, numeric_gradient(penalised, param), **options)
+    numeric, _ = step(param, finite_differences(penalised, param, eps=1e-5), **options)
     np.testing.assert_allclose(ours, numeric, rtol=0, atol=1e-9)  # a centred difference: about 1e-10
 
 
