@@ -7,7 +7,7 @@ that its lines run and what they compute, and nothing about a GPU.
 
 import contextlib
 import csv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ from bench.throughput.console import Screen
 from bench.throughput.timing import ROUNDS
 
 from .fakes import CPU, LIMITS, Clock, document, doubling
+
+
+def raising(error: Exception) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    def job(values: torch.Tensor) -> list[torch.Tensor]:
+        raise error
+
+    return job
+
+
+BROKEN = raising(RuntimeError("no such instruction"))
 
 
 def unwritten(values: torch.Tensor) -> torch.Tensor:
@@ -90,14 +100,10 @@ def test_right_result_has_its_time_and_its_conditions(capsys: pytest.CaptureFixt
 
 def test_failed_and_absent_implementations_are_named() -> None:
     clock = Clock()
-
-    def broken(values: torch.Tensor) -> list[torch.Tensor]:
-        raise RuntimeError("no such instruction")
-
     extra = (
-        function("broken", broken),
-        replace(function("elsewhere", broken), absent="not installed"),
-        replace(function("slow", broken), slow_start=True),
+        function("broken", BROKEN),
+        replace(function("elsewhere", BROKEN), absent="not installed"),
+        replace(function("slow", BROKEN), slow_start=True),
     )
     found = document(doubling(clock, extra=extra), clock=clock)
     status = {name: each["status"] for name, each in found["cases"][0]["contenders"].items()}
@@ -157,12 +163,8 @@ def test_ours_failed_or_wrong_is_said_although_plain_torch_fails_later(
     """A case without a baseline or memory is skipped, which is no fault of ours; one that hides a fault is not."""
     clock = Clock()
     case = doubling(clock, factor=3.0 if wrong else 2.0)
-
-    def broken(values: torch.Tensor) -> list[torch.Tensor]:
-        raise RuntimeError("no such instruction")
-
     ours, plain = case.implementations
-    case = replace(case, implementations=(ours if wrong else function(OURS, broken), plain))
+    case = replace(case, implementations=(ours if wrong else function(OURS, BROKEN), plain))
     found = document(failing_later(case, "eager", error), clock=clock)
     assert results.outcome(found["cases"][0])["status"] == ("wrong" if wrong else "failed")
     assert not any("call" in row for row in found["cases"][0]["contenders"].values())
@@ -238,14 +240,8 @@ def test_another_job_is_counted_in_steps_and_for_no_speedup(
 def test_case_without_a_baseline_or_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     case = doubling(clock)
-
-    def broken(values: torch.Tensor) -> list[torch.Tensor]:
-        raise NotImplementedError("not on this device")
-
-    def exhausted(values: torch.Tensor) -> list[torch.Tensor]:
-        raise torch.OutOfMemoryError("out of memory")
-
-    for plain, word in ((broken, "not on this device"), (exhausted, "out of memory")):
+    exhausted = raising(torch.OutOfMemoryError("out of memory"))
+    for plain, word in ((BROKEN, "no such instruction"), (exhausted, "out of memory")):
         replaced = replace(case, implementations=(case.implementations[0], function("eager", plain)))
         found = document(replaced, clock=clock)
         assert word in found["cases"][0]["skipped"]

@@ -403,9 +403,20 @@ def test_steps_inside_inference_mode_and_outside(
         assert torch.equal(ours.grad_norm, plain.grad_norm)
 
 
-def test_hooks_run_once_each_even_after_a_plain_torch_optimizer_exists(name: str) -> None:
+@pytest.mark.parametrize("own_step", [None, "plain", "wrapped"])
+def test_hooks_run_once_each(name: str, own_step: str | None) -> None:
+    """Also after a plain torch optimizer exists, and in a subclass with its own step."""
     theirs_for(name)(make_params(SMALL))  # torch wraps `step` per class: super().step() would run hooks twice
-    ours = ours_for(name)(make_params(SMALL), lr=1.0)
+    cls = ours_for(name)
+
+    class Own(cls):  # type: ignore[misc,valid-type]
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+        if own_step == "wrapped":  # torch then takes it for a step that runs the hooks by itself
+            step = functools.wraps(cls.step)(step)
+
+    ours = (Own if own_step else cls)(make_params(SMALL), lr=1.0)
     log: list[str] = []
     handles = [
         ours.register_step_pre_hook(lambda optimizer, args, kwargs: log.append("pre")),
@@ -442,25 +453,6 @@ def test_hooks_get_the_arguments_of_the_call(name: str) -> None:
         by_name = [((), {"closure": given}) for given in (None, closure)]
         assert seen == [((), {}), ((None,), {}), by_name[0], ((closure,), {}), by_name[1]]
     assert list(inspect.signature(ours_for(name).step).parameters) == ["self", "closure"]
-
-
-@pytest.mark.parametrize("wraps", [False, True])
-def test_a_subclass_with_its_own_step_runs_hooks_once(name: str, wraps: bool) -> None:
-    cls = ours_for(name)
-
-    class Own(cls):  # type: ignore[misc,valid-type]
-        def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
-
-        if wraps:  # torch then takes it for a step that runs the hooks by itself
-            step = functools.wraps(cls.step)(step)
-
-    ours = Own(make_params(SMALL))
-    log: list[str] = []
-    ours.register_step_pre_hook(lambda optimizer, args, kwargs: log.append("pre"))
-    ours.register_step_post_hook(lambda optimizer, args, kwargs: log.append("post"))
-    run(ours, some_gradients(ours, 1))
-    assert log == ["pre", "post"]
 
 
 def test_the_profiler_sees_the_step(name: str) -> None:
