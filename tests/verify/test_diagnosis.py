@@ -370,7 +370,16 @@ CORRECT = {
     "exact function": function(lambda x, y: (x * y).sum(), lambda g, x, y: (g * y, g * x)),
     "tiny": lambda x, y: 1e-4 * (x * y).sum(),
     "large": lambda x, y: 300 * (x * y),
+    "exp and tanh": lambda x, y: x.exp() * y.tanh(),
+    "logsumexp": lambda x, y: torch.logsumexp(x @ y.T, -1),
+    "huber": lambda x, y: torch.nn.functional.huber_loss(x, y),
+    "layer_norm": lambda x, y: torch.nn.functional.layer_norm(x, (5,)) * y,
+    "beside a large constant": lambda x, y: 1e4 + (x - y).sum(),
+    "a tiny mean": lambda x, y: 1e-6 * (x - y).square().mean(),
+    "cumsum and norm": lambda x, y: x.cumsum(0) + y.norm(),
+    "max": lambda x, y: x.max() + (x * 0 * y).sum(),
 }
+ZERO_SLOPES = ("max", "a tiny mean")  # which are named beside the pass: the mean's in float16
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -380,4 +389,4 @@ def test_no_false_alarm(name, dtype):
         inputs = [randn(4, 5, seed=10 * seed + k).to(dtype) for k in range(2)]
         report = gradcheck(CORRECT[name], inputs)
         assert report, report
-        assert report.names == (), report
+        assert report.names in ((), ("no signal",) * (name in ZERO_SLOPES)), report
