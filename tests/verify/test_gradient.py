@@ -73,7 +73,8 @@ def test_an_optimum_passes():
     [
         (-1, "sign flipped", "uphill"),
         (2, "constant factor", "2 (a chain-rule factor twice"),
-        (0.5, "constant factor", "1/2 (the 2 of the square"),
+        (0.5, "constant factor", "0.5 times the slope: the 2 of the square is missing"),
+        (0.5, "constant factor", "1/2 (a half too many)"),
         (7, "constant factor", "7 = x.shape[0] times the slope: a sum where a mean belongs"),
         (1 / 7, "constant factor", "1/7 of the slope"),
         (-2, "constant factor", "minus 2"),
@@ -85,6 +86,12 @@ def test_constant_factors(factor, name, words):
     assert not report
     assert report.names == (name,)
     assert words in str(report)
+
+
+def test_an_explanation_is_given_once():
+    """That of the recorded square, and as a guess what else may be 1/2."""
+    report = check_w(lambda w, x, y: by_hand(w, x, y) / 2)
+    assert str(report).count("the 2 of the square is missing") == 1
 
 
 def test_missing_feature_one_row():

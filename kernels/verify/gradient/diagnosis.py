@@ -56,7 +56,7 @@ from torch import Tensor
 
 from ...checks import in_float64
 from .function import is_real
-from .mistakes import constants, derivatives, paths
+from .mistakes import SQUARE, constants, derivatives, paths
 from .report import Diagnosis
 from .suspect import Point, Suspect
 from .tape import NotRecordedError
@@ -237,9 +237,11 @@ def _factor(suspect: Suspect, c: float) -> list[Diagnosis]:
     if c < 0 and near(1):
         return [Diagnosis("sign flipped", "the gradient is minus the slope: a step along it goes uphill")]
     sign = "minus " if c < 0 else ""
+    replayed = [f"{c:.6g} times the slope: {found.text}" for found in suspect.explanations(constants)]
+    square = any(text.endswith(SQUARE) for text in replayed)
     known = {
         2.0: "2 (a chain-rule factor twice, or a gradient that was not cleared)",
-        0.5: "1/2 (the 2 of the square is missing, or a half too many)",
+        0.5: "1/2 (a half too many)" if square else f"1/2 ({SQUARE}, or a half too many)",
     }
     common = [f"{sign}{text} times the slope" for value, text in known.items() if near(value)]
     sizes = [
@@ -256,7 +258,6 @@ def _factor(suspect: Suspect, c: float) -> list[Diagnosis]:
         )
         if near(value)
     ]
-    replayed = [f"{c:.6g} times the slope: {found.text}" for found in suspect.explanations(constants)]
     rows = _ratio(suspect, suspect.one_row)
     everywhere = [f"{c:.6g} times the slope, everywhere" + (", on one row of the batch too" if rows else "")]
     if rows is not None and near(1, rows):  # the factor is a number of rows

@@ -56,6 +56,7 @@ OF_THE_OUTPUT: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 }
 REDUCTIONS = ("sum", "mean", "amax", "amin", "logsumexp", "var", "prod", "cumsum", "linalg_vector_norm")
 MAX_DIMS = 4
+SQUARE = "the 2 of the square is missing"
 
 
 def constants(tape: Tape, index: int) -> Iterator[Mistake]:
@@ -129,7 +130,7 @@ def _constant(value: Any) -> float | None:
 def _constants(step: Step, reached: set[Slot]) -> Iterator[Candidate]:
     factor = _constant(step.args[1]) if len(step.args) > 1 else None
     if step.name == "pow" and factor is not None:
-        words = "the 2 of the square is missing" if factor == 2 else f"the exponent {factor:g} is missing"
+        words = SQUARE if factor == 2 else f"the exponent {factor:g} is missing"
         yield "constant factor", words, lambda args, right: _derived(right, right / factor)
     elif step.name == "mul" and factor is not None:
         words = f"the factor {factor:g} of mul is missing"
