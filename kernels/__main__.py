@@ -1,4 +1,4 @@
-"""``python -m gradkernels info | verify | explain``: what is here, whether it is right, and why it runs as it does."""
+"""Print versions and backends, check ops and files of kernels, explain the plan of a launch."""
 
 import argparse
 import importlib.metadata
@@ -165,7 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "file", nargs="?", metavar="FILE.py[::NAME]", help="the file to judge, or one name in it"
     )
     check.add_argument(
-        "--op", action="append", type=op_name, choices=OPS, help="may be repeated (default: all)"
+        "--op",
+        action="append",
+        type=op_name,
+        choices=OPS,
+        help="an op or one of its functions, such as mse_loss; may be repeated (default: all)",
     )
     check.add_argument(
         "--shape",
@@ -194,10 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     why = commands.add_parser(
         "explain", help="which plan and tiles a shape gets, why, and what they compile to"
     )
-    why.add_argument("op", type=op_name, choices=OPS, help="or a function of it, as mse_loss")
-    why.add_argument("shape", type=_shape, metavar="SIZES", help=f"such as 8192x512x1: {axes}; of others any")
-    why.add_argument("--dtype", choices=names, default="float32")
-    why.add_argument("--target", choices=CHIPS, default="sm_90")
+    why.add_argument("op", type=op_name, choices=OPS, help="an op or one of its functions, such as mse_loss")
+    why.add_argument(
+        "shape", type=_shape, metavar="SIZES", help=f"such as 8192x512x1: {axes}; any for the others"
+    )
+    why.add_argument("--dtype", choices=names, default="float32", help="(default: float32)")
+    why.add_argument("--target", choices=CHIPS, default="sm_90", help="the GPU (default: sm_90)")
     why.add_argument("--json", action="store_true")
     why.set_defaults(run=_explain_command, parser=why)
     arguments = parser.parse_args(argv)

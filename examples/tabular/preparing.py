@@ -131,10 +131,9 @@ class Table:
             raise InputError(f"{self.name}: {'; '.join(self.problems[:5])}{more}{remedies}")
         return self.split(digest)
 
-    def refuse(self, column: str, what: str, remedy: str = "") -> None:
+    def refuse(self, column: str, what: str, *remedies: str) -> None:
         self.problems.append(f"column {column!r} {what}")
-        if remedy:
-            self.remedies[remedy] = None
+        self.remedies |= dict.fromkeys(remedies)
 
     def check(self, column: str) -> None:
         values = self.frame[column]
@@ -182,7 +181,8 @@ class Table:
             self.refuse(
                 column,
                 f"{holds} (first in row {texts.argmax() + 1})",
-                "--na WORD counts a word as missing, --categories COLUMN encodes a column by its values",
+                "--na WORD counts a word as missing",
+                "--categories COLUMN encodes a column by its values",
             )
         elif formats := date_formats(words):
             self.check_dates(column, values, formats, examples)
@@ -191,7 +191,8 @@ class Table:
             self.refuse(
                 column,
                 f"{holds}, {'each a different one, as ids are' if len(words) == present else many}",
-                "--drop leaves a column out, --categories encodes each of its values",
+                "--drop leaves a column out",
+                "--categories encodes each of its values",
             )
         else:
             self.frame[column] = values
@@ -201,7 +202,8 @@ class Table:
             self.refuse(
                 column,
                 f"holds dates ({examples})",
-                "--dates expand makes of each the days, the month and the weekday, --drop leaves a column out",
+                "--dates expand replaces a date by its days, month and weekday",
+                "--drop leaves a column out",
             )
         elif len(formats) > 1:
             self.refuse(column, f"holds dates that read as day/month or month/day ({examples})")

@@ -80,7 +80,7 @@ def test_load_past_the_end_is_named_and_does_not_happen():
         copy(x, y, 128)
     fault = assert_found(report, "out-of-bounds load", "x_ptr", 28)
     assert fault.program == (3, 0, 0)
-    assert fault.offset == "0 elements past its end"
+    assert fault.offset == "right behind its last element"
     assert fault.address == x.data_ptr() + 400
     assert fault.line.startswith("test_memory.py:")
     assert "tl.load(x_ptr" in fault.line
@@ -458,7 +458,9 @@ def test_tables_of_pointers():
     assert [tensor.sum().item() for tensor in tensors] == [40, 50, 45]
     with memory_check({"a": tensors[0], "b": tensors[1], "c": tensors[2]}, raise_exception=False) as report:
         table_kernel[(3,)](table, 22, BLOCK=32)
-    assert {(fault.tensor, fault.offset) for fault in report.faults} == {("a", "0 elements past its end")}
+    assert {(fault.tensor, fault.offset) for fault in report.faults} == {
+        ("a", "right behind its last element")
+    }
     assert {fault.kind for fault in report.faults} == {"out-of-bounds load", "out-of-bounds store"}
     with memory_check(raise_exception=False) as report:
         table_kernel[(3,)](table, 20, BLOCK=32)

@@ -206,7 +206,8 @@ class Region:
         """Say where an illegal address lies, in elements of this tensor."""
         element = self.tensor.element_size()
         if address >= self.end:
-            return f"{(address - self.end) // element} elements past its end"
+            beyond = (address - self.end) // element
+            return f"{beyond} elements past its end" if beyond else "right behind its last element"
         if address < self.start:
             return f"{-((address - self.start) // element)} elements before its start"
         offset = (address - self.start) // element
