@@ -591,7 +591,7 @@ def mismatched_shapes() -> Figures:
         try:
             figures[name] = list(call().shape)
         except ValueError as error:
-            figures[name] = str(error)
+            figures[name] = str(error).removeprefix(f"{name}: ")
     return figures
 
 

@@ -79,7 +79,8 @@ class Explanation:
             yield f"  not {name}: {why}"
         if self.rest:
             yield f"  not {', '.join(self.rest)}: {self.plan} is preferred wherever it serves"
-        yield "  " + ", ".join(f"{name} {value}" for name, value in self.config.items())
+        if self.config:
+            yield "  " + ", ".join(f"{name} {value}" for name, value in self.config.items())
         if self.bytes:
             yield f"  predicted {self.bytes:,} bytes; `bench aot` shows what the kernels of a step compile to"
         for title, launches in self.launches.items():
