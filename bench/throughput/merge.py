@@ -1,15 +1,14 @@
 """Make one run of several: ``python -m bench merge FILE... --out DIR``.
 
-Times differ from process to process by more than within one, since each has its memory elsewhere. The rounds of all
-runs stand side by side, so that the noise is the range over all processes; a time is the median of the runs' medians.
+Times differ from process to process by more than within one, since each has its memory elsewhere, and a whole run may
+be slower than another. So each case has the times of one run, that of the median ratio to plain torch, and the rounds
+of all runs, whose range is the noise.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from . import report, results
 from .console import Screen
@@ -42,38 +41,25 @@ def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _record(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of a case; one that was skipped, if any was."""
-    first = records[0]
     if skipped := [record for record in records if "skipped" in record]:
         return skipped[0]
-    names = first["contenders"]
-    return first | {
-        "contenders": {name: _row([record["contenders"][name] for record in records]) for name in names}
+    (plain, *_) = (*results.baselines(records), "")
+    by_ratio = sorted(records, key=lambda record: results.ratio(record, plain) or 0.0)
+    median = by_ratio[len(records) // 2]
+    rows = {
+        name: _row(row, [record["contenders"][name] for record in records])
+        for name, row in median["contenders"].items()
     }
+    return median | {"contenders": rows}
 
 
-def _row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row of an implementation; one that is not right, if any is not."""
-    if other := [row for row in rows if row["status"] != "ok"]:
+def _row(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return an implementation's row with the rounds of all; one that is not right, if any is not."""
+    if other := [each for each in rows if each["status"] != "ok"]:
         return other[0]
-    row = dict(rows[0])
-    for key in ("call", "device"):
-        if key in row:
-            row[key] = _timing([each[key] for each in rows])
-    if "page_faults" in row:
-        row["page_faults"] = max(each["page_faults"] for each in rows)
-    return row
-
-
-def _timing(timings: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians over the runs, and the rounds of all."""
-    return timings[0] | {
-        **{
-            key: float(np.median([each[key] for each in timings]))
-            for key in ("median_us", "p20_us", "p80_us")
-        },
-        "rounds_us": [us for each in timings for us in each["rounds_us"]],
-        "samples": sum(each["samples"] for each in timings),
-    }
+    timings = {key: row[key] for key in ("call", "device") if all(key in each for each in rows)}
+    rounds = {key: [us for each in rows for us in each[key]["rounds_us"]] for key in timings}
+    return row | {key: timing | {"rounds_us": rounds[key]} for key, timing in timings.items()}
 
 
 def main(argv: Sequence[str]) -> int:
