@@ -124,7 +124,7 @@ def test_a_weighted_float16_mean_is_not_lost_to_overflow(backend: str, device: t
     assert grad[0].item() == torch.tensor(2e-5).half().item()
 
 
-@pytest.mark.parametrize("n", [100, 300_000])
+@pytest.mark.parametrize("n", [100, 100_000])
 def test_float16_is_added_up_in_float32(backend: str, device: torch.device, n: int) -> None:
     """300^2 does not fit, and 2 / n is rounded to 2^-24; torch's own loss takes both in float16."""
     input = torch.zeros(n, 1, dtype=torch.float16, device=device)
