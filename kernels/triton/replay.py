@@ -108,7 +108,7 @@ class Recorder(TorchDispatchMode):
             name = f"n{len(self._new)}"
             self._new[name] = result
             self._own(result, name, result)
-        elif func.is_view and isinstance(result, Tensor) and id(args[0]) in self._owners:
+        elif func.is_view and id(args[0]) in self._owners and _is_view(result, args[0]):
             self._own(result, *self._owners[id(args[0])])
         elif func is not _aten.promote_types.default:
             self.obstacle = str(func)
@@ -204,6 +204,16 @@ class Recorder(TorchDispatchMode):
                 raise _NotReplayableError("a result is not a new tensor")
             returned[name] = result
         return returned
+
+
+def _is_view(result: Any, tensor: Tensor) -> bool:
+    """Return whether an operation that may give a view has given one.
+
+    Below autograd and in inference mode a dispatch mode sees ``contiguous`` and ``reshape`` themselves, which may copy.
+    """
+    return isinstance(result, Tensor) and (
+        result.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    )
 
 
 def _empty_strided(
