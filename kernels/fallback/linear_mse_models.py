@@ -137,7 +137,7 @@ class Rows(NamedTuple):
         left, right = left.to(acc), right.to(acc)
         wide, factor = (right, left) if left.shape[2] == 1 else (left, right)
         sums = torch.nn.functional.embedding_bag(
-            torch.arange(len(wide)),
+            torch.arange(len(wide), device=wide.device),
             wide.squeeze(1),
             self.edges if self.pieces is None else self.pieces[0],
             mode="sum",
@@ -180,7 +180,8 @@ def layout_of(bounds: Tensor, rows: int, K: int, D: int) -> Rows | Tiles | None:
         edges = torch.nn.functional.pad(length.cumsum(0), (1, 0))
         model, row, pieces = torch.repeat_interleave(length), None, None
         if len(model) != rows:
-            row = torch.arange(len(model)).add_((start - edges[:-1]).index_select(0, model))
+            row = (start - edges[:-1]).index_select(0, model)
+            row.add_(torch.arange(len(row), device=row.device))
         if length.max() > ROWS:
             _, first, offsets = _pieces(edges[:-1], length, ROWS, rows)
             pieces = torch.cat([first, edges[-1:]]), offsets

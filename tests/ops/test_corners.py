@@ -15,6 +15,7 @@ from gradkernels import (
     backends,
     linear,
     linear_mse_loss,
+    linear_mse_loss_and_grad,
     matmul,
     mse_loss,
     mse_loss_and_grad,
@@ -282,6 +283,23 @@ def test_another_default_device(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         loss, (gradient, _, _) = mse_loss_and_grad(x, y)
     close(loss, F.mse_loss(x, y))
     close(gradient, 2 * (x - y) / 11)
+
+
+@pytest.mark.unwatched
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("name", ["fallback", "reference"])
+def test_ragged_rows_beside_another_default_device(name: str, outputs: int) -> None:
+    """Their numbers, in rows of some models and of none, are numbers on the tensors' device."""
+    x, y, w = random(9, 2), random(9, outputs), random(2, outputs, 2)
+    offsets = torch.tensor([1, 5, 8])
+    with torch.device("meta"), use_backend(name):
+        losses, (_, slopes, _, _) = linear_mse_loss_and_grad(x, w, y, offsets=offsets)
+    models = [
+        linear_mse_loss_and_grad(x[start:stop], each, y[start:stop])
+        for start, stop, each in zip((1, 5), (5, 8), w, strict=True)
+    ]
+    close(losses, torch.stack([loss for loss, _ in models]))
+    close(slopes, torch.stack([slope for _, (_, slope, _, _) in models]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
