@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from .optimizers import (
     FULL_OPTIONS,
+    NAMES,
     SMALL,
     assert_close,
     assert_equal_bits,
@@ -86,6 +87,35 @@ def test_complex_parameters_clipped(name: str, dtype: torch.dtype) -> None:
     rtol = 1e-5 if dtype == torch.complex64 else 1e-13
     torch.testing.assert_close(ours.grad_norm, norm, rtol=rtol, atol=0)
     assert_close(ours, theirs, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "complex") for name in NAMES), ("SGD", "sparse")])
+def test_scale_guard_and_clip_reach_torch_s_own_loop(name: str, kind: str) -> None:
+    """Beside a parameter that a launch updates; the third gradient is not finite, and its step is skipped."""
+    dtype = torch.complex64 if kind == "complex" else torch.float32
+    start = [torch.randn(6, 3, dtype=dtype), torch.randn(4)]
+    ours, theirs = pair_over(start, name, shared={"max_norm": 0.5, "on_nonfinite": "skip"}, lr=0.01)
+    ours.grad_scale = torch.tensor(4.0)
+    places = torch.tensor([[0, 2, 2, 5]])  # one row twice: the norm is that of their sum
+    for step in range(5):
+        values = torch.randn(6 if kind == "complex" else 4, 3, dtype=dtype)
+        values[1, 1] = torch.inf if step == 2 else values[1, 1]
+        if kind == "sparse":
+            values = torch.sparse_coo_tensor(places, values, (6, 3), check_invariants=True)
+        grads = [values, torch.randn(4)]
+        before = bits(ours)
+        step_by(ours, [4 * grad for grad in grads])
+        if step == 2:
+            assert_same_bits(before, bits(ours))
+            continue
+        dense = [grad.to_dense() for grad in grads]
+        norm = torch.nn.utils.get_total_norm([dense[0].abs(), dense[1]])
+        torch.testing.assert_close(ours.grad_norm, norm)
+        step_by(theirs, [grad * (0.5 / norm).clamp(max=1.0) for grad in grads])
+        for param, grad in zip(parameters(ours), dense, strict=True):
+            torch.testing.assert_close(param.grad.to_dense(), grad)  # unscaled and not clipped
+    assert ours.steps_skipped == 1
+    assert_close(ours, theirs)
 
 
 def test_differentiable(name: str) -> None:
