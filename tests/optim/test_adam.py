@@ -6,12 +6,22 @@ from unittest import mock
 import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
+from gradkernels.fallback import adam as fallback
+from gradkernels.fallback.multi_tensor import decide, decide_by_tensors
 from gradkernels.reference import adam as reference
 from torch import Tensor
 from torch.optim import Adam
 
 from ..helpers import DTYPES, assert_matches, to_numpy
-from .optimizers import assert_same_run, copies, make_pair
+from .optimizers import (
+    amp_step,
+    assert_equal_bits,
+    assert_same_run,
+    copies,
+    make_pair,
+    parameters,
+    set_gradients,
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,6 +198,29 @@ def test_options_are_read_on_the_device(ours: Any, options: dict[str, Any], devi
         results.append(params)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("finds", ["guard", "scaler"])
+def test_the_fallback_decides_on_a_device_as_on_the_host(
+    finds: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which steps are skipped, the scale and the clip: there as tensors that nobody reads."""
+    start = [torch.randn(shape).to(dtype) for shape in ((65,), (3, 5))]
+    shared = {"max_norm": 0.5, "on_nonfinite": "skip", "master_weights": True}
+    host, device = (FusedAdamW(copies(start), eps=0.1, **shared) for _ in range(2))
+    for step in range(4):
+        overflows = step in (0, 2)
+        grads = [torch.randn(value.shape).to(dtype) for value in start]
+        grads[1][0, 0] = torch.nan if overflows and finds == "guard" else 2.0
+        for optimizer, decided in ((host, decide), (device, decide_by_tensors)):
+            monkeypatch.setattr(fallback, "decide", decided)
+            set_gradients(optimizer, grads)
+            amp_step(optimizer, 4.0, overflows if finds == "scaler" else None)
+        assert_equal_bits(device, host)
+        for one, other in zip(parameters(device), parameters(host), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+    assert device.steps_skipped == host.steps_skipped == 2
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
