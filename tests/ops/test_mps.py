@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from gradkernels import FusedAdam, FusedAdamW, FusedSGD
-from gradkernels.fallback import linear_mse, matmul, mse
+from gradkernels.fallback import linear_mse, linear_mse_models, matmul, mse
 from gradkernels.reference import launchers
 from gradkernels.verify import gradcheck
 from gradkernels.verify.tolerance import exactly
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,6 +95,42 @@ def test_the_fallback_calls_only_what_mps_has(
         launchers(make)
 
 
+class _Mps(torch.Tensor):
+    """A tensor of the CPU that says it lies on MPS."""
+
+    is_cpu = False
+    device = property(lambda self: torch.device("mps"))
+
+
+class _MadeOnMps(TorchFunctionMode):
+    """Makes on the CPU what is asked for on MPS."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if given.get("device") != torch.device("mps"):
+            return func(*args, **given)
+        return func(*args, **{**given, "device": "cpu"}).as_subclass(_Mps)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (1, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("cuts", [None, (0, 4, 4, 9), (2, 3, 9, 11), (5, 5, 5, 5)], ids=str)
+def test_batches_of_models_on_mps(cuts: tuple[int, ...] | None, sizes: tuple[int, int]) -> None:
+    """Rows of their own or ragged ones: the values are those of the CPU, where other ways are taken."""
+    outputs, inputs = sizes
+    shape, bounds = ((3, 5), None) if cuts is None else ((12,), torch.tensor(cuts).unfold(0, 2, 1))
+    x, y, s = (torch.randn(*shape, columns) for columns in (inputs, outputs, outputs))
+    w, b = torch.randn(3, outputs, inputs), torch.randn(3, outputs)
+    given = x, w, y, b, s, bounds
+    there = [None if tensor is None else tensor.as_subclass(_Mps) for tensor in given]
+    for reduction in ("mean", "sum"):
+        options = reduction, [True] * 3, torch.float32
+        with _as_on_mps(), _MadeOnMps():
+            found = linear_mse_models.linear_mse_models_forward(*there, *options)
+        plain = [tensor.as_subclass(torch.Tensor) for tensor in found]
+        expected = linear_mse_models.linear_mse_models_forward(*given, *options)
+        torch.testing.assert_close(plain, expected, equal_nan=True)
+
+
 class _Copies(TorchDispatchMode):
     """Refuses what torch does not do from MPS: a copy into float64 of another device."""
 
@@ -151,13 +188,15 @@ def test_gradcheck_without_float64(factor: float | None, said: str) -> None:
         (FusedSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
         (FusedAdam, {"amsgrad": True}),
         (FusedAdamW, {"maximize": True}),
+        (FusedSGD, {"stacked": True, "lr_scale": torch.tensor([0.5, 2.0]), "momentum": 0.9}),
+        (FusedAdamW, {"stacked": True, "lr_scale": torch.tensor([0.5, 2.0]), "amsgrad": True}),
     ],
 )
 def test_a_step_calls_only_what_mps_has(
     cls: type[torch.optim.Optimizer], options: dict[str, Any], clipped: bool
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((3,), (2, 5))]
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in ((2,), (2, 5))]
         guard = {"max_norm": 1.0, "on_nonfinite": "skip"} if clipped else {}
         optimizer = cls(params, lr=0.1, **options, **guard)
         # The sums of squares are in float64 on the CPU, and by the device's type in float32 on MPS.
