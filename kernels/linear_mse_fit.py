@@ -256,7 +256,7 @@ class _Fit:
     def stacked_params(self) -> list[Tensor]:
         """Return weight (B, K, D) and bias (B, K): one model is a batch of one."""
         weight = self.weight.detach()
-        weight = weight if weight.dim() == 3 else weight.view(1, -1, weight.shape[-1])
+        weight = weight if weight.dim() == 3 else weight.view(1, weight.shape[:-1].numel(), weight.shape[-1])
         return [weight] if self.bias is None else [weight, self.bias.detach().view(weight.shape[:2])]
 
     def update(self) -> Update:

@@ -554,6 +554,13 @@ def test_no_rows(on: str) -> None:
     assert w.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (2, 0)])
+def test_no_features(on: str, shape: tuple[int, ...]) -> None:
+    w, y = torch.zeros(shape, requires_grad=True), torch.ones(3, *shape[:-1])
+    losses = fit(torch.zeros(3, 0), w, y, optimizer=FusedSGD([w], lr=0.1), steps=2)
+    assert losses.tolist() == [1, 1]
+
+
 def test_version_counters_rise(on: str) -> None:
     x, w, y, b, _ = drawn()
     before = w._version
