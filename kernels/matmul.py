@@ -76,7 +76,7 @@ def matmul(input: Tensor, other: Tensor, bias: Tensor | None = None) -> Tensor:
         checks.bias_shape("matmul", bias, right.shape[-1], other=other)
     if in_torch and _suits_torch(input, right.shape[-1] if right.dim() == 2 else right.numel()):
         result = torch.matmul(input, other)
-        return result if bias is None else result + (bias.reshape(()) if other.dim() == 1 else bias)
+        return result if bias is None else result + (_number(bias) if other.dim() == 1 else bias)
     result = product(left, right, bias if bias is None or bias.dim() == 1 else bias.reshape(1))
     if other.dim() == 1:
         result = result.squeeze(-1)
@@ -134,8 +134,13 @@ def _suits_torch(input: Tensor, columns: int) -> bool:
 def linear_in_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute torch's own linear, which has no bias for a 1-D weight."""
     if bias is not None and weight.dim() == 1:
-        return torch.matmul(input, weight) + bias.reshape(())
+        return torch.matmul(input, weight) + _number(bias)
     return torch_linear(input, weight, bias)
+
+
+def _number(bias: Tensor) -> Tensor:
+    """Return the only element. Its gradient is no view of the sum's, unlike a reshape's: see ``sum_to``."""
+    return bias[(0,) * bias.dim()]
 
 
 def scale_and_add(

@@ -273,6 +273,20 @@ def test_one_block_in_two_threads() -> None:
     assert backend_for(random(1)) == "fallback"
 
 
+@pytest.mark.parametrize("case", [*MATMUL, *LINEAR, *MSE, *LINEAR_MSE], ids=str)
+def test_gradients_accumulate_beside_the_upstream_one(backend: str, device: torch.device, case: Case) -> None:
+    """A ``.grad`` that is a view of the upstream gradient would be added to there too."""
+    leaves = [tensor.requires_grad_() for tensor in case.arguments(device=device)]
+    result = case.ours(*leaves)
+    given = torch.randn_like(result)
+    upstream = given.clone()
+    result.backward(upstream, retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
+    result.backward(upstream)
+    close(upstream, given)
+    close([leaf.grad for leaf in leaves], [2 * grad for grad in once])
+
+
 @pytest.mark.unwatched  # which stands in for torch.empty, and torch.device knows it no more
 @pytest.mark.parametrize("name", ["fallback", "reference"])
 def test_another_default_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
