@@ -321,10 +321,11 @@ def test_vmap_of_one_model_is_a_batch_of_models(monkeypatch: pytest.MonkeyPatch)
     assert calls == [w.shape, w.shape]
 
 
-@pytest.mark.parametrize("layout", LARGER[::2], ids=str)
+@pytest.mark.parametrize("layout", LARGER, ids=str)
 def test_a_non_finite_row_touches_no_other_model(backend: str, device: torch.device, layout: Layout) -> None:
     cut = layout.offsets(device)
     clean = layout.draw(torch.float32, device)
+    model = layout.weight[0] // 2
     for name, value in (
         ("input", torch.nan),
         ("target", torch.inf),
@@ -334,8 +335,7 @@ def test_a_non_finite_row_touches_no_other_model(backend: str, device: torch.dev
         if name == "input" and layout.cuts is None and len(layout.input) == 2:
             continue
         given = {key: None if t is None else t.clone() for key, t in clean.items()}
-        model = 3 if layout.cuts else 2
-        given[name][290 if layout.cuts and name in ("input", "target") else model] = value
+        given[name][layout.cuts[model] if layout.cuts and name in ("input", "target") else model] = value
         before = linear_mse_loss_and_grad(**clean, offsets=cut)
         after = linear_mse_loss_and_grad(**given, offsets=cut)
         keep = [b for b in range(layout.weight[0]) if b != model]
