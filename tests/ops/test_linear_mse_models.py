@@ -160,6 +160,20 @@ def test_layouts(backend: str, device: torch.device, layout: Layout, reduction: 
         compare(layout, given, reduction, layout.offsets(device))
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout((B, 1, D), (B, 1, 1), (), weight=(B, 1, D)),
+        Layout((1, D), (1, 1), (), weight=(B, 1, D)),
+        Layout((3, D), (3, 1), (), weight=(B, 1, D), cuts=(0, 1, 2, 3)),
+    ],
+    ids=str,
+)
+def test_models_of_one_error(backend: str, device: torch.device, layout: Layout) -> None:
+    for reduction in REDUCTIONS:
+        compare(layout, layout.draw(torch.float32, device), reduction, layout.offsets(device))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:5], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_small_batches_by_torchs_own_ops(
