@@ -135,16 +135,18 @@ def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
     torch.testing.assert_close(param.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_both_backends_draw_the_same_numbers() -> None:
+@pytest.mark.parametrize("shapes", [((1023,), (33, 31)), ((11, 93), (11, 31, 3))], ids=["alone", "stacked"])
+def test_both_backends_draw_the_same_numbers(shapes: tuple[tuple[int, ...], ...]) -> None:
     """With powers of two nothing but the draw decides, so the bits must agree."""
+    stacked = shapes[0][0] == shapes[1][0]
     results = []
     gradients = 2.0 ** -torch.randint(0, 4, (6, 1023)).float()
     for backend in ("fallback", "triton"):
-        params = [
-            torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in ((1023,), (33, 31))
-        ]
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
         with use_backend(backend):
-            optimizer = ours_for("SGD")(params, lr=2.0**-10, stochastic_rounding=True, seed=3)
+            optimizer = ours_for("SGD")(
+                params, lr=2.0**-10, stacked=stacked, stochastic_rounding=True, seed=3
+            )
             for grad in gradients:
                 for param in params:
                     param.grad = grad.view(param.shape).bfloat16()
@@ -152,7 +154,8 @@ def test_both_backends_draw_the_same_numbers() -> None:
         results.append(params)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
-    assert not torch.equal(results[0][0], results[0][1].view(-1)), "two tensors must not share their draws"
+    first, second = (param.flatten() for param in results[0])
+    assert not torch.equal(first, second), "two tensors must not share their draws"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
