@@ -136,26 +136,39 @@ def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shapes", [((1023,), (33, 31)), ((11, 93), (11, 31, 3))], ids=["alone", "stacked"])
-def test_both_backends_draw_the_same_numbers(shapes: tuple[tuple[int, ...], ...]) -> None:
-    """With powers of two nothing but the draw decides, so the bits must agree."""
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"lr": 2.0**-10}),
+        ("SGD", {"lr": 2.0**-10, "momentum": 0.5}),
+        ("Adam", {"betas": (0.5, 0.5), "amsgrad": True}),
+    ],
+    ids=["sgd", "momentum", "amsgrad"],
+)
+def test_both_backends_draw_the_same_numbers(
+    name: str, options: dict[str, Any], shapes: tuple[tuple[int, ...], ...]
+) -> None:
+    """With powers of two nothing but the draw decides, so the bits must agree; of Adam those of its averages."""
     stacked = shapes[0][0] == shapes[1][0]
+    unequal = ("step", "param") if name == "Adam" else ("step",)
     results = []
     gradients = 2.0 ** -torch.randint(0, 4, (6, 1023)).float()
     for backend in ("fallback", "triton"):
         params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
         with use_backend(backend):
-            optimizer = ours_for("SGD")(
-                params, lr=2.0**-10, stacked=stacked, stochastic_rounding=True, seed=3
-            )
+            optimizer = ours_for(name)(params, stacked=stacked, stochastic_rounding=True, seed=3, **options)
             for grad in gradients:
                 for param in params:
                     param.grad = grad.view(param.shape).bfloat16()
                 optimizer.step()
-        results.append(params)
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-    first, second = (param.flatten() for param in results[0])
-    assert not torch.equal(first, second), "two tensors must not share their draws"
+        states = [{"param": p.detach()} | optimizer.state[p] for p in params]
+        first, second = (
+            torch.stack([value.flatten() for key, value in state.items() if key not in unequal])
+            for state in states
+        )
+        assert not (first == second).all(1).any(), "two tensors must not share their draws"
+        results.append(torch.cat([first, second]))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
