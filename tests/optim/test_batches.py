@@ -29,8 +29,9 @@ def test_transposed_clipped_and_scaled(name: str, master: bool) -> None:
     test_low_precision.check_scaled_and_clipped(name, transposed, 0.5, CPU, **options)
 
 
-def test_random_rounding() -> None:
-    test_low_precision.test_both_backends_draw_the_same_numbers()
+@pytest.mark.parametrize("update", test_low_precision.DRAWING)
+def test_random_rounding(update: str) -> None:
+    test_low_precision.test_both_backends_draw_the_same_numbers(update, "alone")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -135,28 +135,28 @@ def test_stochastic_rounding_keeps_infinities(device: torch.device) -> None:
     torch.testing.assert_close(param.detach().cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("shapes", [((1023,), (33, 31)), ((11, 93), (11, 31, 3))], ids=["alone", "stacked"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("SGD", {"lr": 2.0**-10}),
-        ("SGD", {"lr": 2.0**-10, "momentum": 0.5}),
-        ("Adam", {"betas": (0.5, 0.5), "amsgrad": True}),
-    ],
-    ids=["sgd", "momentum", "amsgrad"],
-)
-def test_both_backends_draw_the_same_numbers(
-    name: str, options: dict[str, Any], shapes: tuple[tuple[int, ...], ...]
-) -> None:
+SHAPES = {"alone": ((1023,), (33, 31)), "stacked": ((11, 93), (11, 31, 3))}
+DRAWING: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 2.0**-10}),
+    "momentum": ("SGD", {"lr": 2.0**-10, "momentum": 0.5}),
+    "amsgrad": ("Adam", {"betas": (0.5, 0.5), "amsgrad": True}),
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("update", DRAWING)
+def test_both_backends_draw_the_same_numbers(update: str, shapes: str) -> None:
     """With powers of two nothing but the draw decides, so the bits must agree; of Adam those of its averages."""
-    stacked = shapes[0][0] == shapes[1][0]
+    name, options = DRAWING[update]
     unequal = ("step", "param") if name == "Adam" else ("step",)
     results = []
     gradients = 2.0 ** -torch.randint(0, 4, (6, 1023)).float()
     for backend in ("fallback", "triton"):
-        params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in shapes]
+        params = [torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for shape in SHAPES[shapes]]
         with use_backend(backend):
-            optimizer = ours_for(name)(params, stacked=stacked, stochastic_rounding=True, seed=3, **options)
+            optimizer = ours_for(name)(
+                params, stacked=shapes == "stacked", stochastic_rounding=True, seed=3, **options
+            )
             for grad in gradients:
                 for param in params:
                     param.grad = grad.view(param.shape).bfloat16()
