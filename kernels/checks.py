@@ -152,7 +152,8 @@ def dims(op: str, dim: int | Sequence[int], ndim: int) -> list[int]:
     """Return the dimensions that ``dim`` names, counted from the first, all if none; raise what torch.sum raises."""
     found: list[int] = []
     for value in dim if isinstance(dim, (tuple, list)) else (dim,):
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        # dynamo's symbols are ints, and cannot be asked for an attribute
+        if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
             raise TypeError(f"{op}: dim must be an int or a sequence of ints, got {dim!r}")
         index, most = operator.index(value), max(ndim, 1)
         if not -most <= index < most:
