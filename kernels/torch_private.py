@@ -9,13 +9,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+
+F = TypeVar("F", bound=FunctionType)
+
+# What the interpreter does at each call while a compiled function runs.
+_frames: Any = torch._C._dynamo.eval_frame
 
 # Allows a function of one level to be applied at a functorch level. Without it Function.apply serves, which handles
 # all levels itself and is therefore called before the dispatcher: right in eager mode and in torch.func, but not
@@ -59,6 +65,18 @@ def functions_replaced() -> Iterator[None]:
     finally:
         if before is None and name in sys.modules:
             sys.modules[name].clear_lru_cache()
+
+
+def outside_compiler(function: F) -> F:
+    """Let dynamo neither trace ``function`` nor what it calls, where a compiled function comes to it without a graph.
+
+    So it does where backward() is part of what is compiled, and goes wrong in a Function's own. What a graph is made
+    of, it still sees. Public: torch.compiler.disable, which imports the compiler and takes time at each call.
+    """
+    _frames.set_code_exec_strategy(
+        function.__code__, _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
+    )
+    return function
 
 
 # What an operator does below its Autograd key, as C++ kernels do. Public: torch.no_grad, at three times the cost.

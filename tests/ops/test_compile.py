@@ -68,6 +68,37 @@ def test_compile(backend: str, device: torch.device, problem: str, engine: str, 
             )
 
 
+def step(f: Callable[..., Tensor]) -> Callable[..., Any]:
+    def stepped(*tensors: Tensor) -> list[Tensor | None]:
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        f(*leaves).backward()
+        return [leaf.grad for leaf in leaves]
+
+    return stepped
+
+
+STEPS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "backward": step,
+    "checkpoint": lambda f: step(lambda *x: checkpoint(f, *x, use_reentrant=False)),
+    "grad": lambda f: grad(f, (0, 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("problem", ["matmul", "mse none", "weighted mse", "linear mse"])
+def test_compiled_steps_with_their_backward(
+    backend: str, device: torch.device, problem: str, kind: str, in_graph: bool
+) -> None:
+    """Dynamo comes by all Python that a graph runs, or that runs beside one: it may not trace our backward."""
+    case = PROBLEMS[problem](5)
+    ours, theirs = (lambda *x, f=f: f(*x).square().sum() for f in (case.ours, case.theirs))
+    loss = ours if in_graph else torch.compiler.disable(ours)
+    compiled = torch.compile(STEPS[kind](loss), backend="eager")
+    assert_same_results(compiled, STEPS[kind](theirs), case.arguments(device=device))
+
+
 FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
     "grad_and_value": lambda f: lambda *x: grad_and_value(lambda *x: f(*x).square().sum(), (0, 1))(*x),
     "jvp": lambda f: lambda *x: jvp(f, x, tuple(tensor.cos() for tensor in x)),
