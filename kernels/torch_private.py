@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from types import FunctionType
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-F = TypeVar("F", bound=FunctionType)
+F = TypeVar("F", bound=Callable[..., Any])
 
 # What the interpreter does at each call while a compiled function runs.
 _frames: Any = torch._C._dynamo.eval_frame
@@ -73,9 +73,8 @@ def outside_compiler(function: F) -> F:
     So it does where backward() is part of what is compiled, and goes wrong in a Function's own. What a graph is made
     of, it still sees. Public: torch.compiler.disable, which imports the compiler and takes time at each call.
     """
-    _frames.set_code_exec_strategy(
-        function.__code__, _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP)
-    )
+    code: CodeType = function.__code__  # type: ignore[attr-defined]
+    _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(*[_frames._FrameAction.SKIP] * 2))
     return function
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradkernels import mse_loss
 from gradkernels.operator import OPERATORS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -66,6 +67,21 @@ def test_compile(backend: str, device: torch.device, problem: str, engine: str, 
                 value_and_gradients(case.theirs, mask),
                 case.arguments(device=device),
             )
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiled_with_dimensions_that_change(
+    backend: str, device: torch.device, dynamic: bool | None
+) -> None:
+    """Numbers that dynamo traces as symbols: at the first call, or at the second, when it sees another number."""
+
+    def loss(p: Tensor, t: Tensor, dim: int | tuple[int, ...], last: int) -> Tensor:
+        return mse_loss(p, t, dim=dim).sum() + mse_loss(p, t, dim=(last, -3)).sum()
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=dynamic)
+    p, t = torch.randn(2, 3, 5, 4, device=device).unbind()
+    for call in (((2, -3), 1), ((0, 1), 2), (1, 2), (-1, 1)):
+        assert torch.equal(compiled(p, t, *call), loss(p, t, *call))
 
 
 def step(f: Callable[..., Tensor]) -> Callable[..., Any]:

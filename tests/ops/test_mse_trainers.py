@@ -414,24 +414,6 @@ def test_a_compiled_call_gives_the_same_bits(backend: str, device: torch.device)
             assert torch.equal(ours, eager)
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-def test_compiled_with_dimensions_that_change(
-    backend: str, device: torch.device, dynamic: bool | None
-) -> None:
-    """Numbers that dynamo traces as symbols: at the first call, or at the second, when it sees another number."""
-    if backend == "reference":
-        pytest.skip("dynamo has nothing to add to NumPy")
-
-    def loss(p: Tensor, t: Tensor, dim: int | tuple[int, ...], last: int) -> Tensor:
-        return mse_loss(p, t, dim=dim, reduction="sum") + mse_loss(p, t, dim=(last, -3), reduction="sum").sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=dynamic)
-    p, t = torch.randn(2, 3, 5, 4, device=device).unbind()
-    for call in (((2, -3), 1), ((0, 1), 2), (1, 2), (-1, 1)):
-        assert torch.equal(compiled(p, t, *call), loss(p, t, *call))
-
-
 def test_transforms_with_mixed_dtypes(backend: str, device: torch.device) -> None:
     """Each kind of derivative has the dtypes and shapes that torch gives; test_transforms judges the values."""
     given = operands((torch.bfloat16, torch.float32, torch.float64), (4,), device)
