@@ -73,7 +73,7 @@ def outside_compiler(function: F) -> F:
     So it does where backward() is part of what is compiled, and goes wrong in a Function's own. What a graph is made
     of, it still sees. Public: torch.compiler.disable, which imports the compiler and takes time at each call.
     """
-    code: CodeType = function.__code__  # type: ignore[attr-defined]
+    code: CodeType = function.__code__
     _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(*[_frames._FrameAction.SKIP] * 2))
     return function
 
