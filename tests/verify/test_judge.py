@@ -615,7 +615,13 @@ def test_float64_and_mixed_dtypes_may_add_in_another_order() -> None:
     assert mixed.exact.outputs[0].dtype == torch.float64
 
 
-def examined(fn: object, inputs: Callable[[], list], reference: object, patch: pytest.MonkeyPatch) -> str:
+def examined(
+    fn: object,
+    inputs: Callable[[], list],
+    reference: object,
+    patch: pytest.MonkeyPatch,
+    **options: bool,
+) -> str:
     """Return the verdict on a function without a kernel."""
 
     def make(seed: int) -> Problem:
@@ -623,7 +629,7 @@ def examined(fn: object, inputs: Callable[[], list], reference: object, patch: p
         return Problem(fn, inputs(), reference)
 
     patch.setattr(trials, "idleness", lambda *_: iter(()))
-    return v.of_file(list(examine(Target("f", "", "", make), Options(), "f.py")))
+    return v.of_file(list(examine(Target("f", "", "", make), Options(**options), "f.py")))
 
 
 def last(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -754,6 +760,30 @@ def test_without_a_reference_and_beside_random_numbers(
 ) -> None:
     """The same numbers elsewhere in memory have to give the same."""
     assert examined(fn, lambda: [torch.randn(5, 7)], reference, monkeypatch) == verdict
+
+
+DETACHED = {
+    "lost": (lambda x, y: (x * y).detach(), "xy", v.WRONG_GRADIENT),
+    "lost beside an integer": (lambda x, y: ((x * y).detach(), x.argmax()), "y", v.WRONG_GRADIENT),
+    "unmarked": (lambda x, y: (x * y).detach(), "", v.VERIFIED),
+    "independent": (lambda x, y: (y * y).detach(), "x", v.VERIFIED),
+    "integers": (lambda x, y: (8 * x * y).int(), "xy", v.VERIFIED),
+    "steps": (lambda x, y: (x * y).sign(), "xy", v.VERIFIED),
+}
+
+
+@pytest.mark.parametrize(("fn", "marked", "verdict"), DETACHED.values(), ids=DETACHED)
+def test_a_result_without_a_graph(
+    fn: object, marked: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who marks an input wants its gradient, and who marks none may want none."""
+
+    def inputs() -> list[torch.Tensor]:
+        return [torch.randn(5, 7).requires_grad_(name in marked) for name in "xy"]
+
+    assert examined(fn, inputs, None, monkeypatch) == verdict
+    if marked:
+        assert examined(fn, inputs, None, monkeypatch, forward_only=True) == v.VERIFIED
 
 
 def test_infinite_results_without_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,12 +365,12 @@ class _Examination:
                 yield Finding(
                     finding.verdict, f"configuration {configuration}: {finding.message}", finding.where
                 )
-        if truth is None and wanted and first.attached:
-            if not any(x.requires_grad for x in point.values if is_real(x)):
+        marked = any(x.requires_grad for x in point.values if is_real(x))
+        if truth is None and wanted and (first.attached or (marked and any(map(is_real, first.outputs)))):
+            if not marked:
                 # Nobody says that a mask has a gradient.
-                found = first.gradients
                 wanted = [
-                    i for i in wanted if found.get(i) is not None or not is_mask(point.values[i])
+                    i for i in wanted if first.gradients.get(i) is not None or not is_mask(point.values[i])
                 ] or wanted
             if not all(
                 t.isfinite().all() for t in (*first.outputs, *(point.values[i] for i in wanted)) if is_real(t)
