@@ -765,6 +765,8 @@ def test_without_a_reference_and_beside_random_numbers(
 DETACHED = {
     "lost": (lambda x, y: (x * y).detach(), "xy", v.WRONG_GRADIENT),
     "lost beside an integer": (lambda x, y: ((x * y).detach(), x.argmax()), "y", v.WRONG_GRADIENT),
+    "lost in NumPy": (lambda x, y: (x * y).detach().numpy(), "xy", v.WRONG_GRADIENT),
+    "lost in a number": (lambda x, y: (x * y).sum().item(), "xy", v.WRONG_GRADIENT),
     "unmarked": (lambda x, y: (x * y).detach(), "", v.VERIFIED),
     "independent": (lambda x, y: (y * y).detach(), "x", v.VERIFIED),
     "integers": (lambda x, y: (8 * x * y).int(), "xy", v.VERIFIED),

@@ -171,6 +171,12 @@ def _called(
     return outcome
 
 
+def results(subject: Callable[..., Any], *values: Any) -> list[Tensor]:
+    """Return what the subject returns as tensors, arrays and numbers too."""
+    found = (_as_tensor(leaf, torch.get_default_dtype()) for leaf in leaves_in(subject(*values)))
+    return [tensor for tensor in found if tensor is not None]
+
+
 def _as_tensor(leaf: Any, numbers: torch.dtype) -> Tensor | None:
     """Return a result as a tensor, a number that is no integer in the dtype ``numbers``; None if it is no number.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -18,7 +19,19 @@ from ..memory.interpreter import Observer, interpreted, watch
 from ..memory.report import harmful
 from ..tolerance import compare
 from . import verdict as v
-from .subject import Outcome, Reference, Subject, Truth, call, close, filled, leaves_of, same, watched
+from .subject import (
+    Outcome,
+    Reference,
+    Subject,
+    Truth,
+    call,
+    close,
+    filled,
+    leaves_of,
+    results,
+    same,
+    watched,
+)
 from .verdict import Finding
 
 REFUSED = (
@@ -210,7 +223,7 @@ def diagnosis(
         lenient: whether differences that fail are no fault, as at a kink: nothing else has found one.
     """
     names = [f"input {i}" for i in range(len(values))]
-    function: Callable[..., Any] = subject
+    function: Callable[..., Any] = partial(results, subject)
     if reference is not None:
         function = _grafted(subject, reference, values, wanted)
     inputs = [
