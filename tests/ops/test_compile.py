@@ -110,9 +110,14 @@ def test_compiled_steps_with_their_backward(
     """Dynamo comes by all Python that a graph runs, or that runs beside one: it may not trace our backward."""
     case = PROBLEMS[problem](5)
     ours, theirs = (lambda *x, f=f: f(*x).square().sum() for f in (case.ours, case.theirs))
-    loss = ours if in_graph else torch.compiler.disable(ours)
+    tensors = case.arguments(device=device)
+    loss, plain = (f if in_graph else torch.compiler.disable(f) for f in (ours, theirs))
+    try:
+        torch.compile(STEPS[kind](plain), backend="eager")(*tensors)
+    except AssertionError:  # torch 2.11: grad of what is disabled
+        pytest.skip("torch does not compile its own ops there")
     compiled = torch.compile(STEPS[kind](loss), backend="eager")
-    assert_same_results(compiled, STEPS[kind](theirs), case.arguments(device=device))
+    assert_same_results(compiled, STEPS[kind](theirs), tensors)
 
 
 FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
