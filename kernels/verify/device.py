@@ -340,6 +340,7 @@ def cuda_on_cpu() -> Iterator[None]:
         for name, told in {"synchronize": None, "current_device_index": 0}.items():
             put(torch.accelerator, name, _giving(told))
         put(torch, "Generator", _generator(torch.Generator))
+        put(torch, "compile", _uncompiled)
         _autocast(put)
         if importlib.util.find_spec("triton") is not None:
             import triton
@@ -372,6 +373,11 @@ def _generator(original: type) -> type:
             return original.__new__(cls, "cpu" if _is_cuda(device) else device)
 
     return Generator
+
+
+def _uncompiled(model: Any = None, **options: Any) -> Any:
+    """Return the function as it is: dynamo would trace Triton's interpreter, and Inductor start a C++ compiler."""
+    return _itself if model is None else model
 
 
 def _autocast(put: Callable[[Any, str, Any], None]) -> None:

@@ -1045,8 +1045,15 @@ with contextlib.suppress(OSError):
 
 
 def test_a_file_may_use_torchs_compiler(tmp_path: Path) -> None:
-    """Its import puts a wrapper in the place of torch.manual_seed; nothing else that the judge trusts changes."""
-    compiled = {"lambda x: x * x": 'torch.compile(lambda x: x * x, backend="eager")'}
+    """Its import puts a wrapper in the place of torch.manual_seed; nothing else that the judge trusts changes.
+
+    What is compiled is run as it stands: neither Inductor nor dynamo is at home beside Triton's interpreter.
+    """
+    compiled = {
+        "class Square": "import torch._dynamo\nclass Square",
+        "lambda x: x * x": "torch.compile(lambda x: x * x)",
+        "Square.apply, (x,),": 'torch.compile(mode="max-autotune")(Square.apply), (x,),',
+    }
     file = Edited((SPECIMENS / "square.py").read_text(), compiled).write(tmp_path / "compiled.py")
     status, said, errors = command(file, "--shape=6x20", "--dtype=float32", "--forward-only")
     assert status == 0, said + errors
