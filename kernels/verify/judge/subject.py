@@ -146,8 +146,7 @@ def _called(
         result = subject(*leaves)
     wide = narrow is not None or all(leaf.dtype == torch.float64 for leaf in leaves if is_real(leaf))
     numbers = torch.float64 if wide else torch.get_default_dtype()
-    found = (_as_tensor(leaf, numbers) for leaf in leaves_in(result))
-    outcome.live = [tensor for tensor in found if tensor is not None]
+    outcome.live = _tensors(result, numbers)
     outcome.blank = [_blank(output) for output in outcome.live]
     outcome.outputs = [output.detach().clone() for output in outcome.live]
     outcome.mutated = _changed(before, leaves, "the forward")
@@ -173,7 +172,11 @@ def _called(
 
 def results(subject: Callable[..., Any], *values: Any) -> list[Tensor]:
     """Return what the subject returns as tensors, arrays and numbers too."""
-    found = (_as_tensor(leaf, torch.get_default_dtype()) for leaf in leaves_in(subject(*values)))
+    return _tensors(subject(*values), torch.get_default_dtype())
+
+
+def _tensors(result: Any, numbers: torch.dtype) -> list[Tensor]:
+    found = (_as_tensor(leaf, numbers) for leaf in leaves_in(result))
     return [tensor for tensor in found if tensor is not None]
 
 
