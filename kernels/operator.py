@@ -39,14 +39,7 @@ from . import backends
 from . import torch_private as private
 from .checks import DEVICE_TYPES, DTYPES
 from .repeat import TENSORS, key_function, note, watched
-from .torch_private import (
-    any_autocast,
-    below_autograd,
-    is_wrapped,
-    is_zerotensor,
-    needs_dispatcher,
-    outside_compiler,
-)
+from .torch_private import any_autocast, below_autograd, is_wrapped, is_zerotensor, needs_dispatcher
 
 _NAMESPACE = __name__.partition(".")[0]
 _DEVICE_KEYS = tuple(device_type.upper() for device_type in DEVICE_TYPES)
@@ -98,7 +91,6 @@ class Launches:
         """Return what runs on real tensors: the launcher of the backend that serves the argument at ``place``."""
         op, name = self.op, self.launcher
 
-        @outside_compiler
         def launch(*args: Any) -> Any:
             if replay := self._replay(args):
                 return replay(*args)
@@ -158,20 +150,23 @@ class Operator(Launches):
         self._no_gradients = (None,) * (len(types) - self._tensor_count)
         super().__init__(op, name, types, launch)
         for key in _DEVICE_KEYS:
-            _library.impl(self.name, self.launch, key)
+            self._implement(self.launch, key)
         qualified = f"{_NAMESPACE}::{self.name}"
         torch.library.register_fake(qualified, fake, lib=_library)
-        _library.impl(self.name, self._batched_by_vmap, "FuncTorchBatched")
-        _library.impl(self.name, self._batched_by_older_vmap, "Batched")
+        self._implement(self._batched_by_vmap, "FuncTorchBatched")
+        self._implement(self._batched_by_older_vmap, "Batched")
         self._derivative = self._plain_derivative = derivative
         if isinstance(derivative, type):
             self._derivative = private.apply_function(self._bind(derivative, self.below))
             self._plain_derivative = private.apply_function(self._bind_plainly(derivative))
-        _library.impl(self.name, self._autograd, "Autograd")
+        self._implement(self._autograd, "Autograd")
         if autocast is not None:
             for key in _DEVICE_KEYS:
-                _library.impl(self.name, self._under_autocast(autocast), f"Autocast{key}")
+                self._implement(self._under_autocast(autocast), f"Autocast{key}")
         OPERATORS.append(self)
+
+    def _implement(self, function: Callable[..., Any], key: str) -> None:
+        _library.impl(self.name, private.outside_compiler(function), key)
 
     def __call__(self, *args: Any) -> Any:
         if not needs_dispatcher():  # what the dispatcher would do, without its 20 us
@@ -213,7 +208,6 @@ class Operator(Launches):
             return self.overload(*args)
 
     def _under_autocast(self, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-        @outside_compiler
         def autocast(*args: Any) -> Any:
             args = args if _cast_at.get() == private.autocast_depth() else cast(*args)
             with without_autocast():
@@ -221,7 +215,6 @@ class Operator(Launches):
 
         return autocast
 
-    @outside_compiler
     def _autograd(self, *args: Any) -> Any:
         return self._differentiated(args) if needs_derivative(args) else self.below(*args)
 
@@ -242,7 +235,6 @@ class Operator(Launches):
         """Return ``function``'s backward, under the forward's backend."""
         no_gradients = self._no_gradients
 
-        @outside_compiler
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
             if grad_outputs[0] is None and all(grad is None for grad in grad_outputs):
                 return (None,) * len(ctx.needs_input_grad)
@@ -257,7 +249,6 @@ class Operator(Launches):
         """Bind ``function`` for reverse mode alone: a forward that has the context itself costs torch less time."""
         launch = self.launch
 
-        @outside_compiler
         def forward(ctx: Any, *args: Any) -> Any:
             outputs = launch(*args)
             if isinstance(outputs, list):
@@ -268,11 +259,8 @@ class Operator(Launches):
             return outputs
 
         # torch looks at the class for a setup_context of its own.
-        base = torch.autograd.Function
         methods = {"forward": forward, "backward": self._backward_of(function)}
-        return type(
-            function.__name__, (base,), {name: staticmethod(method) for name, method in methods.items()}
-        )
+        return private.function_of(function.__name__, methods)
 
     def _bind(
         self, function: type[torch.autograd.Function], run: Callable[..., Any]
@@ -280,25 +268,21 @@ class Operator(Launches):
         """Return ``function`` with ``run`` as its forward, and derivatives under the forward's backend."""
         tensor_count = self._tensor_count
 
-        @outside_compiler
         def forward(*args: Any) -> Any:
             outputs = run(*args)
             return tuple(outputs) if isinstance(outputs, list) else outputs
 
-        @outside_compiler
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.backend = backends.current()
             ctx.set_materialize_grads(False)
             function.setup_context(ctx, inputs, output)
 
-        @outside_compiler
         def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
             # Function.apply does this by itself.
             outer_levels = nullcontext() if private.single_level is None else _outer_levels()
             with backends.use_backend(ctx.backend), without_autocast(), outer_levels:
                 return function.jvp(ctx, *tangents[:tensor_count])
 
-        @outside_compiler
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             outputs, dims = self._batched(info, in_dims, *args)
             return (tuple(outputs), tuple(dims)) if isinstance(outputs, list) else (outputs, dims)
@@ -317,7 +301,6 @@ class Operator(Launches):
         outputs = self._vmap(self, info.batch_size, in_dims, *args)
         return outputs, [0] * len(outputs) if isinstance(outputs, list) else 0
 
-    @outside_compiler
     def _batched_by_vmap(self, *args: Any) -> Any:
         """Apply the vmap rule to tensors that have a hidden dimension at the current level."""
         interpreter = private.vmap_interpreter()
@@ -334,7 +317,6 @@ class Operator(Launches):
             return [private.wrap_batched(output, 0, level) for output in outputs]
         return private.wrap_batched(outputs, 0, level)
 
-    @outside_compiler
     def _batched_by_older_vmap(self, *args: Any) -> Any:
         """Apply the vmap rule to tensors that have a hidden dimension."""
         level = private.older_vmap_level()

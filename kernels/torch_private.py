@@ -38,8 +38,16 @@ def single_level_function(name: str, methods: dict[str, Any]) -> Any:
 
     From torch 2.15 on that is no longer its Python layer's doing, which could be left out.
     """
-    base = torch.autograd.Function if single_level is None else _SingleLevelFunction
-    return type(name, (base,), {key: staticmethod(method) for key, method in methods.items()})
+    return function_of(
+        name, methods, torch.autograd.Function if single_level is None else _SingleLevelFunction
+    )
+
+
+def function_of(name: str, methods: dict[str, Any], base: type = torch.autograd.Function) -> Any:
+    """Return an ``autograd.Function`` with these methods, which the compiler does not see."""
+    return type(
+        name, (base,), {key: staticmethod(outside_compiler(method)) for key, method in methods.items()}
+    )
 
 
 def apply_function(function: Any) -> Callable[..., Any]:
