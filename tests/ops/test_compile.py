@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gradkernels import mse_loss
+from gradkernels import mse_loss, operator
 from gradkernels.operator import OPERATORS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -118,6 +118,20 @@ def test_compiled_steps_with_their_backward(
         pytest.skip("torch does not compile its own ops there")
     compiled = torch.compile(STEPS[kind](loss), backend="eager")
     assert_same_results(compiled, STEPS[kind](theirs), tensors)
+
+
+def test_nothing_below_an_operator_is_compiled(backend: str, device: torch.device) -> None:
+    """A compiled vmap runs what is no graph itself, and dynamo comes by all Python that the dispatcher calls there."""
+    p, t = (torch.randn(3, 5, device=device, requires_grad=True) for _ in range(2))
+    files: list[str] = []
+    hook = torch._dynamo.convert_frame.register_bytecode_hook(lambda code, _: files.append(code.co_filename))
+    try:
+        loss = torch.compiler.disable(mse_loss, recursive=False)
+        torch.compile(vmap(loss), backend="aot_eager")(p, t)
+    finally:
+        hook.remove()
+    assert files
+    assert operator.__file__ not in files
 
 
 FUNCTIONS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
