@@ -591,7 +591,8 @@ def models_chunks(
     values = K * chosen.CHUNK * chosen.CHUNKS * acc.itemsize // 4
     row = chosen.CHUNK * chosen.CHUNKS * itemsize
     work = min(ROWS * values // MODELS_VALUES, ROWS * row // 16)  # no thread loads less than 16 bytes of X
-    num_warps = min(4, max(1, work // warp_size(target)))
+    busy = max(1, work // warp_size(target))
+    num_warps = min(4, triton.next_power_of_2(busy + 1) // 2)  # at most so many, a power of 2
     most = THREE_PROGRAMS if _is_half_a_row(K, values) else ALL_REGISTERS
     compiled = {"num_warps": num_warps, **registers(most, target)}
     return chosen._replace(ROWS=ROWS, compiled=compiled)

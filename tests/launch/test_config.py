@@ -69,6 +69,35 @@ def test_tiles_are_legal_everywhere():
                 assert tile.BLOCK_K == 1
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("target", [H100, A100, B200, MI300], ids=lambda target: str(target.arch))
+def test_tiles_and_warps_of_linear_models_are_powers_of_two(target, dtype):
+    """Triton takes no others."""
+    acc = FP64 if dtype == FP64 else FP32
+    counts = {"CHUNKS", "STAGES", "num_stages", "maxnreg"}
+    rows, inputs = (1, 5, 10, 31, 1000), (1, 17, 100, 129, 257, 513, 1025, 5000)
+    for K, D, N in itertools.product((*range(1, 18), 40), inputs, rows):
+        for chosen in (
+            config.linear_mse_chunks(K, D, dtype.itemsize, acc, target),
+            config.linear_mse_dot(K, D, dtype, target),
+            config.linear_mse_product(dtype, N, K, D, True, True, True, target)[0],
+            config.models_chunks(K, D, dtype.itemsize, acc, N, target),
+            config.models_shared(K, D, dtype, target),
+            config.models_tile(dtype, N, K, D, True, target),
+            config.linear_mse_fit(N, K, D, dtype, target).tile,
+        ):
+            if chosen is None or isinstance(chosen, str):
+                continue
+            options = dict(chosen if isinstance(chosen, dict) else chosen._asdict())
+            options |= options.pop("compiled", {})
+            assert all(n & (n - 1) == 0 < n for key, n in options.items() if key not in counts), (
+                K,
+                D,
+                N,
+                chosen,
+            )
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_large_products_keep_the_chip_busy(dtype):
     """Whatever has a tile of 128 by 128 for each of 132 SMs launches 112 programs at least."""
